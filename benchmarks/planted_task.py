@@ -1,0 +1,229 @@
+"""Does the search find what is useless? A ViT on digits with units that were useless before dense training.
+
+Some attentions and MLPs get a planted subset of useful units; the others are cut off from the network during dense
+training (their output weights are held at zero), so a search led by data must remove exactly them. The budget is just
+above what the useful units need.
+
+    python benchmarks/planted_task.py --seeds 0 1 2 --presets ours paper
+"""
+
+import argparse
+import json
+import tempfile
+import time
+
+import torch
+from sklearn.datasets import load_digits
+from torch.nn import functional as F
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+
+from ofb_hf.configuration import ViTBiMaskConfig
+from ofb_hf.distillation import DistillationTrainer
+from ofb_hf.flops import count_macs
+from ofb_hf.search_space import SubnetSpec
+from ofb_hf.trainer import OFBTrainer
+from ofb_hf.training_args import OFBTrainingArguments
+
+HEADS, HEAD_DIM, MLP, LAYERS, HIDDEN = 4, 16, 32, 4, 64
+# Useful units of the planted submodules: (heads, channels per head) or MLP channels; 25 to 50 % of each.
+PLANTED = {
+    "layers.0.mlp": 16,
+    "layers.1.attention": (2, 8),
+    "layers.2.mlp": 8,
+    "layers.3.attention": (2, 8),
+}
+
+
+def digits(train: bool) -> list[dict]:
+    """Handwritten digits, 8 x 8, one in five held out: {"pixel_values" (1, 8, 8), "labels"}."""
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
+    chosen = [i for i in range(len(labels)) if (i % 5 != 0) == train]
+    return [{"pixel_values": pixels[i], "labels": int(labels[i])} for i in chosen]
+
+
+def plant(seed: int) -> SubnetSpec:
+    """Which units of the planted submodules are useful."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(count: int, total: int) -> tuple[int, ...]:
+        return tuple(sorted(torch.randperm(total, generator=generator)[:count].tolist()))
+
+    kept = {}
+    for name, size in PLANTED.items():
+        if isinstance(size, tuple):
+            kept[name] = {head: pick(size[1], HEAD_DIM) for head in pick(size[0], HEADS)}
+        else:
+            kept[name] = pick(size, MLP)
+    return SubnetSpec(kept)
+
+
+def useful_units(planted: SubnetSpec, name: str) -> set[int]:
+    """Flat indices of the useful units of one planted submodule."""
+    kept = planted.kept[name]
+    if isinstance(kept, dict):
+        return {head * HEAD_DIM + channel for head, channels in kept.items() for channel in channels}
+    return set(kept)
+
+
+class CutOff(TrainerCallback):
+    """Holds useless units at no effect while the dense model trains.
+
+    MLP channels: their output weights are zero. Attention channels: output and query weights are zero, so they reach
+    neither the output nor the attention map. The other weights stay random, so a search could bring a unit to life.
+    """
+
+    def __init__(self, model: ViTForImageClassification, planted: SubnetSpec):
+        self.model, self.planted = model, planted
+        self.on_step_end()
+
+    @torch.no_grad()
+    def on_step_end(self, *args, **kwargs):
+        """Sets the weights back to zero."""
+        for name in self.planted.kept:
+            _, layer, kind = name.split(".")
+            block = self.model.vit.layers[int(layer)]
+            out = block.attention.o_proj if kind == "attention" else block.mlp.fc2
+            useless = sorted(set(range(out.in_features)) - useful_units(self.planted, name))
+            out.weight[:, useless] = 0
+            if kind == "attention":
+                block.attention.q_proj.weight[useless] = 0
+                block.attention.q_proj.bias[useless] = 0
+
+
+def augment(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Collates a batch; each image is turned, scaled and shifted a little, and gets a little noise."""
+    batch = plain(rows)
+    pixels = batch["pixel_values"]
+    jitter = 0.1 * torch.randn(len(pixels), 2, 3)
+    theta = torch.eye(2, 3) + jitter
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels + 1, grid, align_corners=False) - 1
+    batch["pixel_values"] = moved + 0.1 * torch.randn_like(moved)
+    return batch
+
+
+def plain(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Collates a batch as it is."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, rows: list[dict]) -> float:
+    """Top-1 in percent."""
+    batch = plain(rows)
+    return 100 * (model.eval()(batch["pixel_values"]).logits.argmax(-1) == batch["labels"]).float().mean().item()
+
+
+def arguments(folder: str, steps: int, seed: int, learning_rate: float) -> OFBTrainingArguments:
+    return OFBTrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=64,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        weight_decay=0.01,
+        seed=seed,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=100,
+    )
+
+
+def train_dense(planted: SubnetSpec, seed: int, steps: int) -> ViTForImageClassification:
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=MLP,
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        num_labels=10,
+    )
+    model = ViTForImageClassification(config)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DistillationTrainer(
+            model,
+            arguments(folder, steps, seed, 2e-3),
+            train_dataset=digits(train=True),
+            data_collator=augment,
+            callbacks=[CutOff(model, planted)],
+        )
+        trainer.train()
+    return model
+
+
+def run(
+    preset: str, seed: int, dense_steps: int = 1800, search_steps: int = 900, slack: float = 1.02, **overrides
+) -> dict:
+    """One planted search; shares in percent, top-1 before the search and right after the cut."""
+    planted = plant(seed)
+    model = train_dense(planted, seed, dense_steps)
+    test = digits(train=False)
+    needed = count_macs(model, planted)
+    searched = {"search_embedding": False, "target_macs": slack * needed / count_macs(model)}
+    config = ViTBiMaskConfig(**({"preset": preset, "pmim": False, **searched} | overrides))
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = OFBTrainer(
+            model,
+            arguments(folder, search_steps, seed, 5e-4 if preset == "ours" else 1e-3),
+            config,
+            train_dataset=digits(train=True),
+            data_collator=augment,
+        )
+        trainer.train()
+    return report(trainer, model, planted, test) | {
+        "preset": preset,
+        "seed": seed,
+        "target": config.target_macs,
+        "seconds": round(time.time() - began),
+    }
+
+
+def report(trainer: OFBTrainer, model: torch.nn.Module, planted: SubnetSpec, test: list[dict]) -> dict:
+    kept_useful = kept_useless = useful_total = useless_total = 0
+    sizes = {}
+    masks = trainer.supernet.named_masks
+    for name in planted.kept:
+        useful = useful_units(planted, name)
+        kept = set(masks[name].unit_ids.flatten().tolist())
+        total = HEADS * HEAD_DIM if name.endswith("attention") else MLP
+        kept_useful += len(kept & useful)
+        kept_useless += len(kept - useful)
+        useful_total += len(useful)
+        useless_total += total - len(useful)
+    for name, mask in masks.items():
+        sizes[name] = tuple(mask.alive.shape)
+    small = trainer.compress()
+    return {
+        "useless_removed": round(100 * (1 - kept_useless / useless_total), 1),
+        "useful_kept": round(100 * kept_useful / useful_total, 1),
+        "dense_top1": round(accuracy(model, test), 1),
+        "top1_after_cut": round(accuracy(small, test), 1),
+        "macs_share": round(count_macs(small) / count_macs(model), 4),
+        "sizes": {name: list(size) for name, size in sizes.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["ours", "paper"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--search_steps", type=int, default=900)
+    args = parser.parse_args()
+    for preset in args.presets:
+        for seed in args.seeds:
+            print(json.dumps(run(preset, seed, search_steps=args.search_steps)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

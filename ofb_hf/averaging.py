@@ -1,0 +1,52 @@
+"""A running average of the weights that survives when the network shrinks."""
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from .surgery import Plan, slice_tensor
+
+
+class WeightAverage:
+    """Exponential moving average of a module's trainable floating-point parameters, by name.
+
+    Args:
+        module: whose parameters to follow.
+        decay: share of the average that stays at each update; early updates use less, `(1 + n) / (10 + n)`.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Moves the average towards the current parameters."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, parameter in module.named_parameters():
+            self.average[name].lerp_(parameter.detach(), 1 - decay)
+
+    def slice_(self, plan: Plan) -> None:
+        """Follows the module through a shrink."""
+        for name in self.average.keys() & plan.keys():
+            self.average[name] = slice_tensor(self.average[name], plan[name])
+
+    @torch.no_grad()
+    def copy_to_(self, module: nn.Module) -> None:
+        """Overwrites the module's parameters with their average."""
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.average[name])
+
+    def save(self, path: str | Path) -> None:
+        """Writes the average as safetensors."""
+        safetensors.torch.save_file(self.average, path, metadata={"updates": str(self.updates)})
+
+    def load(self, path: str | Path) -> None:
+        """Reads what `save` wrote; shapes are taken from the file."""
+        with safetensors.safe_open(path, "pt") as file:
+            self.updates = int(file.metadata()["updates"])
+        saved = safetensors.torch.load_file(path)
+        self.average = {name: saved[name].to(old.device) for name, old in self.average.items()}

@@ -1,0 +1,247 @@
+"""The bi-mask: how important every unit is, how many units there is room for, and the one value made of both.
+
+A submodule has U units (residual channels, MLP channels, or heads x channels per head) and K candidate sizes.
+
+    importance  S_u = sigmoid(importance_logits_u)                     (U,)  which units
+    sparsity    V_u = P(chosen size > rank of u), p = softmax(alpha)   (U,)  how many units
+    bi-mask     m_u = lam * S_u + (1 - lam) * V_u                      (U,)  arXiv:2403.15835
+
+Both scores are learned by gradient descent; the rank of a unit is its position when units are sorted by importance.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .search_space import SubmoduleSpace
+
+
+def _rank(score: Tensor) -> Tensor:
+    """Position of every entry of the last axis when sorted from largest to smallest; ties keep their order."""
+    return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+class BiMask(nn.Module):
+    """Importance and sparsity scores of one submodule.
+
+    Args:
+        space: the units and their candidate sizes.
+        normalize_importance: divide the importance by its maximum. A LayerNorm does not see a factor common to all
+            residual channels, so without this a budget could push all of them down together and remove none.
+
+    Attributes:
+        importance_logits: parameter (U,), or (H, D) for a grid.
+        alpha: parameter (K,), or (K_heads, K_dims): one logit per candidate.
+        active_candidates: bool buffer shaped like alpha; False = retired, for good.
+        alive: bool buffer shaped like the units; False = out of reach of every active candidate, for good.
+        unit_ids: int buffer shaped like the units: flat index of each unit in the dense parent.
+    """
+
+    def __init__(self, space: SubmoduleSpace, normalize_importance: bool = False):
+        super().__init__()
+        self.name, self.kind, self.is_grid = space.name, space.kind, space.is_grid
+        self.normalize_importance = normalize_importance
+        self.importance_logits = nn.Parameter(torch.zeros(space.unit_shape))
+        self.alpha = nn.Parameter(torch.zeros(space.candidate_shape))
+        self.register_buffer("active_candidates", torch.ones(space.candidate_shape, dtype=torch.bool))
+        self.register_buffer("alive", torch.ones(space.unit_shape, dtype=torch.bool))
+        self.dense_head_dim = space.head_dim
+        self.register_buffer("unit_ids", torch.arange(space.num_units).reshape(space.unit_shape))
+        axes = (space.head_candidates, space.dim_candidates) if self.is_grid else (space.candidate_sizes,)
+        self._candidate_axes = len(axes)
+        for axis, sizes in enumerate(axes):
+            self.register_buffer(f"candidate_sizes_{axis}", torch.tensor(sizes))
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, units={tuple(self.alive.shape)}, candidates={tuple(self.alpha.shape)}"
+
+    @property
+    def candidate_axes(self) -> tuple[Tensor, ...]:
+        """The candidate sizes along each axis: ((K,),) or ((K_heads,), (K_dims,)), ascending integers."""
+        return tuple(getattr(self, f"candidate_sizes_{axis}") for axis in range(self._candidate_axes))
+
+    @property
+    def candidate_sizes(self) -> Tensor:
+        """Units kept by each candidate, shaped like alpha."""
+        axes = self.candidate_axes
+        return axes[0][:, None] * axes[1][None, :] if self.is_grid else axes[0]
+
+    def candidate_probs(self) -> Tensor:
+        """Softmax of alpha over the active candidates together; 0 for retired ones. Shaped like alpha."""
+        logits = self.alpha.masked_fill(~self.active_candidates, -math.inf)
+        return logits.flatten().softmax(0).reshape(logits.shape)
+
+    def expected_size(self) -> Tensor:
+        """Expected number of kept units under `candidate_probs`: scalar in units (heads x channels for a grid)."""
+        return (self.candidate_probs() * self.candidate_sizes).sum()
+
+    def importance(self) -> Tensor:
+        """How much each unit matters, in (0, 1]; 0 for units that are no longer alive. Shaped like the units."""
+        importance = self.importance_logits.sigmoid() * self.alive
+        # Detached: otherwise the strongest unit, useful or not, would be rewarded for making all others look weaker.
+        return importance / importance.amax().detach() if self.normalize_importance else importance
+
+    def unit_rank(self) -> tuple[Tensor, ...]:
+        """Importance rank of every unit, 0 = most important; units that are no longer alive come last.
+
+        Plain axis: ((U,),). Grid: heads by the sum of their importance (H,), and channels within each head (H, D).
+        """
+        logits = self.importance_logits.detach()
+        dead_last = logits.masked_fill(~self.alive, -math.inf)
+        if not self.is_grid:
+            return (_rank(dead_last),)
+        heads = (logits.sigmoid() * self.alive).sum(1).masked_fill(~self.alive.any(1), -math.inf)
+        return _rank(heads), _rank(dead_last)
+
+    def sparsity(self) -> Tensor:
+        """How many units there is room for, dealt out by importance rank. Shaped like the units, in [0, 1].
+
+        The unit of rank r receives the probability that the chosen size exceeds r, so values fall with the rank,
+        start at 1 and add up to `expected_size`. Ranks are not differentiated: alpha learns through the values.
+        """
+        with torch.autocast(self.alpha.device.type, enabled=False):
+            p = self.candidate_probs()
+            keeps_rank = [  # (K, U) of each axis
+                (torch.arange(units, device=p.device) < sizes[:, None]).to(p.dtype)
+                for units, sizes in zip(self.alive.shape, self.candidate_axes, strict=True)
+            ]
+            if not self.is_grid:
+                return (p @ keeps_rank[0]).clamp(max=1)[self.unit_rank()[0]]
+            by_rank = (keeps_rank[0].T @ p @ keeps_rank[1]).clamp(max=1)  # (H, D)
+            head_rank, channel_rank = self.unit_rank()
+            return by_rank[head_rank].gather(1, channel_rank)
+
+    def prunability(self, lam: float | Tensor) -> Tensor:
+        """The bi-mask value m_u of every unit, in [0, 1]: high = kept, exactly 0 = no longer alive.
+
+        Args:
+            lam: weight of the importance score, 1 = importance only, 0 = sparsity only.
+        """
+        sparsity = self.sparsity()
+        # This form, not lam * S + (1 - lam) * V: it is exactly 1 where both scores are 1.
+        return (sparsity + lam * (self.importance() - sparsity)) * self.alive
+
+    def importance_by_rank(self) -> Tensor:
+        """The importance scores sorted as the sparsity staircase expects them. Shaped like the units."""
+        importance, rank = self.importance(), self.unit_rank()
+        if not self.is_grid:
+            return torch.zeros_like(importance).scatter(0, rank[0], importance)
+        within = torch.zeros_like(importance).scatter(1, rank[1], importance)
+        return torch.zeros_like(within).index_copy(0, rank[0], within)
+
+    @torch.no_grad()
+    def fit_alpha_(self, floor: float = 0.05) -> None:
+        """Sets alpha so that the sparsity staircase follows the importance curve as closely as the candidates allow.
+
+        A stair's height is the mean importance of the ranks it spans (1 for those that every candidate keeps), and a
+        candidate's probability is the drop behind its stair.
+
+        Args:
+            floor: probability shared evenly by all active candidates, so that none starts without a chance.
+        """
+        stairs = self.importance_by_rank()
+        for axis, sizes in enumerate(self.candidate_axes):
+            sums = stairs.cumsum(axis).index_select(axis, sizes - 1)
+            stairs = sums.diff(dim=axis, prepend=torch.zeros_like(sums.narrow(axis, 0, 1)))
+            spans = sizes.diff(prepend=sizes.new_zeros(1))
+            stairs = stairs / (spans if axis == stairs.ndim - 1 else spans[:, None])
+        stairs.view(-1)[0] = 1
+        p = stairs
+        for axis in range(stairs.ndim):
+            p = p.cummin(axis).values
+        for axis in range(p.ndim):
+            p = -p.diff(dim=axis, append=torch.zeros_like(p.narrow(axis, 0, 1)))
+        p = p.clamp(min=0) * self.active_candidates
+        p = (1 - floor) * p / p.sum() + floor / self.active_candidates.sum()
+        self.alpha.copy_(p.log())
+
+    @torch.no_grad()
+    def weak_candidates(self, threshold: float) -> Tensor:
+        """Which active candidates have fallen to `threshold / number of active ones` or below. Shaped like alpha.
+
+        The most probable candidate is never weak (published rule, threshold 0.2).
+        """
+        p = self.candidate_probs()
+        weak = self.active_candidates & (p <= threshold / self.active_candidates.sum())
+        weak.view(-1)[p.argmax()] = False
+        return weak
+
+    @torch.no_grad()
+    def retire_candidates(self, threshold: float = 0.2) -> int:
+        """Retires weak candidates for good, and with them the units that no remaining candidate can reach.
+
+        Returns:
+            How many candidates retired.
+        """
+        weak = self.weak_candidates(threshold)
+        self.retire_(weak)
+        return int(weak.sum())
+
+    @torch.no_grad()
+    def retire_(self, candidates: Tensor) -> None:
+        """Retires the given candidates (bool, shaped like alpha). At least one active candidate has to remain."""
+        remaining = self.active_candidates & ~candidates
+        if not remaining.any():
+            raise ValueError(f"retiring {int(candidates.sum())} candidates would leave {self.name!r} without any.")
+        self.active_candidates.copy_(remaining)
+        self._update_alive()
+
+    @torch.no_grad()
+    def settle_(self, *choice: int) -> None:
+        """Keeps one candidate, given by its kept units: `size`, or `heads, channels per head` for a grid."""
+        wanted = torch.zeros_like(self.active_candidates)
+        wanted[self.index_of(choice)] = True
+        self.active_candidates.copy_(wanted)
+        self._update_alive()
+
+    def index_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Position in alpha of the candidate of this size, (U',) or (heads, channels per head)."""
+        return tuple(axis.tolist().index(units) for axis, units in zip(self.candidate_axes, size, strict=True))
+
+    def largest_size(self) -> tuple[int, ...]:
+        """The largest active size along each axis: (U',) or (H', D')."""
+        if not self.is_grid:
+            return (int(self.candidate_axes[0][self.active_candidates].max()),)
+        heads, dims = self.candidate_axes
+        return int(heads[self.active_candidates.any(1)].max()), int(dims[self.active_candidates.any(0)].max())
+
+    def _update_alive(self) -> None:
+        largest, rank = self.largest_size(), self.unit_rank()
+        reachable = rank[-1] < largest[-1]
+        if self.is_grid:
+            reachable &= (rank[0] < largest[0])[:, None]
+        self.alive &= reachable
+
+    def alive_units(self) -> tuple[Tensor, ...]:
+        """Indices of the living units: ((U',),), or for a grid heads (H',) and their channels (H', D'), ascending."""
+        if not self.is_grid:
+            return (self.alive.nonzero()[:, 0],)
+        heads = self.alive.any(1).nonzero()[:, 0]
+        channels = self.alive[heads].nonzero()[:, 1].reshape(len(heads), -1)
+        return heads, channels
+
+    def kept(self) -> tuple[int, ...] | dict[int, tuple[int, ...]]:
+        """The living units as indices of the dense parent: a tuple, or `{head: channels}` for a grid."""
+        if not self.is_grid:
+            return tuple(self.unit_ids[self.alive].tolist())
+        heads, channels = self.alive_units()
+        ids = self.unit_ids[heads].gather(1, channels)
+        return {
+            row[0] // self.dense_head_dim: tuple(unit % self.dense_head_dim for unit in row) for row in ids.tolist()
+        }
+
+    def shrink_plan(self) -> dict[str, tuple[tuple[int, Tensor], ...]]:
+        """How each tensor of this mask is sliced when the units that are not alive go: {name: ((axis, indices), ...)}.
+
+        Candidates beyond the largest active one go with their units; retired ones in between stay, inactive.
+        """
+        units = tuple(enumerate(self.alive_units()))
+        candidates = tuple(
+            (axis, torch.arange(sizes.tolist().index(largest) + 1, device=sizes.device))
+            for axis, (sizes, largest) in enumerate(zip(self.candidate_axes, self.largest_size(), strict=True))
+        )
+        plan = dict.fromkeys(("importance_logits", "alive", "unit_ids"), units)
+        plan |= dict.fromkeys(("alpha", "active_candidates"), candidates)
+        plan |= {f"candidate_sizes_{axis}": ((0, indices),) for axis, indices in candidates}
+        return plan

@@ -1,0 +1,71 @@
+"""Callbacks: what happens around an optimizer step, and what is written down about it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from .averaging import WeightAverage
+    from .trainer import OFBTrainer
+
+HISTORY_FILE = "search_history.jsonl"
+HISTORY_FIELDS = ["step", "phase", "loss", "task", "one_hot", "flops", "pmim", "importance", "lam", "keep_ratio", "expected_macs", "macs", "params", "active_candidates"]
+
+
+class SearchCallback(TrainerCallback):
+    """Moves the search on: schedules before a step; multiplier, retirement, shrinking and settlement after it."""
+
+    def __init__(self, trainer: "OFBTrainer"):
+        self.trainer = trainer
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Sets lambda, keep ratio, budget and one-hot weight for this step."""
+        self.trainer.begin_search_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Decides and cuts. Gradients are gone here, and a checkpoint of this step includes the cut."""
+        self.trainer.end_search_step()
+
+
+class AverageCallback(TrainerCallback):
+    """Updates the weight average after every step and puts it into the model at the end."""
+
+    def __init__(self, average: "WeightAverage"):
+        self.average = average
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Follows the weights."""
+        self.average.update(kwargs["model"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """The average is the result."""
+        self.average.copy_to_(kwargs["model"])
+
+
+class HistoryCallback(TrainerCallback):
+    """Writes one JSON object per logging step to `search_history.jsonl` in the output directory."""
+
+    def __init__(self, phase: str):
+        self.phase = phase
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Drops rows that a resumed run is about to write again, and all rows of this phase when it starts over."""
+        path = Path(args.output_dir) / HISTORY_FILE
+        if state.is_world_process_zero and path.exists():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            kept = [row for row in rows if row["phase"] != self.phase or row["step"] <= state.global_step]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Appends a row, once per logging step."""
+        logs = kwargs.get("logs") or {}
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        row = {"step": state.global_step, "phase": self.phase}
+        row |= {name: logs.get(name) for name in HISTORY_FIELDS if name not in row}
+        path = Path(args.output_dir) / HISTORY_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

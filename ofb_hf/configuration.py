@@ -1,0 +1,313 @@
+"""What to search and with which recipe: one config class per model family, with two presets."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig, ViTConfig
+
+from .architectures import Architecture, Submodule, describe
+from .search_space import SearchSpace, SubmoduleSpace
+
+# Every constant that the two presets disagree about. "paper": the published code (METHODS: arXiv:2403.15835 and its
+# repository); "ours": led by data and budget, docs/ARCHITECTURE.md tells why. None in a field means "as the preset".
+PRESETS: dict[str, dict[str, Any]] = {
+    "ours": {
+        "multiple_of": 8,
+        "smallest_share": 0.25,
+        "importance_init_mean": 1.5,
+        "importance_init_std": 0.05,
+        "alpha_init": "zeros",
+        "normalize_importance": True,
+        "budget_on": "bi_mask",
+        "flops_weight": 5.0,
+        "dual_step": 0.2,
+        "budget_ramp": 0.3,
+        "importance_penalty": 0.0,
+        "one_hot_weight": 0.2,
+        "one_hot_begin": 0.5,
+        "importance_learning_rate": 0.1,
+        "architecture_learning_rate": 0.01,
+        "architecture_weight_decay": 0.0,
+        "masks_follow_schedule": False,
+        "distillation_weight": 1.0,
+        "retire_begin": 0.5,
+        "importance_hold": 0.3,
+        "hold_learning_rate": 0.0,
+        "fit_alpha": True,
+        "warmup": 0.2,
+    },
+    "paper": {
+        "multiple_of": 1,
+        "smallest_share": 0.5,
+        "importance_init_mean": 0.0,
+        "importance_init_std": 0.2,
+        "alpha_init": "uniform",
+        "normalize_importance": False,
+        "budget_on": "sparsity",
+        "flops_weight": 5.0,
+        "dual_step": 0.0,
+        "budget_ramp": 0.0,
+        "importance_penalty": 1.0,
+        "one_hot_weight": 0.5,
+        "one_hot_begin": 0.0,
+        "importance_learning_rate": 1e-3,
+        "architecture_learning_rate": 1e-3,
+        "architecture_weight_decay": 1e-3,
+        "masks_follow_schedule": True,
+        "distillation_weight": 0.0,
+        "retire_begin": 0.0,
+        "importance_hold": 0.0,
+        "hold_learning_rate": 1.0,
+        "fit_alpha": False,
+        "warmup": 0.2,
+    },
+}
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class BiMaskConfig:
+    """What a search may change, how it decides and what the result may cost.
+
+    Use the subclass of your model's family, `ViTBiMaskConfig` or `SwinBiMaskConfig`. Fields that say "preset" take
+    their value from `preset` unless given: `"ours"` (led by data and budget) or `"paper"` (the published constants).
+
+    Raises:
+        ValueError: for an unknown preset, two budgets, a budget that is no share and no count, and for fractions and
+            weights out of range. The message names the field, the value and what is allowed.
+    """
+
+    family: ClassVar[type[PreTrainedConfig] | None] = None
+
+    preset: str = _field("ours", "Source of all fields left at None: 'ours' or 'paper'.")
+    target_macs: float | None = _field(
+        None, "Budget in MACs: at most 1 = share of the dense model, above 1 = absolute. 0.5 if no target is given."
+    )
+    target_params: float | None = _field(None, "Budget in parameters instead, likewise. Give one target, not both.")
+    search_embedding: bool = _field(True, "Search the width of the residual stream.")
+    search_attention: bool = _field(True, "Search heads x channels per head, jointly, in every attention.")
+    search_mlp: bool = _field(True, "Search the hidden width of every MLP.")
+    embedding_candidates: list[int] | None = _field(None, "Residual widths to choose from; the full one included.")
+    head_candidates: list[int] | None = _field(None, "Numbers of heads to choose from; the full one included.")
+    head_dim_candidates: list[int] | None = _field(None, "Channels per head to choose from; the full one included.")
+    mlp_candidates: list[int] | None = _field(None, "MLP widths to choose from; the full one included.")
+    multiple_of: int | None = _field(None, "Channel counts are multiples of this where the dense size is. Preset.")
+    smallest_share: float | None = _field(None, "Smallest residual width as a share of the full one. Preset.")
+    prune_during_search: bool = _field(True, "Remove units physically while searching; False cuts once, at the end.")
+
+    importance_start: float = _field(0.99, "lambda, the weight of the importance score, at step 0 (paper's code).")
+    importance_end: float = _field(0.1, "lambda after the warm-up (paper's code).")
+    importance_hold: float | None = _field(None, "Share of the steps before lambda starts to fall. Preset.")
+    hold_learning_rate: float | None = _field(
+        None,
+        "Factor on the weights' learning rate while lambda is held: importance is learned on the given function, "
+        "before the weights make up for small gates or wake useless units. Preset.",
+    )
+    fit_alpha: bool | None = _field(
+        None, "Fit alpha to the learned importance when lambda starts to fall, so that the bi-mask stays what it is."
+    )
+    warmup: float | None = _field(None, "Share of the steps over which lambda and the keep ratio move. Preset.")
+    importance_init_mean: float | None = _field(None, "Mean of the initial importance logits. Preset.")
+    importance_init_std: float | None = _field(None, "Their standard deviation, truncated at two of it. Preset.")
+    alpha_init: str | None = _field(None, "Initial architecture logits: 'zeros' or 'uniform' in [0, 1). Preset.")
+    normalize_importance: bool | None = _field(None, "Divide importance by its maximum in a submodule. Preset.")
+    importance_learning_rate: float | None = _field(None, "Learning rate of the importance logits. Preset.")
+    architecture_learning_rate: float | None = _field(None, "Learning rate of alpha. Preset.")
+    architecture_weight_decay: float | None = _field(None, "Weight decay of alpha. Preset.")
+    masks_follow_schedule: bool | None = _field(
+        None, "Whether the two learning rates above follow lr_scheduler_type or stay constant. Preset."
+    )
+
+    budget_on: str | None = _field(
+        None, "What the budget presses on: 'bi_mask' (units in proportion to their cost) or 'sparsity' (alpha). Preset."
+    )
+    flops_weight: float | None = _field(None, "Weight of the squared relative gap to the budget. Preset.")
+    dual_step: float | None = _field(None, "Step of the dual ascent on the budget multiplier, 0 = none. Preset.")
+    budget_ramp: float | None = _field(None, "Share of the steps over which the budget shrinks to the target. Preset.")
+    one_hot_weight: float | None = _field(None, "Final weight of the adaptive one-hot loss. Preset.")
+    one_hot_begin: float | None = _field(None, "Share of the steps before one-hot pressure starts to build up. Preset.")
+    importance_penalty: float | None = _field(
+        None, "Factor on the L1 penalty of importance (paper: 2e-4 per attention unit, 5e-5 elsewhere). Preset."
+    )
+    retire_threshold: float = _field(0.2, "A candidate retires at probability threshold / active candidates (paper).")
+    retire_begin: float | None = _field(None, "Share of the steps before candidates may retire. Preset.")
+    retire_events: int = _field(40, "How many times in a search weak candidates retire, evenly spaced.")
+
+    pmim: bool = _field(True, "Progressive masked image modelling as an auxiliary loss.")
+    keep_ratio_start: float = _field(0.95, "Share of patches left visible at step 0 (paper's code).")
+    keep_ratio_end: float = _field(0.75, "Share of patches left visible after the warm-up (paper's code).")
+    pmim_window: int | None = _field(None, "Normalisation window in pixels, odd; 47 at 16-pixel patches if not given.")
+    pmim_weight: float = _field(1.0, "The reconstruction loss counts this many times the classification loss.")
+    pmim_max_ratio: float = _field(10.0, "Upper bound of classification / reconstruction loss in that weight.")
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset is {self.preset!r}; known presets are {sorted(PRESETS)}.")
+        for name, value in PRESETS[self.preset].items():
+            if name in self.__dataclass_fields__ and getattr(self, name) is None:
+                setattr(self, name, value)
+        self._check_budget()
+        self._check_ranges()
+
+    def _check_budget(self) -> None:
+        if self.target_macs is not None and self.target_params is not None:
+            raise ValueError(
+                f"target_macs={self.target_macs} and target_params={self.target_params} are both given; "
+                "a search has one budget, give one of them."
+            )
+        if self.target_macs is None and self.target_params is None:
+            self.target_macs = 0.5
+        name, target = self.budget
+        if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < math.inf:
+            raise ValueError(
+                f"{name} is {target!r}; give a share of the dense model in (0, 1] or an absolute number above 1."
+            )
+
+    def _check_ranges(self) -> None:
+        shares = (
+            "smallest_share importance_start importance_end importance_hold warmup budget_ramp one_hot_begin retire_begin "
+            "retire_threshold keep_ratio_start keep_ratio_end"
+        )
+        for name in shares.split():
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share between 0 and 1.")
+        amounts = (
+            "flops_weight dual_step one_hot_weight importance_penalty importance_init_std "
+            "importance_learning_rate architecture_learning_rate pmim_weight pmim_max_ratio hold_learning_rate"
+        )
+        for name in amounts.split():
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or positive.")
+        for name in ("multiple_of", "retire_events"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name, allowed in (("alpha_init", ("zeros", "uniform")), ("budget_on", ("bi_mask", "sparsity"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {list(allowed)}.")
+        if self.pmim_window is not None and (self.pmim_window < 3 or self.pmim_window % 2 == 0):
+            raise ValueError(f"pmim_window is {self.pmim_window}; give an odd number of pixels, 3 or more.")
+        if not (self.search_embedding or self.search_attention or self.search_mlp):
+            raise ValueError("nothing to search: turn on search_embedding, search_attention or search_mlp.")
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """Which budget is given, and its value: ("target_macs" or "target_params", share or absolute)."""
+        return ("target_params", self.target_params) if self.target_macs is None else ("target_macs", self.target_macs)
+
+    def target(self, dense_cost: int) -> int:
+        """The budget as an absolute cost, given what the dense model costs."""
+        _, target = self.budget
+        return int(target * dense_cost) if target <= 1 else int(target)
+
+    @property
+    def distillation_weight(self) -> float:
+        """Share of distillation in the classification loss of this preset's search."""
+        return PRESETS[self.preset]["distillation_weight"]
+
+    def search_space(self, model_config: PreTrainedConfig) -> SearchSpace:
+        """The candidates of every searched submodule of a model.
+
+        Raises:
+            ValueError: if the model is of another family, or given candidates do not fit its sizes.
+        """
+        if self.family is not None and not isinstance(model_config, self.family):
+            raise ValueError(
+                f"{type(self).__name__} searches {self.family.__name__} models, got a {type(model_config).__name__}."
+            )
+        architecture: Architecture = describe(model_config)
+        wanted = {
+            "embedding": self.search_embedding,
+            "attention": self.search_attention,
+            "mlp": self.search_mlp,
+        }
+        return SearchSpace(
+            tuple(self._submodule_space(submodule) for submodule in architecture.submodules if wanted[submodule.kind])
+        )
+
+    def _submodule_space(self, submodule: Submodule) -> SubmoduleSpace:
+        if submodule.kind == "attention":
+            heads, dims = submodule.shape
+            return SubmoduleSpace(
+                submodule.name,
+                submodule.kind,
+                num_heads=heads,
+                head_dim=dims,
+                head_candidates=tuple(self.head_candidates or self._head_sizes(heads)),
+                dim_candidates=tuple(self.head_dim_candidates or self._channel_sizes(dims, 0.25, max(dims // 8, 1))),
+            )
+        units = submodule.shape[0]
+        if submodule.kind == "embedding":
+            step = min(units // 32, 12) if self.preset == "paper" else units // 32
+            sizes = self.embedding_candidates or self._channel_sizes(units, self.smallest_share, max(step, 1))
+        else:
+            step = units // (8 if self.preset == "paper" else 16)
+            sizes = self.mlp_candidates or self._channel_sizes(units, 0.25, max(step, 1))
+        return SubmoduleSpace(submodule.name, submodule.kind, units, tuple(sizes))
+
+    def _head_sizes(self, heads: int) -> list[int]:
+        step = 2 if self.preset == "paper" else 1
+        return sorted({*range(step, heads, step), heads})
+
+    def _channel_sizes(self, full: int, smallest_share: float, step: int) -> list[int]:
+        """Sizes from `smallest_share * full` to `full`, `step` apart and multiples of `multiple_of` where they can be."""
+        unit = math.gcd(full, self.multiple_of)
+        step = math.ceil(step / unit) * unit
+        smallest = max(math.ceil(int(full * smallest_share) / unit) * unit, unit)
+        return sorted(set(range(full, smallest - 1, -step)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, preset values filled in."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the config as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BiMaskConfig":
+        """The config with these fields.
+
+        Raises:
+            ValueError: naming unknown fields and the known ones.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{cls.__name__} has no field {unknown}; its fields are {sorted(known)}.")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "BiMaskConfig":
+        """The config that `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+@dataclass
+class ViTBiMaskConfig(BiMaskConfig):
+    """Search of a `ViTForImageClassification` (DeiT included): residual width, heads x channels, MLP widths.
+
+    Example:
+
+    ```python
+    >>> from ofb_hf import ViTBiMaskConfig
+
+    >>> ViTBiMaskConfig(target_macs=0.5, search_embedding=False).budget
+    ('target_macs', 0.5)
+    ```"""
+
+    family: ClassVar[type[PreTrainedConfig]] = ViTConfig
+
+
+CONFIG_CLASSES: tuple[type[BiMaskConfig], ...] = (ViTBiMaskConfig,)
+
+
+def default_config(model_config: PreTrainedConfig, **values: Any) -> BiMaskConfig:
+    """The config class of the model's family, with the given fields."""
+    describe(model_config)  # refuses unsupported families in words
+    config_class = next(c for c in CONFIG_CLASSES if isinstance(model_config, c.family))
+    return config_class(**values)

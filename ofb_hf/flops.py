@@ -1,0 +1,74 @@
+"""What a network costs: exact integers for a subnet, differentiable tensors for a supernet.
+
+The unit is the multiply-accumulate (MAC) of what the model executes on one image, class token included; biases,
+norms, softmax and activations are not counted. Literature on vision transformers reports this number as "FLOPs":
+DeiT-T/S/B 1.25 / 4.60 / 17.56 G. It equals `torch.utils.flop_counter` (eager attention) divided by two.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .architectures import Architecture, Term, describe, require_classifier
+from .search_space import SubnetSpec
+
+
+def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:
+    """Exact MACs of one image at `config.image_size`.
+
+    Args:
+        model: an image classifier or its config, stock or ours.
+        subnet: count what this subnet of `model` would cost instead.
+
+    Raises:
+        UnsupportedArchitectureError: for a model of another family.
+    """
+    return evaluate_terms(_architecture(model).macs, _sizes(model, subnet))
+
+
+def count_params(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:
+    """Exact number of parameters of the classifier; arguments and errors as `count_macs`."""
+    return evaluate_terms(_architecture(model).params, _sizes(model, subnet))
+
+
+def evaluate_terms(terms: tuple[Term, ...], sizes: dict[str, int]) -> int:
+    """Sum over the terms with every submodule at the given number of units."""
+    return sum(term.coefficient * math.prod(sizes[name] for name in term.factors) for term in terms)
+
+
+class ExpectedCost(nn.Module):
+    """A sum of terms as one batched, differentiable computation.
+
+    Args:
+        terms: cost terms of an architecture.
+        names: submodules in the order in which `forward` receives their sizes.
+    """
+
+    def __init__(self, terms: tuple[Term, ...], names: list[str]):
+        super().__init__()
+        # Index len(names) stands for the constant 1, so that every term has exactly two factors.
+        index = {name: position for position, name in enumerate(names)}
+        factors = [[*(index[name] for name in term.factors), len(names), len(names)][:2] for term in terms]
+        self.register_buffer("coefficients", torch.tensor([float(term.coefficient) for term in terms]), False)
+        self.register_buffer("factors", torch.tensor(factors).T.contiguous(), False)
+
+    def forward(self, sizes: Tensor) -> Tensor:
+        """sizes (S,) of the submodules -> scalar cost."""
+        first, second = torch.cat([sizes, sizes.new_ones(1)])[self.factors]
+        return (self.coefficients * first * second).sum()
+
+
+def _architecture(model: PreTrainedModel | PreTrainedConfig) -> Architecture:
+    if isinstance(model, nn.Module):
+        require_classifier(model)
+        return describe(model.config)
+    return describe(model)
+
+
+def _sizes(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None) -> dict[str, int]:
+    shapes = dict(_architecture(model).sizes)
+    if subnet is not None:
+        shapes |= {name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()}
+    return {name: math.prod(shape) for name, shape in shapes.items()}

@@ -1,0 +1,79 @@
+"""The losses of a search as pure functions of tensors."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# The spread of the probabilities enters through a cotangent with a pole at 0 (uniform) and at 1 (one-hot). In fp32
+# the published tan(pi/2 - pi*sigma) has the wrong sign on the poles (-2.3e7 for uniform logits), so the spread stays
+# this far away from both; its gradient is zero there, where the entropy term goes on pulling.
+SPREAD_MARGIN = 1e-3
+
+
+def one_hot_loss(alpha: Tensor, active: Tensor) -> Tensor:
+    """Adaptive one-hot loss of one submodule (arXiv:2403.15835): small when one candidate owns all probability.
+
+    Entropy plus `cot(pi * sigma) / n`, where sigma, the variance of the n active probabilities divided by its
+    largest possible value, is 0 for uniform and 1 for one-hot logits. The cotangent's slope is steep near uniform
+    and flat in the middle, and n shrinks as candidates retire: that is what adapts.
+
+    Args:
+        alpha: architecture logits, any shape; the softmax runs over all active ones together.
+        active: bool of the same shape; False = retired.
+
+    Returns:
+        Scalar in float32 or alpha's wider type; 0 when a single candidate is left. Finite with finite gradients for
+        every alpha, uniform and one-hot included (deviation: sigma is clamped, see `SPREAD_MARGIN`).
+    """
+    with torch.autocast(alpha.device.type, enabled=False):
+        logits = alpha.to(torch.promote_types(alpha.dtype, torch.float32)).flatten()
+        active = active.flatten()
+        log_p = logits.masked_fill(~active, -math.inf).log_softmax(0).masked_fill(~active, 0.0)
+        p = log_p.exp() * active
+        n = active.sum().to(logits.dtype)
+        entropy = -(p * log_p).sum()
+        largest_variance = (1 - 1 / n).clamp(min=0.5)  # n = 1 is answered by the factor below
+        spread = ((p - 1 / n).square() * active).sum() / largest_variance
+        spread = spread.clamp(SPREAD_MARGIN, 1 - SPREAD_MARGIN)
+        variance = torch.cos(math.pi * spread) / torch.sin(math.pi * spread) / n
+        return (entropy + variance) * (n > 1)
+
+
+def flops_loss(expected: Tensor, target: float | Tensor, dense: float) -> Tensor:
+    """Squared gap between expected and target cost, as a share of the dense cost (arXiv:2403.15835, published code).
+
+    All three in the same unit (MACs); scalar out.
+    """
+    return ((expected - target) / dense) ** 2
+
+
+def budget_loss(gap: Tensor, multiplier: Tensor, weight: float) -> Tensor:
+    """Augmented Lagrangian of the inequality `gap <= 0`: presses on a network over budget, leaves one below it alone.
+
+    Args:
+        gap: (expected - target) / dense, scalar.
+        multiplier: current dual variable, scalar >= 0 (not differentiated).
+        weight: positive; with multiplier 0 the loss is `weight * gap^2` above the budget and 0 below.
+    """
+    pressure = (multiplier + 2 * weight * gap).clamp(min=0)
+    return (pressure.square() - multiplier.square()) / (4 * weight)
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0, hard: bool = False) -> Tensor:
+    """How far a student's prediction is from its teacher's. Logits (B, classes) both -> scalar, mean over the batch.
+
+    Soft: KL(teacher || student) at `temperature`, times temperature squared so that its gradient does not fade
+    (arXiv:1503.02531). Hard: cross-entropy with the teacher's arg max (arXiv:2012.12877).
+    """
+    if hard:
+        return F.cross_entropy(logits.float(), teacher_logits.argmax(-1))
+    student = F.log_softmax(logits.float() / temperature, -1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, -1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy with class indices (B,) or class probabilities (B, classes), mean over the batch."""
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)

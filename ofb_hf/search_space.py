@@ -1,0 +1,193 @@
+"""What may be chosen and what was chosen, as plain data: standard library only, JSON in and out."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+def _check_candidates(name: str, field: str, candidates: tuple[int, ...], full: int) -> None:
+    if not candidates or list(candidates) != sorted(set(candidates)) or candidates[0] < 1:
+        raise ValueError(
+            f"{field} of submodule {name!r} is {list(candidates)}; expected distinct positive sizes in ascending order."
+        )
+    if candidates[-1] != full:
+        raise ValueError(
+            f"{field} of submodule {name!r} ends with {candidates[-1]}, but its full size is {full}; "
+            "the full size must be the last candidate, so that the dense model is in its own space."
+        )
+
+
+@dataclass(frozen=True)
+class SubmoduleSpace:
+    """The candidate sizes of one submodule: a plain axis of units, or the joint grid of heads x channels per head.
+
+    Args:
+        name: the submodule, for example `embeddings`, `layers.0.attention`, `layers.0.mlp`.
+        kind: `embedding`, `attention` or `mlp`; decides learning rates and reports, not the arithmetic.
+        num_units: U, the units of a plain axis. For a grid it is derived as `num_heads * head_dim`.
+        candidate_sizes: ascending numbers of units of a plain axis, the last one is `num_units`.
+        num_heads, head_dim: the full grid, heads times channels per head.
+        head_candidates, dim_candidates: ascending numbers of heads and of channels per head, the last is the full one.
+
+    Raises:
+        ValueError: for a space that is neither, and for candidates that are not ascending or miss the full size.
+    """
+
+    name: str
+    kind: str
+    num_units: int | None = None
+    candidate_sizes: tuple[int, ...] = ()
+    num_heads: int | None = None
+    head_dim: int | None = None
+    head_candidates: tuple[int, ...] = ()
+    dim_candidates: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for field in ("candidate_sizes", "head_candidates", "dim_candidates"):
+            object.__setattr__(self, field, tuple(int(size) for size in getattr(self, field)))
+        if self.is_grid:
+            if self.head_dim is None or self.candidate_sizes:
+                raise ValueError(
+                    f"submodule {self.name!r} has num_heads={self.num_heads}, head_dim={self.head_dim} and "
+                    f"candidate_sizes={self.candidate_sizes}; a grid takes num_heads, head_dim, head_candidates and "
+                    "dim_candidates, a plain axis takes num_units and candidate_sizes."
+                )
+            _check_candidates(self.name, "head_candidates", self.head_candidates, self.num_heads)
+            _check_candidates(self.name, "dim_candidates", self.dim_candidates, self.head_dim)
+            object.__setattr__(self, "num_units", self.num_heads * self.head_dim)
+        else:
+            if self.num_units is None:
+                raise ValueError(f"submodule {self.name!r} has neither num_units nor num_heads; give one of them.")
+            _check_candidates(self.name, "candidate_sizes", self.candidate_sizes, self.num_units)
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether the units are (head, channel) pairs whose two sizes are chosen together."""
+        return self.num_heads is not None
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """(U,) for a plain axis, (H, D) for a grid."""
+        return (self.num_heads, self.head_dim) if self.is_grid else (self.num_units,)
+
+    @property
+    def candidate_shape(self) -> tuple[int, ...]:
+        """(K,) for a plain axis, (K_heads, K_dims) for a grid."""
+        return (len(self.head_candidates), len(self.dim_candidates)) if self.is_grid else (len(self.candidate_sizes),)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All submodules that a search decides about, in the order of the model."""
+
+    submodules: tuple[SubmoduleSpace, ...]
+
+    def __post_init__(self):
+        names = [submodule.name for submodule in self.submodules]
+        if len(set(names)) != len(names):
+            raise ValueError(f"submodule names must differ, got {names}.")
+
+    def __iter__(self) -> Iterator[SubmoduleSpace]:
+        return iter(self.submodules)
+
+    def __len__(self) -> int:
+        return len(self.submodules)
+
+    def __getitem__(self, name: str) -> SubmoduleSpace:
+        for submodule in self.submodules:
+            if submodule.name == name:
+                return submodule
+        raise KeyError(f"no submodule {name!r} in this space; it has {[s.name for s in self.submodules]}.")
+
+    @property
+    def num_candidates(self) -> int:
+        """Architecture logits of the whole space (DeiT-S: 353, DeiT-B: 621 with the paper's candidates)."""
+        return sum(math.prod(submodule.candidate_shape) for submodule in self)
+
+    @property
+    def num_units(self) -> int:
+        """Importance logits of the whole space (DeiT-S: 23,424, DeiT-B: 46,848)."""
+        return sum(submodule.num_units for submodule in self)
+
+    def to_json(self) -> str:
+        """The space as a JSON string; `from_json` gives an equal one back."""
+        return json.dumps({"submodules": [asdict(submodule) for submodule in self]}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "SearchSpace":
+        """The space that `to_json` wrote."""
+        rows = json.loads(text)["submodules"]
+        for row in rows:
+            if row["num_heads"] is not None:
+                row["num_units"] = None
+        return cls(tuple(SubmoduleSpace(**row) for row in rows))
+
+
+Kept = tuple[int, ...] | dict[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class SubnetSpec:
+    """The outcome of a search: which units of the dense parent are kept, per submodule.
+
+    Args:
+        kept: submodule name -> sorted unit indices of the dense parent; for attention
+            `{head index: sorted channel indices inside that head}`, equally many channels in every kept head.
+
+    Raises:
+        ValueError: for an empty submodule, indices that are negative, unsorted or repeated, and for heads that keep
+            different numbers of channels. The message names the submodule.
+    """
+
+    kept: dict[str, Kept]
+
+    def __post_init__(self):
+        for name, kept in self.kept.items():
+            is_grid = isinstance(kept, dict)
+            rows = [list(kept), *kept.values()] if is_grid else [kept]
+            for row in rows:
+                if not row or list(row) != sorted(set(row)) or row[0] < 0:
+                    raise ValueError(
+                        f"kept[{name!r}] holds {list(row)}; expected at least one index, ascending and distinct."
+                    )
+            if is_grid and len({len(channels) for channels in kept.values()}) > 1:
+                raise ValueError(
+                    f"kept[{name!r}] keeps {[len(channels) for channels in kept.values()]} channels in its heads; "
+                    "the heads of one layer must keep equally many."
+                )
+
+    def size(self, name: str) -> int | tuple[int, int]:
+        """Kept units of one submodule: U, or (heads, channels per head) for attention."""
+        kept = self.kept[name]
+        return (len(kept), len(next(iter(kept.values())))) if isinstance(kept, dict) else len(kept)
+
+    @property
+    def sizes(self) -> dict[str, int | tuple[int, int]]:
+        """`size` of every submodule."""
+        return {name: self.size(name) for name in self.kept}
+
+    def to_json(self) -> str:
+        """The subnet as a JSON string with one line per submodule; `from_json` gives an equal one back."""
+        rows = (f"    {json.dumps(name)}: {json.dumps(kept)}" for name, kept in self.kept.items())
+        return '{\n  "kept": {\n' + ",\n".join(rows) + "\n  }\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "SubnetSpec":
+        """The subnet that `to_json` wrote.
+
+        Raises:
+            ValueError: if `text` is no such JSON.
+        """
+
+        def read(kept: Any) -> Kept:
+            if isinstance(kept, dict):
+                return {int(head): tuple(channels) for head, channels in kept.items()}
+            return tuple(kept)
+
+        try:
+            kept = json.loads(text)["kept"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError('not a subnet: expected a JSON object {"kept": {submodule: indices}}.') from error
+        return cls({name: read(indices) for name, indices in kept.items()})

@@ -1,0 +1,409 @@
+"""The supernet: a classifier with bi-masks and a PMIM decoder on top, searchable, shrinkable, and removable again."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from .architectures import Architecture, Slot, Submodule, Term, describe, family_of, require_classifier
+from .bi_mask import BiMask
+from .configuration import BiMaskConfig, default_config
+from .flops import ExpectedCost, count_macs, evaluate_terms
+from .losses import one_hot_loss
+from .masked_layers import GateStore, apply_gate, gate_parameters_, mask_norm_
+from .pmim import PMIMDecoder, window_for_patch
+from .search_space import SubnetSpec
+from .settlement import Option, Settlement, settle
+from .surgery import Entries, slice_tensor, slice_tensors_, unit_group_plan
+
+# Kept importance, weighted by its share of the dense cost, counts this many times a nat of candidate probability
+# when the settlement compares candidates (found by experiment: docs/ARCHITECTURE.md).
+IMPORTANCE_SCORE = 400.0
+# A softmax that has made up its mind must not outvote the budget: log-probabilities below this count as this.
+LOWEST_LOG_PROBABILITY = -5.0
+# L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit elsewhere.
+IMPORTANCE_PENALTY = {"attention": 2e-4, "mlp": 5e-5, "embedding": 5e-5}
+TIGHTNESS = 0.98
+
+
+@dataclass
+class SupernetOutput(ImageClassifierOutput):
+    """Classifier output plus `reconstruction` (B, channels, height, width) when patches were masked."""
+
+    reconstruction: Tensor | None = None
+
+
+class Supernet(nn.Module):
+    """A classifier whose units are scaled by bi-masks. Made by `install_bi_masks`; `compress` takes the masks off.
+
+    Attributes:
+        model: the classifier, with the state-dict keys it always had. It shrinks during the search.
+        bi_masks: one `BiMask` per searched submodule; `named_masks` gives them by name.
+        pmim_decoder: repaints masked patches, or None.
+        bi_mask_config, space: what is searched, and the candidates for the dense model.
+        dense_sizes, dense_macs: of the model before the search; `dense_cost`, `target`: in the budget's unit.
+        lam: buffer, weight of importance in the bi-mask. multiplier: buffer, the budget's dual variable.
+        pmim_ratio: buffer, classification / reconstruction loss of the last step, the weight of PMIM.
+    """
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, model: PreTrainedModel, config: BiMaskConfig):
+        super().__init__()
+        self.model, self.bi_mask_config = model, config
+        architecture = self.architecture
+        self.space = config.search_space(model.config)
+        self.dense_sizes, self.dense_macs = architecture.sizes, count_macs(model)
+        self.dense_cost = evaluate_terms(self.terms, _units(architecture.sizes))
+        self.target = config.target(self.dense_cost)
+        self.bi_masks = nn.ModuleList([BiMask(space, config.normalize_importance) for space in self.space])
+        self.pmim_decoder = None
+        self.pmim_window = config.pmim_window or window_for_patch(architecture.patch_size)
+        if config.pmim:
+            width = architecture.sizes["embeddings"][0]
+            self.pmim_decoder = PMIMDecoder(width, architecture.patch_size, architecture.num_channels)
+            model.get_submodule(architecture.embeddings).mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("lam", torch.tensor(config.importance_start))
+        self.register_buffer("multiplier", torch.tensor(0.0))
+        self.register_buffer("pmim_ratio", torch.tensor(1.0))
+        self.expected_cost = ExpectedCost(self.terms, list(architecture.sizes))
+        self.expected_macs = ExpectedCost(architecture.macs, list(architecture.sizes))
+        self._gate_store = GateStore()
+        self._alive_version: dict[str, tuple[int, int]] = {}
+        self._install_gates(architecture)
+        self.to(device=model.device)
+
+    # ------------------------------------------------------------------------------------------------- what it is
+
+    @property
+    def architecture(self) -> Architecture:
+        """Submodules and costs of the network as it is now."""
+        return describe(self.model.config)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The cost terms that the budget counts: MACs or parameters."""
+        return getattr(self.architecture, self.bi_mask_config.budget[0].removeprefix("target_"))
+
+    @property
+    def config(self):
+        """The classifier's config; it follows the network as it shrinks."""
+        return self.model.config
+
+    @property
+    def named_masks(self) -> dict[str, BiMask]:
+        """Submodule name -> its bi-mask."""
+        return {mask.name: mask for mask in self.bi_masks}
+
+    @property
+    def num_active_candidates(self) -> int:
+        """Candidates still in the race, over all submodules."""
+        return int(torch.stack([mask.active_candidates.sum() for mask in self.bi_masks]).sum())
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every submodule has one candidate left."""
+        return self.num_active_candidates == len(self.bi_masks)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Trades compute for memory in the classifier's blocks."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    # --------------------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutput | SupernetOutput:
+        """The classifier under its bi-masks.
+
+        Args:
+            pixel_values: (B, channels, height, width).
+            bool_masked_pos: (B, N) bool, patches to hide; the decoder then repaints the image.
+            kwargs: for the classifier (`labels`, `output_hidden_states`, ...), without masked patches only.
+        """
+        self.refresh_gates()
+        if bool_masked_pos is None:
+            return self.model(pixel_values=pixel_values, **kwargs)
+        architecture = self.architecture
+        logits, tokens = family_of(self.config).forward_masked(self.model, pixel_values, bool_masked_pos)
+        return SupernetOutput(logits=logits, reconstruction=self.pmim_decoder(tokens, architecture.patch_grid))
+
+    def refresh_gates(self) -> None:
+        """Computes the bi-mask values that the gated modules read until the next call."""
+        for mask in self.bi_masks:
+            self._gate_store.values[mask.name] = mask.prunability(self.lam).flatten()
+            # Reading "is everything alive" from the device would wait for it; the version counter says for free
+            # whether the buffer was written since the last look.
+            version = (id(mask.alive), mask.alive._version)
+            if self._alive_version.get(mask.name) != version:
+                self._alive_version[mask.name] = version
+                self._gate_store.alive[mask.name] = None if mask.alive.all() else mask.alive.flatten().clone()
+
+    def _install_gates(self, architecture: Architecture) -> None:
+        gates: dict[str, dict[str, tuple[str, int]]] = {}
+        parameters = dict(self.model.named_parameters())
+        for submodule in self._searched(architecture):
+            for slot in submodule.slots:
+                if slot.gated and slot.parameter in parameters:
+                    path, _, name = slot.parameter.rpartition(".")
+                    gates.setdefault(path, {})[name] = (submodule.name, slot.axis)
+            for norm in submodule.norms:
+                mask_norm_(self.model.get_submodule(norm), self._gate_store, submodule.name)
+        for path, names in gates.items():
+            gate_parameters_(self.model.get_submodule(path), self._gate_store, names)
+
+    def _searched(self, architecture: Architecture) -> list[Submodule]:
+        names = set(self.named_masks)
+        return [submodule for submodule in architecture.submodules if submodule.name in names]
+
+    # ---------------------------------------------------------------------------------------------------- losses
+
+    def sizes(self, on: str) -> Tensor:
+        """Differentiable sizes of all submodules, in the architecture's order: (S,) units.
+
+        Args:
+            on: `bi_mask` = sum of the bi-mask values of the last forward; `sparsity` = expected size under alpha.
+        """
+        masks = self.named_masks
+        values = self._gate_store.values
+        if not values:
+            self.refresh_gates()
+        sizes = []
+        for name, shape in self.dense_sizes.items():
+            if name not in masks:
+                sizes.append(self.lam.new_tensor(float(math.prod(shape))))
+            else:
+                sizes.append(values[name].float().sum() if on == "bi_mask" else masks[name].expected_size().float())
+        return torch.stack(sizes)
+
+    def one_hot_loss(self) -> Tensor:
+        """Sum of the adaptive one-hot losses of all submodules."""
+        return torch.stack([one_hot_loss(mask.alpha, mask.active_candidates) for mask in self.bi_masks]).sum()
+
+    def importance_penalty(self) -> Tensor:
+        """The published L1 penalty on importance scores (METHODS: arXiv:2403.15835, code)."""
+        return torch.stack([IMPORTANCE_PENALTY[mask.kind] * mask.importance().sum() for mask in self.bi_masks]).sum()
+
+    # ---------------------------------------------------------------------------------------------- decide and cut
+
+    @torch.no_grad()
+    def options(self) -> dict[str, list[Option]]:
+        """Every active candidate with its score: kept importance in proportion to cost, plus log-probability."""
+        units = _units(self.dense_sizes)
+        options = {}
+        for mask in self.bi_masks:
+            full = sum(
+                term.coefficient * math.prod(units[name] for name in term.factors)
+                for term in self.terms
+                if mask.name in term.factors
+            )
+            unit_share = full / units[mask.name] / self.dense_cost
+            score = IMPORTANCE_SCORE * unit_share * _kept_importance(mask)
+            score = score + mask.candidate_probs().log().clamp(min=LOWEST_LOG_PROBABILITY)
+            axes = [sizes.tolist() for sizes in mask.candidate_axes]
+            options[mask.name] = [
+                Option(tuple(axis[i] for axis, i in zip(axes, index, strict=True)), score[tuple(index)].item())
+                for index in mask.active_candidates.nonzero().tolist()
+            ]
+        return options
+
+    def settlement(self) -> Settlement:
+        """The best choice within the budget as things stand.
+
+        Raises:
+            UnreachableBudgetError: naming the smallest possible cost.
+        """
+        fixed = {name: units for name, units in _units(self.dense_sizes).items() if name not in self.named_masks}
+        return settle(self.options(), self.terms, fixed, self.target, TIGHTNESS)
+
+    def settle_(self) -> SubnetSpec:
+        """Makes the final choice in every submodule and returns it; the units left out are exactly 0 from now on."""
+        choice = self.settlement().choice
+        for mask in self.bi_masks:
+            mask.settle_(*choice[mask.name].size)
+        kept = {name: _all_units(shape) for name, shape in self.dense_sizes.items()}
+        return SubnetSpec(kept | {mask.name: mask.kept() for mask in self.bi_masks})
+
+    def retire_candidates(self) -> int:
+        """Retires weak candidates, except those of the best choice within the budget. Returns how many.
+
+        Sparing that choice keeps the budget within reach whatever the softmaxes do.
+        """
+        best = self.settlement().choice
+        retired = 0
+        for mask in self.bi_masks:
+            weak = mask.weak_candidates(self.bi_mask_config.retire_threshold)
+            weak[mask.index_of(best[mask.name].size)] = False
+            if weak.any():
+                mask.retire_(weak)
+                retired += int(weak.sum())
+        return retired
+
+    @torch.no_grad()
+    def shrink_(self) -> tuple[dict[nn.Parameter, nn.Parameter], dict[str, Entries]]:
+        """Removes all units that are not alive, physically, from classifier, masks and decoder.
+
+        Returns:
+            Old parameter -> new parameter, and the plan {parameter name: ((axis, indices), ...)}, with which the
+            optimizer and a weight average follow. Both empty if there was nothing to remove.
+        """
+        gone = [mask for mask in self.bi_masks if not mask.alive.all()]
+        if not gone:
+            return {}, {}
+        kept = {mask.name: mask.alive.flatten().nonzero()[:, 0] for mask in gone}
+        plan = unit_group_plan(self._submodules_with_decoder(), kept, set(self.state_dict()))
+        for index, mask in enumerate(self.bi_masks):
+            if mask.name in kept:
+                plan |= {f"bi_masks.{index}.{name}": entries for name, entries in mask.shrink_plan().items()}
+        replaced = slice_tensors_(self, plan)
+        family, sizes = family_of(self.config), self.architecture.sizes
+        family.resize(self.config, sizes | {mask.name: tuple(mask.alive.shape) for mask in gone})
+        for path, values in family.attributes(self.config).items():
+            for attribute, value in values.items():
+                setattr(self.model.get_submodule(path), attribute, value)
+        self._gate_store.values.clear()
+        return replaced, plan
+
+    def _submodules_with_decoder(self) -> list[Submodule]:
+        """The model's submodules with slots named as in the supernet, the decoder's input included."""
+        decoder = Slot("pmim_decoder.projection.weight", 1)
+        submodules = []
+        for submodule in self.architecture.submodules:
+            slots = tuple(Slot(f"model.{s.parameter}", s.axis, s.gated) for s in submodule.slots)
+            slots += (decoder,) if submodule.name == "embeddings" else ()
+            submodules.append(Submodule(submodule.name, submodule.kind, submodule.shape, slots, submodule.norms))
+        return submodules
+
+    @torch.no_grad()
+    def shrink_to_(self, state: dict[str, Tensor]) -> None:
+        """Shrinks to the shapes of a saved supernet, so that its state can be loaded.
+
+        Args:
+            state: the saved supernet's state dict (`unit_ids` say which units it still has).
+
+        Raises:
+            ValueError: if it was saved from another search space.
+        """
+        for index, mask in enumerate(self.bi_masks):
+            saved = f"bi_masks.{index}."
+            ids = state.get(f"{saved}unit_ids")
+            if ids is None or not torch.isin(ids, mask.unit_ids.cpu()).all():
+                raise ValueError(f"the checkpoint's units of {mask.name!r} are not among this supernet's units.")
+            mask.alive.copy_(torch.isin(mask.unit_ids, ids.to(mask.unit_ids.device)))
+            present = [
+                torch.isin(sizes, state[f"{saved}candidate_sizes_{axis}"].to(sizes.device))
+                for axis, sizes in enumerate(mask.candidate_axes)
+            ]
+            mask.active_candidates.copy_(present[0][:, None] & present[1] if mask.is_grid else present[0])
+        self.shrink_()
+
+    @torch.no_grad()
+    def fold(self) -> PreTrainedModel:
+        """The classifier as it is, with the mask values multiplied into its weights: same logits, no masks.
+
+        Units that are not alive are left out. The supernet stays as it was.
+        """
+        self.refresh_gates()
+        state = self.model.state_dict()
+        architecture, family = self.architecture, family_of(self.config)
+        for submodule in self._searched(architecture):
+            for slot in submodule.slots:
+                if slot.gated and slot.parameter in state:
+                    gate = self._gate_store.values[submodule.name]
+                    state[slot.parameter] = apply_gate(state[slot.parameter], gate, slot.axis)
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(".mask_token")}
+        kept = {mask.name: mask.alive.flatten().nonzero()[:, 0] for mask in self.bi_masks}
+        plan = unit_group_plan(architecture.submodules, kept, set(state))
+        config = copy.deepcopy(self.config)
+        shapes = {mask.name: _living_shape(mask) for mask in self.bi_masks}
+        family.resize(config, architecture.sizes | shapes)
+        folded = family.model_class(config).to(device=self.model.device, dtype=self.model.dtype)
+        folded.load_state_dict({name: slice_tensor(tensor, plan.get(name, ())) for name, tensor in state.items()})
+        return folded.train(self.training)
+
+
+def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None) -> Supernet:
+    """Puts bi-masks on a copy of a classifier. `model` itself stays as it is and can serve as the teacher.
+
+    Args:
+        model: a stock transformers classifier of a supported family (ViT, DeiT), or one of ours.
+        config: what to search; the default is half the MACs with the preset "ours".
+
+    Returns:
+        A supernet that computes what `model` computes, each unit scaled by its bi-mask value.
+
+    Raises:
+        UnsupportedArchitectureError: if the model cannot be searched.
+        UnreachableBudgetError: if no subnet fits the budget, naming the smallest possible value.
+    """
+    require_classifier(model)
+    family = family_of(model.config)
+    config = config if config is not None else default_config(model.config)
+    activation = describe(model.config).activation
+    if ACT2FN[activation](torch.zeros(1)).item() != 0:
+        raise ValueError(
+            f"hidden_act is {activation!r}, which is not 0 at 0: a masked MLP channel would still contribute. "
+            "Search models with gelu, relu, silu or another activation through the origin."
+        )
+    ours = copy.deepcopy(model) if isinstance(model, family.model_class) else family.from_dense(model)
+    family.pin(ours.config)
+    supernet = Supernet(ours, config)
+    _initialize_masks_(supernet)
+    supernet.settlement()  # an unreachable budget is refused here, before anything is trained
+    return supernet.train(model.training)
+
+
+@torch.no_grad()
+def _initialize_masks_(supernet: Supernet) -> None:
+    config = supernet.bi_mask_config
+    mean, std = config.importance_init_mean, config.importance_init_std
+    for mask in supernet.bi_masks:
+        # Noise breaks the ties between units; with std 0 the order of the channels would decide.
+        nn.init.trunc_normal_(mask.importance_logits, mean, max(std, 1e-8), mean - 2 * std, mean + 2 * std)
+        if config.alpha_init == "uniform":
+            nn.init.uniform_(mask.alpha)
+
+
+def read_subnet(supernet: Supernet) -> SubnetSpec:
+    """Which units of the dense model `compress` would keep if it were called now."""
+    return copy.deepcopy(supernet).settle_()
+
+
+def compress(supernet: Supernet) -> PreTrainedModel:
+    """The small dense classifier: settles under the budget, folds the masks into the weights, slices.
+
+    Returns:
+        A new model without masks and decoder, in the supernet's training mode; the supernet stays as it was.
+        `count_macs` of it is at most the budget.
+
+    Raises:
+        UnreachableBudgetError: naming the smallest possible cost.
+    """
+    settled = copy.deepcopy(supernet)
+    settled.settle_()
+    return settled.fold()
+
+
+def _units(sizes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    return {name: math.prod(shape) for name, shape in sizes.items()}
+
+
+def _all_units(shape: tuple[int, ...]) -> tuple[int, ...] | dict[int, tuple[int, ...]]:
+    return tuple(range(shape[0])) if len(shape) == 1 else {h: tuple(range(shape[1])) for h in range(shape[0])}
+
+
+def _living_shape(mask: BiMask) -> tuple[int, ...]:
+    return tuple(indices.shape[-1] for indices in mask.alive_units())
+
+
+def _kept_importance(mask: BiMask) -> Tensor:
+    """Importance that each candidate would keep, shaped like alpha."""
+    total = mask.importance_by_rank()
+    for axis, sizes in enumerate(mask.candidate_axes):
+        total = total.cumsum(axis).index_select(axis, sizes - 1)
+    return total

@@ -1,0 +1,320 @@
+"""The search: one training run that learns weights, importance and widths together, and shrinks the network."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, get_scheduler
+
+from . import schedule
+from .callbacks import AverageCallback, SearchCallback
+from .configuration import BiMaskConfig
+from .distillation import DistillationTrainer
+from .flops import count_macs, count_params
+from .losses import budget_loss, flops_loss
+from .pmim import mask_patches, normalize_target, reconstruction_loss
+from .search_space import SubnetSpec
+from .supernet import Supernet, compress, install_bi_masks
+from .surgery import rebuild_ddp_, slice_optimizer_
+from .training_args import OFBTrainingArguments
+
+BI_MASK_CONFIG_FILE = "bi_mask_config.json"
+
+
+class OFBTrainer(DistillationTrainer):
+    """Searches a classifier under a budget; `compress` gives the small model afterwards.
+
+    Args:
+        model: a classifier (bi-masks are installed on a copy of it) or a supernet from `install_bi_masks`.
+        args: `OFBTrainingArguments`; `max_steps` or `num_train_epochs` is the length of the search.
+        bi_mask_config: what to search, when `model` is no supernet yet.
+        teacher: classifier to learn from; by default the dense model itself where the preset distils.
+        kwargs: as for `DistillationTrainer`.
+
+    Raises:
+        ValueError: for arguments that contradict each other or a search, before any data is read.
+
+    Example:
+
+    ```python
+    trainer = OFBTrainer(model, OFBTrainingArguments("out", max_steps=1000), ViTBiMaskConfig(target_macs=0.5),
+                         train_dataset=train, eval_dataset=test)
+    trainer.train()
+    small = trainer.compress()
+    ```"""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: OFBTrainingArguments,
+        bi_mask_config: BiMaskConfig | None = None,
+        teacher: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ):
+        _refuse(args, bi_mask_config, model)
+        supernet = model if isinstance(model, Supernet) else install_bi_masks(model, bi_mask_config)
+        weight = args.distillation_weight
+        if weight is None:
+            weight = 1.0 if teacher is not None else supernet.bi_mask_config.distillation_weight
+        if teacher is None and weight > 0:
+            teacher = dense_parent(supernet)
+        super().__init__(model=supernet, args=args, teacher=teacher, distillation_weight=weight, **kwargs)
+        self.supernet, self.bi_mask_config = supernet, supernet.bi_mask_config
+        self.add_callback(SearchCallback(self))
+        if self.average is not None:
+            self.add_callback(AverageCallback(self.average))
+        self._generator = torch.Generator()
+        self._pmim_sums = torch.zeros(2, device=args.device)
+        self._schedule: dict[str, float] = {}
+
+    # ---------------------------------------------------------------------------------------------------- losses
+
+    def training_losses(
+        self, model: nn.Module, pixel_values: Tensor, labels: Tensor
+    ) -> tuple[Any, dict[str, Tensor], Tensor]:
+        """Classification, PMIM, budget, one-hot and importance losses of one micro-batch."""
+        supernet, config, now = self.supernet, self.bi_mask_config, self._schedule
+        masked_patches = self._mask_patches(len(pixel_values))
+        if masked_patches is None:
+            outputs = model(pixel_values=pixel_values)
+        else:
+            outputs = model(pixel_values=pixel_values, bool_masked_pos=masked_patches)
+        parts = {"task": self.task_loss(outputs.logits, pixel_values, labels)}
+        loss = parts["task"]
+        if masked_patches is not None:
+            target = normalize_target(pixel_values, supernet.pmim_window)
+            patch_size = supernet.architecture.patch_size
+            parts["pmim"] = reconstruction_loss(outputs.reconstruction, target, masked_patches, patch_size)
+            loss = loss + config.pmim_weight * supernet.pmim_ratio * parts["pmim"]
+            self._pmim_sums += torch.stack([parts["task"].detach().float(), parts["pmim"].detach().float()])
+
+        sizes = supernet.sizes(now["budget_on"])
+        expected = supernet.expected_cost(sizes)
+        parts["expected_macs"] = supernet.expected_macs(sizes)
+        parts["flops"] = flops_loss(expected, now["target"], supernet.dense_cost)
+        if now["budget_on"] == "bi_mask":
+            gap = (expected - now["target"]) / supernet.dense_cost
+            loss = loss + budget_loss(gap, supernet.multiplier, config.flops_weight)
+        else:
+            loss = loss + config.flops_weight * parts["flops"]
+        parts["one_hot"] = supernet.one_hot_loss()
+        loss = loss + now["one_hot_weight"] * parts["one_hot"]
+        parts["importance"] = supernet.importance_penalty()
+        loss = loss + config.importance_penalty * parts["importance"]
+        return outputs, parts, loss
+
+    def _mask_patches(self, batch_size: int) -> Tensor | None:
+        if self.supernet.pmim_decoder is None or self._schedule["keep_ratio"] >= 1:
+            return None
+        rows, columns = self.supernet.architecture.patch_grid
+        masked = mask_patches(batch_size, rows * columns, self._schedule["keep_ratio"], self._generator)
+        return masked.to(self.args.device)
+
+    # ----------------------------------------------------------------------------------------------- around a step
+
+    def begin_search_step(self) -> None:
+        """Sets everything that follows the global step; the step about to run is `state.global_step`."""
+        config, step, total = self.bi_mask_config, self.state.global_step, self.state.max_steps
+        warmup = config.warmup * total
+        hold = config.importance_hold * total
+        lam = schedule.importance_weight(step - hold, warmup, config.importance_start, config.importance_end)
+        keep = schedule.keep_ratio(step, warmup, config.keep_ratio_start, config.keep_ratio_end)
+        supernet = self.supernet
+        share = schedule.budget_share(step, config.budget_ramp * total, supernet.target / supernet.dense_cost)
+        self._schedule = {
+            "lam": lam,
+            "keep_ratio": keep if supernet.pmim_decoder is not None else 1.0,
+            "budget_on": config.budget_on if step < hold or not config.fit_alpha else "sparsity",
+            "target": share * supernet.dense_cost,
+            "one_hot_weight": schedule.one_hot_weight(step, config.one_hot_begin * total, total, config.one_hot_weight)
+            if config.one_hot_begin
+            else config.one_hot_weight,
+        }
+        if config.fit_alpha and step == round(hold):
+            for mask in supernet.bi_masks:
+                mask.fit_alpha_()
+        supernet.lam.fill_(lam)
+        self._pmim_sums.zero_()
+        # One stream per step and rank: a resumed run hides the same patches, two ranks hide different ones.
+        self._generator.manual_seed((self.args.seed * 1_000_003 + step) * 4096 + self.args.process_index)
+
+    @torch.no_grad()
+    def end_search_step(self) -> None:
+        """Updates the budget multiplier, then retires candidates, shrinks and, after the last step, settles."""
+        supernet, config = self.supernet, self.bi_mask_config
+        step, total = self.state.global_step, self.state.max_steps
+        if config.dual_step:
+            supernet.refresh_gates()
+            expected = supernet.expected_cost(supernet.sizes(self._schedule["budget_on"]))
+            gap = (expected - self._schedule["target"]) / supernet.dense_cost
+            supernet.multiplier.add_(config.dual_step * gap).clamp_(min=0)
+        if supernet.pmim_decoder is not None:
+            task, pmim = self._pmim_sums
+            ratio = (task / pmim.clamp(min=1e-8)).clamp(max=config.pmim_max_ratio)
+            supernet.pmim_ratio.copy_(torch.where(pmim > 0, ratio, supernet.pmim_ratio))
+
+        if step >= total:
+            supernet.settle_()
+            self.shrink()
+        elif schedule.is_retirement_step(step, max(1, total // config.retire_events), config.retire_begin * total):
+            before = [mask.active_candidates.clone() for mask in supernet.bi_masks]
+            if supernet.retire_candidates():
+                for mask, active in zip(supernet.bi_masks, before, strict=True):
+                    if not torch.equal(mask.active_candidates, active):
+                        # A softmax over fewer candidates is another problem: its momentum starts afresh (published).
+                        self.optimizer.state.pop(mask.alpha, None)
+                if config.prune_during_search:
+                    self.shrink()
+
+    def shrink(self) -> None:
+        """Removes dead units from the network, its average and the optimizer, and tells DDP about it."""
+        replaced, plan = self.supernet.shrink_()
+        if not replaced:
+            return
+        names = {parameter: name for name, parameter in self.supernet.named_parameters()}
+        entries = {old: plan[names[new]] for old, new in replaced.items() if not names[new].endswith(".alpha")}
+        slice_optimizer_(self.optimizer, replaced, entries)
+        if self.average is not None:
+            self.average.slice_(plan)
+        if isinstance(self.model_wrapped, DistributedDataParallel):
+            rebuild_ddp_(self.model_wrapped)
+
+    def compress(self) -> PreTrainedModel:
+        """The small dense model that the search arrived at; its MACs or parameters are within the budget."""
+        return compress(self.supernet)
+
+    def read_subnet(self) -> SubnetSpec:
+        """The units of the dense model that `compress` keeps."""
+        from .supernet import read_subnet
+
+        return read_subnet(self.supernet)
+
+    # ---------------------------------------------------------------------------------------- optimizer, schedule
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One AdamW with named groups: weights, weights_no_decay, importance, architecture, pmim_decoder."""
+        if self.optimizer is None:
+            args, config = self.args, self.bi_mask_config
+            weights = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+            settings = {
+                "weights": weights | {"weight_decay": args.weight_decay},
+                "weights_no_decay": weights | {"weight_decay": 0.0},
+                "importance": weights | {"lr": config.importance_learning_rate, "weight_decay": 0.0},
+                "architecture": {
+                    "lr": config.architecture_learning_rate,
+                    "betas": (0.5, 0.999),
+                    "weight_decay": config.architecture_weight_decay,
+                },
+                "pmim_decoder": weights | {"weight_decay": args.weight_decay},
+            }
+            groups: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
+            for name, parameter in self.supernet.named_parameters():
+                if parameter.requires_grad:
+                    groups[_group_of(name, parameter)].append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": groups[name], "name": name, **settings[name]} for name in groups if groups[name]],
+                eps=args.adam_epsilon,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """One LambdaLR: weights and decoder follow `lr_scheduler_type`, the masks as their preset says."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            reference = get_scheduler(
+                self.args.lr_scheduler_type,
+                torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
+                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                num_training_steps=num_training_steps,
+                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            )
+            hold = self.bi_mask_config.importance_hold * num_training_steps
+            follow, constant = reference.lr_lambdas[0], lambda step: 1.0
+            masks = follow if self.bi_mask_config.masks_follow_schedule else constant
+            held = self.bi_mask_config.hold_learning_rate
+            factors = {
+                "weights": lambda step: follow(step) * (held if step < hold else 1.0),
+                "pmim_decoder": follow,
+                "importance": masks,
+                # While importance leads alone, alpha would only follow the budget: it sees no units worth keeping yet.
+                "architecture": lambda step: 0.0 if step < hold else masks(step),
+            }
+            factors["weights_no_decay"] = factors["weights"]
+            self.lr_scheduler = LambdaLR(optimizer, [factors[group["name"]] for group in optimizer.param_groups])
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ------------------------------------------------------------------------------------- logging, checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds schedule values and the real size of the network to the parts of the loss."""
+        if "loss" in logs:
+            logs |= {name: self._schedule[name] for name in ("lam", "keep_ratio")}
+            config = self.supernet.config
+            logs |= {"macs": count_macs(config), "params": count_params(config)}
+            logs["active_candidates"] = self.supernet.num_active_candidates
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        self.bi_mask_config.save(folder / BI_MASK_CONFIG_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        saved = type(self.bi_mask_config).load(folder / BI_MASK_CONFIG_FILE)
+        if saved != self.bi_mask_config:
+            ours, theirs = self.bi_mask_config.to_dict(), saved.to_dict()
+            differing = {name: (theirs[name], ours[name]) for name in ours if ours[name] != theirs[name]}
+            raise ValueError(
+                f"the checkpoint {folder} belongs to another search; (checkpoint, this run) differ in {differing}. "
+                "Resume with the same settings, or start over with another output_dir."
+            )
+        self.supernet.shrink_to_(safetensors.torch.load_file(folder / "model.safetensors"))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def dense_parent(supernet: Supernet) -> PreTrainedModel:
+    """The classifier as it was before masks scaled it. Meant for a supernet that has not been trained yet."""
+    state = {k: v.clone() for k, v in supernet.model.state_dict().items() if not k.endswith(".mask_token")}
+    base = next(c for c in type(supernet.model).__mro__ if not c.__name__.startswith("Gated"))
+    dense = base(supernet.config.__class__.from_dict(supernet.config.to_dict()))
+    dense.load_state_dict(state)
+    return dense.to(supernet.model.device, supernet.model.dtype).eval()
+
+
+def _group_of(name: str, parameter: nn.Parameter) -> str:
+    if name.endswith(".importance_logits"):
+        return "importance"
+    if name.endswith(".alpha"):
+        return "architecture"
+    if name.startswith("pmim_decoder."):
+        return "pmim_decoder"
+    # As in DeiT: vectors (biases, norms) and tokens are not decayed.
+    is_token = name.endswith(("_token", "position_embeddings"))
+    return "weights_no_decay" if parameter.ndim <= 1 or is_token else "weights"
+
+
+def _refuse(args: OFBTrainingArguments, bi_mask_config: BiMaskConfig | None, model: nn.Module) -> None:
+    """Settings that a shrinking search cannot work with, in words, before anything happens."""
+    if isinstance(model, Supernet) and bi_mask_config is not None:
+        raise ValueError("bi_mask_config is given, but the model is a supernet that already has one; leave it out.")
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end cannot go with a search: earlier checkpoints are larger networks that miss the "
+            "budget. Leave it off for the search; finetuning may use it."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError("auto_find_batch_size restarts training with a used supernet; set the batch size yourself.")
+    if args.fsdp or args.deepspeed:
+        raise ValueError(
+            "FSDP and DeepSpeed shard parameters that the search replaces while it runs; use DDP "
+            "(accelerate launch --multi_gpu), which the search supports."
+        )
+    if not math.isfinite(args.learning_rate) or args.learning_rate < 0:
+        raise ValueError(f"learning_rate is {args.learning_rate}; it must be finite and not negative.")
