@@ -133,6 +133,7 @@ def arguments(folder: str, steps: int, seed: int, learning_rate: float) -> OFBTr
         report_to=[],
         disable_tqdm=True,
         logging_steps=100,
+        label_smoothing_factor=0.1,
     )
 
 

@@ -53,9 +53,20 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "DistillationTrainer",
+    "OFBTrainer",
+    "OFBTrainingArguments",
     "OFBViTConfig",
     "OFBViTForImageClassification",
     "OFBViTModel",
+    "SearchSpace",
+    "SubmoduleSpace",
+    "SubnetSpec",
+    "ViTBiMaskConfig",
     "__version__",
-    *_LAZY,
+    "compress",
+    "count_macs",
+    "count_params",
+    "install_bi_masks",
+    "read_subnet",
 ]

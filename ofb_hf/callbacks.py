@@ -11,7 +11,22 @@ if TYPE_CHECKING:
     from .trainer import OFBTrainer
 
 HISTORY_FILE = "search_history.jsonl"
-HISTORY_FIELDS = ["step", "phase", "loss", "task", "one_hot", "flops", "pmim", "importance", "lam", "keep_ratio", "expected_macs", "macs", "params", "active_candidates"]
+HISTORY_FIELDS = [
+    "step",
+    "phase",
+    "loss",
+    "task",
+    "one_hot",
+    "flops",
+    "pmim",
+    "importance",
+    "lam",
+    "keep_ratio",
+    "expected_macs",
+    "macs",
+    "params",
+    "active_candidates",
+]
 
 
 class SearchCallback(TrainerCallback):
@@ -45,18 +60,22 @@ class AverageCallback(TrainerCallback):
 
 
 class HistoryCallback(TrainerCallback):
-    """Writes one JSON object per logging step to `search_history.jsonl` in the output directory."""
+    """Writes one JSON object per logging step.
 
-    def __init__(self, phase: str):
-        self.phase = phase
+    Args:
+        path: the file, usually `search_history.jsonl`.
+        phase: goes into every row: `dense`, `search` or `finetune`.
+    """
+
+    def __init__(self, path: str | Path, phase: str):
+        self.path, self.phase = Path(path), phase
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Drops rows that a resumed run is about to write again, and all rows of this phase when it starts over."""
-        path = Path(args.output_dir) / HISTORY_FILE
-        if state.is_world_process_zero and path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if state.is_world_process_zero and self.path.exists():
+            rows = read_history(self.path)
             kept = [row for row in rows if row["phase"] != self.phase or row["step"] <= state.global_step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Appends a row, once per logging step."""
@@ -65,7 +84,15 @@ class HistoryCallback(TrainerCallback):
             return
         row = {"step": state.global_step, "phase": self.phase}
         row |= {name: logs.get(name) for name in HISTORY_FIELDS if name not in row}
-        path = Path(args.output_dir) / HISTORY_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def read_history(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a history file; a last line that a kill left incomplete is dropped."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows

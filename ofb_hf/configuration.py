@@ -21,22 +21,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "importance_init_std": 0.05,
         "alpha_init": "zeros",
         "normalize_importance": True,
-        "budget_on": "bi_mask",
         "flops_weight": 5.0,
         "dual_step": 0.2,
         "budget_ramp": 0.3,
         "importance_penalty": 0.0,
         "one_hot_weight": 0.2,
         "one_hot_begin": 0.5,
+        "one_hot_end": 0.75,
         "importance_learning_rate": 0.1,
         "architecture_learning_rate": 0.01,
         "architecture_weight_decay": 0.0,
         "masks_follow_schedule": False,
         "distillation_weight": 1.0,
         "retire_begin": 0.5,
+        "settle_at": 0.75,
         "importance_hold": 0.3,
         "hold_learning_rate": 0.0,
-        "fit_alpha": True,
         "warmup": 0.2,
     },
     "paper": {
@@ -46,22 +46,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "importance_init_std": 0.2,
         "alpha_init": "uniform",
         "normalize_importance": False,
-        "budget_on": "sparsity",
         "flops_weight": 5.0,
         "dual_step": 0.0,
         "budget_ramp": 0.0,
         "importance_penalty": 1.0,
         "one_hot_weight": 0.5,
         "one_hot_begin": 0.0,
+        "one_hot_end": 0.0,
         "importance_learning_rate": 1e-3,
         "architecture_learning_rate": 1e-3,
         "architecture_weight_decay": 1e-3,
         "masks_follow_schedule": True,
         "distillation_weight": 0.0,
         "retire_begin": 0.0,
+        "settle_at": 1.0,
         "importance_hold": 0.0,
         "hold_learning_rate": 1.0,
-        "fit_alpha": False,
         "warmup": 0.2,
     },
 }
@@ -103,14 +103,15 @@ class BiMaskConfig:
 
     importance_start: float = _field(0.99, "lambda, the weight of the importance score, at step 0 (paper's code).")
     importance_end: float = _field(0.1, "lambda after the warm-up (paper's code).")
-    importance_hold: float | None = _field(None, "Share of the steps before lambda starts to fall. Preset.")
+    importance_hold: float | None = _field(
+        None,
+        "Share of the steps before lambda starts to fall. Meanwhile importance is learned alone: the budget presses on "
+        "the bi-mask and alpha rests; at the end alpha is fitted to the importance curve. 0 = no such phase. Preset.",
+    )
     hold_learning_rate: float | None = _field(
         None,
-        "Factor on the weights' learning rate while lambda is held: importance is learned on the given function, "
-        "before the weights make up for small gates or wake useless units. Preset.",
-    )
-    fit_alpha: bool | None = _field(
-        None, "Fit alpha to the learned importance when lambda starts to fall, so that the bi-mask stays what it is."
+        "Factor on the weights' learning rate in that phase: importance is learned on the given function, before the "
+        "weights make up for small gates or wake useless units. Preset.",
     )
     warmup: float | None = _field(None, "Share of the steps over which lambda and the keep ratio move. Preset.")
     importance_init_mean: float | None = _field(None, "Mean of the initial importance logits. Preset.")
@@ -124,19 +125,22 @@ class BiMaskConfig:
         None, "Whether the two learning rates above follow lr_scheduler_type or stay constant. Preset."
     )
 
-    budget_on: str | None = _field(
-        None, "What the budget presses on: 'bi_mask' (units in proportion to their cost) or 'sparsity' (alpha). Preset."
-    )
     flops_weight: float | None = _field(None, "Weight of the squared relative gap to the budget. Preset.")
-    dual_step: float | None = _field(None, "Step of the dual ascent on the budget multiplier, 0 = none. Preset.")
+    dual_step: float | None = _field(
+        None, "Step of the dual ascent on the budget multiplier in the importance phase, 0 = none. Preset."
+    )
     budget_ramp: float | None = _field(None, "Share of the steps over which the budget shrinks to the target. Preset.")
     one_hot_weight: float | None = _field(None, "Final weight of the adaptive one-hot loss. Preset.")
     one_hot_begin: float | None = _field(None, "Share of the steps before one-hot pressure starts to build up. Preset.")
+    one_hot_end: float | None = _field(None, "Share of the steps at which it has reached its full weight. Preset.")
     importance_penalty: float | None = _field(
         None, "Factor on the L1 penalty of importance (paper: 2e-4 per attention unit, 5e-5 elsewhere). Preset."
     )
     retire_threshold: float = _field(0.2, "A candidate retires at probability threshold / active candidates (paper).")
     retire_begin: float | None = _field(None, "Share of the steps before candidates may retire. Preset.")
+    settle_at: float | None = _field(
+        None, "Share of the steps after which the final choice is made; the rest trains what was chosen. Preset."
+    )
     retire_events: int = _field(40, "How many times in a search weak candidates retire, evenly spaced.")
 
     pmim: bool = _field(True, "Progressive masked image modelling as an auxiliary loss.")
@@ -171,8 +175,8 @@ class BiMaskConfig:
 
     def _check_ranges(self) -> None:
         shares = (
-            "smallest_share importance_start importance_end importance_hold warmup budget_ramp one_hot_begin retire_begin "
-            "retire_threshold keep_ratio_start keep_ratio_end"
+            "smallest_share importance_start importance_end importance_hold warmup budget_ramp one_hot_begin "
+            "one_hot_end retire_begin settle_at retire_threshold keep_ratio_start keep_ratio_end"
         )
         for name in shares.split():
             if not 0 <= getattr(self, name) <= 1:
@@ -187,9 +191,8 @@ class BiMaskConfig:
         for name in ("multiple_of", "retire_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name, allowed in (("alpha_init", ("zeros", "uniform")), ("budget_on", ("bi_mask", "sparsity"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {list(allowed)}.")
+        if self.alpha_init not in ("zeros", "uniform"):
+            raise ValueError(f"alpha_init is {self.alpha_init!r}; allowed are 'zeros' and 'uniform'.")
         if self.pmim_window is not None and (self.pmim_window < 3 or self.pmim_window % 2 == 0):
             raise ValueError(f"pmim_window is {self.pmim_window}; give an odd number of pixels, 3 or more.")
         if not (self.search_embedding or self.search_attention or self.search_mlp):
@@ -255,7 +258,7 @@ class BiMaskConfig:
         return sorted({*range(step, heads, step), heads})
 
     def _channel_sizes(self, full: int, smallest_share: float, step: int) -> list[int]:
-        """Sizes from `smallest_share * full` to `full`, `step` apart and multiples of `multiple_of` where they can be."""
+        """Sizes from `smallest_share * full` to `full`, `step` apart, multiples of `multiple_of` where they can be."""
         unit = math.gcd(full, self.multiple_of)
         step = math.ceil(step / unit) * unit
         smallest = max(math.ceil(int(full * smallest_share) / unit) * unit, unit)

@@ -86,7 +86,7 @@ class PMIMDecoder(nn.Module):
         self.projection = nn.Conv2d(hidden_size, stride**2 * num_channels, kernel_size=1)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """tokens (B, N, C) with N = rows * columns of `grid` -> image (B, channels, rows * stride, columns * stride)."""
+        """tokens (B, N, C), N = rows * columns of `grid` -> image (B, channels, rows * stride, columns * stride)."""
         features = tokens.transpose(1, 2).unflatten(2, grid)
         return F.pixel_shuffle(self.projection(features), self.stride)
 

@@ -24,7 +24,7 @@ def keep_ratio(step: float, warmup_steps: float, start: float = 0.95, end: float
 
 
 def budget_share(step: float, warmup_steps: float, final: float) -> float:
-    """The budget in force, as a share of the dense cost: shrinks from 1 to `final`, so that pressure builds up slowly."""
+    """The budget in force as a share of the dense cost: falls from 1 to `final`, so that pressure builds up slowly."""
     return ramp(step, warmup_steps, 1.0, final)
 
 

@@ -25,10 +25,7 @@ def slice_tensor(tensor: Tensor, entries: Entries) -> Tensor:
     """
     for axis, indices in entries:
         indices = indices.to(tensor.device)
-        if indices.ndim == 1:
-            tensor = tensor.index_select(axis, indices)
-        else:
-            tensor = tensor.take_along_dim(indices, dim=axis)
+        tensor = tensor.index_select(axis, indices) if indices.ndim == 1 else tensor.take_along_dim(indices, dim=axis)
     return tensor.contiguous()
 
 

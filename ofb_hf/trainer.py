@@ -19,7 +19,7 @@ from .flops import count_macs, count_params
 from .losses import budget_loss, flops_loss
 from .pmim import mask_patches, normalize_target, reconstruction_loss
 from .search_space import SubnetSpec
-from .supernet import Supernet, compress, install_bi_masks
+from .supernet import Supernet, compress, install_bi_masks, read_subnet
 from .surgery import rebuild_ddp_, slice_optimizer_
 from .training_args import OFBTrainingArguments
 
@@ -93,11 +93,11 @@ class OFBTrainer(DistillationTrainer):
             loss = loss + config.pmim_weight * supernet.pmim_ratio * parts["pmim"]
             self._pmim_sums += torch.stack([parts["task"].detach().float(), parts["pmim"].detach().float()])
 
-        sizes = supernet.sizes(now["budget_on"])
+        sizes = supernet.sizes("bi_mask" if now["importance_phase"] else "sparsity")
         expected = supernet.expected_cost(sizes)
         parts["expected_macs"] = supernet.expected_macs(sizes)
         parts["flops"] = flops_loss(expected, now["target"], supernet.dense_cost)
-        if now["budget_on"] == "bi_mask":
+        if now["importance_phase"]:
             gap = (expected - now["target"]) / supernet.dense_cost
             loss = loss + budget_loss(gap, supernet.multiplier, config.flops_weight)
         else:
@@ -119,23 +119,22 @@ class OFBTrainer(DistillationTrainer):
 
     def begin_search_step(self) -> None:
         """Sets everything that follows the global step; the step about to run is `state.global_step`."""
-        config, step, total = self.bi_mask_config, self.state.global_step, self.state.max_steps
-        warmup = config.warmup * total
-        hold = config.importance_hold * total
+        config, supernet = self.bi_mask_config, self.supernet
+        step, total = self.state.global_step, self.state.max_steps
+        hold, warmup = round(config.importance_hold * total), config.warmup * total
         lam = schedule.importance_weight(step - hold, warmup, config.importance_start, config.importance_end)
         keep = schedule.keep_ratio(step, warmup, config.keep_ratio_start, config.keep_ratio_end)
-        supernet = self.supernet
         share = schedule.budget_share(step, config.budget_ramp * total, supernet.target / supernet.dense_cost)
         self._schedule = {
             "lam": lam,
             "keep_ratio": keep if supernet.pmim_decoder is not None else 1.0,
-            "budget_on": config.budget_on if step < hold or not config.fit_alpha else "sparsity",
             "target": share * supernet.dense_cost,
-            "one_hot_weight": schedule.one_hot_weight(step, config.one_hot_begin * total, total, config.one_hot_weight)
-            if config.one_hot_begin
-            else config.one_hot_weight,
+            "importance_phase": step < hold,
+            "one_hot_weight": schedule.one_hot_weight(
+                step, config.one_hot_begin * total, config.one_hot_end * total, config.one_hot_weight
+            ),
         }
-        if config.fit_alpha and step == round(hold):
+        if hold and step == hold:
             for mask in supernet.bi_masks:
                 mask.fit_alpha_()
         supernet.lam.fill_(lam)
@@ -148,9 +147,9 @@ class OFBTrainer(DistillationTrainer):
         """Updates the budget multiplier, then retires candidates, shrinks and, after the last step, settles."""
         supernet, config = self.supernet, self.bi_mask_config
         step, total = self.state.global_step, self.state.max_steps
-        if config.dual_step:
+        if self._schedule["importance_phase"]:
             supernet.refresh_gates()
-            expected = supernet.expected_cost(supernet.sizes(self._schedule["budget_on"]))
+            expected = supernet.expected_cost(supernet.sizes("bi_mask"))
             gap = (expected - self._schedule["target"]) / supernet.dense_cost
             supernet.multiplier.add_(config.dual_step * gap).clamp_(min=0)
         if supernet.pmim_decoder is not None:
@@ -158,7 +157,9 @@ class OFBTrainer(DistillationTrainer):
             ratio = (task / pmim.clamp(min=1e-8)).clamp(max=config.pmim_max_ratio)
             supernet.pmim_ratio.copy_(torch.where(pmim > 0, ratio, supernet.pmim_ratio))
 
-        if step >= total:
+        if supernet.is_settled:
+            return
+        if step >= min(total, round(config.settle_at * total)):
             supernet.settle_()
             self.shrink()
         elif schedule.is_retirement_step(step, max(1, total // config.retire_events), config.retire_begin * total):
@@ -190,8 +191,6 @@ class OFBTrainer(DistillationTrainer):
 
     def read_subnet(self) -> SubnetSpec:
         """The units of the dense model that `compress` keeps."""
-        from .supernet import read_subnet
-
         return read_subnet(self.supernet)
 
     # ---------------------------------------------------------------------------------------- optimizer, schedule

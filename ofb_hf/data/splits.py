@@ -1,0 +1,58 @@
+"""A classification data set with its two splits, and how splits are divided and cut."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images to train and to evaluate on.
+
+    Attributes:
+        name: what the data is called in reports: a Hub name, a folder's name or `digits`.
+        train, eval: rows with an `Image` column and a `ClassLabel` column, no row without a label.
+        image_column, label_column: the names of these columns.
+        label_names: the classes, in the order of their indices.
+    """
+
+    name: str
+    train: Dataset
+    eval: Dataset
+    image_column: str
+    label_column: str
+    label_names: list[str]
+
+
+def hold_out(labels: list[int], num_held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows to keep and which to hold out: two arrays of row indices, every class in proportion.
+
+    The same labels give the same answer on every machine: `RandomState` is the generator that numpy froze.
+
+    Raises:
+        ValueError: unless both parts get at least one row.
+    """
+    if not 0 < num_held_out < len(labels):
+        raise ValueError(
+            f"{num_held_out} of {len(labels)} rows cannot be held out for evaluation; both parts need at least one "
+            "row. Give more images, another --eval_share, or name an --eval_split."
+        )
+    classes = np.asarray(labels)
+    order = np.random.RandomState(SPLIT_SEED).permutation(len(classes))
+    position = np.empty(len(classes))
+    for label in np.unique(classes):
+        members = order[classes[order] == label]
+        # Members of every class are spread evenly over [0, 1): any first part then holds its share of each class.
+        position[members] = (np.arange(len(members)) + 0.5) / len(members)
+    by_position = order[np.argsort(position[order], kind="stable")]
+    return by_position[num_held_out:], by_position[:num_held_out]
+
+
+def limit(dataset: Dataset, num_samples: int | None) -> Dataset:
+    """A random subset, always the same; the data set itself when there is no limit or nothing to cut."""
+    if num_samples is None or num_samples >= len(dataset):
+        return dataset
+    return dataset.select(np.random.RandomState(SPLIT_SEED).permutation(len(dataset))[:num_samples])

@@ -1,0 +1,284 @@
+"""From a PIL image to the model's input, with and without augmentation; PIL and numpy only, never torchvision."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+
+AUGMENTATIONS = ("auto", "none", "light", "standard")
+SMALL_IMAGE = 64
+JITTER = 0.3
+LIGHT_SHARE = 0.1
+LIGHT_DEGREES = 10.0
+CROP_SCALE = (0.35, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+GRAY_LEVELS = 256
+
+
+def build_transform(image_processor: Any, augmentation: str, train: bool) -> "ImageTransform":
+    """A callable from PIL image to float32 tensor (3, H, W), with the sizes and numbers of an image processor.
+
+    Without augmentation the result is what the processor returns for the image in RGB, so a published model sees in
+    `pipeline("image-classification")` the pixels it was evaluated on.
+
+    Args:
+        image_processor: of transformers, one that resizes, crops, rescales and normalizes.
+        augmentation: "none"; "light": small shifts, turns and changes of scale; "standard": crops, flips, brightness
+            and contrast; "auto": standard.
+        train: False ignores the augmentation.
+
+    Raises:
+        ValueError: for an unknown augmentation, and for a processor whose output has no fixed size, is not made of
+            three channels, or takes more steps than these.
+    """
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(f"augmentation is {augmentation!r}; allowed are {', '.join(AUGMENTATIONS)}.")
+    kinds = {"none": ImageTransform, "light": LightTransform, "standard": StandardTransform, "auto": StandardTransform}
+    evaluation = ImageTransform(image_processor)
+    _check_same_pixels(evaluation, image_processor)
+    return kinds[augmentation](image_processor) if train else evaluation
+
+
+def with_image_transform(
+    dataset: Dataset, transform: Callable[[Image.Image], Tensor], image_column: str, label_column: str
+) -> Dataset:
+    """The same rows as {"pixel_values": tensor (3, H, W), "labels": int}, transformed when they are read."""
+    rows = dataset.select_columns([image_column, label_column])
+    return rows.with_transform(RowTransform(transform, image_column, label_column))
+
+
+@dataclass(frozen=True)
+class RowTransform:
+    """Applies an image transform to the rows that `datasets` hands over: a dict of lists, in and out."""
+
+    transform: Callable[[Image.Image], Tensor]
+    image_column: str
+    label_column: str
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
+        """{image column, label column} -> {"pixel_values": tensors (3, H, W), "labels": integers}."""
+        return {
+            "pixel_values": [self.transform(image) for image in rows[self.image_column]],
+            "labels": [int(label) for label in rows[self.label_column]],
+        }
+
+
+class ImageTransform:
+    """Evaluation: resize, crop, rescale and normalize as the image processor does, on any PIL image.
+
+    Raises:
+        ValueError: for a processor without a fixed output size; when called, for an image of another size if the
+            processor does not resize.
+        TypeError: when called with something that is no PIL image.
+    """
+
+    def __init__(self, image_processor: Any):
+        size = getattr(image_processor, "size", None) or {}
+        crop = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", None) else None
+        self.resize_to = _resize_target(size) if getattr(image_processor, "do_resize", None) else None
+        self.crops = crop is not None
+        self.height, self.width = _output_size(crop if self.crops else size)
+        resample = getattr(image_processor, "resample", None)
+        self.resample = Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
+        self.table = _normalization_table(image_processor)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """PIL image of any mode -> (3, H, W) float32."""
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"got {type(image).__name__}, expected a PIL image; check the image column for empty rows.")
+        image = self.prepare(image.convert("RGB"))
+        if image.size != (self.width, self.height):
+            raise ValueError(
+                f"the image has {image.width} x {image.height} pixels, but the model takes {self.width} x "
+                f"{self.height} and the image processor does not resize; set its do_resize."
+            )
+        levels = np.asarray(image)
+        # All pixels are one of 256 levels by now: looking the result up is exact, and faster than computing it.
+        return torch.from_numpy(np.stack([self.table[c].take(levels[..., c]) for c in range(3)]))
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        """RGB image of any size -> RGB image of the model's size."""
+        if self.resize_to is not None:
+            height, width = self.resize_to(image)
+            image = image.resize((width, height), self.resample)
+        return _center_crop(image, self.height, self.width) if self.crops else image
+
+
+class LightTransform(ImageTransform):
+    """For digits and characters: shifts and changes scale by up to 10 %, turns by up to 10 degrees, never flips."""
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        """RGB image of any size -> RGB image of the model's size; empty corners take the background's color."""
+        image = super().prepare(image)
+        turn, zoom, right, down = _uniform(4, -1, 1)
+        angle, scale = math.radians(LIGHT_DEGREES * turn), 1 + LIGHT_SHARE * zoom
+        a, b = math.cos(angle) / scale, math.sin(angle) / scale
+        # PIL asks where a target pixel comes from: undo the shift, then turn and scale around the center.
+        x, y = image.width / 2, image.height / 2
+        x_from, y_from = x + LIGHT_SHARE * image.width * right, y + LIGHT_SHARE * image.height * down
+        inverse = (a, b, x - a * x_from - b * y_from, -b, a, y + b * x_from - a * y_from)
+        return image.transform(
+            image.size, Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR, fillcolor=_background(image)
+        )
+
+
+class StandardTransform(ImageTransform):
+    """For photos: a random part of the image, mirrored in one of two cases, with other brightness and contrast.
+
+    Outputs of up to 64 pixels are shifted by up to 1/8 (black comes in); larger ones are resized from a random crop.
+    """
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        """RGB image of any size -> RGB image of the model's size."""
+        is_small = max(self.height, self.width) <= SMALL_IMAGE
+        image = super().prepare(image) if is_small else self._random_crop(image)
+        mirror, brightness, contrast = _uniform(3, -1, 1)
+        if mirror > 0:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = _jitter(image, 1 + JITTER * brightness, 1 + JITTER * contrast)
+        return self._random_shift(image) if is_small else image
+
+    def _random_shift(self, image: Image.Image) -> Image.Image:
+        margins = [max(1, round(side / 8)) for side in image.size]
+        left, top = (math.floor(u * (2 * m + 1)) - m for u, m in zip(_uniform(2, 0, 1), margins, strict=True))
+        return image.crop((left, top, left + image.width, top + image.height))
+
+    def _random_crop(self, image: Image.Image) -> Image.Image:
+        left, top, width, height = _random_box(image.width, image.height)
+        box = (left, top, left + width, top + height)
+        return image.resize((self.width, self.height), Image.Resampling.BICUBIC, box=box)
+
+
+def _random_box(width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a random part: its area and its aspect ratio (in logarithms) are uniform."""
+    log_ratio = [math.log(ratio) for ratio in CROP_RATIO]
+    for _ in range(CROP_ATTEMPTS):
+        area, ratio, x, y = _uniform(4, 0, 1)
+        area = width * height * (CROP_SCALE[0] + area * (CROP_SCALE[1] - CROP_SCALE[0]))
+        ratio = math.exp(log_ratio[0] + ratio * (log_ratio[1] - log_ratio[0]))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return math.floor(x * (width - w + 1)), math.floor(y * (height - h + 1)), w, h
+    # A very long image: the largest part in the middle whose aspect ratio is still allowed.
+    w = max(1, min(width, round(height * CROP_RATIO[1])))
+    h = max(1, min(height, round(width / CROP_RATIO[0])))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _jitter(image: Image.Image, brightness: float, contrast: float) -> Image.Image:
+    """Scales the levels, then their distance to the mean gray; one table serves both steps and all channels."""
+    levels = (np.arange(GRAY_LEVELS) * brightness).clip(0, GRAY_LEVELS - 1)
+    mean = np.average(levels, weights=image.convert("L").histogram())
+    levels = (mean + (levels - mean) * contrast).clip(0, GRAY_LEVELS - 1).round().astype(int).tolist()
+    return image.point(levels * 3)
+
+
+def _background(image: Image.Image) -> tuple[int, ...]:
+    """The lower median of the four corners, per channel."""
+    right, bottom = image.width - 1, image.height - 1
+    corners = [image.getpixel(corner) for corner in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
+    return tuple(sorted(levels)[1] for levels in zip(*corners, strict=True))
+
+
+def _uniform(count: int, low: float, high: float) -> list[float]:
+    """Random numbers from torch's global generator: it follows the seed and differs between loader workers."""
+    return (low + (high - low) * torch.rand(count, dtype=torch.float64)).tolist()
+
+
+@dataclass(frozen=True)
+class _FixedSize:
+    height: int
+    width: int
+
+    def __call__(self, image: Image.Image) -> tuple[int, int]:
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class _ShortestEdge:
+    edge: int
+
+    def __call__(self, image: Image.Image) -> tuple[int, int]:
+        short, long = sorted(image.size)
+        other = int(self.edge * long / short)
+        return (other, self.edge) if image.width <= image.height else (self.edge, other)
+
+
+def _resize_target(size: Any) -> Callable[[Image.Image], tuple[int, int]]:
+    """From an image to the (height, width) that the processor resizes it to."""
+    if size.get("height") and size.get("width"):
+        return _FixedSize(size["height"], size["width"])
+    if size.get("shortest_edge") and not size.get("longest_edge"):
+        return _ShortestEdge(size["shortest_edge"])
+    raise ValueError(
+        f"the image processor's size is {dict(size)}; expected height and width, or shortest_edge. "
+        "Set it to the size of the model's input."
+    )
+
+
+def _output_size(size: Any) -> tuple[int, int]:
+    if size.get("height") and size.get("width"):
+        return size["height"], size["width"]
+    raise ValueError(
+        f"the image processor gives images of different sizes ({dict(size)}, no crop); a batch needs one size. Set "
+        "its size to height and width, or its do_center_crop and crop_size."
+    )
+
+
+def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of an image; black is added around an image that is too small."""
+    left, top = _crop_start(image.width, width), _crop_start(image.height, height)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _crop_start(available: int, wanted: int) -> int:
+    # transformers rounds down both when it cuts and when it pads; floor division does the same for negative numbers.
+    return (available - wanted) // 2
+
+
+def _normalization_table(image_processor: Any) -> np.ndarray:
+    """What the processor makes of each gray level in each channel: (3, 256) float32, rounded where it rounds."""
+    levels = np.arange(GRAY_LEVELS, dtype=np.float32)[None, :].repeat(3, axis=0)
+    if getattr(image_processor, "do_rescale", None):
+        levels = (levels.astype(np.float64) * image_processor.rescale_factor).astype(np.float32)
+    if getattr(image_processor, "do_normalize", None):
+        mean, std = (_per_channel(image_processor, name) for name in ("image_mean", "image_std"))
+        levels = (levels - mean) / std
+    return levels
+
+
+def _per_channel(image_processor: Any, name: str) -> np.ndarray:
+    value = np.asarray(getattr(image_processor, name), dtype=np.float32).reshape(-1, 1)
+    if value.shape not in ((1, 1), (3, 1)):
+        raise ValueError(f"the image processor's {name} has {len(value)} values; expected three, for RGB images.")
+    return value
+
+
+def _check_same_pixels(transform: ImageTransform, image_processor: Any) -> None:
+    """Refuses processors that do something we do not know of, by trying one on a smooth image of awkward shape."""
+    wider = 0 if transform.resize_to is None else transform.width // 3 + 1
+    height, width = transform.height + wider // 2, transform.width + wider
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    ramps = np.stack([255 * x, 255 * (1 - y), 127 * (x + y)], axis=-1)
+    probe = Image.fromarray(ramps.round().astype(np.uint8))
+    actual = transform(probe)
+    expected = image_processor(probe, return_tensors="pt")["pixel_values"][0].float()
+    gray_level = float(np.abs(np.diff(transform.table, axis=1)).max())
+    if expected.shape != actual.shape:
+        difference = f"its output has the shape {tuple(expected.shape)} instead of {tuple(actual.shape)}"
+    # Backends round differently when they resize: one gray level. An unknown step is far above that.
+    elif (gap := (expected - actual).abs().mean().item()) > gray_level:
+        difference = f"its output differs by {gap / gray_level:.1f} gray levels on average"
+    else:
+        return
+    raise ValueError(
+        f"{type(image_processor).__name__} does more than resize, crop, rescale and normalize ({difference}), so "
+        "training could not show the model what it will see in use. Use a ViTImageProcessor with the same numbers."
+    )

@@ -1,0 +1,74 @@
+"""Pictures of a search, for people who would rather look than read."""
+
+from pathlib import Path
+from typing import Any
+
+from .search_space import SubnetSpec
+
+
+def plot_search(
+    history: list[dict[str, Any]],
+    subnet: SubnetSpec,
+    dense_sizes: dict[str, tuple[int, ...]],
+    target: float,
+    budget: str,
+    path: str | Path,
+) -> None:
+    """Draws a search: cost against the budget, candidates in the race, and what is left of every layer.
+
+    Args:
+        history: rows of `search_history.jsonl`.
+        subnet: the result.
+        dense_sizes: submodule name -> units of the dense model, (U,) or (heads, channels).
+        target: the budget, in MACs or parameters.
+        budget: `target_macs` or `target_params`.
+        path: PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in history if row["phase"] == "search"]
+    figure, (cost, race, widths) = pyplot.subplots(
+        1, 3, figsize=(17, 4.6), width_ratios=[1, 0.8, 1.5], layout="constrained"
+    )
+    _draw_cost(cost, rows, target, budget)
+    _draw_race(race, rows)
+    _draw_widths(widths, subnet, dense_sizes)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _draw_cost(axes: Any, rows: list[dict[str, Any]], target: float, budget: str) -> None:
+    steps = [row["step"] for row in rows]
+    name = "macs" if budget == "target_macs" else "params"
+    scale, unit = (1e9, "G") if max([row[name] for row in rows], default=0) >= 1e9 else (1e6, "M")
+    if name == "macs":
+        axes.plot(steps, [row["expected_macs"] / scale for row in rows], label="expected", color="tab:blue")
+    axes.step(steps, [row[name] / scale for row in rows], where="post", label="network as it is", color="tab:orange")
+    axes.axhline(target / scale, label="budget", color="tab:red", linestyle="--", linewidth=1)
+    axes.set(title="Cost of the network", xlabel="search step", ylabel=f"{unit} {name}", ylim=(0, None))
+    axes.legend()
+
+
+def _draw_race(axes: Any, rows: list[dict[str, Any]]) -> None:
+    steps = [row["step"] for row in rows]
+    axes.step(steps, [row["active_candidates"] for row in rows], where="post", color="tab:green")
+    axes.set(title="Candidates still in the race", xlabel="search step", ylim=(0, None))
+
+
+def _draw_widths(axes: Any, subnet: SubnetSpec, dense_sizes: dict[str, tuple[int, ...]]) -> None:
+    names = list(dense_sizes)
+    for position, name in enumerate(names):
+        size, dense = subnet.size(name), dense_sizes[name]
+        kept = size if isinstance(size, tuple) else (size,)
+        share = 1.0
+        for left, full in zip(kept, dense, strict=True):
+            share *= left / full
+        axes.bar(position, 1, color="0.9")
+        axes.bar(position, share, color={1: "tab:blue", 2: "tab:purple"}[len(dense)])
+        label = " x ".join(map(str, kept))
+        axes.text(position, share + 0.01, label, rotation=90, ha="center", va="bottom", fontsize=7)
+    axes.set(title="Kept units (share of the dense width; heads x channels in purple)", ylim=(0, 1.25))
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)

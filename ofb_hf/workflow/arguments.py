@@ -1,0 +1,134 @@
+"""Command line and YAML: every field of every argument class is a flag; a file gives defaults, the line wins."""
+
+import argparse
+import copy
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..training_args import OFBTrainingArguments
+
+DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class ModelArguments:
+    """Which classifier to start from, and what to keep of it."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata=_help(
+            "A Hub name or folder with a ViT classifier, or a shape with random weights: deit_tiny, deit_small, "
+            "deit_base, digits_vit."
+        ),
+    )
+    teacher_name_or_path: str | None = field(
+        default=None, metadata=_help("Image classifier to learn from; by default the dense model itself.")
+    )
+    dense_epochs: float = field(
+        default=0.0, metadata=_help("Train the dense model this many epochs first (for random weights).")
+    )
+    dense_learning_rate: float = field(default=1e-3, metadata=_help("Learning rate of that training."))
+    keep_dense: bool = field(default=False, metadata=_help("Keep the dense model in OUTPUT_DIR/dense."))
+    overwrite_output_dir: bool = field(
+        default=False, metadata=_help("Start over in a folder that already holds a run; its files are replaced.")
+    )
+
+
+@dataclass
+class FinetuneArguments:
+    """The training that follows the search. All other settings are those of the search."""
+
+    finetune_epochs: float = field(default=10.0, metadata=_help("Epochs after the search; 0 = no finetuning."))
+    finetune_max_steps: int = field(default=-1, metadata=_help("Optimizer steps instead of epochs; 0 = none."))
+    finetune_learning_rate: float = field(default=2e-4, metadata=_help("Peak learning rate of finetuning."))
+    finetune_distillation_weight: float = field(
+        default=0.5, metadata=_help("Share of the teacher in the finetuning loss, 0 = labels only.")
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.finetune_distillation_weight <= 1:
+            raise ValueError(
+                f"finetune_distillation_weight is {self.finetune_distillation_weight}; it is a share between 0 and 1."
+            )
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is any finetuning to do."""
+        return self.finetune_max_steps > 0 or (self.finetune_max_steps < 0 and self.finetune_epochs > 0)
+
+
+def parse(classes: list[type], argv: list[str] | None, description: str, demo: bool = False) -> tuple[Any, ...]:
+    """Reads the command line into one instance of each class.
+
+    Args:
+        classes: dataclasses; their fields are the flags, their help texts the help.
+        argv: words of the command line without the program, None for the process's own.
+        description: printed at the top of `--help`.
+        demo: settings of the embedded demonstration apply when neither model nor data are named.
+
+    Raises:
+        ValueError: for a config file that is missing, is no mapping or has unknown keys, and for values that the
+            classes refuse.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(classes, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file with any of these settings; the command line wins.")
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    known, rest = config_parser.parse_known_args(argv)
+    names = {f.name for c in classes for f in fields(c) if f.init}
+    words = [] if known.config is None else _words(Path(known.config), names)
+    if demo and not _names_data(words + rest) and not {"-h", "--help"} & set(rest):
+        words = _words(DEMO_CONFIG, names) + words
+    return parser.parse_args_into_dataclasses(words + rest, look_for_args_file=False)[: len(classes)]
+
+
+def _names_data(words: list[str]) -> bool:
+    flags = {word.split("=")[0] for word in words}
+    return bool(flags & {"--dataset_name", "--data_dir", "--model_name_or_path"})
+
+
+def _words(path: Path, names: set[str]) -> list[str]:
+    """A YAML file as command line words."""
+    if not path.is_file():
+        raise ValueError(f"--config {path} is no file; give a YAML file with settings.")
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config {path} holds a {type(settings).__name__}; expected `name: value` lines.")
+    if unknown := sorted(set(settings) - names):
+        raise ValueError(f"--config {path} has unknown settings {unknown}; see --help for the known ones.")
+    words: list[str] = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, dict):
+            words.append(json.dumps(value))
+        else:
+            words += [str(item) for item in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def phase_arguments(args: OFBTrainingArguments, phase: str, **changes: Any) -> OFBTrainingArguments:
+    """A copy of the training arguments for one phase, which checkpoints into its own subfolder of the output."""
+    copied = copy.copy(args)
+    copied.output_dir = str(Path(args.output_dir) / phase)
+    for name, value in changes.items():
+        setattr(copied, name, value)
+    return copied
+
+
+def command_line() -> str:
+    """The command that started this process, as one can type it again (without machine-specific folders)."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,41 @@
+"""The summary that a run prints."""
+
+from typing import Any
+
+COLUMNS = (
+    ("top-1 %", "top1", lambda value: f"{value:.2f}"),
+    ("top-5 %", "top5", lambda value: f"{value:.2f}"),
+    ("GMACs", "macs", lambda value: f"{value / 1e9:.4g}"),
+    ("params M", "params", lambda value: f"{value / 1e6:.4g}"),
+    ("MiB", "bytes", lambda value: f"{value / 2**20:.2f}"),
+    ("images/s", "images_per_second", lambda value: f"{value:,.0f}"),
+)
+TITLES = {"dense": "dense", "searched": "after search", "finetuned": "after finetuning"}
+
+
+def results_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Header and one row per stage of `eval_results.json`, as text."""
+    rows = [["model", *(title for title, _, _ in COLUMNS)]]
+    for stage, title in TITLES.items():
+        if results.get(stage):
+            values = results[stage]
+            rows.append(
+                [title, *(show(values[key]) if values.get(key) is not None else "-" for _, key, show in COLUMNS)]
+            )
+    return rows
+
+
+def text_table(rows: list[list[str]]) -> str:
+    """Aligned columns, the first to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(cells))
+        for cells in ([*zip(row, widths, strict=True)] for row in rows)
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """The same as a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]])

@@ -1,0 +1,223 @@
+"""Search, finetune, evaluate, write down: the whole walk in one run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers.utils import logging
+
+from ..architectures import describe
+from ..callbacks import HISTORY_FILE, HistoryCallback, read_history
+from ..configuration import BiMaskConfig
+from ..data import DataArguments, ImageData, build_transform, load_image_data, with_image_transform
+from ..distillation import DistillationTrainer
+from ..model_card import render_card
+from ..plots import plot_search
+from ..search_space import SubnetSpec
+from ..supernet import install_bi_masks
+from ..trainer import OFBTrainer
+from ..training_args import OFBTrainingArguments
+from . import output
+from .arguments import FinetuneArguments, ModelArguments, phase_arguments
+from .checkpoints import PRESETS, load_classifier, load_image_processor, load_teacher
+from .measure import hardware, measure, provenance
+from .report import markdown_table, results_rows, text_table
+
+logger = logging.get_logger(__name__)
+
+SUBNET_FILE = "subnet.json"
+
+
+@dataclass
+class Walk:
+    """Everything the phases of one run share."""
+
+    model_args: ModelArguments
+    finetune_args: FinetuneArguments
+    args: OFBTrainingArguments
+    config: BiMaskConfig
+    data: ImageData
+    processor: Any
+    dense: PreTrainedModel
+    train: Any
+    eval: Any
+    target: int
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.args.output_dir)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.args.process_index == 0
+
+    @property
+    def resuming(self) -> bool:
+        """Whether an earlier run in the same folder is to be continued."""
+        return self.args.resume_from_checkpoint is not None
+
+
+def run(walk: Walk) -> dict[str, Any]:
+    """Runs the walk and fills its output folder. Returns the content of `eval_results.json`.
+
+    A failure on the way leaves `FAILED.txt` there, and checkpoints to resume from.
+    """
+    if walk.is_main and not walk.resuming:
+        output.clear_run(walk.folder)
+    with output.marked_if_failed(walk.folder):
+        if walk.model_args.dense_epochs:
+            train_dense(walk)
+        searched, subnet = search(walk)
+        models = {"dense": walk.dense, "searched": searched}
+        if walk.finetune_args.is_wanted:
+            models["finetuned"] = finetune(walk, searched)
+        return finish(walk, models, subnet)
+
+
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    config: BiMaskConfig,
+    finetune_args: FinetuneArguments,
+    args: OFBTrainingArguments,
+) -> Walk:
+    """Loads model and data and checks that they, and the budget, go together. Touches nothing.
+
+    Raises:
+        ValueError: for whatever cannot work, in words.
+    """
+    if model_args.model_name_or_path is None:
+        raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(PRESETS)}.")
+    output.check_free(Path(args.output_dir), model_args.overwrite_output_dir, args.resume_from_checkpoint is not None)
+    name = model_args.model_name_or_path
+    processor = load_image_processor(name)
+    data = load_image_data(data_args)
+    dense = load_classifier(name, data.label_names, args.seed)
+    target = install_bi_masks(dense, config).target
+    columns = (data.image_column, data.label_column)
+    train = with_image_transform(data.train, build_transform(processor, data_args.augmentation, train=True), *columns)
+    evaluation = with_image_transform(data.eval, build_transform(processor, "none", train=False), *columns)
+    return Walk(model_args, finetune_args, args, config, data, processor, dense, train, evaluation, target)
+
+
+def train_dense(walk: Walk) -> None:
+    """Trains the dense model where it starts from random weights; keeps it for a resumed run."""
+    done = walk.folder / "dense_training" / "model"
+    if walk.resuming and done.is_dir():
+        walk.dense = type(walk.dense).from_pretrained(done)
+        return
+    args = phase_arguments(
+        walk.args,
+        "dense_training",
+        num_train_epochs=walk.model_args.dense_epochs,
+        max_steps=-1,
+        learning_rate=walk.model_args.dense_learning_rate,
+        distillation_weight=None,
+        save_strategy="no",
+    )
+    _train(DistillationTrainer(walk.dense, args, train_dataset=walk.train), walk, "dense")
+    if walk.is_main:
+        output.write_aside(done, walk.dense.save_pretrained)
+
+
+def search(walk: Walk) -> tuple[PreTrainedModel, SubnetSpec]:
+    """The search itself, or its result where a resumed run finds it done."""
+    done = walk.folder / "search" / "model"
+    if walk.resuming and done.is_dir():
+        subnet = SubnetSpec.from_json((done / SUBNET_FILE).read_text(encoding="utf-8"))
+        return AutoModelForImageClassification.from_pretrained(done), subnet
+    set_seed(walk.args.seed)
+    trainer = OFBTrainer(
+        walk.dense,
+        phase_arguments(walk.args, "search"),
+        walk.config,
+        teacher=_teacher(walk),
+        train_dataset=walk.train,
+    )
+    _train(trainer, walk, "search")
+    small, subnet = trainer.compress(), trainer.read_subnet()
+
+    def write(folder: Path) -> None:
+        small.save_pretrained(folder)
+        (folder / SUBNET_FILE).write_text(subnet.to_json(), encoding="utf-8")
+
+    if walk.is_main:
+        output.write_aside(done, write)
+    return small, subnet
+
+
+def finetune(walk: Walk, searched: PreTrainedModel) -> PreTrainedModel:
+    """Finetunes a copy of the searched model with the dense model, or the given one, as teacher."""
+    wanted = walk.finetune_args
+    args = phase_arguments(
+        walk.args,
+        "finetune",
+        num_train_epochs=wanted.finetune_epochs,
+        max_steps=wanted.finetune_max_steps,
+        learning_rate=wanted.finetune_learning_rate,
+        distillation_weight=wanted.finetune_distillation_weight,
+    )
+    set_seed(walk.args.seed)
+    model = type(searched)(searched.config)
+    model.load_state_dict(searched.state_dict())
+    teacher = _teacher(walk) or walk.dense
+    trainer = DistillationTrainer(model.train(), args, teacher=teacher, train_dataset=walk.train)
+    _train(trainer, walk, "finetune")
+    return model
+
+
+def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -> dict[str, Any]:
+    """Evaluates, measures, writes the output folder and prints the summary."""
+    results: dict[str, Any] = {walk.config.budget[0]: walk.target}
+    results |= measure(models, walk.eval, phase_arguments(walk.args, "search")) | provenance(walk.args.seed)
+    if walk.is_main:
+        write_output(walk, models, subnet, results)
+        logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), walk.folder)
+    return results
+
+
+def write_output(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec, results: dict[str, Any]) -> None:
+    """Puts the product into the output folder, each file written aside and renamed."""
+    folder, final = walk.folder, models.get("finetuned", models["searched"])
+    aside = folder / f"{output.ASIDE}-output"
+    output.remove(aside)
+    final.save_pretrained(aside)
+    walk.processor.save_pretrained(aside)
+    (aside / SUBNET_FILE).write_text(subnet.to_json(), encoding="utf-8")
+    source = walk.model_args.model_name_or_path
+    source = Path(source).name if Path(source).exists() else source
+    card = render_card(results, subnet, markdown_table(results_rows(results)), source, walk.data.name, hardware())
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    (aside / "eval_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    history = read_history(folder / HISTORY_FILE)
+    sizes = describe(walk.dense.config).sizes
+    plot_search(history, subnet, sizes, walk.target, walk.config.budget[0], aside / "search.png")
+    if walk.model_args.keep_dense:
+        output.write_aside(folder / "dense", lambda path: _save_with_processor(models["dense"], walk.processor, path))
+    for path in aside.iterdir():
+        path.replace(folder / path.name)
+    aside.rmdir()
+
+
+def _save_with_processor(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _train(trainer: DistillationTrainer, walk: Walk, phase: str) -> None:
+    trainer.add_callback(HistoryCallback(walk.folder / HISTORY_FILE, phase))
+    folder, wanted = Path(trainer.args.output_dir), walk.args.resume_from_checkpoint
+    if wanted == "auto":
+        wanted = output.newest_checkpoint(folder)
+    elif wanted is not None and Path(wanted).parent != folder:
+        wanted = None  # a checkpoint of another phase
+    trainer.train(resume_from_checkpoint=wanted)
+
+
+def _teacher(walk: Walk) -> PreTrainedModel | None:
+    name = walk.model_args.teacher_name_or_path
+    return None if name is None else load_teacher(name, len(walk.data.label_names))

@@ -1,0 +1,224 @@
+"""Small networks, spaces and masks for tests: built from configs, offline, in milliseconds.
+
+Sizes are awkward and pairwise different wherever they can be, so that a swapped axis cannot pass, and weights are
+large enough that a forgotten factor shows in the logits.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from ofb_hf import OFBViTForImageClassification, ViTBiMaskConfig, install_bi_masks
+from ofb_hf.bi_mask import BiMask
+from ofb_hf.search_space import SubmoduleSpace
+from ofb_hf.supernet import Supernet
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+# Candidates that divide nothing: no multiple of 8 hides an index that is off by one.
+AWKWARD = {
+    "embedding_candidates": [13, 24, 31, 40],
+    "head_candidates": [2, 3, 5],
+    "head_dim_candidates": [3, 5, 8],
+    "mlp_candidates": [17, 29, 50, 72],
+}
+
+
+def golden(name: str) -> dict[str, Any]:
+    """A fixture of reference numbers, by file name."""
+    return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
+
+
+def vit_config(**overrides: Any) -> ViTConfig:
+    """Config of a ViT with 17 tokens, 40 channels, 5 heads of 8, 72 MLP channels and 3 labels."""
+    sizes = {
+        "hidden_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 5,
+        "intermediate_size": 72,
+        "image_size": 16,
+        "patch_size": 4,
+        "num_labels": 3,
+    }
+    return ViTConfig(**(sizes | overrides))
+
+
+@torch.no_grad()
+def randomize_weights_(model: nn.Module, seed: int = 0) -> None:
+    """Gives every parameter, biases, norms and tokens included, values that matter: logits spread over about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+        if name.endswith("weight") and parameter.ndim == 1:
+            parameter.copy_(1 + 0.3 * noise)
+        else:
+            parameter.copy_(noise * (1.2 / parameter[0].numel() ** 0.5 if parameter.ndim in (2, 4) else 0.4))
+
+
+def tiny_vit(
+    seed: int = 0, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager", **overrides: Any
+) -> ViTForImageClassification:
+    """A stock ViT classifier in eval mode; overrides are config fields."""
+    config = vit_config(**overrides)
+    model = ViTForImageClassification._from_config(config, attn_implementation=attn_implementation)
+    randomize_weights_(model, seed)
+    return model.to(dtype).eval()
+
+
+def tiny_images(
+    count: int = 2, size: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32, channels: int = 3
+) -> Tensor:
+    """Normalised images (B, C, H, W)."""
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def search_config(**overrides: Any) -> ViTBiMaskConfig:
+    """A search over awkward candidates; overrides are config fields."""
+    return ViTBiMaskConfig(**(AWKWARD | overrides))
+
+
+def tiny_supernet(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Supernet:
+    """A supernet of `tiny_vit` with random masks, in eval mode; overrides are fields of the search config."""
+    supernet = install_bi_masks(tiny_vit(seed, dtype), search_config(**overrides)).to(dtype)
+    randomize_masks_(supernet, seed)
+    return supernet
+
+
+@torch.no_grad()
+def randomize_masks_(supernet: Supernet, seed: int = 0, spread: float = 2.0, lam: float = 0.4) -> None:
+    """Random importance and architecture logits, mask tokens and mixing weight: nothing is left at a default."""
+    generator = torch.Generator().manual_seed(seed)
+    for mask in supernet.bi_masks:
+        for parameter in (mask.importance_logits, mask.alpha):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_((spread * noise).to(parameter))
+    if supernet.pmim_decoder is not None:
+        for name, parameter in supernet.model.named_parameters():
+            if name.endswith("mask_token"):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(noise.to(parameter))
+    supernet.lam.fill_(lam)
+
+
+def random_candidate(mask: BiMask, rng: random.Random) -> tuple[int, ...]:
+    """The size of some active candidate."""
+    index = rng.choice(mask.active_candidates.nonzero().tolist())
+    return tuple(int(axis[i]) for axis, i in zip(mask.candidate_axes, index, strict=True))
+
+
+def settle_randomly_(supernet: Supernet, seed: int, names: set[str] | None = None) -> None:
+    """Leaves one random candidate in the named submodules (all of them by default)."""
+    rng = random.Random(seed)
+    for mask in supernet.bi_masks:
+        if names is None or mask.name in names:
+            mask.settle_(*random_candidate(mask, rng))
+
+
+def retire_some_(supernet: Supernet, seed: int, share: float = 0.5) -> None:
+    """Retires about this share of the candidates, never all of a submodule."""
+    generator = torch.Generator().manual_seed(seed)
+    for mask in supernet.bi_masks:
+        weak = torch.rand(mask.alpha.shape, generator=generator) < share
+        weak &= mask.active_candidates
+        if bool((mask.active_candidates & ~weak).any()):
+            mask.retire_(weak)
+
+
+def non_uniform_vit(seed: int = 0, dtype: torch.dtype = torch.float32) -> OFBViTForImageClassification:
+    """One of our models with different widths in every layer and everywhere a scale that no width implies."""
+    stock = vit_config(hidden_size=30, num_hidden_layers=3)
+    config = OFBViTForImageClassification.config_class(
+        **{k: v for k, v in stock.to_dict().items() if k not in ("model_type", "transformers_version")},
+        num_attention_heads_per_layer=[2, 5, 1],
+        head_dim_per_layer=[7, 3, 11],
+        intermediate_size_per_layer=[19, 64, 23],
+        attention_scale=0.37,
+    )
+    model = OFBViTForImageClassification._from_config(config, attn_implementation="eager")
+    randomize_weights_(model, seed)
+    return model.to(dtype).eval()
+
+
+def optimizer_that_mirrors(module: nn.Module) -> torch.optim.AdamW:
+    """An AdamW whose moments equal the parameters (squared: twice): any misaligned slice shows."""
+    optimizer = torch.optim.AdamW(module.parameters())
+    for parameter in module.parameters():
+        moments = {"exp_avg": parameter.detach().clone(), "exp_avg_sq": 2 * parameter.detach()}
+        optimizer.state[parameter] = {"step": torch.tensor(7.0), **moments}
+    return optimizer
+
+
+@st.composite
+def plain_spaces(draw: st.DrawFn) -> SubmoduleSpace:
+    """A plain axis of 1 to 40 units with any candidates that include the full size."""
+    units = draw(st.integers(1, 40))
+    return SubmoduleSpace("layers.0.mlp", "mlp", units, _sizes(draw, units))
+
+
+@st.composite
+def grid_spaces(draw: st.DrawFn) -> SubmoduleSpace:
+    """A grid of 1 to 7 heads with 1 to 12 channels each, any candidates."""
+    heads, dims = draw(st.integers(1, 7)), draw(st.integers(1, 12))
+    return SubmoduleSpace(
+        "layers.0.attention",
+        "attention",
+        num_heads=heads,
+        head_dim=dims,
+        head_candidates=_sizes(draw, heads),
+        dim_candidates=_sizes(draw, dims),
+    )
+
+
+def spaces() -> st.SearchStrategy[SubmoduleSpace]:
+    """Plain axes and grids."""
+    return plain_spaces() | grid_spaces()
+
+
+def _sizes(draw: st.DrawFn, full: int) -> tuple[int, ...]:
+    return tuple(sorted({*draw(st.sets(st.integers(1, full), max_size=6)), full}))
+
+
+@st.composite
+def masks(draw: st.DrawFn, spread: float = 3.0) -> BiMask:
+    """A bi-mask in float64 over a random space with random scores, some of them tied, some candidates retired."""
+    mask = BiMask(draw(spaces()), normalize_importance=draw(st.booleans())).double()
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    with torch.no_grad():
+        for parameter in mask.parameters():
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        if draw(st.booleans()):
+            mask.importance_logits.copy_(mask.importance_logits.round())
+        weak = torch.rand(mask.alpha.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.8]))
+        weak.view(-1)[int(mask.alpha.flatten().argmax())] = False
+        mask.retire_(weak)
+    return mask
+
+
+@st.composite
+def vit_shapes(draw: st.DrawFn) -> dict[str, int]:
+    """Config fields of a random tiny ViT, together with candidates for it, as `(overrides, candidates)`."""
+    heads = draw(st.integers(1, 4))
+    head_dim = draw(st.integers(2, 7))
+    width, mlp = heads * head_dim, draw(st.integers(3, 33))
+    overrides = {
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "num_hidden_layers": draw(st.integers(1, 2)),
+        "num_labels": draw(st.integers(2, 5)),
+        "qkv_bias": draw(st.booleans()),
+    }
+    candidates = {
+        "embedding_candidates": list(_sizes(draw, width)),
+        "head_candidates": list(_sizes(draw, heads)),
+        "head_dim_candidates": list(_sizes(draw, head_dim)),
+        "mlp_candidates": list(_sizes(draw, mlp)),
+    }
+    return overrides, candidates

@@ -1,0 +1,229 @@
+"""Losses are finite with finite gradients wherever a search can take them, and pull in the direction they promise."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from ofb_hf.losses import (
+    SPREAD_MARGIN,
+    budget_loss,
+    classification_loss,
+    distillation_loss,
+    flops_loss,
+    one_hot_loss,
+)
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def logits_of(kind: str, shape: tuple[int, ...], gap: float = 20.0) -> torch.Tensor:
+    """Uniform, random or one-hot architecture logits."""
+    alpha = torch.zeros(shape)
+    if kind == "random":
+        alpha = torch.rand(shape)
+    elif kind == "one_hot":
+        alpha.view(-1)[-1] = gap
+    return alpha
+
+
+# ------------------------------------------------------------------------------------------------------- one-hot loss
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (2,), (7,), (33,), (3, 7)])
+@pytest.mark.parametrize(("kind", "gap"), [("uniform", 0), ("random", 0), ("one_hot", 10), ("one_hot", 2000)])
+def test_one_hot_loss_is_finite(kind, gap, shape, dtype, autocast):
+    alpha = logits_of(kind, shape, gap).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = one_hot_loss(alpha, torch.ones(shape, dtype=torch.bool))
+    loss.backward()
+    assert loss.shape == ()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert loss.isfinite()
+    assert alpha.grad.isfinite().all()
+
+
+def test_one_hot_loss_is_computed_in_float32_under_autocast():
+    alpha, active = torch.randn(7), torch.ones(7, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = one_hot_loss(alpha, active)
+    assert inside.item() == one_hot_loss(alpha, active).item()
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 17, 42])
+def test_one_hot_loss_falls_from_uniform_to_one_hot(count):
+    alpha = torch.zeros(30, count, dtype=torch.float64)
+    alpha[:, 0] = torch.linspace(0, 20, 30)
+    active = torch.ones(count, dtype=torch.bool)
+    losses = torch.stack([one_hot_loss(row, active) for row in alpha])
+    assert (losses.diff() < 0).all()
+    assert losses[0].item() == pytest.approx(math.log(count) + 1 / math.tan(SPREAD_MARGIN * math.pi) / count)
+    assert losses[-1].item() == pytest.approx(-1 / math.tan(SPREAD_MARGIN * math.pi) / count, rel=1e-3)
+
+
+@given(st.integers(2, 12), st.integers(0, 2**31))
+def test_one_hot_gradient_favours_the_leader(count, seed):
+    alpha = torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(one_hot_loss(alpha, torch.ones(count, dtype=torch.bool)), alpha)
+    leader = int(alpha.argmax())
+    assert gradient[leader] <= 0
+    assert gradient.argmin() == leader or gradient.abs().max() < 1e-12
+    assert gradient.sum().abs() < 1e-9 * (1 + gradient.abs().max())
+
+
+@given(st.integers(2, 12), st.integers(0, 2**31))
+def test_retired_candidates_do_not_count(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    alpha = torch.randn(count, generator=generator, dtype=torch.float64)
+    active = torch.rand(count, generator=generator) < 0.6
+    active[int(torch.randint(count, (1,), generator=generator))] = True
+    full = alpha.clone().requires_grad_()
+    loss = one_hot_loss(full, active)
+    loss.backward()
+    alone = one_hot_loss(alpha[active], torch.ones(int(active.sum()), dtype=torch.bool))
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-9, abs=1e-12)
+    assert (full.grad[~active] == 0).all()
+    with torch.no_grad():
+        full[~active] = 1e4
+    assert one_hot_loss(full, active).item() == pytest.approx(alone.item(), rel=1e-9, abs=1e-12)
+
+
+def test_one_hot_loss_of_a_grid_is_that_of_its_cells():
+    alpha, active = torch.randn(3, 7), torch.rand(3, 7) < 0.7
+    assert one_hot_loss(alpha, active).item() == one_hot_loss(alpha.flatten(), active.flatten()).item()
+
+
+def test_one_hot_loss_of_two_candidates_by_hand():
+    p = torch.tensor([0.8, 0.2], dtype=torch.float64)
+    spread = 2 * (0.3**2) / 0.5
+    expected = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2)) + 1 / math.tan(math.pi * spread) / 2
+    assert one_hot_loss(p.log(), torch.ones(2, dtype=torch.bool)).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("spread", "value", "slope"), [(0.25, 1, 2), (0.5, 0, 1), (0.75, -1, 2)])
+def test_the_variance_term_at_known_points(spread, value, slope):
+    """cot(pi * sigma) / n is 1/n, 0, -1/n at a quarter, a half and three quarters, with slopes -2, -1, -2 pi/n."""
+    for count in (2, 5, 17):
+        excess = torch.tensor(math.sqrt(spread), dtype=torch.float64, requires_grad=True)
+        # p of the first one above the uniform share, the others share the rest: the spread is excess squared
+        first = 1 / count + (1 - 1 / count) * excess
+        p = torch.cat([first[None], ((1 - first) / (count - 1)).expand(count - 1)])
+        variance = one_hot_loss(p.log(), torch.ones(count, dtype=torch.bool)) - torch.special.entr(p).sum()
+        (gradient,) = torch.autograd.grad(variance, excess)
+        assert variance.item() == pytest.approx(value / count, abs=1e-9)
+        assert (gradient / (2 * excess)).item() == pytest.approx(-slope * math.pi / count, rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- flops loss
+
+
+def test_flops_loss_is_the_squared_share():
+    expected = torch.tensor(3e9, dtype=torch.float64, requires_grad=True)
+    loss = flops_loss(expected, 2e9, 4e9)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.0625)
+    assert expected.grad.item() == pytest.approx(2 * 0.25 / 4e9)
+    assert flops_loss(torch.tensor(1e9), 2e9, 4e9).item() == pytest.approx(0.0625)
+
+
+# ------------------------------------------------------------------------------------------------------- budget loss
+
+
+def test_budget_loss_leaves_a_network_below_the_budget_alone():
+    gap = torch.tensor([-0.5, -0.01, 0.0], dtype=torch.float64, requires_grad=True)
+    loss = budget_loss(gap, torch.tensor(0.0), 5.0)
+    loss.sum().backward()
+    assert loss.tolist() == [0, 0, 0]
+    assert gap.grad.tolist() == [0, 0, 0]
+
+
+def test_budget_loss_presses_above_the_budget():
+    gap = torch.tensor([0.01, 0.3], dtype=torch.float64, requires_grad=True)
+    loss = budget_loss(gap, torch.tensor(0.0, dtype=torch.float64), 5.0)
+    loss.sum().backward()
+    torch.testing.assert_close(loss, 5 * gap**2)
+    torch.testing.assert_close(gap.grad, 10 * gap.detach())
+
+
+def test_a_multiplier_presses_with_its_own_value():
+    """The gradient is max(0, multiplier + 2 * weight * gap): constant pressure at the budget, none far below it."""
+    gap = torch.linspace(-1, 1, 41, dtype=torch.float64, requires_grad=True)
+    multiplier = torch.tensor(0.7, dtype=torch.float64)
+    budget_loss(gap, multiplier, 2.0).sum().backward()
+    torch.testing.assert_close(gap.grad, (multiplier + 4 * gap.detach()).clamp(min=0))
+    assert gap.grad[20].item() == pytest.approx(0.7)
+    assert gap.grad[0].item() == 0
+
+
+# ------------------------------------------------------------------------------------- distillation, classification
+
+
+def test_soft_distillation_is_a_divergence():
+    teacher = torch.randn(6, 5)
+    assert distillation_loss(teacher + 3.0, teacher).item() == pytest.approx(0, abs=1e-6)
+    for temperature in (1.0, 2.0, 5.0):
+        student = torch.randn(6, 5)
+        p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+        expected = (p * (p / q).log()).sum(-1).mean() * temperature**2
+        assert distillation_loss(student, teacher, temperature).item() == pytest.approx(expected.item(), rel=1e-4)
+        assert expected > 0
+
+
+def test_distillation_at_temperature_two_by_default():
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    assert distillation_loss(student, teacher).item() == distillation_loss(student, teacher, 2.0).item()
+
+
+def test_hard_distillation_is_cross_entropy_with_the_teachers_choice():
+    student, teacher = torch.randn(6, 5), torch.randn(6, 5)
+    expected = F.cross_entropy(student, teacher.argmax(-1))
+    assert distillation_loss(student, teacher, hard=True).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_distillation_is_finite_for_extreme_logits(dtype, hard):
+    student = torch.tensor([[300.0, -300.0, 0.0], [0.0, 0.0, 0.0]]).to(dtype).requires_grad_()
+    teacher = torch.tensor([[-300.0, 300.0, 0.0], [300.0, 0.0, 0.0]]).to(dtype)
+    loss = distillation_loss(student, teacher, hard=hard)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+    assert (student.grad != 0).any()
+
+
+def test_classification_loss_with_indices_and_with_probabilities():
+    logits, labels = torch.randn(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
+    by_hand = -logits.log_softmax(-1)[torch.arange(6), labels].mean()
+    assert classification_loss(logits, labels).item() == pytest.approx(by_hand.item(), rel=1e-6)
+    one_hot = F.one_hot(labels, 5).float()
+    assert classification_loss(logits, one_hot).item() == pytest.approx(by_hand.item(), rel=1e-6)
+    mixed = 0.3 * one_hot + 0.7 * one_hot.roll(1, 0)
+    expected = -(mixed * logits.log_softmax(-1)).sum(-1).mean()
+    assert classification_loss(logits, mixed).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_label_smoothing_mixes_in_the_uniform_distribution(soft):
+    logits, labels = torch.randn(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
+    target = F.one_hot(labels, 5).float()
+    smooth = 0.9 * target + 0.1 / 5
+    expected = -(smooth * logits.log_softmax(-1)).sum(-1).mean()
+    loss = classification_loss(logits, target if soft else labels, label_smoothing=0.1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_classification_loss_is_computed_in_at_least_float32(dtype):
+    logits = torch.tensor([[9.0, -9.0, 1.0]]).to(dtype).requires_grad_()
+    for labels in (torch.tensor([1]), torch.tensor([[0.2, 0.5, 0.3]])):
+        loss = classification_loss(logits, labels)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.dtype == torch.float32
+        assert loss.isfinite()
+        assert gradient.isfinite().all()

@@ -1,0 +1,130 @@
+"""Masked image modelling: the separable normalisation equals the naive one, and only hidden patches count."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ofb_hf.pmim import PMIMDecoder, mask_patches, normalize_target, reconstruction_loss, window_for_patch
+
+
+def naive_target(pixels: torch.Tensor, window: int) -> torch.Tensor:
+    """Every pixel standardised by the unbiased variance of the pixels in its window, one window at a time."""
+    half, (height, width) = window // 2, pixels.shape[-2:]
+    target = torch.empty_like(pixels)
+    for row in range(height):
+        for column in range(width):
+            rows, columns = slice(max(0, row - half), row + half + 1), slice(max(0, column - half), column + half + 1)
+            patch = pixels[..., rows, columns].flatten(-2)
+            variance = patch.var(-1, correction=1 if patch.shape[-1] > 1 else 0)
+            target[..., row, column] = (pixels[..., row, column] - patch.mean(-1)) / (variance + 1e-6).sqrt()
+    return target
+
+
+@pytest.mark.parametrize(("height", "width", "window"), [(9, 13, 3), (9, 13, 5), (7, 6, 11), (5, 8, 47), (4, 3, 1)])
+def test_normalized_target_equals_the_naive_one(height, width, window):
+    pixels = 2 * torch.randn(2, 3, height, width, dtype=torch.float64) + 5
+    torch.testing.assert_close(normalize_target(pixels, window), naive_target(pixels, window), atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("window", [3, 11, 47])
+def test_brightness_and_contrast_do_not_matter(window):
+    pixels = torch.randn(2, 3, 20, 24)
+    target = normalize_target(pixels, window)
+    torch.testing.assert_close(normalize_target(50 * pixels + 1000, window), target, atol=2e-2, rtol=2e-2)
+    assert (normalize_target(torch.full_like(pixels, 300.0), window).abs() < 1e-3).all()
+
+
+def test_noise_comes_out_standardised():
+    target = normalize_target(3 * torch.randn(1, 3, 64, 64) - 7, 47)
+    assert target.mean().abs() < 0.02
+    assert target.std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_normalization_is_done_in_at_least_float32(dtype):
+    target = normalize_target(torch.randn(1, 3, 8, 8).to(dtype), 5)
+    assert target.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert target.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [0, -1, 2, 46])
+def test_a_window_without_a_centre_is_refused(window):
+    with pytest.raises(ValueError, match=f"window is {window}"):
+        normalize_target(torch.zeros(1, 3, 8, 8), window)
+
+
+def test_the_window_grows_with_the_patch():
+    windows = {patch: window_for_patch(patch) for patch in range(1, 65)}
+    assert windows[16] == 47
+    assert windows[4] == 11
+    for patch, window in windows.items():
+        assert window % 2 == 1
+        assert window == 3 if patch == 1 else abs(window - 47 * patch / 16) <= 1
+
+
+@given(st.integers(1, 200), st.floats(0, 1), st.integers(1, 4), st.integers(0, 2**31))
+def test_the_kept_share_is_rounded_down_in_every_image(patches, keep, images, seed):
+    masked = mask_patches(images, patches, keep, torch.Generator().manual_seed(seed))
+    assert masked.shape == (images, patches)
+    assert masked.dtype == torch.bool
+    assert (~masked).sum(1).tolist() == [int(patches * keep)] * images
+
+
+def test_patches_are_hidden_at_random_but_repeatably():
+    draw = [mask_patches(64, 49, 0.75, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+    assert len({tuple(row.tolist()) for row in draw[0]}) == 64
+    assert (draw[0].float().mean(0) - 13 / 49).abs().max() < 0.25
+
+
+@pytest.mark.parametrize("keep", [-0.1, 1.1])
+def test_a_keep_ratio_that_is_no_share_is_refused(keep):
+    with pytest.raises(ValueError, match=f"keep_ratio is {keep}"):
+        mask_patches(1, 4, keep, torch.Generator())
+
+
+def test_the_decoder_paints_every_token_in_its_place():
+    decoder = PMIMDecoder(hidden_size=5, stride=4, num_channels=2)
+    tokens = torch.zeros(1, 6, 5)
+    tokens[0, 4] = 1  # row 1, column 1 of a 2 x 3 grid
+    with torch.no_grad():
+        decoder.projection.bias.zero_()
+        image = decoder(tokens, (2, 3))
+    assert image.shape == (1, 2, 8, 12)
+    assert (image[0, :, 4:8, 4:8] != 0).all()
+    image[0, :, 4:8, 4:8] = 0
+    assert (image == 0).all()
+
+
+@pytest.mark.parametrize(("hidden", "params"), [(384, 295_680), (768, 590_592)])
+def test_the_decoder_has_the_published_size(hidden, params):
+    assert sum(parameter.numel() for parameter in PMIMDecoder(hidden, 16).parameters()) == params
+
+
+def test_reconstruction_loss_sees_hidden_patches_only():
+    target, reconstruction = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12)
+    masked = torch.tensor([[True, False, False, False, False, True], [False, True, False, False, False, False]])
+    errors = (reconstruction - target).abs().mean(1)
+    hidden = [errors[0, :4, :4], errors[0, 4:, 8:], errors[1, :4, 4:8]]
+    loss = reconstruction_loss(reconstruction, target, masked, 4)
+    assert loss.item() == pytest.approx(torch.stack(hidden).mean().item(), rel=1e-5)
+    reconstruction[0, :, :4, 4:8] += 100  # visible
+    assert reconstruction_loss(reconstruction, target, masked, 4).item() == pytest.approx(loss.item())
+
+
+def test_reconstruction_loss_without_hidden_patches_is_zero_and_differentiable():
+    reconstruction = torch.randn(1, 3, 8, 8, requires_grad=True)
+    loss = reconstruction_loss(reconstruction, torch.randn(1, 3, 8, 8), torch.zeros(1, 4, dtype=torch.bool), 4)
+    loss.backward()
+    assert loss.item() == 0
+    assert (reconstruction.grad == 0).all()
+
+
+def test_reconstruction_loss_of_half_precision_is_taken_in_the_targets_precision():
+    reconstruction = torch.randn(1, 3, 8, 8).bfloat16().requires_grad_()
+    loss = reconstruction_loss(reconstruction, torch.randn(1, 3, 8, 8), torch.ones(1, 4, dtype=torch.bool), 4)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert reconstruction.grad.isfinite().all()

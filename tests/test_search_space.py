@@ -1,0 +1,207 @@
+"""Spaces and subnets are plain data: they survive JSON, and what cannot be is refused by name and value."""
+
+import json
+
+import pytest
+from factories import AWKWARD, grid_spaces, plain_spaces, search_config, vit_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ofb_hf import SearchSpace, SubmoduleSpace, SubnetSpec, ViTBiMaskConfig
+
+GRID = {"num_heads": 4, "head_dim": 6, "head_candidates": (2, 4), "dim_candidates": (3, 6)}
+
+
+@st.composite
+def subnets(draw: st.DrawFn) -> SubnetSpec:
+    """Any kept units of an embedding, an attention and an MLP."""
+    indices = st.sets(st.integers(0, 50), min_size=1, max_size=8).map(lambda s: tuple(sorted(s)))
+    heads, channels = draw(indices), draw(st.integers(1, 6))
+    rows = st.sets(st.integers(0, 30), min_size=channels, max_size=channels).map(lambda s: tuple(sorted(s)))
+    attention = {head: draw(rows) for head in heads}
+    return SubnetSpec({"embeddings": draw(indices), "layers.0.attention": attention, "layers.0.mlp": draw(indices)})
+
+
+@given(plain_spaces(), grid_spaces())
+def test_a_space_survives_json(plain, grid):
+    space = SearchSpace((plain, grid))
+    again = SearchSpace.from_json(space.to_json())
+    assert again == space
+    assert isinstance(again[plain.name].candidate_sizes, tuple)
+    assert again[grid.name].unit_shape == (grid.num_heads, grid.head_dim)
+    json.loads(space.to_json())
+
+
+@given(subnets())
+def test_a_subnet_survives_json(subnet):
+    again = SubnetSpec.from_json(subnet.to_json())
+    assert again == subnet
+    assert again.kept == subnet.kept
+    assert all(isinstance(head, int) for head in again.kept["layers.0.attention"])
+    assert SubnetSpec.from_json(json.dumps(json.loads(subnet.to_json()))) == subnet
+
+
+def test_a_models_space_survives_json():
+    space = search_config().search_space(vit_config())
+    assert SearchSpace.from_json(space.to_json()) == space
+
+
+def test_sizes_of_a_space():
+    plain = SubmoduleSpace("m", "mlp", 9, (2, 5, 9))
+    grid = SubmoduleSpace("a", "attention", **GRID)
+    space = SearchSpace((plain, grid))
+    assert (plain.is_grid, plain.unit_shape, plain.candidate_shape) == (False, (9,), (3,))
+    assert (grid.is_grid, grid.num_units, grid.unit_shape, grid.candidate_shape) == (True, 24, (4, 6), (2, 2))
+    assert (len(space), space.num_units, space.num_candidates) == (2, 33, 7)
+    assert [submodule.name for submodule in space] == ["m", "a"]
+    assert space["a"] is grid
+    with pytest.raises(KeyError, match="'b'"):
+        space["b"]
+
+
+def test_sizes_of_a_subnet():
+    subnet = SubnetSpec({"embeddings": (1, 5, 6), "a": {0: (2, 3), 4: (0, 9)}})
+    assert subnet.size("embeddings") == 3
+    assert subnet.size("a") == (2, 2)
+    assert subnet.sizes == {"embeddings": 3, "a": (2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"num_units": 9, "candidate_sizes": (2, 5)}, ["'s'", "candidate_sizes", "5", "9"]),
+        ({"num_units": 9, "candidate_sizes": (5, 2, 9)}, ["'s'", "candidate_sizes", "[5, 2, 9]"]),
+        ({"num_units": 9, "candidate_sizes": (2, 2, 9)}, ["'s'", "candidate_sizes", "[2, 2, 9]"]),
+        ({"num_units": 9, "candidate_sizes": (0, 9)}, ["'s'", "candidate_sizes", "[0, 9]"]),
+        ({"num_units": 9, "candidate_sizes": ()}, ["'s'", "candidate_sizes", "[]"]),
+        ({"num_units": 9, "candidate_sizes": (2, 12)}, ["'s'", "candidate_sizes", "12", "9"]),
+        ({}, ["'s'", "num_units", "num_heads"]),
+        (GRID | {"head_dim": None}, ["'s'", "head_dim"]),
+        (GRID | {"candidate_sizes": (2, 24)}, ["'s'", "candidate_sizes"]),
+        (GRID | {"head_candidates": (2, 3)}, ["'s'", "head_candidates", "3", "4"]),
+        (GRID | {"dim_candidates": (6, 3)}, ["'s'", "dim_candidates", "[6, 3]"]),
+        (GRID | {"dim_candidates": ()}, ["'s'", "dim_candidates", "[]"]),
+    ],
+)
+def test_impossible_spaces_are_refused_by_name_and_value(fields, names):
+    with pytest.raises(ValueError, match="expected|must|takes|give") as error:
+        SubmoduleSpace("s", "mlp", **fields)
+    for name in names:
+        assert name in str(error.value)
+
+
+def test_two_submodules_of_one_name_are_refused():
+    one = SubmoduleSpace("m", "mlp", 9, (9,))
+    with pytest.raises(ValueError, match=r"\['m', 'm'\]"):
+        SearchSpace((one, one))
+
+
+@pytest.mark.parametrize(
+    ("kept", "names"),
+    [
+        ({"mlp": ()}, ["'mlp'", "[]"]),
+        ({"mlp": (3, 1)}, ["'mlp'", "[3, 1]"]),
+        ({"mlp": (1, 1)}, ["'mlp'", "[1, 1]"]),
+        ({"mlp": (-1, 2)}, ["'mlp'", "[-1, 2]"]),
+        ({"a": {}}, ["'a'", "[]"]),
+        ({"a": {0: ()}}, ["'a'", "[]"]),
+        ({"a": {1: (0,), 0: (1,)}}, ["'a'", "[1, 0]"]),
+        ({"a": {0: (4, 2)}}, ["'a'", "[4, 2]"]),
+        ({"a": {0: (0, 1), 2: (0,)}}, ["'a'", "[2, 1]"]),
+    ],
+)
+def test_impossible_subnets_are_refused_by_name_and_value(kept, names):
+    with pytest.raises(ValueError, match="expected|must") as error:
+        SubnetSpec({"embeddings": (0, 1)} | kept)
+    for name in names:
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "no json", '{"other": {}}', "3", '{"kept": 3}', '{"kept": {"a": 3}}'])
+def test_text_that_is_no_subnet_is_refused(text):
+    with pytest.raises(ValueError, match="not a subnet"):
+        SubnetSpec.from_json(text)
+
+
+# ------------------------------------------------------------------------------------------ from a config to a space
+
+
+def test_awkward_candidates_reach_the_space():
+    space = search_config().search_space(vit_config())
+    assert list(space["embeddings"].candidate_sizes) == AWKWARD["embedding_candidates"]
+    assert list(space["layers.1.attention"].head_candidates) == AWKWARD["head_candidates"]
+    assert list(space["layers.1.attention"].dim_candidates) == AWKWARD["head_dim_candidates"]
+    assert list(space["layers.1.mlp"].candidate_sizes) == AWKWARD["mlp_candidates"]
+    assert [s.name for s in space] == [
+        "embeddings", "layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["embedding", "attention", "mlp"])
+def test_a_kind_that_is_not_searched_is_not_in_the_space(kind):
+    space = ViTBiMaskConfig(**{f"search_{kind}": False}).search_space(vit_config())
+    assert kind not in {submodule.kind for submodule in space}
+    assert len({submodule.kind for submodule in space}) == 2
+
+
+@given(st.integers(1, 700), st.sampled_from([1, 8, 16]), st.sampled_from(["ours", "paper"]))
+def test_default_candidates_are_multiples_where_the_dense_size_allows(width, multiple, preset):
+    config = ViTBiMaskConfig(preset=preset, multiple_of=multiple)
+    space = config.search_space(vit_config(hidden_size=width, num_attention_heads=1, intermediate_size=width))
+    for name in ("embeddings", "layers.0.mlp"):
+        sizes = space[name].candidate_sizes
+        assert sizes[-1] == width
+        assert sizes[0] >= int(width * (0.5 if preset == "paper" and name == "embeddings" else 0.25))
+        if width % multiple == 0:
+            assert all(size % multiple == 0 for size in sizes)
+        assert len(sizes) <= 34
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"preset": "theirs"}, ["preset", "'theirs'", "ours", "paper"]),
+        ({"target_macs": 0.5, "target_params": 0.5}, ["target_macs", "target_params", "0.5"]),
+        ({"target_macs": 0.0}, ["target_macs", "0.0"]),
+        ({"target_macs": -3}, ["target_macs", "-3"]),
+        ({"target_params": float("nan")}, ["target_params", "nan"]),
+        ({"target_macs": float("inf")}, ["target_macs", "inf"]),
+        ({"target_macs": True}, ["target_macs", "True"]),
+        ({"target_macs": "0.5"}, ["target_macs", "'0.5'"]),
+        ({"keep_ratio_start": 1.5}, ["keep_ratio_start", "1.5"]),
+        ({"importance_start": -0.1}, ["importance_start", "-0.1"]),
+        ({"flops_weight": float("nan")}, ["flops_weight", "nan"]),
+        ({"flops_weight": 0.0}, ["flops_weight", "0"]),
+        ({"one_hot_weight": -1}, ["one_hot_weight", "-1"]),
+        ({"multiple_of": 0}, ["multiple_of", "0"]),
+        ({"retire_events": 0}, ["retire_events", "0"]),
+        ({"alpha_init": "ones"}, ["alpha_init", "'ones'"]),
+        ({"budget_on": "both"}, ["budget_on", "'both'"]),
+        ({"pmim_window": 46}, ["pmim_window", "46"]),
+        ({"search_embedding": False, "search_attention": False, "search_mlp": False}, ["search_embedding"]),
+    ],
+)
+def test_impossible_configs_are_refused_by_name_and_value(fields, names):
+    with pytest.raises(ValueError, match=r"\.|;") as error:
+        ViTBiMaskConfig(**fields)
+    for name in names:
+        assert name in str(error.value)
+
+
+def test_candidates_that_do_not_fit_the_model_are_refused():
+    with pytest.raises(ValueError, match=r"candidate_sizes of submodule 'layers\.0\.mlp' ends with 64"):
+        ViTBiMaskConfig(mlp_candidates=[32, 64]).search_space(vit_config())
+
+
+def test_a_config_survives_its_file(tmp_path):
+    config = search_config(preset="paper", target_params=0.3, flops_weight=7.0)
+    config.save(tmp_path / "config.json")
+    assert ViTBiMaskConfig.load(tmp_path / "config.json") == config
+    with pytest.raises(ValueError, match="taget_macs"):
+        ViTBiMaskConfig.from_dict({"taget_macs": 0.5})
+
+
+@pytest.mark.parametrize(("target", "cost"), [(0.5, 500), (1, 1000), (1.0, 1000), (0.3337, 333), (1.5, 1), (700, 700)])
+def test_a_target_is_a_share_up_to_one_and_a_count_above(target, cost):
+    assert ViTBiMaskConfig(target_macs=target).target(1000) == cost
+    assert ViTBiMaskConfig(target_params=target).target(1000) == cost

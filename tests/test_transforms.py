@@ -1,0 +1,250 @@
+"""Evaluation shows the processor's pixels; augmentation is random, seeded, and keeps the shape."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+from transformers import DeiTImageProcessorPil, ViTImageProcessorPil, default_data_collator
+
+from ofb_hf.data import build_transform, with_image_transform
+from ofb_hf.data.transforms import CROP_RATIO, CROP_SCALE, _jitter, _random_box
+
+MODES = ["RGB", "L", "RGBA", "CMYK", "P", "LA", "1"]
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+PROCESSORS = {
+    "square": ViTImageProcessorPil(size={"height": 32, "width": 32}),
+    "oblong": ViTImageProcessorPil(size={"height": 24, "width": 40}, resample=PILImage.Resampling.NEAREST, **IMAGENET),
+    "crop": DeiTImageProcessorPil(size={"height": 36, "width": 36}, crop_size={"height": 31, "width": 28}, **IMAGENET),
+    "shortest edge": DeiTImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 17, "width": 17}),
+    "padding crop": DeiTImageProcessorPil(size={"height": 20, "width": 33}, crop_size={"height": 27, "width": 26}),
+    "only crop": DeiTImageProcessorPil(do_resize=False, crop_size={"height": 29, "width": 29}),
+    "not normalized": ViTImageProcessorPil(size={"height": 16, "width": 16}, do_normalize=False),
+    "not rescaled": ViTImageProcessorPil(
+        size={"height": 16, "width": 16}, do_rescale=False, image_mean=[100, 110, 120]
+    ),
+    "raw": ViTImageProcessorPil(size={"height": 16, "width": 16}, do_rescale=False, do_normalize=False),
+    "other factor": ViTImageProcessorPil(size={"height": 16, "width": 16}, rescale_factor=1 / 127.5),
+}
+
+
+def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> PILImage.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return PILImage.fromarray(pixels).convert(mode)
+
+
+def square(side: int) -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(size={"height": side, "width": side})
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@given(st.integers(1, 80), st.integers(1, 80), st.sampled_from(MODES), st.integers(0, 9))
+def test_evaluation_equals_the_image_processor(name, width, height, mode, seed):
+    processor = PROCESSORS[name]
+    image = noise(width, height, mode, seed)
+    expected = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    actual = build_transform(processor, "standard", train=False)(image)
+    assert actual.dtype == torch.float32
+    assert actual.is_contiguous()
+    torch.testing.assert_close(actual, expected.float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "light", "standard", "auto"])
+@pytest.mark.parametrize("side", [8, 64, 65])
+@given(width=st.integers(1, 200), height=st.integers(1, 200), mode=st.sampled_from(MODES))
+def test_augmented_images_have_the_models_shape(augmentation, side, width, height, mode):
+    pixels = build_transform(square(side), augmentation, train=True)(noise(width, height, mode))
+    assert pixels.shape == (3, side, side)
+    assert pixels.dtype == torch.float32
+    assert pixels.abs().max() <= 1
+
+
+@pytest.mark.parametrize("augmentation", ["light", "standard"])
+@pytest.mark.parametrize("side", [32, 96])
+def test_augmentation_is_random_and_follows_torchs_seed(augmentation, side):
+    transform, image = build_transform(square(side), augmentation, train=True), noise(100, 90)
+    torch.manual_seed(1)
+    first, second = transform(image), transform(image)
+    torch.manual_seed(1)
+    assert torch.equal(transform(image), first)
+    assert not torch.equal(first, second)
+
+
+def test_none_is_evaluation():
+    image = noise(50, 40)
+    transforms = [build_transform(square(32), "none", train=train) for train in (True, False)]
+    assert torch.equal(transforms[0](image), transforms[1](image))
+
+
+def asymmetry(transform, image: PILImage.Image, count: int) -> list[float]:
+    """Left half minus right half, for `count` draws."""
+    draws = torch.stack([transform(image) for _ in range(count)])
+    half = draws.shape[-1] // 2
+    return (draws[..., :half].mean((1, 2, 3)) - draws[..., half:].mean((1, 2, 3))).tolist()
+
+
+@pytest.mark.parametrize("side", [32, 96])
+def test_standard_flips_half_of_the_images_and_light_none(side):
+    pixels = np.zeros((side, side, 3), dtype=np.uint8)
+    pixels[:, : side // 2] = 200
+    image = PILImage.fromarray(pixels)
+    torch.manual_seed(0)
+    flipped = sum(value < 0 for value in asymmetry(build_transform(square(side), "standard", True), image, 200))
+    assert 70 <= flipped <= 130
+    assert min(asymmetry(build_transform(square(side), "light", True), image, 200)) > 0
+
+
+def test_light_moves_content_by_at_most_its_share():
+    """A dot in the middle stays within 10 % of the side; it does move in every direction."""
+    pixels = np.zeros((41, 41, 3), dtype=np.uint8)
+    pixels[19:22, 19:22] = 255
+    transform, image = build_transform(square(41), "light", train=True), PILImage.fromarray(pixels)
+    torch.manual_seed(0)
+    places = torch.arange(41).float() - 20
+    moved = []
+    for _ in range(200):
+        weight = transform(image)[0] + 1
+        moved.append([(weight.sum(axis) @ places / weight.sum()).item() for axis in (0, 1)])
+    moved = np.array(moved)
+    assert np.abs(moved).max() <= 4.1 + 0.5
+    assert (moved.max(0) > 3).all()
+    assert (moved.min(0) < -3).all()
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_light_fills_corners_with_the_background(level):
+    image = PILImage.new("RGB", (32, 32), (level,) * 3)
+    image.paste((128, 128, 128), (12, 12, 20, 20))
+    transform = build_transform(square(32), "light", train=True)
+    for _ in range(20):
+        assert torch.all(transform(image)[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 2 * level / 255 - 1)
+
+
+def test_small_images_shift_by_an_eighth_and_let_black_in():
+    transform, image = build_transform(square(32), "standard", train=True), PILImage.new("RGB", (32, 32), (250,) * 3)
+    torch.manual_seed(0)
+    empty = torch.stack([(transform(image)[0] == -1).sum() for _ in range(300)])
+    assert empty.min() == 0
+    assert empty.max() == 32 * 32 - 28 * 28
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 1000))
+def test_random_crops_lie_in_the_image(width, height, seed):
+    torch.manual_seed(seed)
+    left, top, w, h = _random_box(width, height)
+    assert 0 <= left <= left + w <= width
+    assert 0 <= top <= top + h <= height
+    assert w > 0
+    assert h > 0
+
+
+def test_random_crops_span_the_allowed_areas_and_ratios():
+    torch.manual_seed(0)
+    boxes = np.array([_random_box(1000, 1000) for _ in range(2000)])
+    area, ratio = boxes[:, 2] * boxes[:, 3] / 1e6, boxes[:, 2] / boxes[:, 3]
+    assert CROP_SCALE[0] - 0.01 < area.min() < 0.4
+    assert 0.9 < area.max() <= CROP_SCALE[1]
+    assert CROP_RATIO[0] - 0.01 < ratio.min() < 0.8
+    assert 1.25 < ratio.max() < CROP_RATIO[1] + 0.01
+
+
+def test_jitter_leaves_neutral_factors_alone_and_scales_the_rest():
+    image = noise(20, 20)
+    assert np.array_equal(np.asarray(_jitter(image, 1.0, 1.0)), np.asarray(image))
+    flat = PILImage.new("RGB", (4, 4), (100, 100, 100))
+    assert _jitter(flat, 1.3, 0.7).getpixel((0, 0)) == (130, 130, 130)
+    halves = PILImage.new("RGB", (4, 4), (60, 60, 60))
+    halves.paste((140, 140, 140), (0, 0, 2, 4))
+    assert _jitter(halves, 1.0, 0.5).getcolors() == [(8, (120,) * 3), (8, (80,) * 3)]
+
+
+def dataset(count: int = 7) -> Dataset:
+    features = Features({"img": Image(), "note": Value("string"), "kind": ClassLabel(names=["a", "b"])})
+    rows = {"img": [noise(12, 9, seed=i) for i in range(count)], "note": ["x"] * count, "kind": [0, 1] * count}
+    return Dataset.from_dict(rows | {"kind": rows["kind"][:count]}, features=features)
+
+
+def test_rows_become_tensors_and_integers():
+    transform = build_transform(square(8), "none", train=True)
+    rows = with_image_transform(dataset(), transform, "img", "kind")
+    assert len(rows) == 7
+    assert set(rows[3]) == {"pixel_values", "labels"}
+    assert rows[3]["pixel_values"].shape == (3, 8, 8)
+    assert type(rows[3]["labels"]) is int
+    torch.testing.assert_close(rows[3]["pixel_values"], transform(noise(12, 9, seed=3)))
+    batch = next(iter(DataLoader(rows, batch_size=4, collate_fn=default_data_collator)))
+    assert batch["pixel_values"].shape == (4, 3, 8, 8)
+    assert batch["labels"].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("augmentation", ["none", "light", "standard"])
+def test_transforms_travel_to_loader_processes(augmentation):
+    transform = build_transform(square(8), augmentation, train=True)
+    image = noise(12, 9)
+    copied = pickle.loads(pickle.dumps(with_image_transform(dataset(), transform, "img", "kind")))
+    torch.manual_seed(0)
+    expected = with_image_transform(dataset(), transform, "img", "kind")[0]["pixel_values"]
+    torch.manual_seed(0)
+    assert torch.equal(copied[0]["pixel_values"], expected)
+    torch.manual_seed(0)
+    first = pickle.loads(pickle.dumps(transform))(image)
+    torch.manual_seed(0)
+    assert torch.equal(transform(image), first)
+
+
+def test_loader_processes_draw_different_numbers():
+    transform = build_transform(square(8), "light", train=True)
+    rows = with_image_transform(dataset(1).select([0] * 8), transform, "img", "kind")
+    torch.manual_seed(0)
+    loader = DataLoader(rows, batch_size=4, num_workers=2, collate_fn=default_data_collator)
+    first, second = (batch["pixel_values"] for batch in loader)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(next(iter(loader))["pixel_values"], first)
+
+
+def test_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match=r"'strong'; allowed are auto, none, light, standard"):
+        build_transform(square(8), "strong", train=True)
+
+
+def test_processors_without_a_fixed_size_are_refused():
+    processor = ViTImageProcessorPil(size={"shortest_edge": 20})
+    with pytest.raises(ValueError, match="images of different sizes"):
+        build_transform(processor, "none", train=False)
+    processor = DeiTImageProcessorPil(size={"longest_edge": 20}, crop_size={"height": 8, "width": 8})
+    with pytest.raises(ValueError, match="expected height and width, or shortest_edge"):
+        build_transform(processor, "none", train=False)
+
+
+class BGRImageProcessor(ViTImageProcessorPil):
+    """A step that no attribute tells of."""
+
+    def rescale(self, image, scale, **kwargs):
+        return super().rescale(image[::-1], scale, **kwargs)
+
+
+def test_processors_with_steps_of_their_own_are_refused():
+    with pytest.raises(ValueError, match=r"BGRImageProcessor does more than resize.*gray levels on average"):
+        build_transform(BGRImageProcessor(), "none", train=False)
+    with pytest.raises(ValueError, match=r"output has the shape \(3, 300, 300\) instead of \(3, 224, 224\)"):
+        build_transform(ViTImageProcessorPil(do_pad=True, pad_size={"height": 300, "width": 300}), "none", train=False)
+
+
+def test_processors_for_other_channels_are_refused():
+    with pytest.raises(ValueError, match="image_mean has 2 values; expected three"):
+        build_transform(ViTImageProcessorPil(image_mean=[0.5, 0.5]), "none", train=False)
+
+
+def test_wrong_inputs_are_refused_in_words():
+    transform = build_transform(ViTImageProcessorPil(size={"height": 8, "width": 8}, do_resize=False), "none", True)
+    assert transform(noise(8, 8)).shape == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"9 x 8 pixels, but the model takes 8 x 8.*do_resize"):
+        transform(noise(9, 8))
+    with pytest.raises(TypeError, match="got NoneType, expected a PIL image"):
+        transform(None)
