@@ -147,10 +147,10 @@ def non_uniform_vit(seed: int = 0, dtype: torch.dtype = torch.float32) -> OFBViT
 
 
 def optimizer_that_mirrors(module: nn.Module) -> torch.optim.AdamW:
-    """An AdamW whose moments equal the parameters (squared: twice): any misaligned slice shows."""
+    """An AdamW whose moments are p and 2 |p|: any slice that is misaligned shows."""
     optimizer = torch.optim.AdamW(module.parameters())
     for parameter in module.parameters():
-        moments = {"exp_avg": parameter.detach().clone(), "exp_avg_sq": 2 * parameter.detach()}
+        moments = {"exp_avg": parameter.detach().clone(), "exp_avg_sq": 2 * parameter.detach().abs()}
         optimizer.state[parameter] = {"step": torch.tensor(7.0), **moments}
     return optimizer
 

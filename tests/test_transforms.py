@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
-from transformers import DeiTImageProcessorPil, ViTImageProcessorPil, default_data_collator
+from transformers import (
+    DeiTImageProcessorPil,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    default_data_collator,
+    pipeline,
+)
 
 from ofb_hf.data import build_transform, with_image_transform
 from ofb_hf.data.transforms import CROP_RATIO, CROP_SCALE, _jitter, _random_box
@@ -52,6 +59,16 @@ def test_evaluation_equals_the_image_processor(name, width, height, mode, seed):
     assert actual.dtype == torch.float32
     assert actual.is_contiguous()
     torch.testing.assert_close(actual, expected.float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_pipelines_see_the_pixels_of_evaluation(mode):
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32)
+    processor = PROCESSORS["square"]
+    classifier = pipeline("image-classification", model=ViTForImageClassification(config), image_processor=processor)
+    seen = classifier.preprocess(noise(50, 41, mode))["pixel_values"][0]
+    actual = build_transform(processor, "none", train=False)(noise(50, 41, mode))
+    torch.testing.assert_close(actual, seen, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "standard", "auto"])

@@ -77,6 +77,9 @@ def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Da
     features = [dataset.features[column] for dataset in splits.values()]
     if any(isinstance(feature, ClassLabel) for feature in features):
         names = _common_names(features, column, list(splits))
+        for split, labels in values.items():
+            if not all(0 <= label < len(names) for label in labels):
+                raise ValueError(f"split {split!r} has labels beyond the {len(names)} classes of {column!r}; fix it.")
         encoded = splits
     else:
         classes = sorted(set().union(*values.values()))

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from PIL import Image as PILImage
@@ -119,12 +120,13 @@ def load_image_data(args: DataArguments) -> ImageData:
 
 def _load(args: DataArguments) -> ImageData:
     if args.data_dir is None:
-        name, available = args.dataset_name, load_dataset(args.dataset_name, args.dataset_config_name)
+        name, available = args.dataset_name, _load_splits(args.dataset_name, args.dataset_config_name)
     else:
-        folder = Path(args.data_dir).expanduser()
-        name, available = folder.resolve().name, _load_folder(folder, args)
+        name, available = args.data_dir, _load_folder(Path(args.data_dir).expanduser(), args)
+    if Path(name).expanduser().exists():
+        name = Path(name).expanduser().resolve().name  # Reports are published; folders of this machine stay private.
     splits = _choose_splits(available, args)
-    features = splits["train"].features
+    features = splits[args.train_split].features
     image_column = find_image_column(features, args.image_column)
     label_column = find_label_column(features, args.label_column)
     for dataset in splits.values():
@@ -132,9 +134,20 @@ def _load(args: DataArguments) -> ImageData:
         find_label_column(dataset.features, label_column)
     splits = {split: decode_images(dataset, image_column) for split, dataset in splits.items()}
     splits, label_names = encode_labels(splits, label_column)
-    if "eval" not in splits:
-        splits = _hold_out_eval(splits["train"], label_column, args.eval_share)
-    return ImageData(name, splits["train"], splits["eval"], image_column, label_column, label_names)
+    train, *rest = splits.values()
+    train, held_out = (train, rest[0]) if rest else _hold_out_eval(train, label_column, args.eval_share)
+    return ImageData(name, train, held_out, image_column, label_column, label_names)
+
+
+def _load_splits(path: str, *args: Any, **kwargs: Any) -> DatasetDict:
+    try:
+        return load_dataset(path, *args, **kwargs)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(
+            f"a split of {kwargs.get('data_dir', path)!r} is empty ({error}); add its rows or remove its files."
+        ) from error
 
 
 def _load_folder(folder: Path, args: DataArguments) -> DatasetDict:
@@ -145,16 +158,16 @@ def _load_folder(folder: Path, args: DataArguments) -> DatasetDict:
             f"data_dir is {args.data_dir!r}, which {what}; expected a folder with parquet files or images."
         )
     if any(path.name not in METADATA_NAMES for path in _files(folder, ".parquet", depth=3)):
-        return load_dataset(str(folder))
+        return _load_splits(str(folder))
     if not any(_images(folder)):
         raise ValueError(
             f"data_dir is {args.data_dir!r}, which holds neither parquet files nor images; expected "
             "train-*.parquet, or one folder of images per class, directly or below `train` and e.g. `test`."
         )
     # Explicit patterns: `load_dataset` takes a class or a file called e.g. `test` for a split and drops the others.
-    names = {args.train_split, args.eval_split or args.train_split, *EVAL_SPLITS}
+    names = {"train", *EVAL_SPLITS, args.train_split, args.eval_split or "train"}
     data_files = {split: f"{split}/**" for split in sorted(names) if _is_split(folder / split)}
-    return load_dataset("imagefolder", data_dir=str(folder), data_files=data_files or {"train": "**"})
+    return _load_splits("imagefolder", data_dir=str(folder), data_files=data_files or {"train": "**"})
 
 
 def _is_split(folder: Path) -> bool:
@@ -177,21 +190,18 @@ def _files(folder: Path, suffix: str, depth: int) -> Iterator[Path]:
 
 
 def _choose_splits(available: DatasetDict, args: DataArguments) -> dict[str, Dataset]:
-    """{"train", "eval"}, or only "train" if a part of it is to be held out."""
+    """The training split first, then the one to evaluate on, unless a part of the first is to be held out."""
     found = [name for name in EVAL_SPLITS if name in available]
-    eval_split = args.eval_split or next(iter(found), args.train_split)
-    chosen = {"train": args.train_split}
-    if eval_split != args.train_split:
-        chosen["eval"] = eval_split
-    for role, name in chosen.items():
+    chosen = {"train_split": args.train_split, "eval_split": args.eval_split or next(iter(found), args.train_split)}
+    for field_name, name in chosen.items():
         if name not in available:
-            raise ValueError(f"{role}_split is {name!r}, but the data has {sorted(available)}; name one of these.")
+            raise ValueError(f"{field_name} is {name!r}, but the data has {sorted(available)}; name one of these.")
         if len(available[name]) == 0:
-            raise ValueError(f"split {name!r} is empty; check the files, or name another one with --{role}_split.")
-    return {role: available[name] for role, name in chosen.items()}
+            raise ValueError(f"split {name!r} is empty; add its rows, or name another one with --{field_name}.")
+    return {name: available[name] for name in chosen.values()}
 
 
-def _hold_out_eval(train: Dataset, label_column: str, share: float) -> dict[str, Dataset]:
+def _hold_out_eval(train: Dataset, label_column: str, share: float) -> tuple[Dataset, Dataset]:
     labels = column_values(train, label_column)
     kept, held_out = hold_out(labels, max(1, round(share * len(labels))))
-    return {"train": train.select(kept), "eval": train.select(held_out)}
+    return train.select(kept), train.select(held_out)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .._version import __version__
 from ..distillation import DistillationTrainer
 from ..flops import count_macs, count_params
 from ..metrics import compute_topk, top5_indices
@@ -32,8 +33,8 @@ def measure(models: dict[str, PreTrainedModel], dataset: Any, args: OFBTrainingA
 
 def provenance(seed: int) -> dict[str, Any]:
     """What produced the numbers: {"seed", "versions", "command"}."""
-    packages = ("ofb-hf", "torch", "transformers", "accelerate", "datasets")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    versions = {"python": platform.python_version(), "ofb-hf": __version__}
+    versions |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
     return {"seed": seed, "versions": versions, "command": command_line()}
 
 
