@@ -69,6 +69,6 @@ def _in_words(prepare: Callable[[], T]) -> T:
     """Turns what a user can mend before anything has started into one line on stderr and exit status 2."""
     try:
         return prepare()
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error

@@ -4,6 +4,7 @@ A plan says which entries of each tensor stay: {tensor name: ((axis, indices), .
 ones (the gradient machinery remembers the old shape), modules never are (hooks and references stay valid).
 """
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -55,8 +56,7 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     Raises:
         ValueError: for submodules or indices that `model` does not have.
     """
-    config = type(model.config).from_dict(model.config.to_dict())
-    config._attn_implementation = model.config._attn_implementation
+    config = copy.deepcopy(model.config)
     family, architecture = family_of(config), describe(config)
     check_subnet(subnet, architecture.sizes)
     kept = {

@@ -1,5 +1,6 @@
 """The search: one training run that learns weights, importance and widths together, and shrinks the network."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, get_scheduler, set_seed
 
 from . import schedule
+from .architectures import family_of
 from .callbacks import AverageCallback, SearchCallback
 from .configuration import BiMaskConfig
 from .distillation import DistillationTrainer
@@ -57,6 +59,7 @@ class OFBTrainer(DistillationTrainer):
         **kwargs: Any,
     ):
         _refuse(args, bi_mask_config, model)
+        set_seed(args.seed)  # the masks' random start belongs to the run, as the order of the data does
         supernet = model if isinstance(model, Supernet) else install_bi_masks(model, bi_mask_config)
         weight = args.distillation_weight
         if weight is None:
@@ -281,8 +284,7 @@ class OFBTrainer(DistillationTrainer):
 def dense_parent(supernet: Supernet) -> PreTrainedModel:
     """The classifier as it was before masks scaled it. Meant for a supernet that has not been trained yet."""
     state = {k: v.clone() for k, v in supernet.model.state_dict().items() if not k.endswith(".mask_token")}
-    base = next(c for c in type(supernet.model).__mro__ if not c.__name__.startswith("Gated"))
-    dense = base(supernet.config.__class__.from_dict(supernet.config.to_dict()))
+    dense = family_of(supernet.config).model_class(copy.deepcopy(supernet.config))
     dense.load_state_dict(state)
     return dense.to(supernet.model.device, supernet.model.dtype).eval()
 

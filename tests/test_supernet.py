@@ -279,9 +279,10 @@ def test_shrinking_changes_neither_logits_nor_pictures(seed, dtype, share):
     retire_some_(supernet, seed, share)
     images, masked = tiny_images(dtype=dtype), masked_patches()
     before, painted = supernet(images).logits.detach(), supernet(images, bool_masked_pos=masked)
-    cost = count_macs(supernet.config)
+    something_to_remove = not all(mask.alive.all() for mask in supernet.bi_masks)
     supernet.shrink_()
-    assert count_macs(supernet.config) < cost
+    assert (count_macs(supernet.config) < supernet.dense_macs) == something_to_remove
+    assert something_to_remove or share < 0.8
     assert_close(supernet(images).logits, before)
     output = supernet(images, bool_masked_pos=masked)
     assert_close(output.logits, painted.logits)
@@ -352,7 +353,7 @@ def test_a_parameter_without_a_plan_starts_with_fresh_moments():
     entries = {old: plan[names[new]] for old, new in replaced.items() if not names[new].endswith(".alpha")}
     slice_optimizer_(optimizer, replaced, entries)
     alpha = supernet.named_masks["layers.0.mlp"].alpha
-    assert alpha in replaced.values()
+    assert any(new is alpha for new in replaced.values())
     assert alpha not in optimizer.state
     assert any(parameter is alpha for parameter in optimizer.param_groups[0]["params"])
     assert supernet.named_masks["layers.1.mlp"].alpha in optimizer.state

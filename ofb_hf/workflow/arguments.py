@@ -131,4 +131,5 @@ def phase_arguments(args: OFBTrainingArguments, phase: str, **changes: Any) -> O
 
 def command_line() -> str:
     """The command that started this process, as one can type it again (without machine-specific folders)."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
+    return shlex.join([Path(words[0]).name, *words[1:]])

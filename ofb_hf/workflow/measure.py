@@ -2,11 +2,12 @@
 
 import platform
 import statistics
+import tempfile
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -64,12 +65,10 @@ def evaluate_classifier(model: nn.Module, dataset: Any, args: OFBTrainingArgumen
 
 def describe_size(model: PreTrainedModel) -> dict[str, int]:
     """Exact cost of a classifier: {"macs", "params", "bytes"}, bytes of its safetensors file."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return {
-        "macs": count_macs(model),
-        "params": count_params(model),
-        "bytes": len(safetensors.torch.save(state, metadata={"format": "pt"})),
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    return {"macs": count_macs(model), "params": count_params(model), "bytes": size}
 
 
 def images_per_second(models: dict[str, PreTrainedModel], pixel_values: Tensor) -> dict[str, float]:

@@ -1,0 +1,263 @@
+"""House rules, read from the source: who may import whom, where names of modules may be spelled, how long is too long."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ofb_hf
+
+PACKAGE = Path(ofb_hf.__file__).parent
+TESTS = Path(__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+TEST_FILES = sorted(TESTS.rglob("*.py"))
+
+MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 450
+
+# What a file may import besides the standard library and ours. Everything that is not listed is free.
+THIRD_PARTY = {
+    "search_space.py": set(),
+    "schedule.py": set(),
+    "bi_mask.py": {"torch"},
+    "losses.py": {"torch"},
+    "pmim.py": {"torch"},
+    "models": {"torch", "transformers", "huggingface_hub"},
+}
+# What of ours it may import.
+OURS = {
+    "search_space.py": set(),
+    "schedule.py": set(),
+    "bi_mask.py": {"ofb_hf.search_space"},
+    "losses.py": set(),
+    "pmim.py": set(),
+}
+# Module and parameter paths of a model family, as they appear in strings.
+MODEL_PATHS = re.compile(
+    r"\b(vit|swin)\.(layers|embeddings|layernorm|encoder)|\b[qkvo]_proj\b|\bfc[12]\b|layernorm_(before|after)"
+    r"|patch_embeddings|relative_position_bias"
+)
+MAY_SPELL_PATHS = ("architectures.py", "models")
+
+
+def relative(file: Path) -> str:
+    """A file's path inside the package, for messages and tables."""
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def module_name(file: Path) -> str:
+    """The dotted name of a file of the package."""
+    parts = ["ofb_hf", *file.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    """Whether a node is `if TYPE_CHECKING:`, whose imports never run."""
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def running_nodes(node: ast.AST):
+    """All nodes below this one that can run."""
+    for child in ast.iter_child_nodes(node):
+        if not is_type_checking(child):
+            yield child
+            yield from running_nodes(child)
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, its own package's included, at any depth."""
+    name, found = module_name(file), set()
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in running_nodes(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                anchor = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*anchor, *([base] if base else [])])
+            for alias in node.names:  # `from . import schedule` names a module, `from .schedule import ramp` does not
+                submodule = f"{base}.{alias.name}"
+                found.add(submodule if submodule in MODULES else base)
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    """Those of our package."""
+    return {name for name in names if name.partition(".")[0] == "ofb_hf"}
+
+
+def foreign(names: set[str]) -> set[str]:
+    """Top-level names of what is neither ours nor in the standard library."""
+    tops = {name.partition(".")[0] for name in names}
+    return tops - set(sys.stdlib_module_names) - {"ofb_hf"}
+
+
+# ------------------------------------------------------------------------------------------------------------ arrows
+
+
+def test_there_are_no_import_cycles():
+    graph = {name: own(imports(file)) & MODULES.keys() for name, file in MODULES.items()}
+    remaining = dict(graph)
+    while leaves := [name for name, targets in remaining.items() if not targets & remaining.keys() - {name}]:
+        for name in leaves:
+            del remaining[name]
+    assert not remaining, f"import cycle among {sorted(remaining)}"
+    assert len(graph) > 15
+
+
+@pytest.mark.parametrize("name", sorted(THIRD_PARTY))
+def test_files_that_know_little_import_little(name):
+    files = [file for file in FILES if relative(file) == name or relative(file).startswith(f"{name}/")]
+    assert files
+    for file in files:
+        assert foreign(imports(file)) <= THIRD_PARTY[name], relative(file)
+        if name in OURS:
+            assert own(imports(file)) <= OURS[name], relative(file)
+
+
+def test_models_know_nothing_of_ours_but_their_own_configuration():
+    """These files travel to the Hub with a checkpoint: nothing else of ours will be there."""
+    files = [file for file in FILES if relative(file).startswith("models/")]
+    assert any(file.name.startswith("modeling_") for file in files)
+    for file in files:
+        configuration = f"ofb_hf.models.{file.stem.replace('modeling_', 'configuration_')}"
+        allowed = {configuration} if file.stem.startswith("modeling_") else set()
+        assert own(imports(file)) <= allowed, relative(file)
+
+
+def test_nothing_imports_the_package_root():
+    for file in FILES:
+        assert "ofb_hf" not in imports(file), relative(file)
+
+
+def strings(file: Path):
+    """String constants that are no docstrings, with their lines."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def test_only_one_file_spells_module_paths():
+    spelled = {
+        f"{relative(file)}:{line}: {text!r}"
+        for file in FILES
+        for line, text in strings(file)
+        if MODEL_PATHS.search(text) and not relative(file).startswith(MAY_SPELL_PATHS)
+    }
+    assert not spelled
+    architectures = PACKAGE / "architectures.py"
+    assert any(MODEL_PATHS.search(text) for _, text in strings(architectures))
+
+
+# -------------------------------------------------------------------------------------------------- what import does
+
+
+IMPORT_EVERYTHING = """
+import socket
+import torch
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("importing must not do this")
+
+torch.cuda._lazy_init = torch.cuda.init = refuse
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import ofb_hf
+for name in ofb_hf.__all__:
+    assert getattr(ofb_hf, name) is not None, name
+assert not torch.cuda.is_initialized()
+assert set(ofb_hf.__all__) <= set(dir(ofb_hf))
+try:
+    ofb_hf.no_such_name
+except AttributeError as error:
+    assert "no_such_name" in str(error)
+"""
+
+
+def test_importing_touches_neither_an_accelerator_nor_the_network():
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_EVERYTHING], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_imports_no_trainer():
+    script = "import sys, ofb_hf; print([m for m in sys.modules if m in ('ofb_hf.trainer', 'datasets', 'accelerate')])"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------------- length
+
+
+def functions(file: Path):
+    """Functions and methods of a file."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def body_lines(function: ast.FunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    docstring = ast.get_docstring(function, clean=False)
+    return function.end_lineno - function.lineno + 1 - (docstring.count("\n") + 1 if docstring is not None else 0)
+
+
+def test_functions_are_short():
+    long = {
+        f"{file.name}:{function.lineno} {function.name}: {body_lines(function)}"
+        for file in [*FILES, *TEST_FILES]
+        for function in functions(file)
+        if body_lines(function) > MAX_FUNCTION_LINES
+    }
+    assert not long
+
+
+def test_files_are_short():
+    lengths = {relative(file): file.read_text(encoding="utf-8").count("\n") for file in FILES}
+    assert {name: lines for name, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
+
+
+# ---------------------------------------------------------------------------------------------------------- the tests
+
+
+def asserts(function: ast.FunctionDef) -> bool:
+    """Whether a function can fail: an `assert`, `pytest.raises` or `warns`, or a call of some `assert_...`."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            if name.startswith("assert") or name in ("raises", "warns", "fail"):
+                return True
+    return False
+
+
+def test_every_test_asserts_something():
+    tests = [(file, function) for file in TEST_FILES for function in functions(file) if file.name.startswith("test_")]
+    tests = [(file, function) for file, function in tests if function.name.startswith("test_")]
+    assert len(tests) > 100
+    assert [f"{file.name}::{function.name}" for file, function in tests if not asserts(function)] == []
+
+
+def test_tests_have_names_of_their_own():
+    """Python keeps the last of two functions of one name: the first would never run."""
+    for file in TEST_FILES:
+        names = [node.name for node in ast.parse(file.read_text(encoding="utf-8")).body if hasattr(node, "name")]
+        assert len(names) == len(set(names)), file.name

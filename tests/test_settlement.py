@@ -1,0 +1,321 @@
+"""The budget holds, it is used, and nothing better fits: checked against brute force and exact reachable costs."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from factories import random_candidate, randomize_masks_, search_config, tiny_images, tiny_supernet, tiny_vit
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ofb_hf import compress, count_macs, count_params, install_bi_masks, read_subnet
+from ofb_hf.architectures import Term
+from ofb_hf.settlement import BINS, Option, UnreachableBudgetError, settle
+from ofb_hf.supernet import Supernet
+
+TIGHTNESS = 0.98
+
+
+def cost_of(terms: tuple[Term, ...], units: dict[str, int]) -> int:
+    """A sum of products of sizes, spelled out."""
+    total = 0
+    for term in terms:
+        product = term.coefficient
+        for name in term.factors:
+            product *= units[name]
+        total += product
+    return total
+
+
+def brute_force(options: dict[str, list[Option]], terms: tuple[Term, ...], fixed: dict[str, int]):
+    """Every choice with its cost and score."""
+    for picks in itertools.product(*options.values()):
+        choice = dict(zip(options, picks, strict=True))
+        units = fixed | {name: option.units for name, option in choice.items()}
+        yield cost_of(terms, units), sum(option.score for option in picks)
+
+
+def reachable_costs(supernet: Supernet, config) -> set[int]:
+    """Every cost that some subnet of a ViT's search space has, from first principles.
+
+    With the residual width given, attentions and MLPs contribute independent sums, so the set of all totals is built
+    one submodule at a time.
+    """
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    pixels = config.num_channels * config.patch_size**2
+    units = {mask.name: sorted({o.units for o in supernet.options()[mask.name]}) for mask in supernet.bi_masks}
+    for name, shape in supernet.dense_sizes.items():
+        units.setdefault(name, [math.prod(shape)])
+    by_params = supernet.bi_mask_config.budget[0] == "target_params"
+    layers, labels, biases = range(config.num_hidden_layers), config.num_labels, 3 * config.qkv_bias
+    totals = set()
+    for e in units["embeddings"]:
+        if by_params:
+            base = e * (pixels + 1) + e + tokens * e + 2 * e + labels * (e + 1) + len(layers) * (2 * e + 4 * e)
+            per_attention_unit, per_mlp_unit = 4 * e + biases, 2 * e + 1
+        else:
+            base = (tokens - 1) * pixels * e + labels * e
+            per_attention_unit, per_mlp_unit = 4 * tokens * e + 2 * tokens**2, 2 * tokens * e
+        sums = {base}
+        for layer in layers:
+            sums = {s + per_attention_unit * a for s in sums for a in units[f"layers.{layer}.attention"]}
+            sums = {s + per_mlp_unit * f for s in sums for f in units[f"layers.{layer}.mlp"]}
+        totals |= sums
+    return totals
+
+
+# -------------------------------------------------------------------------------------- the settlement on its own
+
+
+@st.composite
+def problems(draw: st.DrawFn, largest: int = 12) -> tuple:
+    """One shared width, up to four parts whose cost is a product with it or not, and scores; all small integers."""
+    parts = [f"part{index}" for index in range(draw(st.integers(0, 4)))]
+    score = st.floats(-5, 5, allow_nan=False)
+    options = {
+        name: [Option((units,), draw(score)) for units in sorted(draw(st.sets(st.integers(1, 6), min_size=1)))]
+        for name in ["width", *parts]
+    }
+    coefficient = st.integers(1, largest)
+    terms = [Term(draw(coefficient)), Term(draw(coefficient), ("width",)), Term(draw(coefficient), ("width", "fixed"))]
+    for name in parts:
+        terms.append(Term(draw(coefficient), ("width", name)))
+        terms.append(Term(draw(coefficient), (name,)))
+    return options, tuple(terms), {"fixed": draw(st.integers(1, 5))}, draw(st.floats(0, 1.1))
+
+
+def target_of(problem: tuple, share: float) -> int:
+    """A budget between the smallest and the largest cost of a problem (or a bit above)."""
+    options, terms, fixed = problem
+    costs = [cost for cost, _ in brute_force(options, terms, fixed)]
+    return int(min(costs) + share * (max(costs) - min(costs)))
+
+
+@given(problems())
+def test_small_problems_are_solved_exactly(problem):
+    """Below as many cost units as there are bins nothing is rounded: the best choice of all, or the largest below."""
+    options, terms, fixed, share = problem
+    target = target_of((options, terms, fixed), share)
+    everything = [(cost, score) for cost, score in brute_force(options, terms, fixed) if cost <= target]
+    inside = [score for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
+    settlement = settle(options, terms, fixed, target, TIGHTNESS)
+    units = fixed | {name: option.units for name, option in settlement.choice.items()}
+    assert target < BINS or target - min(cost for cost, _ in everything) < BINS
+    assert list(settlement.choice) == list(options)
+    assert settlement.cost == cost_of(terms, units) <= target
+    assert settlement.score == pytest.approx(sum(option.score for option in settlement.choice.values()))
+    if inside:
+        assert settlement.cost >= TIGHTNESS * target
+        assert settlement.score == pytest.approx(max(inside))
+    else:
+        assert settlement.cost == max(cost for cost, _ in everything)
+
+
+@given(problems(largest=10**6))
+def test_large_problems_are_solved_up_to_the_rounding_of_costs(problem):
+    """Costs are rounded to 1 / BINS of the room, so the answer beats all that keep a bin per submodule away from both
+    ends of the band, whatever it is allowed to do in between; feasibility is never given up for it."""
+    options, terms, fixed, share = problem
+    target = target_of((options, terms, fixed), share)
+    everything = [(cost, score) for cost, score in brute_force(options, terms, fixed) if cost <= target]
+    inside = [(cost, score) for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
+    settlement = settle(options, terms, fixed, target, TIGHTNESS)
+    assert settlement.cost <= target
+    if not inside:
+        assert settlement.cost == max(cost for cost, _ in everything)
+        return
+    assert settlement.cost >= TIGHTNESS * target
+    slack = len(options) * (target / BINS + 1)
+    clear = [score for cost, score in inside if TIGHTNESS * target + slack <= cost <= target - slack]
+    assert settlement.score <= max(score for _, score in inside) + 1e-9
+    assert not clear or settlement.score >= max(clear) - 1e-9
+
+
+def test_a_budget_below_the_smallest_subnet_is_refused_with_the_smallest_value():
+    options = {"width": [Option((3,), 0.0), Option((5,), 9.0)], "mlp": [Option((2,), 0.0), Option((7,), 0.0)]}
+    terms = (Term(1000), Term(10, ("width", "mlp")))
+    with pytest.raises(UnreachableBudgetError, match=r"1,059.*1,060"):
+        settle(options, terms, {}, 1059)
+    settlement = settle(options, terms, {}, 1060)
+    assert settlement.cost == 1060
+    assert {name: option.size for name, option in settlement.choice.items()} == {"width": (3,), "mlp": (2,)}
+
+
+@pytest.mark.parametrize("target", [1200, 1210, 5000], ids=["in the band", "below the band", "all below the band"])
+def test_among_equal_costs_the_better_score_wins(target):
+    """2 heads of 6 cost what 4 heads of 3 cost. Not reaching the band is no reason to forget which is better."""
+    grid = [Option((2, 6), 1.0), Option((4, 3), 5.0), Option((3, 4), 3.0), Option((1, 1), 9.0)]
+    grid += [Option((5, 6), 9.0)] if target == 1210 else []
+    band = 0.98 if target != 1210 else 0.999
+    assert settle({"a": grid}, (Term(100, ("a",)),), {}, target, band).choice["a"].size == (4, 3)
+
+
+@pytest.mark.parametrize("favourite", ["a", "b", "c"])
+def test_in_a_coarse_space_the_score_says_who_gets_what_is_left(favourite):
+    """Three equal submodules, no choice within the band, room for one wide one: the one that needs it most gets it."""
+    options = {name: [Option((10,), 0.0), Option((20,), 3.0 if name == favourite else 1.0)] for name in "abc"}
+    terms = tuple(Term(7, (name,)) for name in "abc")
+    settlement = settle(options, terms, {}, 7 * 45)
+    assert settlement.cost == 7 * 40
+    assert settlement.choice[favourite].size == (20,)
+
+
+def test_many_widths_are_searched_one_at_a_time():
+    """More combinations of widths than can be tried: the budget still holds and is used."""
+    rng = random.Random(0)
+    options, terms = {}, []
+    for stage in range(4):
+        options[f"width{stage}"] = [Option((8 * k,), rng.random() * k) for k in range(1, 9)]
+        for block in range(2):
+            name = f"stage{stage}.block{block}"
+            options[name] = [Option((16 * k,), rng.random() * k) for k in range(1, 9)]
+            terms.append(Term(7 + stage, (f"width{stage}", name)))
+        if stage:
+            terms.append(Term(3, (f"width{stage - 1}", f"width{stage}")))
+    smallest = cost_of(tuple(terms), {name: rows[0].units for name, rows in options.items()})
+    largest = cost_of(tuple(terms), {name: rows[-1].units for name, rows in options.items()})
+    for share in (0.0, 0.05, 0.3, 0.8, 1.0):
+        target = int(smallest + share * (largest - smallest))
+        settlement = settle(options, tuple(terms), {}, target)
+        assert settlement.cost <= target
+        assert settlement.cost >= TIGHTNESS * target
+
+
+# ------------------------------------------------------------------------------------------ the budget of a supernet
+
+
+def random_search(seed: int) -> tuple[Supernet, object]:
+    """A random model with random candidates, a random reachable target, and random masks."""
+    rng = random.Random(seed)
+    heads, head_dim, mlp = rng.randint(1, 5), rng.randint(2, 9), rng.randint(8, 90)
+
+    def sizes(full: int) -> list[int]:
+        return sorted({full, *(rng.randint(1, full) for _ in range(rng.randint(1, 5)))})
+
+    model = tiny_vit(
+        seed,
+        hidden_size=heads * head_dim,
+        num_attention_heads=heads,
+        intermediate_size=mlp,
+        num_hidden_layers=rng.randint(1, 3),
+        num_labels=rng.randint(2, 9),
+        qkv_bias=rng.random() < 0.7,
+    )
+    candidates = {
+        "embedding_candidates": sizes(heads * head_dim),
+        "head_candidates": sizes(heads),
+        "head_dim_candidates": sizes(head_dim),
+        "mlp_candidates": sizes(mlp),
+    }
+    budget, count = rng.choice([("target_macs", count_macs), ("target_params", count_params)])
+    dense = count(model)
+    reachable = reachable_costs(install_bi_masks(model, search_config(**candidates, **{budget: 1.0})), model.config)
+    target = rng.randint(min(reachable), dense)
+    config = search_config(**candidates, **{budget: target / dense if rng.random() < 0.5 else target})
+    supernet = install_bi_masks(model, config)
+    randomize_masks_(supernet, seed, spread=rng.choice([0.1, 2.0, 8.0]))
+    return supernet, model.config
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_budget_holds_and_is_used(seed):
+    """Within [0.98, 1] of the target; where not, no subnet of the space lies between ours and the target."""
+    supernet, config = random_search(seed)
+    by_params = supernet.bi_mask_config.budget[0] == "target_params"
+    count = count_params if by_params else count_macs
+    if seed % 3 == 0 and supernet.retire_candidates():
+        supernet.shrink_()
+    cost = count(compress(supernet))
+    subnet = read_subnet(supernet)
+    assert cost == count(config, subnet)
+    assert cost <= supernet.target
+    if cost < TIGHTNESS * supernet.target:
+        reachable = reachable_costs(supernet, config)
+        assert cost in reachable
+        assert cost == max(total for total in reachable if total <= supernet.target)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_choice_is_the_best_one_up_to_the_rounding_of_costs(seed):
+    supernet, _ = random_search(seed)
+    fixed = {name: math.prod(s) for name, s in supernet.dense_sizes.items() if name not in supernet.named_masks}
+    options = {name: rows[:: max(1, len(rows) // 3)] for name, rows in supernet.options().items()}
+    floor = min(cost for cost, _ in brute_force(options, supernet.terms, fixed))
+    target = max(supernet.target, floor)
+    settlement = settle(options, supernet.terms, fixed, target, TIGHTNESS)
+    everything = [(cost, score) for cost, score in brute_force(options, supernet.terms, fixed) if cost <= target]
+    inside = [(cost, score) for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
+    if not inside:
+        assert settlement.cost == max(cost for cost, _ in everything)
+        return
+    slack = len(options) * (target / BINS + 1)
+    clear = [score for cost, score in inside if TIGHTNESS * target + slack <= cost <= target - slack]
+    assert settlement.score <= max(score for _, score in inside) + 1e-6
+    assert not clear or settlement.score >= max(clear) - 1e-6
+
+
+@pytest.mark.parametrize("budget", ["target_macs", "target_params"])
+def test_an_unreachable_budget_is_refused_before_training_and_names_the_smallest(budget):
+    model = tiny_vit()
+    count = count_macs if budget == "target_macs" else count_params
+    supernet = install_bi_masks(model, search_config(**{budget: 1.0}))
+    smallest = min(reachable_costs(supernet, model.config))
+    with pytest.raises(UnreachableBudgetError, match=rf"{smallest:,}"):
+        install_bi_masks(model, search_config(**{budget: smallest - 1}))
+    with pytest.raises(ValueError, match=rf"{smallest:,}"):
+        install_bi_masks(model, search_config(**{budget: 0.001}))
+    assert count(compress(install_bi_masks(model, search_config(**{budget: smallest})))) == smallest
+
+
+@pytest.mark.parametrize("budget", ["target_macs", "target_params"])
+def test_shares_and_absolute_targets_mean_the_same(budget):
+    model = tiny_vit()
+    dense = (count_macs if budget == "target_macs" else count_params)(model)
+    by_share = install_bi_masks(model, search_config(**{budget: 0.4}))
+    absolute = install_bi_masks(model, search_config(**{budget: int(0.4 * dense)}))
+    assert by_share.target == absolute.target == int(0.4 * dense)
+    assert by_share.dense_cost == dense
+    for supernet in (by_share, absolute):
+        randomize_masks_(supernet, 3)
+    assert read_subnet(by_share) == read_subnet(absolute)
+
+
+@pytest.mark.parametrize("target", [1.0, 10**12])
+def test_a_budget_of_everything_keeps_a_network_of_nearly_that_size(target):
+    supernet = tiny_supernet(target_macs=target)
+    cost = count_macs(compress(supernet))
+    assert TIGHTNESS * min(supernet.target, supernet.dense_macs) <= cost <= supernet.dense_macs
+    assert target == 1.0 or cost == supernet.dense_macs
+
+
+def test_importance_and_alpha_lead_the_choice():
+    """At one price, the submodule whose units matter keeps more of them; alpha decides where importance is equal."""
+    for led_by in ("importance", "alpha"):
+        sizes = []
+        for favourite in (0, 1):
+            supernet = install_bi_masks(tiny_vit(), search_config(search_embedding=False, target_macs=0.75))
+            with torch.no_grad():
+                for layer in (0, 1):
+                    mask = supernet.named_masks[f"layers.{layer}.mlp"]
+                    if led_by == "importance":
+                        mask.importance_logits[30:] = 4.0 if layer == favourite else -6.0
+                    else:
+                        mask.alpha[-1 if layer == favourite else 0] = 30.0
+            subnet = read_subnet(supernet)
+            sizes.append((subnet.size("layers.0.mlp"), subnet.size("layers.1.mlp")))
+        assert sizes[0][0] > sizes[0][1], led_by
+        assert sizes[1][1] > sizes[1][0], led_by
+
+
+def test_a_settled_supernet_is_settled_for_good():
+    supernet, images = tiny_supernet(target_macs=0.5), tiny_images()
+    subnet = supernet.settle_()
+    logits = supernet(images).logits.detach()
+    assert supernet.is_settled
+    assert supernet.retire_candidates() == 0
+    assert supernet.settle_() == subnet == read_subnet(supernet)
+    assert torch.equal(supernet(images).logits, logits)
+    rng = random.Random(0)
+    assert [random_candidate(mask, rng) for mask in supernet.bi_masks] == [m.largest_size() for m in supernet.bi_masks]

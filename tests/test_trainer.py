@@ -1,0 +1,301 @@
+"""The search as a training run: it shrinks, meets the budget, logs, resumes, and refuses what cannot work."""
+
+import json
+import math
+
+import pytest
+import torch
+from factories import search_config, tiny_vit
+from torch import nn
+from transformers import TrainerCallback
+
+from ofb_hf import DistillationTrainer, OFBTrainer, OFBTrainingArguments, count_macs, count_params, install_bi_masks
+from ofb_hf.callbacks import HISTORY_FIELDS, HistoryCallback, read_history
+
+STEPS = 24
+
+
+def rows(count=32, seed=0, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 16, 16, generator=generator)
+    return [{"pixel_values": image, "labels": index % classes} for index, image in enumerate(images)]
+
+
+def arguments(folder, **changes):
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return OFBTrainingArguments(str(folder), **(settings | changes))
+
+
+def searcher(folder, config=None, model=None, callbacks=None, **changes):
+    return OFBTrainer(
+        model if model is not None else tiny_vit(num_hidden_layers=2).train(),
+        arguments(folder, **changes),
+        config or search_config(target_macs=0.6),
+        train_dataset=rows(),
+        callbacks=callbacks,
+    )
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal_states(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("preset", ["ours", "paper"])
+@pytest.mark.parametrize("prune_during_search", [True, False])
+def test_search_meets_the_budget_and_logs_its_way(tmp_path, preset, prune_during_search):
+    model = tiny_vit()
+    config = search_config(preset=preset, target_macs=0.6, prune_during_search=prune_during_search)
+    history = HistoryCallback(tmp_path / "history.jsonl", "search")
+    trainer = searcher(tmp_path, config, model, callbacks=[history])
+    before = weights(model)
+    trainer.train()
+
+    small = trainer.compress()
+    assert count_macs(small) <= 0.6 * count_macs(model)
+    assert count_macs(small) == count_macs(model, trainer.read_subnet())
+    assert_equal_states(before, weights(model))
+
+    history = read_history(tmp_path / "history.jsonl")
+    assert [row["step"] for row in history] == list(range(1, STEPS + 1))
+    for row in history:
+        assert list(row) == HISTORY_FIELDS
+        assert all(math.isfinite(row[name]) for name in HISTORY_FIELDS if name != "phase")
+    assert history[0]["macs"] == count_macs(model)
+    assert history[0]["lam"] == pytest.approx(0.99)
+    assert history[-1]["macs"] == count_macs(small)
+    assert history[-1]["params"] == count_params(small)
+    assert history[-1]["active_candidates"] == len(trainer.supernet.bi_masks)
+    sizes = [row["macs"] for row in history]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_folded_result_equals_the_supernet_that_was_trained(tmp_path):
+    trainer = searcher(tmp_path)
+    trainer.train()
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        masked = trainer.supernet.eval()(images).logits
+        folded = trainer.compress().eval()(images).logits
+    assert (masked - folded).abs().max() < 1e-5
+
+
+def test_every_trainable_parameter_has_one_named_group_and_gets_a_gradient(tmp_path):
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            for name, parameter in kwargs["model"].named_parameters():
+                seen[name] = parameter.grad is not None and bool(parameter.grad.isfinite().all())
+
+    trainer = searcher(tmp_path, callbacks=[Look()], max_steps=2)
+    trainer.train()
+    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
+    assert list(groups) == ["weights", "weights_no_decay", "importance", "architecture", "pmim_decoder"]
+    grouped = [id(parameter) for group in groups.values() for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in trainer.supernet.parameters())
+    assert groups["architecture"]["betas"] == (0.5, 0.999)
+    assert all(parameter.ndim > 1 for parameter in groups["weights"]["params"])
+    assert all(seen.values()), [name for name, good in seen.items() if not good]
+
+
+class KeepGradients(TrainerCallback):
+    """Records what the optimizer is about to see."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        named = kwargs["model"].named_parameters()
+        self.steps.append({name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None})
+
+
+@pytest.mark.parametrize("teacher_share", [0.0, 1.0])
+def test_accumulating_gradients_equals_a_larger_batch(tmp_path, teacher_share):
+    runs = []
+    for index, (batch, accumulation) in enumerate([(8, 1), (2, 4)]):
+        keep = KeepGradients()
+        trainer = searcher(
+            tmp_path / str(index),
+            callbacks=[keep],
+            max_steps=4,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            distillation_weight=teacher_share,
+        )
+        trainer.train()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        runs.append((keep.steps, losses))
+    (large, large_losses), (small, small_losses) = runs
+    assert large_losses == pytest.approx(small_losses, rel=2e-3)
+    # Later steps differ more: Adam turns rounding of tiny gradients into steps of full size.
+    for name, gradient in large[0].items():
+        torch.testing.assert_close(small[0][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("stop", [3, 13, 16, 19])
+def test_interrupted_and_resumed_search_equals_the_straight_one(tmp_path, stop):
+    """The stops lie in the importance phase, around retirement and physical shrinks, and after the settlement."""
+    straight = searcher(tmp_path / "straight", ema_decay=0.9)
+    straight.train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == stop
+            return control
+
+    settings = {"ema_decay": 0.9, "save_strategy": "steps", "save_steps": stop}
+    searcher(tmp_path / "cut", callbacks=[Stop()], **settings).train()
+    resumed = searcher(tmp_path / "cut", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{stop}"))
+
+    assert resumed.read_subnet() == straight.read_subnet()
+    assert_equal_states(weights(straight.supernet), weights(resumed.supernet))
+    assert not list((tmp_path / "cut").rglob("training_args.bin"))
+
+
+def test_resuming_with_another_budget_is_refused(tmp_path):
+    searcher(tmp_path, save_strategy="steps", save_steps=STEPS).train()
+    other = searcher(tmp_path, search_config(target_macs=0.7))
+    with pytest.raises(ValueError, match=r"another search.*target_macs.*0\.6.*0\.7"):
+        other.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}"))
+
+
+def test_weight_average_and_moments_follow_every_shrink(tmp_path):
+    shapes = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            model, optimizer = kwargs["model"], trainer.optimizer
+            for name, parameter in model.named_parameters():
+                assert trainer.average.average[name].shape == parameter.shape
+                state_of = optimizer.state.get(parameter)
+                if state_of:
+                    assert state_of["exp_avg"].shape == state_of["exp_avg_sq"].shape == parameter.shape
+            known = {id(parameter) for parameter in model.parameters()}
+            assert all(id(parameter) in known for parameter in optimizer.state)
+            shapes.append(count_macs(model.config))
+
+    trainer = searcher(tmp_path, ema_decay=0.9)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert len(set(shapes)) > 1
+
+
+def test_search_is_the_same_for_the_same_seed(tmp_path):
+    first, second = searcher(tmp_path / "a"), searcher(tmp_path / "b")
+    first.train()
+    second.train()
+    assert_equal_states(weights(first.supernet), weights(second.supernet))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_loss_stops_at_the_first_step(tmp_path, value):
+    broken = rows()
+    for row in broken:
+        row["pixel_values"][0, 0, 0] = value
+    trainer = searcher(tmp_path)
+    trainer.train_dataset = broken
+    with pytest.raises(FloatingPointError, match=r"not finite after optimizer step 0.*task"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"},
+            "load_best_model_at_end",
+        ),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"distillation_weight": 1.5}, r"distillation_weight is 1\.5"),
+        ({"distillation_type": "firm"}, "distillation_type is 'firm'"),
+        ({"distillation_temperature": 0.0}, "distillation_temperature is 0"),
+        ({"ema_decay": 1.0}, r"ema_decay is 1\.0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        searcher(tmp_path, **changes)
+
+
+def test_teacher_with_other_labels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="teacher has 7 labels and the model 3"):
+        OFBTrainer(tiny_vit(), arguments(tmp_path), search_config(), teacher=tiny_vit(num_labels=7))
+
+
+def test_config_beside_a_finished_supernet_is_refused(tmp_path):
+    supernet = install_bi_masks(tiny_vit(), search_config())
+    with pytest.raises(ValueError, match="already has one"):
+        OFBTrainer(supernet, arguments(tmp_path), search_config())
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_default_teacher_is_the_dense_model(tmp_path, kind):
+    model = tiny_vit()
+    trainer = searcher(tmp_path, model=model, distillation_type=kind, max_steps=2)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(trainer.teacher(images).logits, model(images).logits)
+    trainer.train()
+    with torch.no_grad():
+        assert torch.equal(trainer.teacher(images).logits, model(images).logits)
+
+
+def test_finetuning_takes_indices_probabilities_and_smoothing(tmp_path):
+    model, losses = tiny_vit().train(), {}
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 2, 1, 2])
+    for smoothing in (0.0, 0.1):
+        trainer = DistillationTrainer(model, arguments(tmp_path, label_smoothing_factor=smoothing))
+        for name, target in (("hard", labels), ("soft", nn.functional.one_hot(labels, 3).float())):
+            losses[name, smoothing] = trainer.compute_loss(model, {"pixel_values": images, "labels": target}).item()
+    assert losses["hard", 0.0] == pytest.approx(losses["soft", 0.0], rel=1e-5)
+    assert losses["hard", 0.1] == pytest.approx(losses["soft", 0.1], rel=1e-5)
+    logits = model(images).logits
+    expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).item()
+    assert losses["hard", 0.1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_loss_is_plain_cross_entropy(tmp_path):
+    model = tiny_vit()
+    trainer = OFBTrainer(model, arguments(tmp_path, label_smoothing_factor=0.3), search_config(), eval_dataset=rows(10))
+    loss = trainer.evaluate()["eval_loss"]
+    batch = rows(10)
+    with torch.no_grad():
+        logits = trainer.supernet.eval()(torch.stack([row["pixel_values"] for row in batch])).logits
+    expected = nn.functional.cross_entropy(logits, torch.tensor([row["labels"] for row in batch])).item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_history_of_a_resumed_run_has_no_row_twice(tmp_path):
+    path = tmp_path / "history.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"step": step, "phase": phase}) + "\n" for phase in ("dense", "search") for step in (1, 2, 3)
+        )
+        + '{"step": 4, "pha'
+    )
+
+    class State:
+        is_world_process_zero, global_step = True, 2
+
+    HistoryCallback(path, "search").on_train_begin(None, State, None)
+    assert [(row["phase"], row["step"]) for row in read_history(path)] == [
+        *(("dense", step) for step in (1, 2, 3)),
+        *(("search", step) for step in (1, 2)),
+    ]

@@ -1,0 +1,297 @@
+"""The walk as a user runs it: from a checkpoint and a folder of images to an output folder that loads anywhere."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from factories import tiny_vit
+from PIL import Image
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil, pipeline
+
+import ofb_hf
+from ofb_hf import SubnetSpec, cli, count_macs, count_params
+from ofb_hf.callbacks import HISTORY_FIELDS, read_history
+from ofb_hf.workflow.arguments import DEMO_CONFIG, command_line
+from ofb_hf.workflow.measure import images_per_second
+
+ROOT = Path(__file__).parent.parent
+PRODUCT = {
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "subnet.json",
+    "search_history.jsonl",
+    "search.png",
+    "README.md",
+    "eval_results.json",
+}
+QUICK = "--use_cpu --report_to none --disable_tqdm true --logging_steps 1 --per_device_train_batch_size 8".split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Class folders with 3 colours of noise, 8 training and 4 test images each."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A stock ViT as the Hub holds them: old key names, an image processor beside it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "vit-tiny"
+    model = tiny_vit()
+    model.config.id2label = {0: "blue", 1: "green", 2: "red"}
+    model.config.label2id = {"blue": 0, "green": 1, "red": 2}
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def walk(checkpoint, images, output, *flags):
+    settings = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
+    return cli.search([*settings, *QUICK, "--max_steps", "16", "--finetune_max_steps", "3", *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, images, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "half"
+    return output, walk(checkpoint, images, output, "--target_macs", "0.5", "--keep_dense")
+
+
+def test_output_folder_is_complete_and_consistent(finished):
+    output, results = finished
+    assert PRODUCT <= {path.name for path in output.iterdir()}
+    assert not [path for path in output.rglob("*") if path.name.startswith(".incomplete")]
+    assert not (output / "FAILED.txt").exists()
+    assert json.loads((output / "eval_results.json").read_text()) == results
+
+    model = AutoModelForImageClassification.from_pretrained(output)
+    assert results["finetuned"]["macs"] == count_macs(model) <= results["target_macs"]
+    assert results["finetuned"]["params"] == count_params(model)
+    assert results["finetuned"]["bytes"] == (output / "model.safetensors").stat().st_size
+    assert results["dense"]["bytes"] == (output / "dense" / "model.safetensors").stat().st_size
+    for stage in ("dense", "searched", "finetuned"):
+        assert set(results[stage]) == {
+            "top1", "top5", "macs", "params", "bytes", "images_per_second", "num_examples",
+        }  # fmt: skip
+        assert results[stage]["num_examples"] == 12
+        assert 0 <= results[stage]["top1"] <= results[stage]["top5"] == 100
+
+    dense = AutoModelForImageClassification.from_pretrained(output / "dense")
+    subnet = SubnetSpec.from_json((output / "subnet.json").read_text())
+    assert count_macs(dense, subnet) == results["finetuned"]["macs"]
+
+    history = read_history(output / "search_history.jsonl")
+    assert [row["phase"] for row in history] == ["search"] * 16 + ["finetune"] * 3
+    assert all(list(row) == HISTORY_FIELDS for row in history)
+    with Image.open(output / "search.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("L").getcolors(256)) > 10
+
+
+def test_card_repeats_the_measured_numbers(finished):
+    output, results = finished
+    card = (output / "README.md").read_text()
+    assert "$" not in card
+    for stage in ("dense", "searched", "finetuned"):
+        assert f"{results[stage]['top1']:.2f}" in card
+        assert f"{results[stage]['params'] / 1e6:.4g}" in card
+    assert f"{results['target_macs']:,} MACs" in card
+    assert str(output.parent) not in card
+
+
+def test_result_loads_in_a_fresh_process_bit_for_bit(finished, images):
+    output, _ = finished
+    picture = images / "test" / "red" / "0.png"
+    here = pipeline("image-classification", str(output))(str(picture))
+    code = (
+        "import json, warnings; warnings.simplefilter('error'); import ofb_hf, torch; torch.set_num_threads(1);"
+        "from transformers import AutoModel, pipeline;"
+        f"AutoModel.from_pretrained({str(output)!r});"
+        f"print(json.dumps(pipeline('image-classification', {str(output)!r})({str(picture)!r})))"
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(there.stdout.splitlines()[-1]) == here
+    assert {row["label"] for row in here} == {"red", "green", "blue"}
+    assert "not used" not in there.stderr
+    assert "newly initialized" not in there.stderr
+
+
+def test_finetune_and_evaluate_take_the_result(finished, images, tmp_path, capsys):
+    output, results = finished
+    shared = ["--data_dir", str(images), *QUICK]
+    again = ["--model_name_or_path", str(output), "--teacher_name_or_path", str(output / "dense")]
+    longer = cli.finetune([*again, *shared, "--output_dir", str(tmp_path / "longer"), "--max_steps", "2"])
+    assert longer["dense"]["top1"] == results["finetuned"]["top1"]
+    assert longer["finetuned"]["macs"] == results["finetuned"]["macs"]
+
+    capsys.readouterr()
+    measured = cli.evaluate(["--model_name_or_path", str(output), *shared, "--output_dir", str(tmp_path / "unused")])
+    assert measured["top1"] == results["finetuned"]["top1"]
+    printed = capsys.readouterr().out
+    assert json.loads(printed[printed.index("{\n") :]) == measured
+
+
+def test_search_on_a_parameter_budget_without_finetuning(checkpoint, images, tmp_path):
+    results = walk(checkpoint, images, tmp_path / "out", "--target_params", "0.6", "--finetune_max_steps", "0")
+    assert set(results) == {"target_params", "dense", "searched", "seed", "versions", "command"}
+    assert results["searched"]["params"] <= results["target_params"] <= 0.6 * results["dense"]["params"]
+
+
+def test_demonstration_path_at_a_tiny_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--dense_epochs 1 --max_steps 12 --finetune_max_steps 2 --max_train_samples 96 --max_eval_samples 24"
+    results = cli.search([*flags.split(), "--disable_tqdm", "true", "--logging_steps", "2"])
+    output = tmp_path / "runs" / "demo"
+    assert PRODUCT | {"dense"} <= {path.name for path in output.iterdir()}
+    assert 0.49 * results["dense"]["macs"] <= results["finetuned"]["macs"] <= 0.5 * results["dense"]["macs"]
+    assert results["dense"]["num_examples"] == 24
+
+
+def test_failed_run_is_marked_and_can_be_resumed(checkpoint, images, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    from ofb_hf.workflow import search as workflow
+
+    def interrupted(*args):
+        raise RuntimeError("the power went")
+
+    flags = ["--save_strategy", "steps", "--save_steps", "4"]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power"):
+        patch.setattr(workflow, "finetune", interrupted)
+        walk(checkpoint, images, output, *flags)
+    assert "the power went" in (output / "FAILED.txt").read_text()
+    assert not (output / "model.safetensors").exists()
+
+    searched = (output / "search" / "model" / "model.safetensors").read_bytes()
+    results = walk(checkpoint, images, output, *flags, "--resume_from_checkpoint", "auto")
+    assert not (output / "FAILED.txt").exists()
+    assert (output / "search" / "model" / "model.safetensors").read_bytes() == searched
+    assert [row["phase"] for row in read_history(output / "search_history.jsonl")] == ["search"] * 16 + ["finetune"] * 3
+    assert results["finetuned"]["macs"] <= results["target_macs"]
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        walk(*arguments)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target_macs", "0.01"], r"budget of [\d,]+ is below the smallest subnet .* costs [\d,]+"),
+        (["--preset", "theirs"], r"preset is 'theirs'; known presets are \['ours', 'paper'\]"),
+        (["--target_macs", "-1"], r"target_macs is -1"),
+        (["--image_column", "photo"], "photo"),
+        (["--finetune_distillation_weight", "2"], "finetune_distillation_weight is 2"),
+        (["--model_name_or_path", "no/such-folder"], "cannot load|no image processor"),
+        (["--config", "missing.yaml"], "missing.yaml is no file"),
+    ],
+)
+def test_bad_settings_are_one_line_and_touch_nothing(checkpoint, images, tmp_path, capsys, flags, message):
+    output = tmp_path / "out"
+    assert re.search(message, refused(capsys, checkpoint, images, output, *flags))
+    assert not output.exists()
+
+
+def test_wrong_label_count_and_empty_data_are_refused(checkpoint, images, tmp_path, capsys):
+    four = tmp_path / "four"
+    for name in "abcd":
+        (four / name).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (16, 16)).save(four / name / f"{index}.png")
+    message = refused(capsys, checkpoint, four, tmp_path / "out")
+    assert "classifies 3 labels, but the data has 4" in message
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(capsys, checkpoint, tmp_path / "empty", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_used_output_folder_is_not_overwritten_by_accident(finished, checkpoint, images, capsys):
+    output, _ = finished
+    before = (output / "eval_results.json").read_bytes()
+    assert "--overwrite_output_dir" in refused(capsys, checkpoint, images, output)
+    assert (output / "eval_results.json").read_bytes() == before
+
+
+def test_yaml_gives_defaults_the_command_line_wins_and_unknown_keys_are_refused(checkpoint, images, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("target_macs: 0.7\nmlp_candidates: [36, 72]\nfinetune_max_steps: 0\nmax_steps: 3\n")
+    output = tmp_path / "out"
+    flags = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
+    results = cli.search([*flags, *QUICK, "--config", str(config), "--target_macs", "0.8"])
+    assert results["target_macs"] == int(0.8 * results["dense"]["macs"])
+    subnet = SubnetSpec.from_json((output / "subnet.json").read_text())
+    assert subnet.size("layers.0.mlp") in (36, 72)
+
+    config.write_text("target_mcas: 0.7\n")
+    assert "target_mcas" in refused(capsys, checkpoint, images, tmp_path / "other", "--config", str(config))
+
+
+def test_speed_of_several_models_is_measured_in_one_run():
+    models = {"large": tiny_vit(num_hidden_layers=6), "small": tiny_vit(num_hidden_layers=1)}
+    speed = images_per_second(models, torch.randn(8, 3, 16, 16))
+    assert speed["small"] > speed["large"] > 0
+    assert not models["large"].training
+
+
+def test_commands_in_cards_name_no_folder_of_the_machine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/me/recipes/search_deit.py", "--output_dir", "/data/me/out", "--seed", "1"])
+    assert command_line() == "search_deit.py --output_dir out --seed 1"
+
+
+@pytest.mark.parametrize("recipe", ["search_deit", "finetune", "evaluate"])
+def test_recipes_start_and_teach(recipe, tmp_path):
+    """Also from another folder, where evaluate.py must not hide the package of that name."""
+    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--help"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--model_name_or_path" in result.stdout
+    if recipe == "search_deit":
+        for flag in ("--target_macs", "--finetune_epochs", "--config", "--resume_from_checkpoint"):
+            assert flag in result.stdout
+
+
+def test_readme_is_true(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test", "check", "format"):
+        assert re.search(rf"^{target}:", makefile, re.M)
+    assert "make demo" in readme
+    assert "make test" in readme
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    imported = [
+        alias.name for node in ast.parse(block).body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    ours = [name for name in imported if name in ofb_hf.__all__]
+    assert set(ours) == {"OFBTrainer", "OFBTrainingArguments", "ViTBiMaskConfig", "count_macs"}
+    command = [sys.executable, str(ROOT / "recipes" / "search_deit.py"), "--help"]
+    help_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for flag in re.findall(r"--(\w+)", readme):
+        assert f"--{flag}" in help_text, flag
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
+        assert (ROOT / link).exists(), link
+
+
+def test_demo_settings_are_known_and_stay_on_the_machine():
+    settings = yaml.safe_load(DEMO_CONFIG.read_text())
+    assert settings["model_name_or_path"] == "digits_vit"
+    assert not {"dataset_name", "push_to_hub"} & set(settings)
