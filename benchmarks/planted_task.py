@@ -8,7 +8,10 @@ above what the useful units need.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import sys
 import tempfile
 import time
 
@@ -16,6 +19,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers.utils import logging
 
 from ofb_hf.configuration import ViTBiMaskConfig
 from ofb_hf.distillation import DistillationTrainer
@@ -32,6 +36,10 @@ PLANTED = {
     "layers.2.mlp": 8,
     "layers.3.attention": (2, 8),
 }
+# The budget, as a multiple of what the useful units cost.
+SLACK = 1.02
+SHARES = ("useless_removed", "useful_kept", "dense_top1", "top1_after_cut")
+LEARNING_RATE = {"ours": 5e-4, "paper": 1e-3}
 
 
 def digits(train: bool) -> list[dict]:
@@ -163,26 +171,19 @@ def train_dense(planted: SubnetSpec, seed: int, steps: int) -> ViTForImageClassi
 
 
 def run(
-    preset: str, seed: int, dense_steps: int = 1800, search_steps: int = 900, slack: float = 1.02, **overrides
+    preset: str, planted: SubnetSpec, model: ViTForImageClassification, seed: int, steps: int = 900, **overrides
 ) -> dict:
-    """One planted search; shares in percent, top-1 before the search and right after the cut."""
-    planted = plant(seed)
-    model = train_dense(planted, seed, dense_steps)
-    test = digits(train=False)
+    """One search of a planted model; shares in percent, top-1 before the search and right after it."""
     needed = count_macs(model, planted)
-    searched = {"search_embedding": False, "target_macs": slack * needed / count_macs(model)}
-    config = ViTBiMaskConfig(**({"preset": preset, "pmim": False, **searched} | overrides))
+    settings = {"search_embedding": False, "pmim": False, "target_macs": SLACK * needed / count_macs(model)}
+    config = ViTBiMaskConfig(**({"preset": preset} | settings | overrides))
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = OFBTrainer(
-            model,
-            arguments(folder, search_steps, seed, 5e-4 if preset == "ours" else 1e-3),
-            config,
-            train_dataset=digits(train=True),
-            data_collator=augment,
-        )
+        args = arguments(folder, steps, seed, LEARNING_RATE[preset])
+        trainer = OFBTrainer(model, args, config, train_dataset=digits(train=True), data_collator=augment)
         trainer.train()
-    return report(trainer, model, planted, test) | {
+    result = report(trainer, model, planted, digits(train=False))
+    return result | {
         "preset": preset,
         "seed": seed,
         "target": config.target_macs,
@@ -218,12 +219,25 @@ def report(trainer: OFBTrainer, model: torch.nn.Module, planted: SubnetSpec, tes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["ours", "paper"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4, 5])
+    parser.add_argument("--dense_steps", type=int, default=1800)
     parser.add_argument("--search_steps", type=int, default=900)
     args = parser.parse_args()
+    logging.set_verbosity_error()
+    rows = []
+    for seed in args.seeds:
+        planted = plant(seed)
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = train_dense(planted, seed, args.dense_steps)
+        for preset in args.presets:
+            with contextlib.redirect_stdout(io.StringIO()):
+                rows.append(run(preset, planted, model, seed, args.search_steps))
+            sys.stdout.write(json.dumps(rows[-1]) + "\n")
+            sys.stdout.flush()
     for preset in args.presets:
-        for seed in args.seeds:
-            print(json.dumps(run(preset, seed, search_steps=args.search_steps)), flush=True)
+        mine = [row for row in rows if row["preset"] == preset]
+        means = {key: sum(row[key] for row in mine) / len(mine) for key in SHARES}
+        sys.stdout.write(f"{preset}: " + ", ".join(f"{key} {value:.1f}" for key, value in means.items()) + "\n")
 
 
 if __name__ == "__main__":

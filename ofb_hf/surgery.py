@@ -153,6 +153,8 @@ def rebuild_ddp_(wrapped: DistributedDataParallel) -> None:
     Rebuilt in place, so that every reference to the wrapper stays valid; shapes are checked across ranks and rank 0's
     values are broadcast.
     """
-    keys = "device_ids output_device dim broadcast_buffers process_group find_unused_parameters gradient_as_bucket_view"
+    keys = "device_ids output_device dim process_group find_unused_parameters gradient_as_bucket_view static_graph"
     kwargs = {key: getattr(wrapped, key) for key in keys.split()}
-    wrapped.__init__(wrapped.module, static_graph=wrapped.static_graph, **kwargs)
+    if not wrapped.broadcast_buffers:  # the default, True, is not passed: newer torch warns about the name
+        kwargs["broadcast_buffers"] = False
+    wrapped.__init__(wrapped.module, **kwargs)

@@ -156,7 +156,7 @@ class OFBTrainer(DistillationTrainer):
             gap = (expected - self._schedule["target"]) / supernet.dense_cost
             supernet.multiplier.add_(config.dual_step * gap).clamp_(min=0)
         if supernet.pmim_decoder is not None:
-            task, pmim = self._pmim_sums
+            task, pmim = self.accelerator.reduce(self._pmim_sums)  # every rank goes on with the same weight
             ratio = (task / pmim.clamp(min=1e-8)).clamp(max=config.pmim_max_ratio)
             supernet.pmim_ratio.copy_(torch.where(pmim > 0, ratio, supernet.pmim_ratio))
 
