@@ -126,63 +126,42 @@ def _norm(path: str) -> tuple[Slot, ...]:
 
 
 def _describe_vit(config: ViTConfig) -> Architecture:
-    layer_sizes = OFBViTConfig.layer_sizes if isinstance(config, OFBViTConfig) else _dense_vit_layer_sizes
-    layers = range(config.num_hidden_layers)
     image_size, patch = _pair(config.image_size), _pair(config.patch_size)
     if patch[0] != patch[1]:
         raise UnsupportedArchitectureError(f"patch_size is {patch}; only square patches are supported.")
     grid = (image_size[0] // patch[0], image_size[1] // patch[0])
     patches, pixels = grid[0] * grid[1], config.num_channels * patch[0] ** 2
-    tokens, qkv_biases = patches + 1, 3 * bool(config.qkv_bias)
+    tokens = patches + 1
 
-    residual_slots = [
+    residual = [
         *_linear("vit.embeddings.patch_embeddings.projection", 0, gated=True),
         *(Slot(f"vit.embeddings.{name}", 2, gated=True) for name in ("cls_token", "position_embeddings", "mask_token")),
         *_norm("vit.layernorm"),
         *_linear("classifier", 1),
     ]
-    norms, submodules = ["vit.layernorm"], []
+    norms = ["vit.layernorm"]
+    submodules: list[Submodule] = []
     macs = [Term(patches * pixels, ("embeddings",)), Term(config.num_labels, ("embeddings",))]
     params = [Term(pixels + 1 + 1 + tokens + 2 + config.num_labels, ("embeddings",)), Term(config.num_labels)]
-    for layer in layers:
-        path, sizes = f"vit.layers.{layer}", layer_sizes(config, layer)
-        attention, mlp = f"layers.{layer}.attention", f"layers.{layer}.mlp"
-        qkv = [f"{path}.attention.{name}_proj" for name in "qkv"]
-        for projection in qkv:
-            residual_slots += _linear(projection, 1)
-        residual_slots += _linear(f"{path}.attention.o_proj", 0, gated=True)
-        residual_slots += _linear(f"{path}.mlp.fc1", 1) + _linear(f"{path}.mlp.fc2", 0, gated=True)
-        for norm in ("layernorm_before", "layernorm_after"):
-            residual_slots += _norm(f"{path}.{norm}")
-            norms.append(f"{path}.{norm}")
-        rows = [slot for projection in qkv for slot in _linear(projection, 0, gated=True)]
-        submodules += [
-            Submodule(
-                attention,
-                "attention",
-                (sizes["num_attention_heads"], sizes["head_dim"]),
-                (*rows, *_linear(f"{path}.attention.o_proj", 1)),
-            ),
-            Submodule(
-                mlp,
-                "mlp",
-                (sizes["intermediate_size"],),
-                (*_linear(f"{path}.mlp.fc1", 0, gated=True), *_linear(f"{path}.mlp.fc2", 1)),
-            ),
-        ]
+    for layer in range(config.num_hidden_layers):
+        path = f"vit.layers.{layer}"
+        attention, mlp = _vit_submodules(config, layer)
+        submodules += [attention, mlp]
+        residual += _vit_residual_slots(path)
+        norms += [f"{path}.layernorm_before", f"{path}.layernorm_after"]
         macs += [
-            Term(4 * tokens, ("embeddings", attention)),  # q, k, v and output projections
-            Term(2 * tokens**2, (attention,)),  # attention map, and its product with v
-            Term(2 * tokens, ("embeddings", mlp)),
+            Term(4 * tokens, ("embeddings", attention.name)),  # q, k, v and output projections
+            Term(2 * tokens**2, (attention.name,)),  # attention map, and its product with v
+            Term(2 * tokens, ("embeddings", mlp.name)),
         ]
         params += [
-            Term(4, ("embeddings", attention)),
-            Term(qkv_biases, (attention,)),
-            Term(2, ("embeddings", mlp)),
-            Term(1, (mlp,)),
+            Term(4, ("embeddings", attention.name)),
+            Term(3 * bool(config.qkv_bias), (attention.name,)),
+            Term(2, ("embeddings", mlp.name)),
+            Term(1, (mlp.name,)),
             Term(1 + 1 + 2 * 2, ("embeddings",)),  # biases of o_proj and fc2, two LayerNorms
         ]
-    embedding = Submodule("embeddings", "embedding", (config.hidden_size,), tuple(residual_slots), tuple(norms))
+    embedding = Submodule("embeddings", "embedding", (config.hidden_size,), tuple(residual), tuple(norms))
     return Architecture(
         submodules=(embedding, *submodules),
         macs=tuple(macs),
@@ -194,6 +173,35 @@ def _describe_vit(config: ViTConfig) -> Architecture:
         embeddings="vit.embeddings",
         activation=config.hidden_act,
     )
+
+
+def _vit_submodules(config: ViTConfig, layer: int) -> tuple[Submodule, Submodule]:
+    """Attention and MLP of one layer."""
+    path = f"vit.layers.{layer}"
+    sizes = (OFBViTConfig.layer_sizes if isinstance(config, OFBViTConfig) else _dense_vit_layer_sizes)(config, layer)
+    rows = [slot for name in "qkv" for slot in _linear(f"{path}.attention.{name}_proj", 0, gated=True)]
+    attention = Submodule(
+        f"layers.{layer}.attention",
+        "attention",
+        (sizes["num_attention_heads"], sizes["head_dim"]),
+        (*rows, *_linear(f"{path}.attention.o_proj", 1)),
+    )
+    mlp = Submodule(
+        f"layers.{layer}.mlp",
+        "mlp",
+        (sizes["intermediate_size"],),
+        (*_linear(f"{path}.mlp.fc1", 0, gated=True), *_linear(f"{path}.mlp.fc2", 1)),
+    )
+    return attention, mlp
+
+
+def _vit_residual_slots(path: str) -> list[Slot]:
+    """Where one layer reads and writes the residual stream."""
+    readers = [f"{path}.attention.{name}_proj" for name in "qkv"] + [f"{path}.mlp.fc1"]
+    writers = [f"{path}.attention.o_proj", f"{path}.mlp.fc2"]
+    slots = [slot for reader in readers for slot in _linear(reader, 1)]
+    slots += [slot for writer in writers for slot in _linear(writer, 0, gated=True)]
+    return slots + [slot for norm in ("layernorm_before", "layernorm_after") for slot in _norm(f"{path}.{norm}")]
 
 
 def _dense_vit_layer_sizes(config: ViTConfig, layer: int) -> dict[str, int]:

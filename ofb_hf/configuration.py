@@ -188,6 +188,8 @@ class BiMaskConfig:
         for name in amounts.split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or positive.")
+        if not self.flops_weight > 0:
+            raise ValueError(f"flops_weight is {self.flops_weight}; it must be positive, or no budget is ever met.")
         for name in ("multiple_of", "retire_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")

@@ -187,7 +187,7 @@ class SubnetSpec:
             return tuple(kept)
 
         try:
-            kept = json.loads(text)["kept"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            kept = {name: read(indices) for name, indices in json.loads(text)["kept"].items()}
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError('not a subnet: expected a JSON object {"kept": {submodule: indices}}.') from error
-        return cls({name: read(indices) for name, indices in kept.items()})
+        return cls(kept)

@@ -5,6 +5,7 @@ knapsack. It is solved by dynamic programming over rounded costs, every solution
 when rounding hides the few subnets that fit, an exact set of reachable costs finds one.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -164,7 +165,9 @@ class _Problem:
 def _best_picks(costs: list[list[int]], scores: list[list[float]], lowest: int, room: int) -> list[int]:
     """One index per group: best total score with exact cost in [lowest, room], else the largest cost <= room."""
     if sum(map(max, costs)) < lowest:  # even everything at full size stays below the band
-        return [row.index(max(row)) for row in costs]
+        return [
+            max(range(len(row)), key=lambda i: (row[i], value[i])) for row, value in zip(costs, scores, strict=True)
+        ]
     unit = max(1, -(-room // BINS))
     rounded = [[round(cost / unit) for cost in row] for row in costs]
     slack = len(costs)
@@ -185,7 +188,7 @@ def _best_picks(costs: list[list[int]], scores: list[list[float]], lowest: int, 
         picks = _trace(history, rounded, int(position))
         if lowest <= sum(row[pick] for row, pick in zip(costs, picks, strict=True)) <= room:
             return picks
-    return _largest_picks(costs, room)
+    return _largest_picks(costs, scores, room)
 
 
 def _trace(history: list[np.ndarray], rounded: list[list[int]], position: int) -> list[int]:
@@ -196,8 +199,11 @@ def _trace(history: list[np.ndarray], rounded: list[list[int]], position: int) -
     return picks[::-1]
 
 
-def _largest_picks(costs: list[list[int]], room: int) -> list[int]:
-    """The picks whose cost comes closest to `room` from below, exactly: bit b of a set means cost b is reachable."""
+def _largest_picks(costs: list[list[int]], scores: list[list[float]], room: int) -> list[int]:
+    """The best-scoring of the picks whose cost comes closest to `room` from below, exactly.
+
+    Bit b of a set means cost b is reachable; only choices on the way to the largest such cost are compared.
+    """
     scale = math.gcd(*itertools.chain.from_iterable(costs)) or 1
     steps = [[cost // scale for cost in row] for row in costs]
     limit = (1 << (room // scale + 1)) - 1
@@ -207,9 +213,16 @@ def _largest_picks(costs: list[list[int]], room: int) -> list[int]:
         for step in row:
             following |= reachable[-1] << step
         reachable.append(following & limit)
-    position, picks = reachable[-1].bit_length() - 1, []
-    for row, before in zip(reversed(steps), reversed(reachable[:-1]), strict=True):
-        index = next(i for i, step in enumerate(row) if step <= position and before >> (position - step) & 1)
-        picks.append(index)
-        position -= row[index]
-    return picks[::-1]
+
+    @functools.cache
+    def best(groups: int, position: int) -> tuple[float, tuple[int, ...]]:
+        if not groups:
+            return 0.0, ()
+        answers = []
+        for index, step in enumerate(steps[groups - 1]):
+            if step <= position and reachable[groups - 1] >> (position - step) & 1:
+                score, picks = best(groups - 1, position - step)
+                answers.append((score + scores[groups - 1][index], (*picks, index)))
+        return max(answers)
+
+    return list(best(len(steps), reachable[-1].bit_length() - 1)[1])

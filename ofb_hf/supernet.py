@@ -110,9 +110,26 @@ class Supernet(nn.Module):
         """Whether every submodule has one candidate left."""
         return self.num_active_candidates == len(self.bi_masks)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Trades compute for memory in the classifier's blocks."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """Trades compute for memory in the classifier's blocks; arguments as in transformers.
+
+        Raises:
+            ValueError: for `use_reentrant=True`, which cannot share the gates between blocks.
+        """
+        settings = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        if settings["use_reentrant"]:
+            raise ValueError(
+                "use_reentrant is True, but all blocks share the gates of one forward pass, which reentrant "
+                "checkpointing would run backward through block by block; leave it at False."
+            )
+        enable = (
+            getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        )
+        enable(settings, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     # --------------------------------------------------------------------------------------------------- forward
 

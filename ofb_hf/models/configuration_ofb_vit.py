@@ -43,12 +43,15 @@ class OFBViTConfig(ViTConfig):
     def layer_sizes(self, layer: int) -> dict[str, int]:
         """Widths of one layer: `num_attention_heads`, `head_dim` and `intermediate_size`."""
 
+        # As in the stock model, a `head_dim` beside the declared fields counts.
+        head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+
         def pick(sizes: list[int] | None, default: int) -> int:
             return default if sizes is None else sizes[layer]
 
         return {
             "num_attention_heads": pick(self.num_attention_heads_per_layer, self.num_attention_heads),
-            "head_dim": pick(self.head_dim_per_layer, self.hidden_size // self.num_attention_heads),
+            "head_dim": pick(self.head_dim_per_layer, head_dim),
             "intermediate_size": pick(self.intermediate_size_per_layer, self.intermediate_size),
         }
 
