@@ -58,7 +58,9 @@ class OFBTrainer(DistillationTrainer):
         teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ):
-        _refuse(args, bi_mask_config, model)
+        check_search_arguments(args)
+        if isinstance(model, Supernet) and bi_mask_config is not None:
+            raise ValueError("bi_mask_config is given, but the model is a supernet that already has one; leave it out.")
         set_seed(args.seed)  # the masks' random start belongs to the run, as the order of the data does
         supernet = model if isinstance(model, Supernet) else install_bi_masks(model, bi_mask_config)
         weight = args.distillation_weight
@@ -301,10 +303,8 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
     return "weights_no_decay" if parameter.ndim <= 1 or is_token else "weights"
 
 
-def _refuse(args: OFBTrainingArguments, bi_mask_config: BiMaskConfig | None, model: nn.Module) -> None:
-    """Settings that a shrinking search cannot work with, in words, before anything happens."""
-    if isinstance(model, Supernet) and bi_mask_config is not None:
-        raise ValueError("bi_mask_config is given, but the model is a supernet that already has one; leave it out.")
+def check_search_arguments(args: OFBTrainingArguments) -> None:
+    """Raises ValueError for settings that a shrinking search cannot work with, in words, before anything happens."""
     if args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end cannot go with a search: earlier checkpoints are larger networks that miss the "

@@ -7,12 +7,12 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from ..data import DataArguments, build_transform, load_image_data, with_image_transform
+from ..data import DataArguments
 from ..distillation import DistillationTrainer
 from ..training_args import OFBTrainingArguments
 from . import output
 from .arguments import ModelArguments
-from .checkpoints import load_classifier, load_image_processor, load_teacher
+from .inputs import Inputs, load_classifier, load_inputs, load_teacher
 from .measure import measure, provenance
 from .report import results_rows, text_table
 
@@ -27,9 +27,7 @@ class Finetuning:
     before: PreTrainedModel
     model: PreTrainedModel
     teacher: PreTrainedModel | None
-    processor: Any
-    train: Any
-    eval: Any
+    inputs: Inputs
 
     @property
     def folder(self) -> Path:
@@ -41,15 +39,9 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: OFBTrain
     """Loads and checks everything. Touches nothing; raises ValueError for whatever cannot work."""
     name = _required(model_args)
     output.check_free(Path(args.output_dir), model_args.overwrite_output_dir, args.resume_from_checkpoint is not None)
-    processor, data = load_image_processor(name), load_image_data(data_args)
-    before, model = (load_classifier(name, data.label_names, args.seed) for _ in range(2))
-    teacher = None
-    if model_args.teacher_name_or_path is not None:
-        teacher = load_teacher(model_args.teacher_name_or_path, len(data.label_names))
-    columns = (data.image_column, data.label_column)
-    train = with_image_transform(data.train, build_transform(processor, data_args.augmentation, train=True), *columns)
-    evaluation = with_image_transform(data.eval, build_transform(processor, "none", train=False), *columns)
-    return Finetuning(args, before, model, teacher, processor, train, evaluation)
+    inputs = load_inputs(name, data_args)
+    before, model = (load_classifier(name, inputs.data.label_names, args.seed) for _ in range(2))
+    return Finetuning(args, before, model, load_teacher(model_args.teacher_name_or_path, inputs), inputs)
 
 
 def run(job: Finetuning) -> dict[str, Any]:
@@ -60,14 +52,14 @@ def run(job: Finetuning) -> dict[str, Any]:
     """
     with output.marked_if_failed(job.folder):
         set_seed(job.args.seed)
-        trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, train_dataset=job.train)
+        trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, train_dataset=job.inputs.train)
         wanted = job.args.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=output.newest_checkpoint(job.folder) if wanted == "auto" else wanted)
         models = {"dense": job.before, "finetuned": job.model}
-        results = measure(models, job.eval, job.args) | provenance(job.args.seed)
+        results = measure(models, job.inputs.eval, job.args) | provenance(job.args.seed)
         if job.args.process_index == 0:
             job.model.save_pretrained(job.folder)
-            job.processor.save_pretrained(job.folder)
+            job.inputs.processor.save_pretrained(job.folder)
             output.write_json(job.folder / "eval_results.json", results)
             logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), job.folder)
     return results
@@ -76,11 +68,9 @@ def run(job: Finetuning) -> dict[str, Any]:
 def run_evaluate(model_args: ModelArguments, data_args: DataArguments, args: OFBTrainingArguments) -> dict[str, Any]:
     """Measures a classifier on the evaluation split: accuracy, cost, size, speed. Writes nothing."""
     name = _required(model_args)
-    processor, data = load_image_processor(name), load_image_data(data_args)
-    model = load_classifier(name, data.label_names, args.seed)
-    transform = build_transform(processor, "none", train=False)
-    evaluation = with_image_transform(data.eval, transform, data.image_column, data.label_column)
-    return measure({"model": model}, evaluation, args)["model"]
+    inputs = load_inputs(name, data_args)
+    model = load_classifier(name, inputs.data.label_names, args.seed)
+    return measure({"model": model}, inputs.eval, args)["model"]
 
 
 def _required(model_args: ModelArguments) -> str:

@@ -11,17 +11,17 @@ from transformers.utils import logging
 from ..architectures import describe
 from ..callbacks import HISTORY_FILE, HistoryCallback, read_history
 from ..configuration import BiMaskConfig
-from ..data import DataArguments, ImageData, build_transform, load_image_data, with_image_transform
+from ..data import DataArguments
 from ..distillation import DistillationTrainer
 from ..model_card import render_card
 from ..plots import plot_search
 from ..search_space import SubnetSpec
 from ..supernet import install_bi_masks
-from ..trainer import OFBTrainer
+from ..trainer import OFBTrainer, check_search_arguments
 from ..training_args import OFBTrainingArguments
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, phase_arguments
-from .checkpoints import PRESETS, load_classifier, load_image_processor, load_teacher
+from .inputs import PRESETS, Inputs, load_classifier, load_inputs, load_teacher
 from .measure import hardware, measure, provenance
 from .report import markdown_table, results_rows, text_table
 
@@ -38,11 +38,9 @@ class Walk:
     finetune_args: FinetuneArguments
     args: OFBTrainingArguments
     config: BiMaskConfig
-    data: ImageData
-    processor: Any
+    inputs: Inputs
     dense: PreTrainedModel
-    train: Any
-    eval: Any
+    teacher: PreTrainedModel | None
     target: int
 
     @property
@@ -90,18 +88,16 @@ def prepare(
     Raises:
         ValueError: for whatever cannot work, in words.
     """
-    if model_args.model_name_or_path is None:
-        raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(PRESETS)}.")
-    output.check_free(Path(args.output_dir), model_args.overwrite_output_dir, args.resume_from_checkpoint is not None)
     name = model_args.model_name_or_path
-    processor = load_image_processor(name)
-    data = load_image_data(data_args)
-    dense = load_classifier(name, data.label_names, args.seed)
+    if name is None:
+        raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(PRESETS)}.")
+    check_search_arguments(args)
+    output.check_free(Path(args.output_dir), model_args.overwrite_output_dir, args.resume_from_checkpoint is not None)
+    inputs = load_inputs(name, data_args)
+    dense = load_classifier(name, inputs.data.label_names, args.seed)
     target = install_bi_masks(dense, config).target
-    columns = (data.image_column, data.label_column)
-    train = with_image_transform(data.train, build_transform(processor, data_args.augmentation, train=True), *columns)
-    evaluation = with_image_transform(data.eval, build_transform(processor, "none", train=False), *columns)
-    return Walk(model_args, finetune_args, args, config, data, processor, dense, train, evaluation, target)
+    teacher = load_teacher(model_args.teacher_name_or_path, inputs)
+    return Walk(model_args, finetune_args, args, config, inputs, dense, teacher, target)
 
 
 def train_dense(walk: Walk) -> None:
@@ -119,7 +115,7 @@ def train_dense(walk: Walk) -> None:
         distillation_weight=None,
         save_strategy="no",
     )
-    _train(DistillationTrainer(walk.dense, args, train_dataset=walk.train), walk, "dense")
+    _train(DistillationTrainer(walk.dense, args, train_dataset=walk.inputs.train), walk, "dense")
     if walk.is_main:
         output.write_aside(done, walk.dense.save_pretrained)
 
@@ -135,8 +131,8 @@ def search(walk: Walk) -> tuple[PreTrainedModel, SubnetSpec]:
         walk.dense,
         phase_arguments(walk.args, "search"),
         walk.config,
-        teacher=_teacher(walk),
-        train_dataset=walk.train,
+        teacher=walk.teacher,
+        train_dataset=walk.inputs.train,
     )
     _train(trainer, walk, "search")
     small, subnet = trainer.compress(), trainer.read_subnet()
@@ -164,8 +160,8 @@ def finetune(walk: Walk, searched: PreTrainedModel) -> PreTrainedModel:
     set_seed(walk.args.seed)
     model = type(searched)(searched.config)
     model.load_state_dict(searched.state_dict())
-    teacher = _teacher(walk) or walk.dense
-    trainer = DistillationTrainer(model.train(), args, teacher=teacher, train_dataset=walk.train)
+    teacher = walk.teacher or walk.dense
+    trainer = DistillationTrainer(model.train(), args, teacher=teacher, train_dataset=walk.inputs.train)
     _train(trainer, walk, "finetune")
     return model
 
@@ -173,7 +169,7 @@ def finetune(walk: Walk, searched: PreTrainedModel) -> PreTrainedModel:
 def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -> dict[str, Any]:
     """Evaluates, measures, writes the output folder and prints the summary."""
     results: dict[str, Any] = {walk.config.budget[0]: walk.target}
-    results |= measure(models, walk.eval, phase_arguments(walk.args, "search")) | provenance(walk.args.seed)
+    results |= measure(models, walk.inputs.eval, phase_arguments(walk.args, "search")) | provenance(walk.args.seed)
     if walk.is_main:
         write_output(walk, models, subnet, results)
         logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), walk.folder)
@@ -186,18 +182,22 @@ def write_output(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetS
     aside = folder / f"{output.ASIDE}-output"
     output.remove(aside)
     final.save_pretrained(aside)
-    walk.processor.save_pretrained(aside)
+    walk.inputs.processor.save_pretrained(aside)
     (aside / SUBNET_FILE).write_text(subnet.to_json(), encoding="utf-8")
     source = walk.model_args.model_name_or_path
     source = Path(source).name if Path(source).exists() else source
-    card = render_card(results, subnet, markdown_table(results_rows(results)), source, walk.data.name, hardware())
+    card = render_card(
+        results, subnet, markdown_table(results_rows(results)), source, walk.inputs.data.name, hardware()
+    )
     (aside / "README.md").write_text(card, encoding="utf-8")
     (aside / "eval_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     history = read_history(folder / HISTORY_FILE)
     sizes = describe(walk.dense.config).sizes
     plot_search(history, subnet, sizes, walk.target, walk.config.budget[0], aside / "search.png")
     if walk.model_args.keep_dense:
-        output.write_aside(folder / "dense", lambda path: _save_with_processor(models["dense"], walk.processor, path))
+        output.write_aside(
+            folder / "dense", lambda path: _save_with_processor(models["dense"], walk.inputs.processor, path)
+        )
     for path in aside.iterdir():
         path.replace(folder / path.name)
     aside.rmdir()
@@ -216,8 +216,3 @@ def _train(trainer: DistillationTrainer, walk: Walk, phase: str) -> None:
     elif wanted is not None and Path(wanted).parent != folder:
         wanted = None  # a checkpoint of another phase
     trainer.train(resume_from_checkpoint=wanted)
-
-
-def _teacher(walk: Walk) -> PreTrainedModel | None:
-    name = walk.model_args.teacher_name_or_path
-    return None if name is None else load_teacher(name, len(walk.data.label_names))

@@ -1,6 +1,7 @@
-"""Where classifiers and their image processors come from."""
+"""What a run starts from: classifiers, their image processors, and the data prepared for them."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 from ..architectures import require_classifier
+from ..data import DataArguments, ImageData, build_transform, load_image_data, with_image_transform
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -44,6 +46,35 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass
+class Inputs:
+    """A data set prepared for one image processor.
+
+    Args:
+        processor: the image processor; data: the splits as they were loaded.
+        train, eval: rows of {"pixel_values" (3, H, W), "labels"}, augmented and not.
+    """
+
+    processor: Any
+    data: ImageData
+    train: Any
+    eval: Any
+
+
+def load_inputs(name_or_path: str, data_args: DataArguments) -> Inputs:
+    """The data, prepared as the checkpoint's image processor says; errors as its two parts."""
+    processor, data = load_image_processor(name_or_path), load_image_data(data_args)
+    columns = (data.image_column, data.label_column)
+    augmented = build_transform(processor, data_args.augmentation, train=True)
+    plain = build_transform(processor, "none", train=False)
+    return Inputs(
+        processor,
+        data,
+        with_image_transform(data.train, augmented, *columns),
+        with_image_transform(data.eval, plain, *columns),
+    )
+
+
 def load_classifier(name_or_path: str, label_names: list[str], seed: int) -> PreTrainedModel:
     """A classifier for these labels.
 
@@ -70,9 +101,24 @@ def load_classifier(name_or_path: str, label_names: list[str], seed: int) -> Pre
     return model
 
 
-def load_teacher(name_or_path: str, num_labels: int) -> PreTrainedModel:
-    """Any image classifier with this many labels; errors as `load_classifier`, but any architecture will do."""
-    model = _load(name_or_path)
+def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | None:
+    """Any image classifier for these inputs, whatever its architecture; None if none is named.
+
+    Raises:
+        ValueError: if it cannot be loaded, has another number of labels, or wants its pixels prepared otherwise than
+            the student (both see the same batch).
+    """
+    if name_or_path is None:
+        return None
+    model, processor = _load(name_or_path), inputs.processor
+    theirs, num_labels = load_image_processor(name_or_path), len(inputs.data.label_names)
+    for field in ("image_mean", "image_std", "size"):
+        ours, wanted = getattr(processor, field), getattr(theirs, field)
+        if dict(ours) != dict(wanted) if field == "size" else list(ours) != list(wanted):
+            raise ValueError(
+                f"the teacher {name_or_path} expects {field} {wanted}, but the model gets {ours}; student and teacher "
+                "see the same batch, so choose a teacher with the same preprocessing."
+            )
     if model.config.num_labels != num_labels:
         raise ValueError(
             f"the teacher {name_or_path} classifies {model.config.num_labels} labels, but the data has {num_labels}."
