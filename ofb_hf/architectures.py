@@ -122,9 +122,6 @@ def _norm(path: str) -> tuple[Slot, ...]:
     return (Slot(f"{path}.weight", 0), Slot(f"{path}.bias", 0))
 
 
-# ---------------------------------------------------------------------------------------------------------------- ViT
-
-
 def _describe_vit(config: ViTConfig) -> Architecture:
     image_size, patch = _pair(config.image_size), _pair(config.patch_size)
     if patch[0] != patch[1]:
@@ -252,8 +249,6 @@ _VIT = Family(
     forward_masked=_forward_masked_vit,
     model_class=OFBViTForImageClassification,
 )
-
-# ------------------------------------------------------------------------------------------------------------- lookup
 
 FAMILIES: dict[type[PreTrainedConfig], Family] = {ViTConfig: _VIT}
 CLASSIFIERS: tuple[type[PreTrainedModel], ...] = (ViTForImageClassification,)

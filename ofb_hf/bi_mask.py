@@ -34,7 +34,7 @@ class BiMask(nn.Module):
         importance_logits: parameter (U,), or (H, D) for a grid.
         alpha: parameter (K,), or (K_heads, K_dims): one logit per candidate.
         active_candidates: bool buffer shaped like alpha; False = retired, for good.
-        alive: bool buffer shaped like the units; False = out of reach of every active candidate, for good.
+        alive: bool buffer shaped like the units; False = beyond the largest active size along an axis, for good.
         unit_ids: int buffer shaped like the units: flat index of each unit in the dense parent.
     """
 
@@ -192,12 +192,17 @@ class BiMask(nn.Module):
         """Keeps one candidate, given by its kept units: `size`, or `heads, channels per head` for a grid."""
         wanted = torch.zeros_like(self.active_candidates)
         wanted[self.index_of(choice)] = True
+        if not (wanted & self.active_candidates).any():
+            raise ValueError(f"candidate {choice} of {self.name!r} is retired; choose one that is still active.")
         self.active_candidates.copy_(wanted)
         self._update_alive()
 
     def index_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Position in alpha of the candidate of this size, (U',) or (heads, channels per head)."""
-        return tuple(axis.tolist().index(units) for axis, units in zip(self.candidate_axes, size, strict=True))
+        axes = [axis.tolist() for axis in self.candidate_axes]
+        if len(size) != len(axes) or any(units not in axis for units, axis in zip(size, axes, strict=True)):
+            raise ValueError(f"{size} is no candidate of {self.name!r}; its candidates are {axes}.")
+        return tuple(axis.index(units) for units, axis in zip(size, axes, strict=True))
 
     def largest_size(self) -> tuple[int, ...]:
         """The largest active size along each axis: (U',) or (H', D')."""

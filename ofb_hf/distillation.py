@@ -55,8 +55,6 @@ class DistillationTrainer(Trainer):
         self._parts: dict[str, Tensor] = {}
         self._num_parts = 0
 
-    # ---------------------------------------------------------------------------------------------------- losses
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -124,8 +122,6 @@ class DistillationTrainer(Trainer):
             logs |= {name: float(value) / self._num_parts for name, value in self._parts.items()}
             self._parts, self._num_parts = {}, 0
         super().log(logs, start_time)
-
-    # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 # The spread of the probabilities enters through a cotangent with a pole at 0 (uniform) and at 1 (one-hot). In fp32
 # the published tan(pi/2 - pi*sigma) has the wrong sign on the poles (-2.3e7 for uniform logits), so the spread stays
 # this far away from both; its gradient is zero there, where the entropy term goes on pulling.
-SPREAD_MARGIN = 1e-3
+SPREAD_MARGIN = 1e-4
 
 
 def one_hot_loss(alpha: Tensor, active: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def normalize_target(pixels: Tensor, window: int) -> Tensor:
         half = window // 2
         return torch.clamp(position + half, max=length - 1) - torch.clamp(position - half, min=0) + 1
 
-    count = pixels_inside(pixels.shape[-2])[:, None] * pixels_inside(pixels.shape[-1])[None, :]
+    count = (pixels_inside(pixels.shape[-2])[:, None] * pixels_inside(pixels.shape[-1])[None, :]).to(pixels.dtype)
     mean = window_mean(pixels)
     variance = (window_mean(pixels.square()) - mean.square()) * (count / (count - 1).clamp(min=1))
     return (pixels - mean) / torch.sqrt(variance.clamp(min=0) + 1e-6)
@@ -95,12 +95,14 @@ def reconstruction_loss(reconstruction: Tensor, target: Tensor, masked_patches: 
     """Mean absolute error over the pixels of the hidden patches.
 
     Args:
-        reconstruction, target: (B, C, H, W).
+        reconstruction: (B, C, H, W), as large as all patches together.
+        target: (B, C, H', W'); a border that no patch covers is left out.
         masked_patches: (B, N) bool, True = hidden, N = (H // patch_size) * (W // patch_size).
 
     Returns:
         Scalar; 0 when nothing is hidden.
     """
+    target = target[..., : reconstruction.shape[-2], : reconstruction.shape[-1]]
     grid = (target.shape[-2] // patch_size, target.shape[-1] // patch_size)
     hidden = masked_patches.unflatten(1, grid)[:, None].to(target.dtype)
     hidden = hidden.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)

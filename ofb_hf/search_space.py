@@ -56,7 +56,13 @@ class SubmoduleSpace:
                 )
             _check_candidates(self.name, "head_candidates", self.head_candidates, self.num_heads)
             _check_candidates(self.name, "dim_candidates", self.dim_candidates, self.head_dim)
-            object.__setattr__(self, "num_units", self.num_heads * self.head_dim)
+            units = self.num_heads * self.head_dim
+            if self.num_units not in (None, units):
+                raise ValueError(
+                    f"submodule {self.name!r} has num_units={self.num_units}, but its grid of {self.num_heads} heads x "
+                    f"{self.head_dim} channels has {units}; leave num_units out."
+                )
+            object.__setattr__(self, "num_units", units)
         else:
             if self.num_units is None:
                 raise ValueError(f"submodule {self.name!r} has neither num_units nor num_heads; give one of them.")
@@ -119,9 +125,6 @@ class SearchSpace:
     def from_json(cls, text: str) -> "SearchSpace":
         """The space that `to_json` wrote."""
         rows = json.loads(text)["submodules"]
-        for row in rows:
-            if row["num_heads"] is not None:
-                row["num_units"] = None
         return cls(tuple(SubmoduleSpace(**row) for row in rows))
 
 

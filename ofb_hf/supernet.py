@@ -78,8 +78,6 @@ class Supernet(nn.Module):
         self._install_gates(architecture)
         self.to(device=model.device)
 
-    # ------------------------------------------------------------------------------------------------- what it is
-
     @property
     def architecture(self) -> Architecture:
         """Submodules and costs of the network as it is now."""
@@ -131,8 +129,6 @@ class Supernet(nn.Module):
         """The older name of `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
-    # --------------------------------------------------------------------------------------------------- forward
-
     def forward(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, **kwargs
     ) -> ImageClassifierOutput | SupernetOutput:
@@ -159,7 +155,8 @@ class Supernet(nn.Module):
             version = (id(mask.alive), mask.alive._version)
             if self._alive_version.get(mask.name) != version:
                 self._alive_version[mask.name] = version
-                self._gate_store.alive[mask.name] = None if mask.alive.all() else mask.alive.flatten().clone()
+                with torch.inference_mode(False):  # training may go on with it after an evaluation
+                    self._gate_store.alive[mask.name] = None if mask.alive.all() else mask.alive.flatten().clone()
 
     def _install_gates(self, architecture: Architecture) -> None:
         gates: dict[str, dict[str, tuple[str, int]]] = {}
@@ -177,8 +174,6 @@ class Supernet(nn.Module):
     def _searched(self, architecture: Architecture) -> list[Submodule]:
         names = set(self.named_masks)
         return [submodule for submodule in architecture.submodules if submodule.name in names]
-
-    # ---------------------------------------------------------------------------------------------------- losses
 
     def sizes(self, on: str) -> Tensor:
         """Differentiable sizes of all submodules, in the architecture's order: (S,) units.
@@ -206,8 +201,6 @@ class Supernet(nn.Module):
         """The published L1 penalty on importance scores (METHODS: arXiv:2403.15835, code)."""
         return torch.stack([IMPORTANCE_PENALTY[mask.kind] * mask.importance().sum() for mask in self.bi_masks]).sum()
 
-    # ---------------------------------------------------------------------------------------------- decide and cut
-
     @torch.no_grad()
     def options(self) -> dict[str, list[Option]]:
         """Every active candidate with its score: kept importance in proportion to cost, plus log-probability."""
@@ -223,9 +216,10 @@ class Supernet(nn.Module):
             score = IMPORTANCE_SCORE * unit_share * _kept_importance(mask)
             score = score + mask.candidate_probs().log().clamp(min=LOWEST_LOG_PROBABILITY)
             axes = [sizes.tolist() for sizes in mask.candidate_axes]
+            chosen, scores = mask.active_candidates.nonzero().tolist(), score[mask.active_candidates].tolist()
             options[mask.name] = [
-                Option(tuple(axis[i] for axis, i in zip(axes, index, strict=True)), score[tuple(index)].item())
-                for index in mask.active_candidates.nonzero().tolist()
+                Option(tuple(axis[i] for axis, i in zip(axes, index, strict=True)), value)
+                for index, value in zip(chosen, scores, strict=True)
             ]
         return options
 
@@ -284,6 +278,7 @@ class Supernet(nn.Module):
             for attribute, value in values.items():
                 setattr(self.model.get_submodule(path), attribute, value)
         self._gate_store.values.clear()
+        self._alive_version.clear()
         return replaced, plan
 
     def _submodules_with_decoder(self) -> list[Submodule]:

@@ -77,8 +77,6 @@ class OFBTrainer(DistillationTrainer):
         self._pmim_sums = torch.zeros(2, device=args.device)
         self._schedule: dict[str, float] = {}
 
-    # ---------------------------------------------------------------------------------------------------- losses
-
     def training_losses(
         self, model: nn.Module, pixel_values: Tensor, labels: Tensor
     ) -> tuple[Any, dict[str, Tensor], Tensor]:
@@ -120,8 +118,6 @@ class OFBTrainer(DistillationTrainer):
         masked = mask_patches(batch_size, rows * columns, self._schedule["keep_ratio"], self._generator)
         return masked.to(self.args.device)
 
-    # ----------------------------------------------------------------------------------------------- around a step
-
     def begin_search_step(self) -> None:
         """Sets everything that follows the global step; the step about to run is `state.global_step`."""
         config, supernet = self.bi_mask_config, self.supernet
@@ -142,6 +138,7 @@ class OFBTrainer(DistillationTrainer):
         if hold and step == hold:
             for mask in supernet.bi_masks:
                 mask.fit_alpha_()
+                self.optimizer.state.pop(mask.alpha, None)  # its momentum is of the time when alpha rested
         supernet.lam.fill_(lam)
         self._pmim_sums.zero_()
         # One stream per step and rank: a resumed run hides the same patches, two ranks hide different ones.
@@ -162,20 +159,21 @@ class OFBTrainer(DistillationTrainer):
             ratio = (task / pmim.clamp(min=1e-8)).clamp(max=config.pmim_max_ratio)
             supernet.pmim_ratio.copy_(torch.where(pmim > 0, ratio, supernet.pmim_ratio))
 
-        if supernet.is_settled:
-            return
-        if step >= min(total, round(config.settle_at * total)):
+        settlement_step = min(total, max(1, round(config.settle_at * total)))
+        if step == settlement_step:
             supernet.settle_()
             self.shrink()
-        elif schedule.is_retirement_step(step, max(1, total // config.retire_events), config.retire_begin * total):
+        elif step < settlement_step and schedule.is_retirement_step(
+            step, max(1, total // config.retire_events), config.retire_begin * total
+        ):
             before = [mask.active_candidates.clone() for mask in supernet.bi_masks]
-            if supernet.retire_candidates():
-                for mask, active in zip(supernet.bi_masks, before, strict=True):
-                    if not torch.equal(mask.active_candidates, active):
-                        # A softmax over fewer candidates is another problem: its momentum starts afresh (published).
-                        self.optimizer.state.pop(mask.alpha, None)
-                if config.prune_during_search:
-                    self.shrink()
+            supernet.retire_candidates()
+            for mask, active in zip(supernet.bi_masks, before, strict=True):
+                if not torch.equal(mask.active_candidates, active):
+                    # A softmax over fewer candidates is another problem: its momentum starts afresh (published).
+                    self.optimizer.state.pop(mask.alpha, None)
+            if config.prune_during_search:
+                self.shrink()
 
     def shrink(self) -> None:
         """Removes dead units from the network, its average and the optimizer, and tells DDP about it."""
@@ -197,8 +195,6 @@ class OFBTrainer(DistillationTrainer):
     def read_subnet(self) -> SubnetSpec:
         """The units of the dense model that `compress` keeps."""
         return read_subnet(self.supernet)
-
-    # ---------------------------------------------------------------------------------------- optimizer, schedule
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One AdamW with named groups: weights, weights_no_decay, importance, architecture, pmim_decoder."""
@@ -252,8 +248,6 @@ class OFBTrainer(DistillationTrainer):
             self.lr_scheduler = LambdaLR(optimizer, [factors[group["name"]] for group in optimizer.param_groups])
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    # ------------------------------------------------------------------------------------- logging, checkpoints
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds schedule values and the real size of the network to the parts of the loss."""

@@ -110,6 +110,24 @@ def test_units_are_ranked_by_importance(mask):
         assert (logits[head][rank.argsort()].diff().nan_to_num(0) <= 0).all()
 
 
+@given(masks())
+def test_importance_by_rank_is_the_importance_in_the_order_of_the_staircase(mask):
+    curve = mask.importance_by_rank()
+    torch.testing.assert_close(curve, by_rank(mask, mask.importance()), atol=0, rtol=0)
+    within = curve.masked_fill(curve == 0, -torch.inf)  # of units that are no longer alive
+    assert (within.diff(dim=-1).nan_to_num(0) <= 0).all()
+
+
+def test_heads_are_ranked_by_the_sum_of_importance_not_of_logits():
+    """One channel with a huge logit does not make a head: importance saturates at 1."""
+    mask = BiMask(SubmoduleSpace("a", "attention", None, (), 3, 3, (1, 3), (3,)))
+    with torch.no_grad():
+        mask.importance_logits.copy_(torch.tensor([[40.0, -1.0, -1.0], [0.0, 0.0, 0.0], [2.0, 2.0, 2.0]]))
+    assert mask.unit_rank()[0].tolist() == [1, 2, 0]
+    mask.settle_(1, 3)
+    assert mask.kept() == {2: (0, 1, 2)}
+
+
 def test_ties_keep_the_order_of_the_units():
     plain, grid = BiMask(PLAIN), BiMask(GRID)
     assert plain.unit_rank()[0].tolist() == list(range(9))
@@ -228,6 +246,27 @@ def test_weak_candidates_are_those_below_the_threshold(space, seed):
     expected.view(-1)[p.argmax()] = True
     assert mask.retire_candidates(0.2) == int((~expected).sum())
     assert torch.equal(mask.active_candidates, expected)
+
+
+def test_the_threshold_is_a_share_of_the_active_candidates():
+    """p = 0.06: weak among three candidates (0.2 / 3), not among four (0.2 / 4 would be 0.05)."""
+    mask = BiMask(SubmoduleSpace("a", "mlp", 9, (2, 4, 6, 9))).double()
+    with torch.no_grad():
+        mask.alpha.copy_(torch.tensor([0.06, 0.50, 0.43, 0.01]).double().log())
+    assert mask.retire_candidates(0.2) == 1
+    assert mask.active_candidates.tolist() == [True, True, True, False]
+    assert mask.retire_candidates(0.2) == 1
+    assert mask.active_candidates.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize(("mask", "retired"), [(BiMask(PLAIN), (9,)), (BiMask(GRID), (4, 5))], ids=["plain", "grid"])
+def test_settling_on_a_retired_candidate_is_refused(mask, retired):
+    weak = torch.zeros_like(mask.active_candidates)
+    weak[mask.index_of(retired)] = True
+    mask.retire_(weak)
+    with pytest.raises(ValueError, match="retired"):
+        mask.settle_(*retired)
+    assert not mask.active_candidates[mask.index_of(retired)]
 
 
 def test_retiring_everything_is_refused():

@@ -292,7 +292,7 @@ import torch
 import ofb_hf
 from transformers import AutoModel, AutoModelForImageClassification
 folder = {folder!r}
-expected = torch.load(folder + "/expected.pt")
+expected = torch.load(folder + "/expected.pt", weights_only=True)
 torch.set_num_threads(1)
 model = AutoModelForImageClassification.from_pretrained(folder, attn_implementation="eager").eval()
 with torch.no_grad():

@@ -26,7 +26,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTModel
 from ofb_hf import OFBViTForImageClassification, SubnetSpec, compress, count_macs, install_bi_masks, read_subnet
 from ofb_hf.architectures import UnsupportedArchitectureError, describe
 from ofb_hf.averaging import WeightAverage
-from ofb_hf.pmim import mask_patches
+from ofb_hf.pmim import mask_patches, normalize_target, reconstruction_loss
 from ofb_hf.supernet import Supernet
 from ofb_hf.surgery import slice_model, slice_optimizer_, slice_tensor
 
@@ -177,6 +177,23 @@ def test_masked_equals_sliced_for_all_kinds_together(seed):
         assert_close(ours[..., channels], theirs)
         gone = [channel for channel in range(40) if channel not in channels]
         assert (ours[..., gone] == 0).all()
+
+
+def test_slicing_gives_a_new_model_of_the_same_make():
+    dense = OFBViTForImageClassification.from_dense(tiny_vit(dtype=torch.float64, id2label={0: "a", 1: "b", 2: "c"}))
+    state = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    subnet = SubnetSpec({"embeddings": (1, 5, 39), "layers.1.attention": {0: (2, 7), 3: (0, 1)}})
+    for training in (True, False):
+        small = slice_model(dense.train(training), subnet)
+        assert small.training == training
+        assert small.dtype == torch.float64
+        assert small.config._attn_implementation == dense.config._attn_implementation == "eager"
+        assert small.config.id2label == {0: "a", 1: "b", 2: "c"}
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in dense.state_dict().items())
+    assert dense.config.hidden_size == 40
 
 
 def test_every_unit_matters():
@@ -344,6 +361,27 @@ def test_optimizer_and_average_follow_every_shrink(seed):
     assert all(parameter.isfinite().all() for parameter in supernet.parameters())
 
 
+def test_a_shrunken_network_looks_like_one_that_was_built_small():
+    """Sizes that modules keep beside their weights, frozen parameters, and costs before the next forward pass."""
+    supernet = tiny_supernet(target_macs=0.5)
+    supernet.model.vit.embeddings.requires_grad_(False)
+    frozen = [name for name, parameter in supernet.named_parameters() if not parameter.requires_grad]
+    supernet(tiny_images())
+    supernet.settle_()
+    supernet.shrink_()
+    small = OFBViTForImageClassification(supernet.config)
+    theirs = dict(small.named_modules())
+    for name, module in supernet.model.named_modules():
+        for attribute in (
+            "in_features", "out_features", "in_channels", "out_channels", "normalized_shape", "num_attention_heads",
+            "head_dim", "scaling",
+        ):  # fmt: skip
+            assert getattr(module, attribute, None) == getattr(theirs[name], attribute, None), (name, attribute)
+    assert [name for name, parameter in supernet.named_parameters() if not parameter.requires_grad] == frozen
+    supernet.sizes("bi_mask").sum().backward()
+    assert all(mask.importance_logits.grad is not None for mask in supernet.bi_masks)
+
+
 def test_a_parameter_without_a_plan_starts_with_fresh_moments():
     supernet = tiny_supernet()
     optimizer = optimizer_that_mirrors(supernet)
@@ -480,6 +518,17 @@ def test_a_copy_of_a_supernet_is_independent(evaluated):
     assert torch.equal(twin(images).logits, changed)
 
 
+def test_a_copy_does_not_hide_channels_from_its_original():
+    """Norms cache which channels live; what dies in a copy has to stay alive in the original."""
+    supernet, images = tiny_supernet(), tiny_images()
+    logits = supernet(images).logits.detach()
+    twin = copy.deepcopy(supernet)
+    twin(images)
+    twin.named_masks["embeddings"].settle_(13)
+    assert (twin(images).logits - logits).abs().max() > 1e-3
+    assert torch.equal(supernet(images).logits, logits)
+
+
 def test_state_dict_keys_of_the_classifier_stay_what_they_were():
     supernet = tiny_supernet(pmim=False)
     assert set(supernet.model.state_dict()) == set(tiny_vit().state_dict())
@@ -590,6 +639,17 @@ def test_bf16_autocast_runs(retire):
         assert parameter.grad.isfinite().all(), name
 
 
+def test_training_goes_on_after_an_evaluation_in_inference_mode():
+    """What the norms remember about living channels must not be a tensor that autograd refuses."""
+    supernet, images = tiny_supernet(), tiny_images()
+    supernet.named_masks["embeddings"].settle_(24)
+    with torch.inference_mode():
+        expected = supernet(images).logits.clone()
+    logits = supernet(images).logits
+    logits.sum().backward()
+    assert torch.equal(logits, expected)
+
+
 @pytest.mark.parametrize("state", ["uniform", "random", "one_hot"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_all_losses_of_a_search_are_finite(state, autocast):
@@ -608,11 +668,60 @@ def test_all_losses_of_a_search_are_finite(state, autocast):
     assert all((gradients[name] != 0).any() for name in masks if "importance" in name)
 
 
+@pytest.mark.parametrize("name", ["embeddings", "layers.0.attention", "layers.1.mlp"])
+@pytest.mark.parametrize("loss", ["logits", "picture", "bi_mask cost", "sparsity cost"])
+def test_mask_gradients_are_those_of_the_loss(loss, name):
+    """Importance and alpha against central differences in float64: nothing on the way to them is cut off.
+
+    Without normalisation, whose maximum is detached on purpose, and without eager attention, whose softmax is float32.
+    """
+    supernet = tiny_supernet(dtype=torch.float64, normalize_importance=False)
+    supernet.model.set_attn_implementation("sdpa")
+    images = tiny_images(dtype=torch.float64)
+    mask = supernet.named_masks[name]
+
+    def value() -> torch.Tensor:
+        if "cost" in loss:
+            supernet.refresh_gates()
+            return supernet.sizes(loss.split()[0])[list(supernet.dense_sizes).index(name)]
+        output = supernet(images, bool_masked_pos=masked_patches())
+        return (output.logits if loss == "logits" else output.reconstruction).square().mean()
+
+    parameters = [mask.alpha] if loss == "sparsity cost" else [mask.alpha, mask.importance_logits]
+    step, tolerance = (1e-2, 2e-3) if "cost" in loss else (1e-5, 1e-6)  # sizes are float32
+    for parameter, gradient in zip(parameters, torch.autograd.grad(value(), parameters), strict=True):
+        for index in range(0, parameter.numel(), 3):
+            with torch.no_grad():
+                entry = parameter.view(-1)[index]
+                start = entry.clone()
+                entry.copy_(start + step)
+                above = value()
+                entry.copy_(start - step)
+                below = value()
+                entry.copy_(start)
+            slope = (above - below).item() / (2 * step)
+            assert gradient.view(-1)[index].item() == pytest.approx(slope, rel=tolerance, abs=tolerance)
+        assert gradient.abs().max() > 10 * tolerance
+
+
 def test_every_parameter_learns():
     gradients = gradients_of(tiny_supernet().train(), tiny_images())
     silent = [name for name, gradient in gradients.items() if not (gradient != 0).any()]
     # A bias of the keys shifts all logits of a query by the same amount: softmax does not see it.
     assert all(name.endswith("k_proj.bias") for name in silent), silent
+
+
+def test_images_that_patches_do_not_tile_are_repainted_in_full_or_refused():
+    """18 pixels make 4 patches of 4 pixels and a rest of 2 that the stock model never looks at."""
+    dense, images = tiny_vit(image_size=18), tiny_images(size=18)
+    try:
+        supernet = install_bi_masks(dense, search_config())
+    except ValueError as error:
+        assert "image_size" in str(error)  # noqa: PT017 - refusing is one of two good answers
+        return
+    output = supernet(images, bool_masked_pos=masked_patches())
+    target = normalize_target(images, supernet.pmim_window)
+    assert reconstruction_loss(output.reconstruction, target, masked_patches(), 4).isfinite()
 
 
 def test_no_pmim_means_no_decoder_and_no_mask_token():

@@ -256,7 +256,7 @@ def test_speed_of_several_models_is_measured_in_one_run():
 
 
 def test_commands_in_cards_name_no_folder_of_the_machine(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/home/me/recipes/search_deit.py", "--output_dir", "/data/me/out", "--seed", "1"])
+    monkeypatch.setattr(sys, "argv", ["/elsewhere/recipes/search_deit.py", "--output_dir", "/data/out", "--seed", "1"])
     assert command_line() == "search_deit.py --output_dir out --seed 1"
 
 

@@ -131,6 +131,8 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
         config = OFBViTConfig(**fields, attn_implementation=model.config._attn_implementation)
         copy = cls(config)
         copy.load_state_dict(model.state_dict(), strict=True)
+        for parameter, original in zip(copy.parameters(), model.parameters(), strict=True):
+            parameter.requires_grad_(original.requires_grad)
         copy.to(device=model.device, dtype=model.dtype)
         copy.config.dtype = model.config.dtype
         return copy.train(model.training)
