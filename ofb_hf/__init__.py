@@ -5,6 +5,7 @@ Everything else is imported when it is first used; nothing touches an accelerato
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
@@ -45,6 +46,8 @@ AutoModelForImageClassification.register(OFBViTConfig, OFBViTForImageClassificat
 def __getattr__(name: str):
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -279,5 +279,6 @@ def require_classifier(model: nn.Module) -> None:
     """Raises `UnsupportedArchitectureError` unless `model` is an image classifier of a supported family."""
     if not isinstance(model, CLASSIFIERS):
         raise UnsupportedArchitectureError(
-            f"got a {type(model).__name__}; supported are {[c.__name__ for c in CLASSIFIERS]} and our own classes."
+            f"got a {type(model).__name__}; expected an image classifier: {[c.__name__ for c in CLASSIFIERS]} or our "
+            "classes of that kind."
         )

@@ -59,6 +59,17 @@ class AverageCallback(TrainerCallback):
         self.average.copy_to_(kwargs["model"])
 
 
+class EpochCallback(TrainerCallback):
+    """Tells a data set that wants to know which epoch begins, on every process and before workers copy it."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Passes the number of the epoch on, also in the middle of a resumed one."""
+        self.dataset.set_epoch(int(state.epoch + 1e-6))
+
+
 class HistoryCallback(TrainerCallback):
     """Writes one JSON object per logging step.
 
@@ -72,10 +83,16 @@ class HistoryCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Drops rows that a resumed run is about to write again, and all rows of this phase when it starts over."""
-        if state.is_world_process_zero and self.path.exists():
-            rows = read_history(self.path)
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rows = read_history(self.path) if self.path.exists() else []
             kept = [row for row in rows if row["phase"] != self.phase or row["step"] <= state.global_step]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Asks for a log after the last step: the end of every run is on record, however short it is."""
+        control.should_log |= state.global_step >= state.max_steps
+        return control
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Appends a row, once per logging step."""
@@ -84,7 +101,6 @@ class HistoryCallback(TrainerCallback):
             return
         row = {"step": state.global_step, "phase": self.phase}
         row |= {name: logs.get(name) for name in HISTORY_FIELDS if name not in row}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

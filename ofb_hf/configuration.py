@@ -75,7 +75,7 @@ def _field(default: Any, help: str) -> Any:
 class BiMaskConfig:
     """What a search may change, how it decides and what the result may cost.
 
-    Use the subclass of your model's family, `ViTBiMaskConfig` or `SwinBiMaskConfig`. Fields that say "preset" take
+    Use the subclass of your model's family, `ViTBiMaskConfig`. Fields that say "preset" take
     their value from `preset` unless given: `"ours"` (led by data and budget) or `"paper"` (the published constants).
 
     Raises:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from .averaging import WeightAverage
+from .callbacks import AverageCallback, EpochCallback
 from .losses import classification_loss, distillation_loss
 from .training_args import OFBTrainingArguments
 
@@ -37,6 +38,8 @@ class DistillationTrainer(Trainer):
         distillation_weight: float = 1.0,
         **kwargs: Any,
     ):
+        if not isinstance(args, OFBTrainingArguments):
+            raise TypeError(f"args is a {type(args).__name__}; give OFBTrainingArguments, which has the same fields.")
         super().__init__(model=model, args=args, **kwargs)
         # Our losses are means over a micro-batch: the Trainer has to divide them by the accumulation steps.
         self.loss_is_scaled_for_ga = False
@@ -52,6 +55,10 @@ class DistillationTrainer(Trainer):
         self.distillation_weight = 0.0 if teacher is None else weight
         self.teacher = teacher.eval().requires_grad_(False).to(args.device) if self.distillation_weight else None
         self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
+        if self.average is not None:
+            self.add_callback(AverageCallback(self.average))
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(EpochCallback(self.train_dataset))
         self._parts: dict[str, Tensor] = {}
         self._num_parts = 0
 

@@ -19,7 +19,7 @@ def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str, source:
         source: the dense parent; data: name of the data set; hardware: where the speed was measured.
     """
     final = results.get("finetuned") or results["searched"]
-    budget = "target_macs" if "target_macs" in results else "target_params"
+    budget = "target_macs" if results["target_macs"] is not None else "target_params"
     unit = "MACs" if budget == "target_macs" else "parameters"
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=f"OFB {source}",

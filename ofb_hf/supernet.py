@@ -61,13 +61,19 @@ class Supernet(nn.Module):
         self.dense_sizes, self.dense_macs = architecture.sizes, count_macs(model)
         self.dense_cost = evaluate_terms(self.terms, _units(architecture.sizes))
         self.target = config.target(self.dense_cost)
+        if self.target > self.dense_cost:
+            name, value = config.budget
+            raise ValueError(
+                f"{name} is {value:,}, more than the {self.dense_cost:,} of the model itself; nothing would be removed."
+            )
         self.bi_masks = nn.ModuleList([BiMask(space, config.normalize_importance) for space in self.space])
         self.pmim_decoder = None
         self.pmim_window = config.pmim_window or window_for_patch(architecture.patch_size)
         if config.pmim:
             width = architecture.sizes["embeddings"][0]
-            self.pmim_decoder = PMIMDecoder(width, architecture.patch_size, architecture.num_channels)
-            model.get_submodule(architecture.embeddings).mask_token = nn.Parameter(torch.zeros(1, 1, width))
+            self.pmim_decoder = PMIMDecoder(width, architecture.patch_size, architecture.num_channels).to(model.dtype)
+            mask_token = torch.zeros(1, 1, width, dtype=model.dtype)
+            model.get_submodule(architecture.embeddings).mask_token = nn.Parameter(mask_token)
         self.register_buffer("lam", torch.tensor(config.importance_start))
         self.register_buffer("multiplier", torch.tensor(0.0))
         self.register_buffer("pmim_ratio", torch.tensor(1.0))
@@ -107,6 +113,13 @@ class Supernet(nn.Module):
     def is_settled(self) -> bool:
         """Whether every submodule has one candidate left."""
         return self.num_active_candidates == len(self.bi_masks)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no search has moved it yet: full widths, everything in the race, lambda at its start."""
+        start = torch.tensor(self.bi_mask_config.importance_start)
+        undecided = all(mask.active_candidates.all() and mask.alive.all() for mask in self.bi_masks)
+        return self.architecture.sizes == self.dense_sizes and undecided and bool(self.lam.cpu() == start)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """Trades compute for memory in the classifier's blocks; arguments as in transformers.

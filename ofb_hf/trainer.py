@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, get_scheduler, set_seed
 
 from . import schedule
 from .architectures import family_of
-from .callbacks import AverageCallback, SearchCallback
+from .callbacks import SearchCallback
 from .configuration import BiMaskConfig
 from .distillation import DistillationTrainer
 from .flops import count_macs, count_params
@@ -67,12 +67,15 @@ class OFBTrainer(DistillationTrainer):
         if weight is None:
             weight = 1.0 if teacher is not None else supernet.bi_mask_config.distillation_weight
         if teacher is None and weight > 0:
+            if not supernet.is_fresh:
+                raise ValueError(
+                    "the supernet has been searched already, so the dense model to learn from is no longer in it; "
+                    "give that model as teacher, or distillation_weight=0."
+                )
             teacher = dense_parent(supernet)
         super().__init__(model=supernet, args=args, teacher=teacher, distillation_weight=weight, **kwargs)
         self.supernet, self.bi_mask_config = supernet, supernet.bi_mask_config
         self.add_callback(SearchCallback(self))
-        if self.average is not None:
-            self.add_callback(AverageCallback(self.average))
         self._generator = torch.Generator()
         self._pmim_sums = torch.zeros(2, device=args.device)
         self._schedule: dict[str, float] = {}
@@ -162,7 +165,6 @@ class OFBTrainer(DistillationTrainer):
         settlement_step = min(total, max(1, round(config.settle_at * total)))
         if step == settlement_step:
             supernet.settle_()
-            self.shrink()
         elif step < settlement_step and schedule.is_retirement_step(
             step, max(1, total // config.retire_events), config.retire_begin * total
         ):
@@ -172,8 +174,8 @@ class OFBTrainer(DistillationTrainer):
                 if not torch.equal(mask.active_candidates, active):
                     # A softmax over fewer candidates is another problem: its momentum starts afresh (published).
                     self.optimizer.state.pop(mask.alpha, None)
-            if config.prune_during_search:
-                self.shrink()
+        if config.prune_during_search or step == total:
+            self.shrink()
 
     def shrink(self) -> None:
         """Removes dead units from the network, its average and the optimizer, and tells DDP about it."""
@@ -304,6 +306,14 @@ def check_search_arguments(args: OFBTrainingArguments) -> None:
             "load_best_model_at_end cannot go with a search: earlier checkpoints are larger networks that miss the "
             "budget. Leave it off for the search; finetuning may use it."
         )
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        raise ValueError(
+            f"max_steps is {args.max_steps}, num_train_epochs {args.num_train_epochs}; a search needs a step."
+        )
+    if args.per_device_train_batch_size < 1:
+        raise ValueError(f"per_device_train_batch_size is {args.per_device_train_batch_size}; it must be at least 1.")
+    if args.push_to_hub:
+        raise ValueError("push_to_hub: a search does not push; push the finished output folder when it is done.")
     if args.auto_find_batch_size:
         raise ValueError("auto_find_batch_size restarts training with a used supernet; set the batch size yourself.")
     if args.fsdp or args.deepspeed:

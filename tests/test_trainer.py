@@ -7,7 +7,7 @@ import pytest
 import torch
 from factories import search_config, tiny_vit
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from ofb_hf import DistillationTrainer, OFBTrainer, OFBTrainingArguments, count_macs, count_params, install_bi_masks
 from ofb_hf.callbacks import HISTORY_FIELDS, HistoryCallback, read_history
@@ -237,6 +237,42 @@ def test_settings_that_cannot_work_are_refused_by_name(tmp_path, changes, messag
 def test_teacher_with_other_labels_is_refused(tmp_path):
     with pytest.raises(ValueError, match="teacher has 7 labels and the model 3"):
         OFBTrainer(tiny_vit(), arguments(tmp_path), search_config(), teacher=tiny_vit(num_labels=7))
+
+
+def test_supernet_that_was_searched_has_no_dense_model_left_to_learn_from(tmp_path):
+    first = searcher(tmp_path / "a")
+    first.train()
+    with pytest.raises(ValueError, match="has been searched already"):
+        OFBTrainer(first.supernet, arguments(tmp_path / "b"))
+
+
+def test_plain_training_arguments_are_refused_in_words(tmp_path):
+    with pytest.raises(TypeError, match="give OFBTrainingArguments"):
+        DistillationTrainer(tiny_vit(), TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+def test_without_pruning_shapes_stay_until_the_end(tmp_path):
+    shapes = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            shapes.append(count_macs(kwargs["model"].config))
+
+    trainer = searcher(tmp_path, search_config(target_macs=0.6, prune_during_search=False))
+    trainer.add_callback(Look())
+    trainer.train()
+    assert set(shapes[:-1]) == {trainer.supernet.dense_macs}
+    assert shapes[-1] <= trainer.supernet.target
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pmim_takes_the_dtype_of_the_model(dtype):
+    supernet = install_bi_masks(tiny_vit().to(dtype), search_config())
+    masked = torch.zeros(2, 16, dtype=torch.bool)
+    masked[:, ::3] = True
+    output = supernet(torch.randn(2, 3, 16, 16, dtype=dtype), bool_masked_pos=masked)
+    assert output.reconstruction.dtype == output.logits.dtype == dtype
+    assert output.reconstruction.isfinite().all()
 
 
 def test_config_beside_a_finished_supernet_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,16 @@ import torch
 import yaml
 from factories import tiny_vit
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
 import ofb_hf
-from ofb_hf import SubnetSpec, cli, count_macs, count_params
+from ofb_hf import OFBTrainingArguments, SubnetSpec, ViTBiMaskConfig, cli, count_macs, count_params
 from ofb_hf.callbacks import HISTORY_FIELDS, read_history
+from ofb_hf.data import DataArguments
 from ofb_hf.workflow import search as workflow
-from ofb_hf.workflow.arguments import DEMO_CONFIG, command_line
+from ofb_hf.workflow.arguments import DEMO_CONFIG, FinetuneArguments, ModelArguments, command_line, parse
+from ofb_hf.workflow.inputs import load
 from ofb_hf.workflow.measure import images_per_second
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +155,8 @@ def test_finetune_and_evaluate_take_the_result(finished, images, tmp_path, capsy
 
 def test_search_on_a_parameter_budget_without_finetuning(checkpoint, images, tmp_path):
     results = walk(checkpoint, images, tmp_path / "out", "--target_params", "0.6", "--finetune_max_steps", "0")
-    assert set(results) == {"target_params", "dense", "searched", "seed", "versions", "command"}
+    assert results["target_macs"] is None
+    assert set(results) == {"target_macs", "target_params", "dense", "searched", "seed", "versions", "command"}
     assert results["searched"]["params"] <= results["target_params"] <= 0.6 * results["dense"]["params"]
 
 
@@ -187,6 +192,111 @@ def test_failed_run_is_marked_and_can_be_resumed(checkpoint, images, tmp_path, m
     assert results["finetuned"]["macs"] <= results["target_macs"]
 
 
+def test_short_runs_need_no_special_flags(checkpoint, images, tmp_path):
+    """Fewer steps than a logging interval; a share of distillation, an average and evaluations on the way."""
+    output = tmp_path / "out"
+    flags = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
+    flags += ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--finetune_max_steps", "2"]
+    flags += ["--max_steps", "3", "--distillation_weight", "0.5", "--ema_decay", "0.9"]
+    results = cli.search([*flags, "--eval_strategy", "steps", "--eval_steps", "2"])
+    assert {path.name for path in output.iterdir()} >= PRODUCT
+    assert [(row["phase"], row["step"]) for row in read_history(output / "search_history.jsonl")] == [
+        ("search", 3),
+        ("finetune", 2),
+    ]
+    assert results["finetuned"]["macs"] <= results["target_macs"]
+
+
+def test_average_of_the_weights_is_what_finetuning_keeps(finished, images, tmp_path):
+    output, _ = finished
+    flags = ["--model_name_or_path", str(output), "--data_dir", str(images), *QUICK, "--max_steps", "4"]
+    finals = []
+    for name, extra in (("raw", []), ("average", ["--ema_decay", "0.99"])):
+        cli.finetune(
+            [*flags, *extra, "--save_strategy", "steps", "--save_steps", "4", "--output_dir", str(tmp_path / name)]
+        )
+        finals.append(AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict())
+    raw, average = finals
+    assert not torch.equal(raw["classifier.weight"], average["classifier.weight"])
+    saved = load_file(tmp_path / "average" / "checkpoint-4" / "ema.safetensors")
+    assert torch.equal(saved["classifier.weight"], average["classifier.weight"])
+
+
+def test_killed_search_resumes_to_the_same_weights_with_random_augmentation(checkpoint, images, tmp_path):
+    """Killed for real, in the middle of an epoch, while the loader has fetched ahead."""
+    flags = ["--save_strategy", "steps", "--save_steps", "5", "--per_device_train_batch_size", "4"]
+    walk(checkpoint, images, tmp_path / "straight", *flags)
+    script = (
+        "import os, sys; from transformers import TrainerCallback; from ofb_hf import cli, callbacks\n"
+        "class Kill(callbacks.SearchCallback):\n"
+        "    def on_step_begin(self, args, state, control, **kwargs):\n"
+        "        super().on_step_begin(args, state, control, **kwargs)\n"
+        "        if state.global_step == 8: os._exit(9)\n"
+        "import ofb_hf.trainer; ofb_hf.trainer.SearchCallback = Kill; import torch; torch.set_num_threads(1)\n"
+        "cli.search(sys.argv[1:])"
+    )
+    cut = tmp_path / "cut"
+    settings = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(cut), *QUICK]
+    settings += ["--max_steps", "16", "--finetune_max_steps", "3", *flags]
+    killed = subprocess.run([sys.executable, "-c", script, *settings], capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    assert "killed" in (cut / "FAILED.txt").read_text()
+    cli.search([*settings, "--resume_from_checkpoint", "auto"])
+    for name in ("subnet.json", "search/model/model.safetensors", "model.safetensors"):
+        assert (cut / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+
+
+def test_labels_in_another_order_are_matched_by_name(images, tmp_path):
+    folder = tmp_path / "checkpoint"
+    model = tiny_vit()
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    for order, name in ((["blue", "green", "red"], "same"), (["red", "blue", "green"], "other")):
+        model.config.id2label = dict(enumerate(order))
+        model.config.label2id = {label: index for index, label in enumerate(order)}
+        model.save_pretrained(folder)
+        loaded, inputs = load(str(folder), DataArguments(data_dir=str(images)), seed=0)
+        assert inputs.data.label_names == order, name
+        for row in range(len(inputs.eval)):
+            assert order[inputs.eval[row]["labels"]] == ["blue", "green", "red"][row // 4]
+        assert [loaded.config.id2label[i] for i in range(3)] == order
+
+
+@pytest.mark.parametrize("spelling", ["--data-dir", "--data_dir"])
+def test_demonstration_settings_never_reach_a_users_own_run(spelling):
+    classes = [ModelArguments, DataArguments, ViTBiMaskConfig, FinetuneArguments, OFBTrainingArguments]
+    model, _, _, _, args = parse(classes, [spelling, "photos", "--output_dir", "o", "--use_cpu"], "", demo=True)
+    assert model.dense_epochs == 0
+    assert args.output_dir == "o"
+    assert args.num_train_epochs == 3
+    model, *_ = parse(classes, ["--use_cpu"], "", demo=True)
+    assert model.dense_epochs > 0
+
+
+def test_wheel_holds_what_the_commands_need(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+    ]
+    source = tmp_path / "source"
+    tracked = [path for path in (ROOT / "ofb_hf").rglob("*") if path.suffix in (".py", ".md", ".yaml")]
+    for path in [*tracked, *(ROOT / name for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"))]:
+        target = source / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    subprocess.run([*command, str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {str(path.relative_to(ROOT)) for path in tracked} <= names
+
+
 def refused(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
         walk(*arguments)
@@ -206,6 +316,10 @@ def refused(capsys, *arguments):
         (["--finetune_distillation_weight", "2"], "finetune_distillation_weight is 2"),
         (["--model_name_or_path", "no/such-folder"], "cannot load|no image processor"),
         (["--config", "missing.yaml"], "missing.yaml is no file"),
+        (["--max_steps", "0"], "max_steps is 0"),
+        (["--push_to_hub", "--hub_model_id", "a/b"], "push_to_hub"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0"),
+        (["--resume_from_checkpoint", "no/checkpoint-3"], "no/checkpoint-3 is no complete checkpoint"),
     ],
 )
 def test_bad_settings_are_one_line_and_touch_nothing(checkpoint, images, tmp_path, capsys, flags, message):
@@ -234,6 +348,28 @@ def test_used_output_folder_is_not_overwritten_by_accident(finished, checkpoint,
     assert (output / "eval_results.json").read_bytes() == before
 
 
+def test_resuming_with_other_settings_is_refused(finished, checkpoint, images, capsys):
+    output, results = finished
+    flags = ["--target_macs", "0.3", "--resume_from_checkpoint", "auto"]
+    assert re.search(r"target_macs.*0\.5.*0\.3", refused(capsys, checkpoint, images, output, *flags))
+    assert json.loads((output / "eval_results.json").read_text()) == results
+
+
+def test_foreign_files_are_never_overwritten(checkpoint, images, tmp_path, capsys):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "notes.txt").write_text("mine")
+    assert "holds other files" in refused(capsys, checkpoint, images, tmp_path, "--overwrite_output_dir")
+    assert (tmp_path / "search" / "notes.txt").read_text() == "mine"
+
+
+def test_images_that_the_model_cannot_take_are_refused_before_anything_starts(images, tmp_path, capsys):
+    folder = tmp_path / "checkpoint"
+    tiny_vit(num_channels=1).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    assert "cannot take the images" in refused(capsys, folder, images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_yaml_gives_defaults_the_command_line_wins_and_unknown_keys_are_refused(checkpoint, images, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("target_macs: 0.7\nmlp_candidates: [36, 72]\nfinetune_max_steps: 0\nmax_steps: 3\n")
@@ -255,9 +391,18 @@ def test_speed_of_several_models_is_measured_in_one_run():
     assert not models["large"].training
 
 
+def test_submodules_are_reachable_from_the_package():
+    code = "import ofb_hf; ofb_hf.bi_mask.BiMask; ofb_hf.schedule.keep_ratio; ofb_hf.losses.flops_loss"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'bimask'"):
+        ofb_hf.bimask  # noqa: B018
+
+
 def test_commands_in_cards_name_no_folder_of_the_machine(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/elsewhere/recipes/search_deit.py", "--output_dir", "/data/out", "--seed", "1"])
-    assert command_line() == "search_deit.py --output_dir out --seed 1"
+    monkeypatch.setattr(
+        sys, "argv", ["/elsewhere/recipes/search_deit.py", "--output_dir", "/data/out", "--data_dir=/data/in"]
+    )
+    assert command_line() == "search_deit.py --output_dir out --data_dir=in"
 
 
 @pytest.mark.parametrize("recipe", ["search_deit", "finetune", "evaluate"])

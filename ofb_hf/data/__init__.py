@@ -7,12 +7,13 @@ and `with_image_transform` joins the two into a data set that a Trainer takes as
 from .digits import load_digits_data
 from .loading import DataArguments, load_image_data
 from .splits import ImageData
-from .transforms import ImageTransform, build_transform, with_image_transform
+from .transforms import ImageTransform, SeededImages, build_transform, with_image_transform
 
 __all__ = [
     "DataArguments",
     "ImageData",
     "ImageTransform",
+    "SeededImages",
     "build_transform",
     "load_digits_data",
     "load_image_data",

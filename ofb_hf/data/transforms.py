@@ -54,6 +54,29 @@ def with_image_transform(
     return rows.with_transform(RowTransform(transform, image_column, label_column))
 
 
+class SeededImages(torch.utils.data.Dataset):
+    """A transformed data set whose random transforms depend on seed, epoch and row alone.
+
+    So an interrupted run that is resumed sees the very images it would have seen, whatever was fetched ahead.
+    The Trainer's callback calls `set_epoch`.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed, self.epoch = dataset, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws other random transforms from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_000_003 + index) % 2**63)
+            return self.dataset[index]
+
+
 @dataclass(frozen=True)
 class RowTransform:
     """Applies an image transform to the rows that `datasets` hands over: a dict of lists, in and out."""

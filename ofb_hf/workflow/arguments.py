@@ -82,21 +82,24 @@ def parse(classes: list[type], argv: list[str] | None, description: str, demo: b
             classes refuse.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(classes, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(
+        classes,
+        description=description,
+        usage="%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", help="YAML file with any of these settings; the command line wins.")
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     known, rest = config_parser.parse_known_args(argv)
     names = {f.name for c in classes for f in fields(c) if f.init}
     words = [] if known.config is None else _words(Path(known.config), names)
-    if demo and not _names_data(words + rest) and not {"-h", "--help"} & set(rest):
+    parsed = parser.parse_args_into_dataclasses(words + rest, look_for_args_file=False)
+    given = {name: value for part in parsed for name, value in vars(part).items()}
+    if demo and not any(given[name] for name in ("dataset_name", "data_dir", "model_name_or_path")):
         words = _words(DEMO_CONFIG, names) + words
-    return parser.parse_args_into_dataclasses(words + rest, look_for_args_file=False)[: len(classes)]
-
-
-def _names_data(words: list[str]) -> bool:
-    flags = {word.split("=")[0] for word in words}
-    return bool(flags & {"--dataset_name", "--data_dir", "--model_name_or_path"})
+        parsed = parser.parse_args_into_dataclasses(words + rest, look_for_args_file=False)
+    return parsed[: len(classes)]
 
 
 def _words(path: Path, names: set[str]) -> list[str]:
@@ -122,8 +125,12 @@ def _words(path: Path, names: set[str]) -> list[str]:
 
 def phase_arguments(args: OFBTrainingArguments, phase: str, **changes: Any) -> OFBTrainingArguments:
     """A copy of the training arguments for one phase, which checkpoints into its own subfolder of the output."""
+    return changed(args, output_dir=str(Path(args.output_dir) / phase), **changes)
+
+
+def changed(args: OFBTrainingArguments, **changes: Any) -> OFBTrainingArguments:
+    """A copy of the training arguments with some fields set."""
     copied = copy.copy(args)
-    copied.output_dir = str(Path(args.output_dir) / phase)
     for name, value in changes.items():
         setattr(copied, name, value)
     return copied
@@ -131,5 +138,9 @@ def phase_arguments(args: OFBTrainingArguments, phase: str, **changes: Any) -> O
 
 def command_line() -> str:
     """The command that started this process, as one can type it again (without machine-specific folders)."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
-    return shlex.join([Path(words[0]).name, *words[1:]])
+
+    def strip(word: str) -> str:
+        flag, equals, value = word.rpartition("=")
+        return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
+
+    return shlex.join([Path(sys.argv[0]).name, *map(strip, sys.argv[1:])])

@@ -1,6 +1,7 @@
 """Finetune and evaluate a classifier that is already there, compressed or not."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from ..distillation import DistillationTrainer
 from ..training_args import OFBTrainingArguments
 from . import output
 from .arguments import ModelArguments
-from .inputs import Inputs, load_classifier, load_inputs, load_teacher
-from .measure import measure, provenance
+from .inputs import Inputs, load, load_teacher
+from .measure import METRICS, measure, provenance
 from .report import results_rows, text_table
 
 logger = logging.get_logger(__name__)
@@ -24,6 +25,7 @@ class Finetuning:
     """A classifier, its data and its teacher, checked and ready to train."""
 
     args: OFBTrainingArguments
+    settings: dict[str, Any]
     before: PreTrainedModel
     model: PreTrainedModel
     teacher: PreTrainedModel | None
@@ -38,10 +40,12 @@ class Finetuning:
 def prepare(model_args: ModelArguments, data_args: DataArguments, args: OFBTrainingArguments) -> Finetuning:
     """Loads and checks everything. Touches nothing; raises ValueError for whatever cannot work."""
     name = _required(model_args)
-    output.check_free(Path(args.output_dir), model_args.overwrite_output_dir, args.resume_from_checkpoint is not None)
-    inputs = load_inputs(name, data_args)
-    before, model = (load_classifier(name, inputs.data.label_names, args.seed) for _ in range(2))
-    return Finetuning(args, before, model, load_teacher(model_args.teacher_name_or_path, inputs), inputs)
+    settings = {"model_name_or_path": name, "teacher_name_or_path": model_args.teacher_name_or_path, "seed": args.seed}
+    settings |= asdict(data_args)
+    output.check_free(Path(args.output_dir), settings, model_args.overwrite_output_dir, args.resume_from_checkpoint)
+    model, inputs = load(name, data_args, args.seed)
+    teacher = load_teacher(model_args.teacher_name_or_path, inputs)
+    return Finetuning(args, settings, copy.deepcopy(model), model, teacher, inputs)
 
 
 def run(job: Finetuning) -> dict[str, Any]:
@@ -50,14 +54,18 @@ def run(job: Finetuning) -> dict[str, Any]:
     Returns:
         Content of `eval_results.json`: the model before (`dense`) and after (`finetuned`).
     """
-    with output.marked_if_failed(job.folder):
+    is_main = job.args.process_index == 0
+    if is_main:
+        output.begin(job.folder, job.settings, job.args.resume_from_checkpoint is not None)
+    with output.marked_if_failed(job.folder, is_main):
         set_seed(job.args.seed)
-        trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, train_dataset=job.inputs.train)
+        datasets = {"train_dataset": job.inputs.train, "eval_dataset": job.inputs.eval, **METRICS}
+        trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, **datasets)
         wanted = job.args.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=output.newest_checkpoint(job.folder) if wanted == "auto" else wanted)
         models = {"dense": job.before, "finetuned": job.model}
         results = measure(models, job.inputs.eval, job.args) | provenance(job.args.seed)
-        if job.args.process_index == 0:
+        if is_main:
             job.model.save_pretrained(job.folder)
             job.inputs.processor.save_pretrained(job.folder)
             output.write_json(job.folder / "eval_results.json", results)
@@ -68,8 +76,7 @@ def run(job: Finetuning) -> dict[str, Any]:
 def run_evaluate(model_args: ModelArguments, data_args: DataArguments, args: OFBTrainingArguments) -> dict[str, Any]:
     """Measures a classifier on the evaluation split: accuracy, cost, size, speed. Writes nothing."""
     name = _required(model_args)
-    inputs = load_inputs(name, data_args)
-    model = load_classifier(name, inputs.data.label_names, args.seed)
+    model, inputs = load(name, data_args, args.seed)
     return measure({"model": model}, inputs.eval, args)["model"]
 
 

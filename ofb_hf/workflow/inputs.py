@@ -1,7 +1,7 @@
 """What a run starts from: classifiers, their image processors, and the data prepared for them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,12 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
+from transformers.utils import logging
 
 from ..architectures import require_classifier
-from ..data import DataArguments, ImageData, build_transform, load_image_data, with_image_transform
+from ..data import DataArguments, ImageData, SeededImages, build_transform, load_image_data, with_image_transform
+
+logger = logging.get_logger(__name__)
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -61,18 +64,50 @@ class Inputs:
     eval: Any
 
 
-def load_inputs(name_or_path: str, data_args: DataArguments) -> Inputs:
-    """The data, prepared as the checkpoint's image processor says; errors as its two parts."""
+def load(name_or_path: str, data_args: DataArguments, seed: int) -> tuple[PreTrainedModel, Inputs]:
+    """A classifier and its data, prepared as its image processor says and labelled in its order.
+
+    Raises:
+        ValueError: if one of them cannot be loaded, or they do not go together.
+    """
     processor, data = load_image_processor(name_or_path), load_image_data(data_args)
+    model = load_classifier(name_or_path, data.label_names, seed)
+    data = _in_the_models_order(data, model, name_or_path)
     columns = (data.image_column, data.label_column)
     augmented = build_transform(processor, data_args.augmentation, train=True)
     plain = build_transform(processor, "none", train=False)
-    return Inputs(
+    inputs = Inputs(
         processor,
         data,
-        with_image_transform(data.train, augmented, *columns),
+        SeededImages(with_image_transform(data.train, augmented, *columns), seed),
         with_image_transform(data.eval, plain, *columns),
     )
+    try:
+        with torch.no_grad():
+            model.eval()(pixel_values=inputs.eval[0]["pixel_values"][None])
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name_or_path} cannot take the images that its image processor makes: {error}. Size and channels of "
+            "preprocessor_config.json and config.json have to agree (images come as RGB)."
+        ) from error
+    return model.train(), inputs
+
+
+def _in_the_models_order(data: ImageData, model: PreTrainedModel, name: str) -> ImageData:
+    """The data with its labels numbered as the model numbers them, where the names are the same."""
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if names == data.label_names:
+        return data
+    if sorted(names) != sorted(data.label_names):
+        logger.warning(
+            f"{name} calls its labels {names[:5]}..., the data {data.label_names[:5]}...; they are matched by number."
+        )
+        return data
+    label2id = {label: index for index, label in enumerate(names)}
+    train, evaluation = (
+        split.align_labels_with_mapping(dict(label2id), data.label_column) for split in (data.train, data.eval)
+    )
+    return replace(data, train=train, eval=evaluation, label_names=names)
 
 
 def load_classifier(name_or_path: str, label_names: list[str], seed: int) -> PreTrainedModel:
@@ -112,6 +147,9 @@ def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | 
         return None
     model, processor = _load(name_or_path), inputs.processor
     theirs, num_labels = load_image_processor(name_or_path), len(inputs.data.label_names)
+    names = [model.config.id2label[index] for index in range(min(num_labels, model.config.num_labels))]
+    if names != inputs.data.label_names and sorted(names) == sorted(inputs.data.label_names):
+        raise ValueError(f"the teacher {name_or_path} numbers the labels differently: {names[:5]}...")
     for field in ("image_mean", "image_std", "size"):
         ours, wanted = getattr(processor, field), getattr(theirs, field)
         if dict(ours) != dict(wanted) if field == "size" else list(ours) != list(wanted):

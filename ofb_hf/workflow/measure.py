@@ -17,8 +17,10 @@ from ..distillation import DistillationTrainer
 from ..flops import count_macs, count_params
 from ..metrics import compute_topk, top5_indices
 from ..training_args import OFBTrainingArguments
-from .arguments import command_line
+from .arguments import changed, command_line
 
+# What a Trainer needs to report top-1 and top-5.
+METRICS = {"compute_metrics": compute_topk, "preprocess_logits_for_metrics": top5_indices}
 SPEED_ROUNDS = 7
 SECONDS_PER_ROUND = 0.3
 
@@ -48,14 +50,9 @@ def hardware() -> str:
 
 def evaluate_classifier(model: nn.Module, dataset: Any, args: OFBTrainingArguments) -> dict[str, float]:
     """Top-1 and top-5 in percent on a dataset, over all processes: {"top1", "top5", "num_examples"}."""
-    trainer = DistillationTrainer(
-        model,
-        args,
-        eval_dataset=dataset,
-        compute_metrics=compute_topk,
-        preprocess_logits_for_metrics=top5_indices,
-    )
-    metrics = trainer.evaluate(metric_key_prefix="eval")
+    with tempfile.TemporaryDirectory() as folder:
+        args = changed(args, output_dir=folder, distillation_weight=None, ema_decay=None, eval_strategy="no")
+        metrics = DistillationTrainer(model, args, eval_dataset=dataset, **METRICS).evaluate()
     return {
         "top1": round(metrics["eval_top1"], 4),
         "top5": round(metrics["eval_top5"], 4),

@@ -12,6 +12,18 @@ from typing import Any
 from ..callbacks import HISTORY_FILE
 
 FAILED_FILE = "FAILED.txt"
+SETTINGS_FILE = "run_settings.json"
+PHASES = ("dense", "dense_training", "search", "finetune")
+PRODUCT = (
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "subnet.json",
+    HISTORY_FILE,
+    "search.png",
+    "README.md",
+    "eval_results.json",
+)
 ASIDE = ".incomplete"
 
 
@@ -39,43 +51,78 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_free(folder: Path, overwrite: bool, resuming: bool) -> None:
-    """Refuses a folder that holds another run, unless it is to be resumed or replaced.
+def check_free(folder: Path, settings: dict[str, Any], overwrite: bool, resume: str | None) -> None:
+    """Refuses a folder that holds something else than this very run, unless a run there is to be replaced.
+
+    Args:
+        settings: what defines the run; resuming with other settings is refused.
+        overwrite: replace a run of ours. A folder with anything else in it is never touched.
+        resume: `--resume_from_checkpoint`.
 
     Raises:
-        ValueError: saying which flags to use.
+        ValueError: saying what is there and which flags to use.
     """
     if folder.is_file():
         raise ValueError(f"output_dir {folder} is a file; give a folder.")
-    if not folder.is_dir() or not any(folder.iterdir()) or overwrite or resuming:
-        return
-    raise ValueError(
-        f"output_dir {folder} is not empty; continue with --resume_from_checkpoint auto, start over with "
-        "--overwrite_output_dir, or give another folder."
+    is_ours = (folder / SETTINGS_FILE).is_file()
+    if resume is not None:
+        if resume != "auto" and not (Path(resume) / "trainer_state.json").is_file():
+            raise ValueError(f"resume_from_checkpoint {resume} is no complete checkpoint; give one, or 'auto'.")
+        if is_ours:
+            _check_settings(folder, settings)
+    elif folder.is_dir() and any(folder.iterdir()):
+        if not is_ours:
+            raise ValueError(f"output_dir {folder} holds other files than those of a run; give another folder.")
+        if not overwrite:
+            raise ValueError(
+                f"output_dir {folder} holds a run; continue it with --resume_from_checkpoint auto, start over with "
+                "--overwrite_output_dir, or give another folder."
+            )
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    saved = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    settings = json.loads(json.dumps(settings))
+    differing = {name: (saved.get(name), value) for name, value in settings.items() if saved.get(name) != value}
+    if differing:
+        raise ValueError(
+            f"the run in {folder} has other settings; (there, here) differ in {differing}. Resume with the same "
+            "settings, or give another output_dir."
+        )
+
+
+def begin(folder: Path, settings: dict[str, Any], resuming: bool) -> None:
+    """Marks the folder as that of an unfinished run; a run that starts over first removes what the last one left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resuming and (folder / SETTINGS_FILE).is_file():
+        for name in (*PHASES, *PRODUCT):
+            remove(folder / name)
+        for checkpoint in folder.glob("checkpoint-*"):
+            remove(checkpoint)
+    write_json(folder / SETTINGS_FILE, settings)
+    mark_failed(folder, "it is running, or it was killed.")
+
+
+def mark_failed(folder: Path, reason: str) -> None:
+    """Writes `FAILED.txt`."""
+    (folder / FAILED_FILE).write_text(
+        f"This run has not finished: {reason}\nContinue with --resume_from_checkpoint auto, or start over with "
+        "--overwrite_output_dir.\n",
+        encoding="utf-8",
     )
 
 
-def clear_run(folder: Path) -> None:
-    """Removes what an earlier run left in a folder, and nothing else."""
-    for name in ("dense", "dense_training", "search", "finetune", HISTORY_FILE, FAILED_FILE):
-        remove(folder / name)
-
-
 @contextmanager
-def marked_if_failed(folder: Path) -> Iterator[None]:
+def marked_if_failed(folder: Path, is_main: bool) -> Iterator[None]:
     """Leaves `FAILED.txt` with the error in `folder` if the block raises; removes it otherwise."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException as error:
-        text = "".join(traceback.format_exception_only(error))
-        (folder / FAILED_FILE).write_text(
-            f"This run did not finish: {text}\nThe files here may be missing or those of an earlier run. Continue with "
-            "--resume_from_checkpoint auto, or start over with --overwrite_output_dir.\n",
-            encoding="utf-8",
-        )
+        if is_main:
+            mark_failed(folder, "".join(traceback.format_exception_only(error)))
         raise
-    remove(folder / FAILED_FILE)
+    if is_main:
+        remove(folder / FAILED_FILE)
 
 
 def newest_checkpoint(folder: Path) -> str | None:

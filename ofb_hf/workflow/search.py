@@ -1,7 +1,7 @@
 """Search, finetune, evaluate, write down: the whole walk in one run."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from ..trainer import OFBTrainer, check_search_arguments
 from ..training_args import OFBTrainingArguments
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, phase_arguments
-from .inputs import PRESETS, Inputs, load_classifier, load_inputs, load_teacher
-from .measure import hardware, measure, provenance
+from .inputs import PRESETS, Inputs, load, load_teacher
+from .measure import METRICS, hardware, measure, provenance
 from .report import markdown_table, results_rows, text_table
 
 logger = logging.get_logger(__name__)
@@ -38,6 +38,7 @@ class Walk:
     finetune_args: FinetuneArguments
     args: OFBTrainingArguments
     config: BiMaskConfig
+    settings: dict[str, Any]
     inputs: Inputs
     dense: PreTrainedModel
     teacher: PreTrainedModel | None
@@ -64,9 +65,9 @@ def run(walk: Walk) -> dict[str, Any]:
 
     A failure on the way leaves `FAILED.txt` there, and checkpoints to resume from.
     """
-    if walk.is_main and not walk.resuming:
-        output.clear_run(walk.folder)
-    with output.marked_if_failed(walk.folder):
+    if walk.is_main:
+        output.begin(walk.folder, walk.settings, walk.resuming)
+    with output.marked_if_failed(walk.folder, walk.is_main):
         if walk.model_args.dense_epochs:
             train_dense(walk)
         searched, subnet = search(walk)
@@ -92,12 +93,23 @@ def prepare(
     if name is None:
         raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(PRESETS)}.")
     check_search_arguments(args)
-    output.check_free(Path(args.output_dir), model_args.overwrite_output_dir, args.resume_from_checkpoint is not None)
-    inputs = load_inputs(name, data_args)
-    dense = load_classifier(name, inputs.data.label_names, args.seed)
+    settings = run_settings(model_args, data_args, config, args)
+    output.check_free(Path(args.output_dir), settings, model_args.overwrite_output_dir, args.resume_from_checkpoint)
+    dense, inputs = load(name, data_args, args.seed)
     target = install_bi_masks(dense, config).target
     teacher = load_teacher(model_args.teacher_name_or_path, inputs)
-    return Walk(model_args, finetune_args, args, config, inputs, dense, teacher, target)
+    return Walk(model_args, finetune_args, args, config, settings, inputs, dense, teacher, target)
+
+
+def run_settings(
+    model_args: ModelArguments, data_args: DataArguments, config: BiMaskConfig, args: OFBTrainingArguments
+) -> dict[str, Any]:
+    """What defines the result of a search; a resumed run must agree with it."""
+    settings = asdict(data_args) | config.to_dict()
+    settings |= {name: getattr(model_args, name) for name in ("model_name_or_path", "teacher_name_or_path")}
+    settings |= {name: getattr(model_args, name) for name in ("dense_epochs", "dense_learning_rate")}
+    names = "seed max_steps num_train_epochs learning_rate per_device_train_batch_size gradient_accumulation_steps"
+    return settings | {name: getattr(args, name) for name in names.split()}
 
 
 def train_dense(walk: Walk) -> None:
@@ -115,7 +127,7 @@ def train_dense(walk: Walk) -> None:
         distillation_weight=None,
         save_strategy="no",
     )
-    _train(DistillationTrainer(walk.dense, args, train_dataset=walk.inputs.train), walk, "dense")
+    _train(DistillationTrainer(walk.dense, args, **_datasets(walk)), walk, "dense")
     if walk.is_main:
         output.write_aside(done, walk.dense.save_pretrained)
 
@@ -132,7 +144,7 @@ def search(walk: Walk) -> tuple[PreTrainedModel, SubnetSpec]:
         phase_arguments(walk.args, "search"),
         walk.config,
         teacher=walk.teacher,
-        train_dataset=walk.inputs.train,
+        **_datasets(walk),
     )
     _train(trainer, walk, "search")
     small, subnet = trainer.compress(), trainer.read_subnet()
@@ -161,14 +173,14 @@ def finetune(walk: Walk, searched: PreTrainedModel) -> PreTrainedModel:
     model = type(searched)(searched.config)
     model.load_state_dict(searched.state_dict())
     teacher = walk.teacher or walk.dense
-    trainer = DistillationTrainer(model.train(), args, teacher=teacher, train_dataset=walk.inputs.train)
+    trainer = DistillationTrainer(model.train(), args, teacher=teacher, **_datasets(walk))
     _train(trainer, walk, "finetune")
     return model
 
 
 def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -> dict[str, Any]:
     """Evaluates, measures, writes the output folder and prints the summary."""
-    results: dict[str, Any] = {walk.config.budget[0]: walk.target}
+    results: dict[str, Any] = {"target_macs": None, "target_params": None, walk.config.budget[0]: walk.target}
     results |= measure(models, walk.inputs.eval, phase_arguments(walk.args, "search")) | provenance(walk.args.seed)
     if walk.is_main:
         write_output(walk, models, subnet, results)
@@ -208,11 +220,15 @@ def _save_with_processor(model: PreTrainedModel, processor: Any, folder: Path) -
     processor.save_pretrained(folder)
 
 
+def _datasets(walk: Walk) -> dict[str, Any]:
+    return {"train_dataset": walk.inputs.train, "eval_dataset": walk.inputs.eval, **METRICS}
+
+
 def _train(trainer: DistillationTrainer, walk: Walk, phase: str) -> None:
     trainer.add_callback(HistoryCallback(walk.folder / HISTORY_FILE, phase))
     folder, wanted = Path(trainer.args.output_dir), walk.args.resume_from_checkpoint
     if wanted == "auto":
         wanted = output.newest_checkpoint(folder)
-    elif wanted is not None and Path(wanted).parent != folder:
+    elif wanted is not None and Path(wanted).resolve().parent != folder.resolve():
         wanted = None  # a checkpoint of another phase
     trainer.train(resume_from_checkpoint=wanted)
