@@ -19,7 +19,7 @@ from .masked_layers import GateStore, apply_gate, gate_parameters_, mask_norm_
 from .pmim import PMIMDecoder, window_for_patch
 from .search_space import SubnetSpec
 from .settlement import Option, Settlement, settle
-from .surgery import Entries, slice_tensor, slice_tensors_, unit_group_plan
+from .surgery import Entries, slice_model, slice_tensors_, unit_group_plan
 
 # Kept importance, weighted by its share of the dense cost, counts this many times a nat of candidate probability
 # when the settlement compares candidates (found by experiment: docs/ARCHITECTURE.md).
@@ -342,14 +342,10 @@ class Supernet(nn.Module):
                     gate = self._gate_store.values[submodule.name]
                     state[slot.parameter] = apply_gate(state[slot.parameter], gate, slot.axis)
         state = {name: tensor for name, tensor in state.items() if not name.endswith(".mask_token")}
-        kept = {mask.name: mask.alive.flatten().nonzero()[:, 0] for mask in self.bi_masks}
-        plan = unit_group_plan(architecture.submodules, kept, set(state))
-        config = copy.deepcopy(self.config)
-        shapes = {mask.name: _living_shape(mask) for mask in self.bi_masks}
-        family.resize(config, architecture.sizes | shapes)
-        folded = family.model_class(config).to(device=self.model.device, dtype=self.model.dtype)
-        folded.load_state_dict({name: slice_tensor(tensor, plan.get(name, ())) for name, tensor in state.items()})
-        return folded.train(self.training)
+        folded = family.model_class(copy.deepcopy(self.config)).to(device=self.model.device, dtype=self.model.dtype)
+        folded.load_state_dict(state)
+        living = {mask.name: _living_units(mask) for mask in self.bi_masks}
+        return slice_model(folded, SubnetSpec(living)).train(self.training)
 
 
 def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None) -> Supernet:
@@ -422,8 +418,10 @@ def _all_units(shape: tuple[int, ...]) -> tuple[int, ...] | dict[int, tuple[int,
     return tuple(range(shape[0])) if len(shape) == 1 else {h: tuple(range(shape[1])) for h in range(shape[0])}
 
 
-def _living_shape(mask: BiMask) -> tuple[int, ...]:
-    return tuple(indices.shape[-1] for indices in mask.alive_units())
+def _living_units(mask: BiMask) -> tuple[int, ...] | dict[int, tuple[int, ...]]:
+    """Living units as indices into the network as it is now, in the form of `SubnetSpec.kept`."""
+    units = [indices.tolist() for indices in mask.alive_units()]
+    return dict(zip(units[0], map(tuple, units[1]), strict=True)) if mask.is_grid else tuple(units[0])
 
 
 def _kept_importance(mask: BiMask) -> Tensor:

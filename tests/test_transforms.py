@@ -19,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from ofb_hf.data import build_transform, with_image_transform
+from ofb_hf.data import SeededImages, build_transform, with_image_transform
 from ofb_hf.data.transforms import CROP_RATIO, CROP_SCALE, _jitter, _random_box
 
 MODES = ["RGB", "L", "RGBA", "CMYK", "P", "LA", "1"]
@@ -265,3 +265,23 @@ def test_wrong_inputs_are_refused_in_words():
         transform(noise(9, 8))
     with pytest.raises(TypeError, match="got NoneType, expected a PIL image"):
         transform(None)
+
+
+def test_seeded_images_depend_on_seed_epoch_and_row_alone():
+    rows = dataset()
+    transform = build_transform(PROCESSORS["square"], "standard", train=True)
+
+    def images(seed, epoch, order):
+        seeded = SeededImages(rows, transform, "img", "kind", seed)
+        seeded.set_epoch(epoch)
+        fetched = dict(zip(order, seeded.__getitems__(order), strict=True))
+        assert all(torch.equal(fetched[index]["pixel_values"], seeded[index]["pixel_values"]) for index in order)
+        return [fetched[index]["pixel_values"] for index in range(len(rows))]
+
+    forwards, backwards = list(range(len(rows))), list(range(len(rows)))[::-1]
+    state = torch.get_rng_state()
+    first = images(0, 0, forwards)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, first, images(0, 0, backwards)))
+    for other in (images(1, 0, forwards), images(0, 1, forwards)):
+        assert not all(map(torch.equal, first, other))

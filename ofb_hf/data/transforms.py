@@ -55,26 +55,47 @@ def with_image_transform(
 
 
 class SeededImages(torch.utils.data.Dataset):
-    """A transformed data set whose random transforms depend on seed, epoch and row alone.
+    """Images for training, {"pixel_values": tensor (3, H, W), "labels": int}, augmented reproducibly.
 
-    So an interrupted run that is resumed sees the very images it would have seen, whatever was fetched ahead.
-    The Trainer's callback calls `set_epoch`.
+    Random transforms depend on seed, epoch and row alone, so a run that was interrupted and resumed sees the very
+    images it would have seen, whatever its loader had fetched ahead. The Trainer's callback calls `set_epoch`.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed, self.epoch = dataset, seed, 0
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable[[Image.Image], Tensor],
+        image_column: str,
+        label_column: str,
+        seed: int,
+    ):
+        self.rows = dataset.select_columns([image_column, label_column])
+        self.transform = RowTransform(transform, image_column, label_column)
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Draws other random transforms from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_000_003 + index) % 2**63)
-            return self.dataset[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Several rows at once, as DataLoader asks for a batch."""
+        rows, state = self.rows[indices], torch.get_rng_state()
+        try:
+            return [self._transformed(rows, position, index) for position, index in enumerate(indices)]
+        finally:
+            torch.set_rng_state(state)
+
+    def _transformed(self, rows: dict[str, list], position: int, index: int) -> dict[str, Any]:
+        seed = (self.seed * 1_000_003 + self.epoch) * 1_000_003 + index
+        torch.default_generator.manual_seed(seed % 2**63)
+        row = self.transform({name: values[position : position + 1] for name, values in rows.items()})
+        return {name: values[0] for name, values in row.items()}
 
 
 @dataclass(frozen=True)

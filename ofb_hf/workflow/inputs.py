@@ -79,7 +79,7 @@ def load(name_or_path: str, data_args: DataArguments, seed: int) -> tuple[PreTra
     inputs = Inputs(
         processor,
         data,
-        SeededImages(with_image_transform(data.train, augmented, *columns), seed),
+        SeededImages(data.train, augmented, *columns, seed),
         with_image_transform(data.eval, plain, *columns),
     )
     try:
