@@ -442,11 +442,12 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     """As printed, with a small model in the place of the downloaded one."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("transformers.ViTForImageClassification.from_pretrained", lambda name: tiny_vit().train())
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(64, 3, 16, 16, generator=generator)
     space = {"train": [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(images)]}
-    exec(block, space)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.ViTForImageClassification.from_pretrained", lambda name: tiny_vit().train())
+        exec(block, space)
     saved = AutoModelForImageClassification.from_pretrained(tmp_path / "runs" / "small")
     assert count_macs(saved) == count_macs(space["small"]) <= 0.5 * count_macs(space["model"])
 
