@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, ViTConfig
 from .architectures import Architecture, Submodule, describe
 from .search_space import SearchSpace, SubmoduleSpace
 
-# Every constant that the two presets disagree about. "paper": the published code (METHODS: arXiv:2403.15835 and its
+# Every constant that the two presets disagree about. "paper": the published code (arXiv:2403.15835 and its
 # repository); "ours": led by data and budget, docs/ARCHITECTURE.md tells why. None in a field means "as the preset".
 PRESETS: dict[str, dict[str, Any]] = {
     "ours": {

@@ -211,7 +211,7 @@ class Supernet(nn.Module):
         return torch.stack([one_hot_loss(mask.alpha, mask.active_candidates) for mask in self.bi_masks]).sum()
 
     def importance_penalty(self) -> Tensor:
-        """The published L1 penalty on importance scores (METHODS: arXiv:2403.15835, code)."""
+        """The published L1 penalty on importance scores (arXiv:2403.15835, its code)."""
         return torch.stack([IMPORTANCE_PENALTY[mask.kind] * mask.importance().sum() for mask in self.bi_masks]).sum()
 
     @torch.no_grad()

@@ -163,19 +163,23 @@ class OFBTrainer(DistillationTrainer):
             supernet.pmim_ratio.copy_(torch.where(pmim > 0, ratio, supernet.pmim_ratio))
 
         settlement_step = min(total, max(1, round(config.settle_at * total)))
-        if step == settlement_step:
+        every, begin = max(1, total // config.retire_events), config.retire_begin * total
+        settles = step == settlement_step
+        retires = step < settlement_step and schedule.is_retirement_step(step, every, begin)
+        if settles:
             supernet.settle_()
-        elif step < settlement_step and schedule.is_retirement_step(
-            step, max(1, total // config.retire_events), config.retire_begin * total
-        ):
-            before = [mask.active_candidates.clone() for mask in supernet.bi_masks]
-            supernet.retire_candidates()
-            for mask, active in zip(supernet.bi_masks, before, strict=True):
-                if not torch.equal(mask.active_candidates, active):
-                    # A softmax over fewer candidates is another problem: its momentum starts afresh (published).
-                    self.optimizer.state.pop(mask.alpha, None)
-        if config.prune_during_search or step == total:
+        elif retires:
+            self._retire_candidates()
+        if step == total or (config.prune_during_search and (settles or retires)):
             self.shrink()
+
+    def _retire_candidates(self) -> None:
+        before = [mask.active_candidates.clone() for mask in self.supernet.bi_masks]
+        self.supernet.retire_candidates()
+        for mask, active in zip(self.supernet.bi_masks, before, strict=True):
+            if not torch.equal(mask.active_candidates, active):
+                # A softmax over fewer candidates is another problem: its momentum starts afresh (published).
+                self.optimizer.state.pop(mask.alpha, None)
 
     def shrink(self) -> None:
         """Removes dead units from the network, its average and the optimizer, and tells DDP about it."""
