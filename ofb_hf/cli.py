@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 from .configuration import ViTBiMaskConfig
 from .data import DataArguments
 from .training_args import OFBTrainingArguments
@@ -34,19 +36,22 @@ EVALUATE = """Measure an image classifier: top-1, top-5, MACs, parameters, file 
 def search(argv: list[str] | None = None) -> dict[str, Any]:
     """Entry of `recipes/search_deit.py` and `ofb-hf search`. Returns the results."""
     classes = [ModelArguments, DataArguments, ViTBiMaskConfig, FinetuneArguments, OFBTrainingArguments]
-    return search_workflow.run(_in_words(lambda: search_workflow.prepare(*parse(classes, argv, SEARCH, demo=True))))
+    walk = _in_words(lambda: search_workflow.prepare(*parse(classes, argv, SEARCH, demo=True)))
+    return _closing_processes(lambda: search_workflow.run(walk))
 
 
 def finetune(argv: list[str] | None = None) -> dict[str, Any]:
     """Entry of `recipes/finetune.py` and `ofb-hf finetune`. Returns the results."""
     classes = [ModelArguments, DataArguments, OFBTrainingArguments]
-    return finetune_workflow.run(_in_words(lambda: finetune_workflow.prepare(*parse(classes, argv, FINETUNE))))
+    job = _in_words(lambda: finetune_workflow.prepare(*parse(classes, argv, FINETUNE)))
+    return _closing_processes(lambda: finetune_workflow.run(job))
 
 
 def evaluate(argv: list[str] | None = None) -> dict[str, Any]:
     """Entry of `recipes/evaluate.py` and `ofb-hf evaluate`. Prints and returns the results."""
     classes = [ModelArguments, DataArguments, OFBTrainingArguments]
-    results = _in_words(lambda: finetune_workflow.run_evaluate(*parse(classes, argv, EVALUATE)))
+    parsed = _in_words(lambda: parse(classes, argv, EVALUATE))
+    results = _closing_processes(lambda: _in_words(lambda: finetune_workflow.run_evaluate(*parsed)))
     sys.stdout.write(json.dumps(results, indent=2) + "\n")
     return results
 
@@ -72,3 +77,12 @@ def _in_words(prepare: Callable[[], T]) -> T:
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
+
+
+def _closing_processes(run: Callable[[], T]) -> T:
+    """Ends a distributed run together: left open, the group may abort a process that exits before the others."""
+    result = run()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return result
