@@ -149,7 +149,7 @@ class OFBTrainer(DistillationTrainer):
 
     @torch.no_grad()
     def end_search_step(self) -> None:
-        """Updates the budget multiplier, then retires candidates, shrinks and, after the last step, settles."""
+        """Updates the budget multiplier; at their steps, retires candidates or settles, and shrinks."""
         supernet, config = self.supernet, self.bi_mask_config
         step, total = self.state.global_step, self.state.max_steps
         if self._schedule["importance_phase"]:
