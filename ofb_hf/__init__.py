@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
+from . import models
 from ._version import __version__
-from .models.configuration_ofb_vit import OFBViTConfig
-from .models.modeling_ofb_vit import OFBViTForImageClassification, OFBViTModel
+from .models import *  # noqa: F403
 
 _LAZY = {
-    "ViTBiMaskConfig": "configuration",
     "OFBTrainer": "trainer",
     "DistillationTrainer": "distillation",
     "OFBTrainingArguments": "training_args",
@@ -29,8 +28,14 @@ _LAZY = {
     "count_params": "flops",
 }
 
+# Every family has its search configuration: OFBViTConfig -> ViTBiMaskConfig.
+_SEARCH_CONFIGS = [
+    f"{config.__name__.removeprefix('OFB').removesuffix('Config')}BiMaskConfig" for config, _, _ in models.REGISTERED
+]
+_LAZY |= dict.fromkeys(_SEARCH_CONFIGS, "configuration")
+
 if TYPE_CHECKING:
-    from .configuration import ViTBiMaskConfig
+    from .configuration import *  # noqa: F403
     from .distillation import DistillationTrainer
     from .flops import count_macs, count_params
     from .search_space import SearchSpace, SubmoduleSpace, SubnetSpec
@@ -38,9 +43,10 @@ if TYPE_CHECKING:
     from .trainer import OFBTrainer
     from .training_args import OFBTrainingArguments
 
-AutoConfig.register(OFBViTConfig.model_type, OFBViTConfig)
-AutoModel.register(OFBViTConfig, OFBViTModel)
-AutoModelForImageClassification.register(OFBViTConfig, OFBViTForImageClassification)
+for _config, _encoder, _classifier in models.REGISTERED:
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _encoder)
+    AutoModelForImageClassification.register(_config, _classifier)
 
 
 def __getattr__(name: str):
@@ -59,13 +65,9 @@ __all__ = [
     "DistillationTrainer",
     "OFBTrainer",
     "OFBTrainingArguments",
-    "OFBViTConfig",
-    "OFBViTForImageClassification",
-    "OFBViTModel",
     "SearchSpace",
     "SubmoduleSpace",
     "SubnetSpec",
-    "ViTBiMaskConfig",
     "__version__",
     "compress",
     "count_macs",
@@ -73,3 +75,5 @@ __all__ = [
     "install_bi_masks",
     "read_subnet",
 ]
+__all__ += models.__all__
+__all__ += _SEARCH_CONFIGS

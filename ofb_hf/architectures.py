@@ -1,115 +1,38 @@
-"""What a search needs to know about a model family; the only file that spells module paths.
+"""What a search needs to know about each model family, in the words of `unit_groups`; the only file that spells
+module paths."""
 
-A *submodule* owns units that are kept or removed. Removing one touches many tensors at once: all of them, each with
-its axis, form the submodule's unit group (`Slot`s). A slot that is *gated* is multiplied by the bi-mask where the
-unit's value is written, which switches the unit off everywhere; the others only read it. Slicing all slots of the
-group removes the unit for good. Costs are sums of products of submodule sizes (`Term`s), for integers and for tensors.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+import math
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
+from .models.configuration_ofb_swin import OFBSwinConfig
 from .models.configuration_ofb_vit import OFBViTConfig
+from .models.modeling_ofb_swin import OFBSwinForImageClassification
 from .models.modeling_ofb_vit import OFBViTForImageClassification
+from .unit_groups import Architecture, Family, Slot, Submodule, Term, heads_of
 
 
 class UnsupportedArchitectureError(ValueError):
     """The model or config belongs to no family that can be searched."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One axis of one tensor that runs over a submodule's units."""
-
-    parameter: str
-    axis: int
-    gated: bool = False
-
-
-@dataclass(frozen=True)
-class Submodule:
-    """A place with units to choose from.
-
-    Args:
-        name: as in `SubnetSpec.kept`.
-        kind: `embedding`, `attention` or `mlp`.
-        shape: current units, (U,) or (heads, channels per head).
-        slots: every axis of every tensor that runs over the units.
-        norms: LayerNorms over the units, whose statistics must skip removed ones.
-    """
-
-    name: str
-    kind: Literal["embedding", "attention", "mlp"]
-    shape: tuple[int, ...]
-    slots: tuple[Slot, ...]
-    norms: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Term:
-    """`coefficient` times the product of the sizes (units) of at most two submodules."""
-
-    coefficient: int
-    factors: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One concrete network: its submodules, what they cost, and where images enter it.
-
-    Args:
-        submodules: in the order of the model.
-        macs, params: cost of one image, and size, as sums over terms.
-        image_size, patch_grid, patch_size, num_channels: pixels (height, width), patches (rows, columns), pixels.
-        embeddings: path of the module that owns `mask_token`.
-        activation: name of the MLP's activation function.
-    """
-
-    submodules: tuple[Submodule, ...]
-    macs: tuple[Term, ...]
-    params: tuple[Term, ...]
-    image_size: tuple[int, int]
-    patch_grid: tuple[int, int]
-    patch_size: int
-    num_channels: int
-    embeddings: str
-    activation: str
-
-    @property
-    def sizes(self) -> dict[str, tuple[int, ...]]:
-        """Submodule name -> current units, (U,) or (heads, channels per head)."""
-        return {submodule.name: submodule.shape for submodule in self.submodules}
-
-
-@dataclass(frozen=True)
-class Family:
-    """The functions that connect one model family to everything else.
-
-    Args:
-        describe: config -> architecture.
-        from_dense: stock classifier -> ours.
-        pin: writes into a config what it would otherwise derive from widths that are about to change.
-        resize: writes submodule sizes into a config.
-        attributes: config -> {module path: {attribute: value}} of sizes that modules keep beside their weights.
-        forward_masked: (model, pixel_values, bool_masked_pos) -> logits (B, classes), patch tokens (B, N, C).
-        model_class: our classifier.
-    """
-
-    describe: Callable[[Any], Architecture]
-    from_dense: Callable[[PreTrainedModel], PreTrainedModel]
-    pin: Callable[[Any], None]
-    resize: Callable[[Any, dict[str, tuple[int, ...]]], None]
-    attributes: Callable[[Any], dict[str, dict[str, int]]]
-    forward_masked: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
-    model_class: type[PreTrainedModel]
-
-
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _square_patch(config: PreTrainedConfig) -> int:
+    height, width = _pair(config.patch_size)
+    if height != width:
+        raise UnsupportedArchitectureError(f"patch_size is {(height, width)}; only square patches are supported.")
+    return height
 
 
 def _linear(path: str, axis: int, gated: bool = False) -> tuple[Slot, ...]:
@@ -118,17 +41,71 @@ def _linear(path: str, axis: int, gated: bool = False) -> tuple[Slot, ...]:
     return tuple(Slot(f"{path}.{name}", axis, gated) for name in names)
 
 
-def _norm(path: str) -> tuple[Slot, ...]:
-    return (Slot(f"{path}.weight", 0), Slot(f"{path}.bias", 0))
+def _norm(path: str, gated: bool = False, tiles: int = 1) -> tuple[Slot, ...]:
+    return tuple(Slot(f"{path}.{name}", 0, gated, tiles) for name in ("weight", "bias"))
+
+
+BLOCK_NORMS = ("layernorm_before", "layernorm_after")
+
+
+def _block_submodules(path: str, name: str, sizes: dict[str, int], *more: Slot) -> tuple[Submodule, Submodule]:
+    """Attention and MLP of the block at `path`, called `name`; `more` are slots of its attention."""
+    rows = [slot for letter in "qkv" for slot in _linear(f"{path}.attention.{letter}_proj", 0, gated=True)]
+    attention = Submodule(
+        f"{name}.attention",
+        "attention",
+        (sizes["num_attention_heads"], sizes["head_dim"]),
+        (*rows, *_linear(f"{path}.attention.o_proj", 1), *more),
+    )
+    mlp = Submodule(
+        f"{name}.mlp",
+        "mlp",
+        (sizes["intermediate_size"],),
+        (*_linear(f"{path}.mlp.fc1", 0, gated=True), *_linear(f"{path}.mlp.fc2", 1)),
+    )
+    return attention, mlp
+
+
+def _block_residual_slots(path: str) -> list[Slot]:
+    """Where the block at `path` reads and writes the residual stream."""
+    readers = [f"{path}.attention.{letter}_proj" for letter in "qkv"] + [f"{path}.mlp.fc1"]
+    writers = [f"{path}.attention.o_proj", f"{path}.mlp.fc2"]
+    slots = [slot for reader in readers for slot in _linear(reader, 1)]
+    slots += [slot for writer in writers for slot in _linear(writer, 0, gated=True)]
+    return slots + [slot for norm in BLOCK_NORMS for slot in _norm(f"{path}.{norm}")]
+
+
+def _block_macs(width: str, attention: str, mlp: str, tokens: int, attending: int, window: int) -> list[Term]:
+    """MACs of one block.
+
+    Args:
+        width, attention, mlp: its submodules.
+        tokens, attending: tokens of the image, and those that attention works on (padding included).
+        window: tokens that one token attends to.
+    """
+    return [
+        Term(4 * attending, (width, attention)),  # q, k, v and output projections
+        Term(2 * attending * window, (attention,)),  # attention map, and its product with v
+        Term(2 * tokens, (width, mlp)),
+    ]
+
+
+def _block_params(width: str, attention: str, mlp: str, qkv_bias: bool) -> list[Term]:
+    return [
+        Term(4, (width, attention)),
+        Term(3 * bool(qkv_bias), (attention,)),
+        Term(2, (width, mlp)),
+        Term(1, (mlp,)),
+        Term(1 + 1 + 2 * 2, (width,)),  # biases of o_proj and fc2, two LayerNorms
+    ]
 
 
 def _describe_vit(config: ViTConfig) -> Architecture:
-    image_size, patch = _pair(config.image_size), _pair(config.patch_size)
-    if patch[0] != patch[1]:
-        raise UnsupportedArchitectureError(f"patch_size is {patch}; only square patches are supported.")
-    grid = (image_size[0] // patch[0], image_size[1] // patch[0])
-    patches, pixels = grid[0] * grid[1], config.num_channels * patch[0] ** 2
+    image_size, patch = _pair(config.image_size), _square_patch(config)
+    grid = (image_size[0] // patch, image_size[1] // patch)
+    patches, pixels = grid[0] * grid[1], config.num_channels * patch**2
     tokens = patches + 1
+    layer_sizes = OFBViTConfig.layer_sizes if isinstance(config, OFBViTConfig) else _dense_vit_layer_sizes
 
     residual = [
         *_linear("vit.embeddings.patch_embeddings.projection", 0, gated=True),
@@ -141,64 +118,28 @@ def _describe_vit(config: ViTConfig) -> Architecture:
     macs = [Term(patches * pixels, ("embeddings",)), Term(config.num_labels, ("embeddings",))]
     params = [Term(pixels + 1 + 1 + tokens + 2 + config.num_labels, ("embeddings",)), Term(config.num_labels)]
     for layer in range(config.num_hidden_layers):
-        path = f"vit.layers.{layer}"
-        attention, mlp = _vit_submodules(config, layer)
+        path, name = f"vit.layers.{layer}", f"layers.{layer}"
+        attention, mlp = _block_submodules(path, name, layer_sizes(config, layer))
         submodules += [attention, mlp]
-        residual += _vit_residual_slots(path)
-        norms += [f"{path}.layernorm_before", f"{path}.layernorm_after"]
-        macs += [
-            Term(4 * tokens, ("embeddings", attention.name)),  # q, k, v and output projections
-            Term(2 * tokens**2, (attention.name,)),  # attention map, and its product with v
-            Term(2 * tokens, ("embeddings", mlp.name)),
-        ]
-        params += [
-            Term(4, ("embeddings", attention.name)),
-            Term(3 * bool(config.qkv_bias), (attention.name,)),
-            Term(2, ("embeddings", mlp.name)),
-            Term(1, (mlp.name,)),
-            Term(1 + 1 + 2 * 2, ("embeddings",)),  # biases of o_proj and fc2, two LayerNorms
-        ]
+        residual += _block_residual_slots(path)
+        norms += [f"{path}.{norm}" for norm in BLOCK_NORMS]
+        macs += _block_macs("embeddings", attention.name, mlp.name, tokens, tokens, tokens)
+        params += _block_params("embeddings", attention.name, mlp.name, config.qkv_bias)
     embedding = Submodule("embeddings", "embedding", (config.hidden_size,), tuple(residual), tuple(norms))
     return Architecture(
         submodules=(embedding, *submodules),
         macs=tuple(macs),
         params=tuple(params),
-        image_size=image_size,
         patch_grid=grid,
-        patch_size=patch[0],
+        patch_size=patch,
+        token_grid=grid,
+        token_size=patch,
         num_channels=config.num_channels,
+        first_width="embeddings",
+        last_width="embeddings",
         embeddings="vit.embeddings",
         activation=config.hidden_act,
     )
-
-
-def _vit_submodules(config: ViTConfig, layer: int) -> tuple[Submodule, Submodule]:
-    """Attention and MLP of one layer."""
-    path = f"vit.layers.{layer}"
-    sizes = (OFBViTConfig.layer_sizes if isinstance(config, OFBViTConfig) else _dense_vit_layer_sizes)(config, layer)
-    rows = [slot for name in "qkv" for slot in _linear(f"{path}.attention.{name}_proj", 0, gated=True)]
-    attention = Submodule(
-        f"layers.{layer}.attention",
-        "attention",
-        (sizes["num_attention_heads"], sizes["head_dim"]),
-        (*rows, *_linear(f"{path}.attention.o_proj", 1)),
-    )
-    mlp = Submodule(
-        f"layers.{layer}.mlp",
-        "mlp",
-        (sizes["intermediate_size"],),
-        (*_linear(f"{path}.mlp.fc1", 0, gated=True), *_linear(f"{path}.mlp.fc2", 1)),
-    )
-    return attention, mlp
-
-
-def _vit_residual_slots(path: str) -> list[Slot]:
-    """Where one layer reads and writes the residual stream."""
-    readers = [f"{path}.attention.{name}_proj" for name in "qkv"] + [f"{path}.mlp.fc1"]
-    writers = [f"{path}.attention.o_proj", f"{path}.mlp.fc2"]
-    slots = [slot for reader in readers for slot in _linear(reader, 1)]
-    slots += [slot for writer in writers for slot in _linear(writer, 0, gated=True)]
-    return slots + [slot for norm in ("layernorm_before", "layernorm_after") for slot in _norm(f"{path}.{norm}")]
 
 
 def _dense_vit_layer_sizes(config: ViTConfig, layer: int) -> dict[str, int]:
@@ -248,10 +189,162 @@ _VIT = Family(
     attributes=_vit_attributes,
     forward_masked=_forward_masked_vit,
     model_class=OFBViTForImageClassification,
+    undecayed=("_token", "position_embeddings"),
 )
 
-FAMILIES: dict[type[PreTrainedConfig], Family] = {ViTConfig: _VIT}
-CLASSIFIERS: tuple[type[PreTrainedModel], ...] = (ViTForImageClassification,)
+
+def _swin_stage_width(config: SwinConfig, stage: int) -> int:
+    return config.stage_width(stage) if isinstance(config, OFBSwinConfig) else int(config.embed_dim * 2**stage)
+
+
+def _swin_layer_sizes(config: SwinConfig, stage: int, block: int) -> dict[str, int]:
+    if isinstance(config, OFBSwinConfig):
+        return config.layer_sizes(stage, block)
+    width, heads = _swin_stage_width(config, stage), config.num_heads[stage]
+    return {
+        "num_attention_heads": heads,
+        "head_dim": width // heads,
+        "intermediate_size": int(config.mlp_ratio * width),
+    }
+
+
+def _swin_grids(config: SwinConfig) -> list[tuple[int, int]]:
+    """Tokens (rows, columns) of every stage; patch embedding and patch merging pad what they cannot divide."""
+    patch = _square_patch(config)
+    grids = [tuple(math.ceil(pixels / patch) for pixels in _pair(config.image_size))]
+    for _ in config.depths[1:]:
+        grids.append(tuple(math.ceil(tokens / 2) for tokens in grids[-1]))
+    return grids
+
+
+def _describe_swin(config: SwinConfig) -> Architecture:
+    grids, patch, last = _swin_grids(config), _square_patch(config), len(config.depths) - 1
+    submodules: list[Submodule] = []
+    macs, params = _swin_ends(config)
+    for stage, depth in enumerate(config.depths):
+        path, width = f"swin.encoder.layers.{stage}", f"stages.{stage}.width"
+        slots, norms = _swin_entry_slots(stage)
+        blocks: list[Submodule] = []
+        for block in range(depth):
+            at, name = f"{path}.blocks.{block}", f"stages.{stage}.blocks.{block}"
+            table = Slot(f"{at}.attention.relative_position_bias.relative_position_bias_table", 1, per_head=True)
+            attention, mlp = _block_submodules(at, name, _swin_layer_sizes(config, stage, block), table)
+            blocks += [attention, mlp]
+            slots += _block_residual_slots(at)
+            norms += [f"{at}.{norm}" for norm in BLOCK_NORMS]
+            macs += _block_macs(width, attention.name, mlp.name, *_swin_token_counts(config, grids[stage]))
+            params += _block_params(width, attention.name, mlp.name, config.qkv_bias)
+            params.append(Term((2 * config.window_size - 1) ** 2, (heads_of(attention.name),)))
+        if stage < last:
+            # Patch merging concatenates 2 x 2 neighbours: channel i stands at i, i + C, i + 2C and i + 3C.
+            norms.append(f"{path}.downsample.norm")
+            slots += [*_norm(norms[-1], tiles=4), Slot(f"{path}.downsample.reduction.weight", 1, tiles=4)]
+            macs.append(Term(4 * math.prod(grids[stage + 1]), (width, f"stages.{stage + 1}.width")))
+            params += [Term(8, (width,)), Term(4, (width, f"stages.{stage + 1}.width"))]
+        else:
+            norms.append("swin.layernorm")
+            slots += [*_norm(norms[-1]), *_linear("classifier", 1)]
+        units = (_swin_stage_width(config, stage),)
+        submodules += [Submodule(width, "embedding", units, tuple(slots), tuple(norms)), *blocks]
+    return Architecture(
+        submodules=tuple(submodules),
+        macs=tuple(macs),
+        params=tuple(params),
+        patch_grid=grids[0],
+        patch_size=patch,
+        token_grid=grids[-1],
+        token_size=patch * 2**last,
+        num_channels=config.num_channels,
+        first_width="stages.0.width",
+        last_width=f"stages.{last}.width",
+        embeddings="swin.embeddings",
+        activation=config.hidden_act,
+    )
+
+
+def _swin_ends(config: SwinConfig) -> tuple[list[Term], list[Term]]:
+    """MACs and parameters of patch embedding, final LayerNorm and classifier."""
+    first, last = ("stages.0.width",), (f"stages.{len(config.depths) - 1}.width",)
+    patch = _square_patch(config)
+    pixels, patches = config.num_channels * patch**2, math.prod(_swin_grids(config)[0])
+    positions = math.prod(side // patch for side in _pair(config.image_size)) * bool(config.use_absolute_embeddings)
+    macs = [Term(patches * pixels, first), Term(config.num_labels, last)]
+    params = [Term(pixels + 1 + 2 + positions, first), Term(2 + config.num_labels, last), Term(config.num_labels)]
+    return macs, params
+
+
+def _swin_token_counts(config: SwinConfig, grid: tuple[int, int]) -> tuple[int, int, int]:
+    """Tokens of a stage, tokens after padding to whole windows, and tokens of one window."""
+    window = min(config.window_size, *grid)
+    padded = math.prod(math.ceil(side / window) * window for side in grid)
+    return math.prod(grid), padded, window**2
+
+
+def _swin_entry_slots(stage: int) -> tuple[list[Slot], list[str]]:
+    """Slots and norms through which a stage's residual stream is first written."""
+    if stage > 0:
+        return [*_linear(f"swin.encoder.layers.{stage - 1}.downsample.reduction", 0, gated=True)], []
+    # The patch embedding is normalised before it becomes the residual stream, so the norm's output is what is gated.
+    slots = [
+        *_linear("swin.embeddings.patch_embeddings.projection", 0),
+        *_norm("swin.embeddings.norm", gated=True),
+        *(Slot(f"swin.embeddings.{name}", 2, gated=True) for name in ("position_embeddings", "mask_token")),
+    ]
+    return slots, ["swin.embeddings.norm"]
+
+
+def _pin_swin(config: OFBSwinConfig) -> None:
+    """Writes down what the stock config derives from widths, so that it survives when widths change."""
+    config.attention_scale_per_stage = config.attention_scale_per_stage or [
+        config.layer_sizes(stage, 0)["head_dim"] ** -0.5 for stage in range(len(config.depths))
+    ]
+    _resize_swin(config, _describe_swin(config).sizes)
+
+
+def _resize_swin(config: OFBSwinConfig, sizes: dict[str, tuple[int, ...]]) -> None:
+    def per_block(kind: str, axis: int) -> list[list[int]]:
+        return [
+            [sizes[f"stages.{stage}.blocks.{block}.{kind}"][axis] for block in range(depth)]
+            for stage, depth in enumerate(config.depths)
+        ]
+
+    config.hidden_size_per_stage = [sizes[f"stages.{stage}.width"][0] for stage in range(len(config.depths))]
+    config.embed_dim, config.hidden_size = config.hidden_size_per_stage[0], config.hidden_size_per_stage[-1]
+    config.num_heads_per_block = per_block("attention", 0)
+    config.head_dim_per_block = per_block("attention", 1)
+    config.intermediate_size_per_block = per_block("mlp", 0)
+
+
+def _swin_attributes(config: OFBSwinConfig) -> dict[str, dict[str, int]]:
+    attributes = {"swin": {"num_features": config.hidden_size}}
+    for stage, depth in enumerate(config.depths):
+        for block in range(depth):
+            sizes = config.layer_sizes(stage, block)
+            attributes[f"swin.encoder.layers.{stage}.blocks.{block}.attention"] = {
+                "num_attention_heads": sizes["num_attention_heads"],
+                "head_dim": sizes["head_dim"],
+            }
+    return attributes
+
+
+def _forward_masked_swin(model: OFBSwinForImageClassification, pixel_values: Tensor, masked_patches: Tensor):
+    outputs = model.swin(pixel_values, bool_masked_pos=masked_patches)
+    return model.classifier(outputs.pooler_output), outputs.last_hidden_state
+
+
+_SWIN = Family(
+    describe=_describe_swin,
+    from_dense=OFBSwinForImageClassification.from_dense,
+    pin=_pin_swin,
+    resize=_resize_swin,
+    attributes=_swin_attributes,
+    forward_masked=_forward_masked_swin,
+    model_class=OFBSwinForImageClassification,
+    undecayed=("mask_token", "position_embeddings", "relative_position_bias_table"),
+)
+
+FAMILIES: dict[type[PreTrainedConfig], Family] = {ViTConfig: _VIT, SwinConfig: _SWIN}
+CLASSIFIERS: tuple[type[PreTrainedModel], ...] = (ViTForImageClassification, SwinForImageClassification)
 
 
 def family_of(config: PreTrainedConfig) -> Family:

@@ -76,6 +76,10 @@ class BiMask(nn.Module):
         """Expected number of kept units under `candidate_probs`: scalar in units (heads x channels for a grid)."""
         return (self.candidate_probs() * self.candidate_sizes).sum()
 
+    def expected_heads(self) -> Tensor:
+        """Expected number of kept heads of a grid under `candidate_probs`: scalar."""
+        return (self.candidate_probs().sum(1) * self.candidate_axes[0]).sum()
+
     def importance(self) -> Tensor:
         """How much each unit matters, in (0, 1]; 0 for units that are no longer alive. Shaped like the units."""
         importance = self.importance_logits.sigmoid() * self.alive

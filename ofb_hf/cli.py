@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .configuration import ViTBiMaskConfig
+from .architectures import FAMILIES
+from .configuration import BiMaskConfig
 from .data import DataArguments
 from .training_args import OFBTrainingArguments
 from .workflow import finetune as finetune_workflow
@@ -16,7 +17,9 @@ from .workflow.arguments import FinetuneArguments, ModelArguments, parse
 
 T = TypeVar("T")
 
-SEARCH = """Search a ViT or DeiT classifier for a smaller one, prune it on the way, finetune it, and write it down.
+SEARCH = f"""Search an image classifier for a smaller one, prune it on the way, finetune it, and write it down.
+
+Models: classifiers of transformers or of this package, of type {", ".join(c.model_type for c in FAMILIES)}.
 
 Without a model and data this runs the embedded demonstration on handwritten digits (a few minutes on a CPU).
 Otherwise name a model and data, and a budget:
@@ -33,10 +36,15 @@ FINETUNE = """Finetune an image classifier, searched or not, with or without a t
 EVALUATE = """Measure an image classifier: top-1, top-5, MACs, parameters, file size, images per second. Prints JSON."""
 
 
-def search(argv: list[str] | None = None) -> dict[str, Any]:
-    """Entry of `recipes/search_deit.py` and `ofb-hf search`. Returns the results."""
-    classes = [ModelArguments, DataArguments, ViTBiMaskConfig, FinetuneArguments, OFBTrainingArguments]
-    walk = _in_words(lambda: search_workflow.prepare(*parse(classes, argv, SEARCH, demo=True)))
+def search(argv: list[str] | None = None, **demo: Any) -> dict[str, Any]:
+    """Entry of the search recipes and `ofb-hf search`. Returns the results.
+
+    Args:
+        argv: words of the command line, None for the process's own.
+        demo: settings of the demonstration, which runs when neither model nor data are named.
+    """
+    classes = [ModelArguments, DataArguments, BiMaskConfig, FinetuneArguments, OFBTrainingArguments]
+    walk = _in_words(lambda: search_workflow.prepare(*parse(classes, argv, SEARCH, demo)))
     return _closing_processes(lambda: search_workflow.run(walk))
 
 

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig, ViTConfig
+from transformers import PreTrainedConfig, SwinConfig, ViTConfig
 
-from .architectures import Architecture, Submodule, describe
+from .architectures import describe
 from .search_space import SearchSpace, SubmoduleSpace
+from .unit_groups import Architecture, Submodule
 
 # Every constant that the two presets disagree about. "paper": the published code (arXiv:2403.15835 and its
 # repository); "ours": led by data and budget, docs/ARCHITECTURE.md tells why. None in a field means "as the preset".
@@ -75,8 +76,9 @@ def _field(default: Any, help: str) -> Any:
 class BiMaskConfig:
     """What a search may change, how it decides and what the result may cost.
 
-    Use the subclass of your model's family, `ViTBiMaskConfig`. Fields that say "preset" take
+    Use the subclass of your model's family, `ViTBiMaskConfig` or `SwinBiMaskConfig`. Fields that say "preset" take
     their value from `preset` unless given: `"ours"` (led by data and budget) or `"paper"` (the published constants).
+    A list of candidates serves all submodules of its kind: each takes the sizes up to its own full one.
 
     Raises:
         ValueError: for an unknown preset, two budgets, a budget that is no share and no count, and for fractions and
@@ -90,13 +92,13 @@ class BiMaskConfig:
         None, "Budget in MACs: at most 1 = share of the dense model, above 1 = absolute. 0.5 if no target is given."
     )
     target_params: float | None = _field(None, "Budget in parameters instead, likewise. Give one target, not both.")
-    search_embedding: bool = _field(True, "Search the width of the residual stream.")
+    search_embedding: bool = _field(True, "Search the width of the residual stream (of every stage).")
     search_attention: bool = _field(True, "Search heads x channels per head, jointly, in every attention.")
     search_mlp: bool = _field(True, "Search the hidden width of every MLP.")
-    embedding_candidates: list[int] | None = _field(None, "Residual widths to choose from; the full one included.")
-    head_candidates: list[int] | None = _field(None, "Numbers of heads to choose from; the full one included.")
-    head_dim_candidates: list[int] | None = _field(None, "Channels per head to choose from; the full one included.")
-    mlp_candidates: list[int] | None = _field(None, "MLP widths to choose from; the full one included.")
+    embedding_candidates: list[int] | None = _field(None, "Residual widths to choose from; every full one included.")
+    head_candidates: list[int] | None = _field(None, "Numbers of heads to choose from; every full one included.")
+    head_dim_candidates: list[int] | None = _field(None, "Channels per head to choose from; every full one included.")
+    mlp_candidates: list[int] | None = _field(None, "MLP widths to choose from; every full one included.")
     multiple_of: int | None = _field(None, "Channel counts are multiples of this where the dense size is. Preset.")
     smallest_share: float | None = _field(None, "Smallest residual width as a share of the full one. Preset.")
     prune_during_search: bool = _field(True, "Remove units physically while searching; False cuts once, at the end.")
@@ -231,9 +233,18 @@ class BiMaskConfig:
             "attention": self.search_attention,
             "mlp": self.search_mlp,
         }
-        return SearchSpace(
-            tuple(self._submodule_space(submodule) for submodule in architecture.submodules if wanted[submodule.kind])
-        )
+        searched = [submodule for submodule in architecture.submodules if wanted[submodule.kind]]
+        self._check_candidates(searched)
+        return SearchSpace(tuple(map(self._submodule_space, searched)))
+
+    def _check_candidates(self, searched: list[Submodule]) -> None:
+        places = {"embedding": ["embedding_candidates"], "attention": ["head_candidates", "head_dim_candidates"]}
+        for kind, names in (places | {"mlp": ["mlp_candidates"]}).items():
+            for axis, name in enumerate(names):
+                largest = max((s.shape[axis] for s in searched if s.kind == kind), default=0)
+                given = getattr(self, name) or []
+                if largest and any(size > largest for size in given):
+                    raise ValueError(f"{name} is {given}, but the largest full size in this model is {largest}.")
 
     def _submodule_space(self, submodule: Submodule) -> SubmoduleSpace:
         if submodule.kind == "attention":
@@ -243,16 +254,18 @@ class BiMaskConfig:
                 submodule.kind,
                 num_heads=heads,
                 head_dim=dims,
-                head_candidates=tuple(self.head_candidates or self._head_sizes(heads)),
-                dim_candidates=tuple(self.head_dim_candidates or self._channel_sizes(dims, 0.25, max(dims // 8, 1))),
+                head_candidates=_up_to(heads, self.head_candidates) or self._head_sizes(heads),
+                dim_candidates=_up_to(dims, self.head_dim_candidates)
+                or self._channel_sizes(dims, 0.25, max(dims // 8, 1)),
             )
         units = submodule.shape[0]
         if submodule.kind == "embedding":
             step = min(units // 32, 12) if self.preset == "paper" else units // 32
-            sizes = self.embedding_candidates or self._channel_sizes(units, self.smallest_share, max(step, 1))
+            sizes = _up_to(units, self.embedding_candidates)
+            sizes = sizes or self._channel_sizes(units, self.smallest_share, max(step, 1))
         else:
             step = units // (8 if self.preset == "paper" else 16)
-            sizes = self.mlp_candidates or self._channel_sizes(units, 0.25, max(step, 1))
+            sizes = _up_to(units, self.mlp_candidates) or self._channel_sizes(units, 0.25, max(step, 1))
         return SubmoduleSpace(submodule.name, submodule.kind, units, tuple(sizes))
 
     def _head_sizes(self, heads: int) -> list[int]:
@@ -308,7 +321,30 @@ class ViTBiMaskConfig(BiMaskConfig):
     family: ClassVar[type[PreTrainedConfig]] = ViTConfig
 
 
-CONFIG_CLASSES: tuple[type[BiMaskConfig], ...] = (ViTBiMaskConfig,)
+@dataclass
+class SwinBiMaskConfig(BiMaskConfig):
+    """Search of a `SwinForImageClassification`: one residual width per stage, heads x channels and MLP of every block.
+
+    The paper reports a search of Swin but no space for it, nor is there public code of one: this space is our own.
+    The stages' widths are independent, they need not double; a removed head takes its relative position bias along.
+
+    Example:
+
+    ```python
+    >>> from ofb_hf import SwinBiMaskConfig
+
+    >>> SwinBiMaskConfig(target_macs=0.5, search_mlp=False).budget
+    ('target_macs', 0.5)
+    ```"""
+
+    family: ClassVar[type[PreTrainedConfig]] = SwinConfig
+
+
+CONFIG_CLASSES: tuple[type[BiMaskConfig], ...] = (ViTBiMaskConfig, SwinBiMaskConfig)
+
+
+def _up_to(full: int, sizes: list[int] | None) -> list[int]:
+    return [size for size in sizes or [] if size <= full]
 
 
 def default_config(model_config: PreTrainedConfig, **values: Any) -> BiMaskConfig:
@@ -316,3 +352,6 @@ def default_config(model_config: PreTrainedConfig, **values: Any) -> BiMaskConfi
     describe(model_config)  # refuses unsupported families in words
     config_class = next(c for c in CONFIG_CLASSES if isinstance(model_config, c.family))
     return config_class(**values)
+
+
+__all__ = ["BiMaskConfig", *(c.__name__ for c in CONFIG_CLASSES)]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architectures import Architecture, Term, describe, require_classifier
+from .architectures import describe, require_classifier
 from .search_space import SubnetSpec
+from .unit_groups import Architecture, Term, quantities
 
 
 def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:
@@ -25,17 +26,17 @@ def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | N
     Raises:
         UnsupportedArchitectureError: for a model of another family.
     """
-    return evaluate_terms(_architecture(model).macs, _sizes(model, subnet))
+    return evaluate_terms(_architecture(model).macs, _amounts(model, subnet))
 
 
 def count_params(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:
     """Exact number of parameters of the classifier; arguments and errors as `count_macs`."""
-    return evaluate_terms(_architecture(model).params, _sizes(model, subnet))
+    return evaluate_terms(_architecture(model).params, _amounts(model, subnet))
 
 
-def evaluate_terms(terms: tuple[Term, ...], sizes: dict[str, int]) -> int:
-    """Sum over the terms with every submodule at the given number of units."""
-    return sum(term.coefficient * math.prod(sizes[name] for name in term.factors) for term in terms)
+def evaluate_terms(terms: tuple[Term, ...], amounts: dict[str, int]) -> int:
+    """Sum over the terms, given the value of every quantity."""
+    return sum(term.coefficient * math.prod(amounts[name] for name in term.factors) for term in terms)
 
 
 class ExpectedCost(nn.Module):
@@ -43,7 +44,7 @@ class ExpectedCost(nn.Module):
 
     Args:
         terms: cost terms of an architecture.
-        names: submodules in the order in which `forward` receives their sizes.
+        names: quantities in the order in which `forward` receives their values.
     """
 
     def __init__(self, terms: tuple[Term, ...], names: list[str]):
@@ -54,9 +55,9 @@ class ExpectedCost(nn.Module):
         self.register_buffer("coefficients", torch.tensor([float(term.coefficient) for term in terms]), False)
         self.register_buffer("factors", torch.tensor(factors).T.contiguous(), False)
 
-    def forward(self, sizes: Tensor) -> Tensor:
-        """sizes (S,) of the submodules -> scalar cost."""
-        first, second = torch.cat([sizes, sizes.new_ones(1)])[self.factors]
+    def forward(self, amounts: Tensor) -> Tensor:
+        """Values (Q,) of the quantities -> scalar cost."""
+        first, second = torch.cat([amounts, amounts.new_ones(1)])[self.factors]
         return (self.coefficients * first * second).sum()
 
 
@@ -67,8 +68,8 @@ def _architecture(model: PreTrainedModel | PreTrainedConfig) -> Architecture:
     return describe(model)
 
 
-def _sizes(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None) -> dict[str, int]:
-    shapes = dict(_architecture(model).sizes)
+def _amounts(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None) -> dict[str, int]:
+    sizes = dict(_architecture(model).sizes)
     if subnet is not None:
-        shapes |= {name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()}
-    return {name: math.prod(shape) for name, shape in shapes.items()}
+        sizes |= {name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()}
+    return quantities(sizes)

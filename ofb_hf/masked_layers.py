@@ -51,6 +51,8 @@ class _LivingLayerNorm(nn.LayerNorm):
         if alive is None:
             return super().forward(hidden_states)
         dtype = hidden_states.dtype
+        # Patch merging normalises several neighbours side by side, each with all the channels.
+        alive = alive.repeat(hidden_states.shape[-1] // alive.numel())
         x = hidden_states.to(torch.promote_types(dtype, torch.float32))
         count = alive.sum()
         centered = (x - (x * alive).sum(-1, keepdim=True) / count) * alive

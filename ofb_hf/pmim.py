@@ -54,6 +54,24 @@ def normalize_target(pixels: Tensor, window: int) -> Tensor:
     return (pixels - mean) / torch.sqrt(variance.clamp(min=0) + 1e-6)
 
 
+def refine_mask(masked: Tensor, grid: tuple[int, int], finer: tuple[int, int], factor: int) -> Tensor:
+    """The same hidden regions on a finer grid.
+
+    A network that merges patches is masked in units of its final tokens, as SimMIM does (arXiv:2111.09886): the
+    neighbours of a single small patch would give it away.
+
+    Args:
+        masked: (B, N) bool over `grid` (rows, columns).
+        finer: the other grid, each cell of `grid` covering `factor` x `factor` of its cells; cells of `grid` may reach
+            beyond its border.
+
+    Returns:
+        (B, M) bool over `finer`.
+    """
+    masked = masked.unflatten(1, grid).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return masked[:, : finer[0], : finer[1]].flatten(1)
+
+
 def mask_patches(batch_size: int, num_patches: int, keep_ratio: float, generator: torch.Generator) -> Tensor:
     """Hides a random set of patches of every image.
 
@@ -72,7 +90,7 @@ def mask_patches(batch_size: int, num_patches: int, keep_ratio: float, generator
 
 
 class PMIMDecoder(nn.Module):
-    """Repaints an image from its patch tokens: a 1x1 convolution to stride^2 * channels, then a pixel shuffle.
+    """Repaints an image from its final tokens: a 1x1 convolution to stride^2 * channels, then a pixel shuffle.
 
     Args:
         hidden_size: C, width of the tokens (shrinks with the network).
@@ -96,15 +114,15 @@ def reconstruction_loss(reconstruction: Tensor, target: Tensor, masked_patches: 
 
     Args:
         reconstruction: (B, C, H, W), as large as all patches together.
-        target: (B, C, H', W'); a border that no patch covers is left out.
+        target: (B, C, H', W'); a border that no patch covers, and one that no pixel covers, are left out.
         masked_patches: (B, N) bool, True = hidden, N = (H // patch_size) * (W // patch_size).
 
     Returns:
         Scalar; 0 when nothing is hidden.
     """
-    target = target[..., : reconstruction.shape[-2], : reconstruction.shape[-1]]
-    grid = (target.shape[-2] // patch_size, target.shape[-1] // patch_size)
-    hidden = masked_patches.unflatten(1, grid)[:, None].to(target.dtype)
-    hidden = hidden.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    height, width = (min(sides) for sides in zip(reconstruction.shape[-2:], target.shape[-2:], strict=True))
+    grid, pixels = tuple(side // patch_size for side in reconstruction.shape[-2:]), (height, width)
+    hidden = refine_mask(masked_patches, grid, pixels, patch_size).unflatten(1, pixels)[:, None].to(target.dtype)
+    reconstruction, target = reconstruction[..., :height, :width], target[..., :height, :width]
     difference = (reconstruction.to(target.dtype) - target).abs() * hidden
     return difference.sum() / (hidden.sum() + 1e-5) / target.shape[1]

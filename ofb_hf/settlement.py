@@ -2,7 +2,8 @@
 
 With the residual widths fixed, every other submodule costs a constant per unit, so the choice is a multiple-choice
 knapsack. It is solved by dynamic programming over rounded costs, every solution is verified in exact integers, and
-when rounding hides the few subnets that fit, an exact set of reachable costs finds one.
+when rounding hides the few subnets that fit, an exact set of reachable costs finds one. One residual width is tried in
+all its sizes; several are first narrowed down by giving cost a price (a Lagrangian relaxation), which is easy to solve.
 """
 
 import functools
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .architectures import Term
-from .flops import evaluate_terms
+from .unit_groups import Term, quantities
 
 BINS = 2048
-# More combinations of residual widths than this are searched one width at a time instead of all together.
-MAX_COMBINATIONS = 256
+# Up to this many combinations of residual widths are all tried; beyond, the search starts where a relaxation points.
+MAX_COMBINATIONS = 64
+RELAXATION_STEPS = 40
+MAX_STARTS = 12
 
 
 class UnreachableBudgetError(ValueError):
@@ -57,8 +59,8 @@ def settle(
 
     Args:
         options: candidates of every submodule that may still choose.
-        terms: the cost as sums of products of at most two submodules.
-        fixed: units of the submodules that have no choice.
+        terms: the cost as sums of products of at most two quantities.
+        fixed: the quantities of the submodules that have no choice.
         target: the budget, in the unit of the terms.
         tightness: how much of the budget to use, unless the space is too coarse.
 
@@ -68,51 +70,104 @@ def settle(
     Raises:
         UnreachableBudgetError: naming the smallest possible cost.
     """
-    smallest = {name: min(candidates, key=lambda o: o.units) for name, candidates in options.items()}
-    floor = evaluate_terms(terms, fixed | {name: option.units for name, option in smallest.items()})
+    problem = _Problem(options, terms, fixed, math.ceil(tightness * target), target)
+    smallest = {name: min(options[name], key=lambda o: o.units) for name in problem.widths}
+    floor = problem.smallest_cost(smallest)
     if floor > target:
         raise UnreachableBudgetError(
             f"the budget of {target:,} is below the smallest subnet of the search space, which costs {floor:,}; "
             "raise the target to at least that, or allow smaller candidates."
         )
-    widths = _coupled(terms, set(options))
-    problem = _Problem(options, terms, fixed, math.ceil(tightness * target), target)
-    combinations = math.prod(len(options[name]) for name in widths)
-    if combinations <= MAX_COMBINATIONS:
-        solutions = [
-            problem.solve(dict(zip(widths, combination, strict=True)))
-            for combination in itertools.product(*(options[name] for name in widths))
-        ]
-        return max(filter(None, solutions), key=problem.rank)
-    return _descend(problem, widths, {name: smallest[name] for name in widths})
+    if math.prod(len(options[name]) for name in problem.widths) <= MAX_COMBINATIONS:
+        combinations = itertools.product(*(options[name] for name in problem.widths))
+        starts = [dict(zip(problem.widths, combination, strict=True)) for combination in combinations]
+        return max(filter(None, map(problem.solve, starts)), key=problem.rank)
+    return _climb(problem, [smallest, *_promising_widths(problem)])
 
 
-def _descend(problem: "_Problem", widths: list[str], start: dict[str, Option]) -> Settlement:
-    """Coordinate search over the residual widths: improves one at a time until none improves."""
-    current, best = dict(start), problem.solve(start)
+def _climb(problem: "_Problem", starts: list[dict[str, Option]]) -> Settlement:
+    """Starts from the best of the given widths and moves one width at a time to a neighbour while that helps."""
+    best = max(filter(None, map(problem.solve, starts)), key=problem.rank)
     improved = True
     while improved:
         improved = False
-        for name in widths:
-            for option in problem.options[name]:
-                candidate = problem.solve(current | {name: option})
-                if candidate is not None and (best is None or problem.rank(candidate) > problem.rank(best)):
+        for name in problem.widths:
+            widths = {width: best.choice[width] for width in problem.widths}
+            ordered = sorted(problem.options[name], key=lambda o: o.units)
+            at = ordered.index(widths[name])
+            for option in ordered[max(0, at - 1) : at] + ordered[at + 1 : at + 2]:
+                candidate = problem.solve(widths | {name: option})
+                if candidate is not None and problem.rank(candidate) > problem.rank(best):
                     best, improved = candidate, True
-                    current = {width: candidate.choice[width] for width in widths}
     return best
 
 
-def _coupled(terms: tuple[Term, ...], searched: set[str]) -> list[str]:
-    """Submodules to fix so that the rest enters the cost linearly: the larger side of every product."""
-    pairs = [term.factors for term in terms if len(term.factors) == 2 and set(term.factors) <= searched]
-    degree: dict[str, int] = {}
-    for name in itertools.chain.from_iterable(pairs):
-        degree[name] = degree.get(name, 0) + 1
-    widths: list[str] = []
-    for first, second in sorted(pairs, key=lambda pair: -max(degree[name] for name in pair)):
-        if first not in widths and second not in widths:
-            widths.append(first if degree[first] >= degree[second] else second)
-    return sorted(widths)
+def _promising_widths(problem: "_Problem") -> list[dict[str, Option]]:
+    """Widths of the best choices when cost has a price instead of a limit, at prices around the one that meets it."""
+    relaxation = _Relaxation(problem)
+    below, above = 0.0, 1.0 / problem.target  # a price below which the choice is too expensive, one above
+    while relaxation.solve(above)[1] > problem.target:
+        below, above = above, 4 * above
+    found = []
+    for _ in range(RELAXATION_STEPS):
+        price = (below + above) / 2
+        choice, cost = relaxation.solve(price)
+        below, above = (price, above) if cost > problem.target else (below, price)
+        widths = {name: choice[name] for name in problem.widths}
+        if widths not in found:
+            found.append(widths)
+    return found[-MAX_STARTS:]
+
+
+class _Relaxation:
+    """The choice that maximises score - price x cost, exactly.
+
+    Products of two submodules' sizes tie these together; the ties form a tree (a block to its residual width, a width
+    to the next), so submodules can be maximised out from the leaves inwards.
+    """
+
+    def __init__(self, problem: "_Problem"):
+        self.options = problem.options
+        self.scores = {name: np.array([o.score for o in options]) for name, options in problem.options.items()}
+        self.costs = {name: np.zeros(len(options)) for name, options in problem.options.items()}
+        self.constant = 0.0
+        self.pairs: dict[tuple[str, str], np.ndarray] = {}
+        for term in problem.terms:
+            free = [factor for factor in term.factors if factor not in problem.fixed]
+            value = float(term.coefficient) * math.prod(problem.fixed.get(factor, 1) for factor in term.factors)
+            owners, amounts = [problem.owners[f] for f in free], [problem.amounts[f] for f in free]
+            if not free:
+                self.constant += value
+            elif len(free) == 1:
+                self.costs[owners[0]] += value * amounts[0]
+            else:
+                table = value * np.multiply.outer(*amounts)
+                for pair, entries in ((tuple(owners), table), (tuple(owners[::-1]), table.T)):
+                    self.pairs[pair] = self.pairs.get(pair, 0.0) + entries
+
+    def solve(self, price: float) -> tuple[dict[str, Option], float]:
+        """The best choice and its cost."""
+        gains = {name: self.scores[name] - price * self.costs[name] for name in self.options}
+        ties = {name: {b for a, b in self.pairs if a == name} for name in self.options}
+        order = []
+        while ties:
+            name = min(ties, key=lambda n: len(ties[n]))
+            if len(ties[name]) > 1:
+                raise ValueError(f"the costs tie {sorted(ties)} together in a circle; they must form a tree.")
+            for other in ties.pop(name):
+                gain = gains[name][:, None] - price * self.pairs[name, other]
+                order.append((name, other, gain.argmax(0)))
+                gains[other] = gains[other] + gain.max(0)
+                ties[other].discard(name)
+                break
+            else:
+                order.append((name, None, gains[name].argmax()))
+        picks: dict[str, int] = {}
+        for name, other, best in reversed(order):
+            picks[name] = int(best if other is None else best[picks[other]])
+        cost = self.constant + sum(self.costs[name][pick] for name, pick in picks.items())
+        cost += sum(table[picks[a], picks[b]] for (a, b), table in self.pairs.items()) / 2  # stored both ways
+        return {name: self.options[name][pick] for name, pick in picks.items()}, cost
 
 
 class _Problem:
@@ -123,43 +178,62 @@ class _Problem:
     ):
         self.options, self.terms, self.fixed = options, terms, fixed
         self.lowest, self.target = lowest, target
+        rows = {name: [quantities({name: option.size}) for option in options[name]] for name in options}
+        self.owners = {quantity: name for name, row in rows.items() for quantity in row[0]}
+        self.amounts = {q: np.array([amounts[q] for amounts in rows[name]]) for q, name in self.owners.items()}
+        self.widths = self._coupled()
+
+    def _coupled(self) -> list[str]:
+        """Submodules to fix so that the rest enters the cost linearly: the larger side of every product."""
+        tied = [[self.owners[f] for f in term.factors if f in self.owners] for term in self.terms]
+        pairs = [tuple(names) for names in tied if len(names) == 2]
+        degree: dict[str, int] = {}
+        for name in itertools.chain.from_iterable(pairs):
+            degree[name] = degree.get(name, 0) + 1
+        widths: list[str] = []
+        for first, second in sorted(pairs, key=lambda pair: -max(degree[name] for name in pair)):
+            if first not in widths and second not in widths:
+                widths.append(first if degree[first] >= degree[second] else second)
+        return sorted(widths)
 
     def rank(self, settlement: Settlement) -> tuple[bool, float, float]:
         """Sorting key: first those that use the budget, by score; then the rest, by cost."""
         within = settlement.cost >= self.lowest
         return within, settlement.score if within else settlement.cost, settlement.score
 
+    def smallest_cost(self, widths: dict[str, Option]) -> int:
+        """The least that a choice with these widths costs."""
+        constant, costs = self._linear_costs(widths)
+        return constant + sum(map(min, costs.values()))
+
     def solve(self, widths: dict[str, Option]) -> Settlement | None:
-        """The best settlement with these widths, None if they alone exceed the budget."""
-        known = self.fixed | {name: option.units for name, option in widths.items()}
-        names = [name for name in self.options if name not in widths]
-        constant, rates = self._linear_costs(known, set(names))
-        groups = [sorted(self.options[name], key=lambda o: o.units) for name in names]
-        base = constant + sum(rates[name] * group[0].units for name, group in zip(names, groups, strict=True))
-        room = self.target - base
-        if room < 0:
+        """The best settlement with these widths, None if nothing with them is within the budget."""
+        constant, costs = self._linear_costs(widths)
+        base = constant + sum(map(min, costs.values()))
+        if base > self.target:
             return None
-        costs = [
-            [rates[name] * (option.units - group[0].units) for option in group]
-            for name, group in zip(names, groups, strict=True)
-        ]
-        lowest = self.lowest - base
-        picks = _best_picks(costs, [[o.score for o in group] for group in groups], lowest, room)
-        choice = widths | {name: group[pick] for name, group, pick in zip(names, groups, picks, strict=True)}
-        choice = {name: choice[name] for name in self.options}
-        cost = base + sum(row[pick] for row, pick in zip(costs, picks, strict=True))
+        above = [[cost - min(row) for cost in row] for row in costs.values()]
+        scores = [[option.score for option in self.options[name]] for name in costs]
+        picks = dict(zip(costs, _best_picks(above, scores, self.lowest - base, self.target - base), strict=True))
+        choice = {name: self.options[name][picks[name]] if name in picks else widths[name] for name in self.options}
+        cost = constant + sum(costs[name][pick] for name, pick in picks.items())
         return Settlement(choice, cost, sum(option.score for option in choice.values()))
 
-    def _linear_costs(self, known: dict[str, int], free: set[str]) -> tuple[int, dict[str, int]]:
-        constant, rates = 0, dict.fromkeys(free, 0)
+    def _linear_costs(self, widths: dict[str, Option]) -> tuple[int, dict[str, list[int]]]:
+        """What the widths cost, and what each option of every other submodule costs beside them."""
+        known = self.fixed | quantities({name: option.size for name, option in widths.items()})
+        constant, rates = 0, {}
         for term in self.terms:
-            value = term.coefficient * math.prod(known[name] for name in term.factors if name not in free)
-            unknown = [name for name in term.factors if name in free]
-            if unknown:
-                rates[unknown[0]] += value
+            value = term.coefficient * math.prod(known.get(factor, 1) for factor in term.factors)
+            free = [factor for factor in term.factors if factor not in known]
+            if free:
+                rates[free[0]] = rates.get(free[0], 0) + value
             else:
                 constant += value
-        return constant, rates
+        costs = {name: np.zeros(len(self.options[name]), dtype=np.int64) for name in self.options if name not in widths}
+        for quantity, rate in rates.items():
+            costs[self.owners[quantity]] += rate * self.amounts[quantity]
+        return constant, {name: row.tolist() for name, row in costs.items()}
 
 
 def _best_picks(costs: list[list[int]], scores: list[list[float]], lowest: int, room: int) -> list[int]:

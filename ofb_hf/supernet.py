@@ -1,8 +1,7 @@
 """The supernet: a classifier with bi-masks and a PMIM decoder on top, searchable, shrinkable, and removable again."""
 
 import copy
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .architectures import Architecture, Slot, Submodule, Term, describe, family_of, require_classifier
+from .architectures import describe, family_of, require_classifier
 from .bi_mask import BiMask
 from .configuration import BiMaskConfig, default_config
 from .flops import ExpectedCost, count_macs, evaluate_terms
@@ -20,6 +19,7 @@ from .pmim import PMIMDecoder, window_for_patch
 from .search_space import SubnetSpec
 from .settlement import Option, Settlement, settle
 from .surgery import Entries, slice_model, slice_tensors_, unit_group_plan
+from .unit_groups import Architecture, Slot, Submodule, Term, heads_of, quantities
 
 # Kept importance, weighted by its share of the dense cost, counts this many times a nat of candidate probability
 # when the settlement compares candidates (found by experiment: docs/ARCHITECTURE.md).
@@ -59,7 +59,7 @@ class Supernet(nn.Module):
         architecture = self.architecture
         self.space = config.search_space(model.config)
         self.dense_sizes, self.dense_macs = architecture.sizes, count_macs(model)
-        self.dense_cost = evaluate_terms(self.terms, _units(architecture.sizes))
+        self.dense_cost = evaluate_terms(self.terms, quantities(architecture.sizes))
         self.target = config.target(self.dense_cost)
         if self.target > self.dense_cost:
             name, value = config.budget
@@ -68,17 +68,17 @@ class Supernet(nn.Module):
             )
         self.bi_masks = nn.ModuleList([BiMask(space, config.normalize_importance) for space in self.space])
         self.pmim_decoder = None
-        self.pmim_window = config.pmim_window or window_for_patch(architecture.patch_size)
+        self.pmim_window = config.pmim_window or window_for_patch(architecture.token_size)
         if config.pmim:
-            width = architecture.sizes["embeddings"][0]
-            self.pmim_decoder = PMIMDecoder(width, architecture.patch_size, architecture.num_channels).to(model.dtype)
-            mask_token = torch.zeros(1, 1, width, dtype=model.dtype)
+            first, last = (architecture.sizes[name][0] for name in (architecture.first_width, architecture.last_width))
+            self.pmim_decoder = PMIMDecoder(last, architecture.token_size, architecture.num_channels).to(model.dtype)
+            mask_token = torch.zeros(1, 1, first, dtype=model.dtype)
             model.get_submodule(architecture.embeddings).mask_token = nn.Parameter(mask_token)
         self.register_buffer("lam", torch.tensor(config.importance_start))
         self.register_buffer("multiplier", torch.tensor(0.0))
         self.register_buffer("pmim_ratio", torch.tensor(1.0))
-        self.expected_cost = ExpectedCost(self.terms, list(architecture.sizes))
-        self.expected_macs = ExpectedCost(architecture.macs, list(architecture.sizes))
+        names = list(quantities(architecture.sizes))
+        self.expected_cost, self.expected_macs = ExpectedCost(self.terms, names), ExpectedCost(architecture.macs, names)
         self._gate_store = GateStore()
         self._alive_version: dict[str, tuple[int, int]] = {}
         self._install_gates(architecture)
@@ -157,7 +157,7 @@ class Supernet(nn.Module):
             return self.model(pixel_values=pixel_values, **kwargs)
         architecture = self.architecture
         logits, tokens = family_of(self.config).forward_masked(self.model, pixel_values, bool_masked_pos)
-        return SupernetOutput(logits=logits, reconstruction=self.pmim_decoder(tokens, architecture.patch_grid))
+        return SupernetOutput(logits=logits, reconstruction=self.pmim_decoder(tokens, architecture.token_grid))
 
     def refresh_gates(self) -> None:
         """Computes the bi-mask values that the gated modules read until the next call."""
@@ -189,22 +189,23 @@ class Supernet(nn.Module):
         return [submodule for submodule in architecture.submodules if submodule.name in names]
 
     def sizes(self, on: str) -> Tensor:
-        """Differentiable sizes of all submodules, in the architecture's order: (S,) units.
+        """Differentiable values of all quantities that cost terms multiply, in the order of `quantities`: (Q,).
 
         Args:
-            on: `bi_mask` = sum of the bi-mask values of the last forward; `sparsity` = expected size under alpha.
+            on: `bi_mask` = sums of the bi-mask values of the last forward; `sparsity` = expected sizes under alpha.
         """
-        masks = self.named_masks
         values = self._gate_store.values
         if not values:
             self.refresh_gates()
-        sizes = []
-        for name, shape in self.dense_sizes.items():
-            if name not in masks:
-                sizes.append(self.lam.new_tensor(float(math.prod(shape))))
-            else:
-                sizes.append(values[name].float().sum() if on == "bi_mask" else masks[name].expected_size().float())
-        return torch.stack(sizes)
+        searched: dict[str, Tensor] = {}
+        for mask in self.bi_masks:
+            gates = values[mask.name].float().reshape(mask.alive.shape)
+            searched[mask.name] = gates.sum() if on == "bi_mask" else mask.expected_size().float()
+            if mask.is_grid:  # a head stays as long as its best channel does
+                heads = gates.amax(1).sum() if on == "bi_mask" else mask.expected_heads().float()
+                searched[heads_of(mask.name)] = heads
+        dense = quantities(self.dense_sizes)
+        return torch.stack([searched[n] if n in searched else self.lam.new_tensor(float(dense[n])) for n in dense])
 
     def one_hot_loss(self) -> Tensor:
         """Sum of the adaptive one-hot losses of all submodules."""
@@ -217,15 +218,11 @@ class Supernet(nn.Module):
     @torch.no_grad()
     def options(self) -> dict[str, list[Option]]:
         """Every active candidate with its score: kept importance in proportion to cost, plus log-probability."""
-        units = _units(self.dense_sizes)
+        dense, terms = quantities(self.dense_sizes), self.terms
         options = {}
         for mask in self.bi_masks:
-            full = sum(
-                term.coefficient * math.prod(units[name] for name in term.factors)
-                for term in self.terms
-                if mask.name in term.factors
-            )
-            unit_share = full / units[mask.name] / self.dense_cost
+            touched = tuple(term for term in terms if {mask.name, heads_of(mask.name)} & set(term.factors))
+            unit_share = evaluate_terms(touched, dense) / dense[mask.name] / self.dense_cost
             score = IMPORTANCE_SCORE * unit_share * _kept_importance(mask)
             score = score + mask.candidate_probs().log().clamp(min=LOWEST_LOG_PROBABILITY)
             axes = [sizes.tolist() for sizes in mask.candidate_axes]
@@ -242,7 +239,7 @@ class Supernet(nn.Module):
         Raises:
             UnreachableBudgetError: naming the smallest possible cost.
         """
-        fixed = {name: units for name, units in _units(self.dense_sizes).items() if name not in self.named_masks}
+        fixed = quantities({name: size for name, size in self.dense_sizes.items() if name not in self.named_masks})
         return settle(self.options(), self.terms, fixed, self.target, TIGHTNESS)
 
     def settle_(self) -> SubnetSpec:
@@ -299,9 +296,9 @@ class Supernet(nn.Module):
         decoder = Slot("pmim_decoder.projection.weight", 1)
         submodules = []
         for submodule in self.architecture.submodules:
-            slots = tuple(Slot(f"model.{s.parameter}", s.axis, s.gated) for s in submodule.slots)
-            slots += (decoder,) if submodule.name == "embeddings" else ()
-            submodules.append(Submodule(submodule.name, submodule.kind, submodule.shape, slots, submodule.norms))
+            slots = tuple(replace(slot, parameter=f"model.{slot.parameter}") for slot in submodule.slots)
+            slots += (decoder,) if submodule.name == self.architecture.last_width else ()
+            submodules.append(replace(submodule, slots=slots))
         return submodules
 
     @torch.no_grad()
@@ -352,7 +349,7 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
     """Puts bi-masks on a copy of a classifier. `model` itself stays as it is and can serve as the teacher.
 
     Args:
-        model: a stock transformers classifier of a supported family (ViT, DeiT), or one of ours.
+        model: a stock transformers classifier of a family in `ofb_hf/architectures.py`, or one of ours.
         config: what to search; the default is half the MACs with the preset "ours".
 
     Returns:
@@ -408,10 +405,6 @@ def compress(supernet: Supernet) -> PreTrainedModel:
     settled = copy.deepcopy(supernet)
     settled.settle_()
     return settled.fold()
-
-
-def _units(sizes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    return {name: math.prod(shape) for name, shape in sizes.items()}
 
 
 def _all_units(shape: tuple[int, ...]) -> tuple[int, ...] | dict[int, tuple[int, ...]]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .architectures import Submodule, describe, family_of
+from .architectures import describe, family_of
 from .search_space import SubnetSpec
+from .unit_groups import Submodule
 
 Entries = tuple[tuple[int, Tensor], ...]
 Plan = dict[str, Entries]
@@ -34,7 +35,7 @@ def unit_group_plan(submodules: Iterable[Submodule], kept: dict[str, Tensor], na
     """The plan that keeps some units of each submodule.
 
     Args:
-        submodules: with their slots.
+        submodules: with their slots and present shapes.
         kept: submodule name -> flat indices of the units that stay; submodules not named keep all.
         names: tensors that exist (a slot of an absent tensor, such as a bias, is skipped).
     """
@@ -43,7 +44,8 @@ def unit_group_plan(submodules: Iterable[Submodule], kept: dict[str, Tensor], na
         if submodule.name in kept:
             for slot in submodule.slots:
                 if slot.parameter in names:
-                    plan.setdefault(slot.parameter, []).append((slot.axis, kept[submodule.name]))
+                    indices = slot.indices(kept[submodule.name], submodule.shape)
+                    plan.setdefault(slot.parameter, []).append((slot.axis, indices))
     return {name: tuple(entries) for name, entries in plan.items()}
 
 

@@ -19,7 +19,7 @@ from .configuration import BiMaskConfig
 from .distillation import DistillationTrainer
 from .flops import count_macs, count_params
 from .losses import budget_loss, flops_loss
-from .pmim import mask_patches, normalize_target, reconstruction_loss
+from .pmim import mask_patches, normalize_target, reconstruction_loss, refine_mask
 from .search_space import SubnetSpec
 from .supernet import Supernet, compress, install_bi_masks, read_subnet
 from .surgery import rebuild_ddp_, slice_optimizer_
@@ -85,17 +85,18 @@ class OFBTrainer(DistillationTrainer):
     ) -> tuple[Any, dict[str, Tensor], Tensor]:
         """Classification, PMIM, budget, one-hot and importance losses of one micro-batch."""
         supernet, config, now = self.supernet, self.bi_mask_config, self._schedule
-        masked_patches = self._mask_patches(len(pixel_values))
-        if masked_patches is None:
+        architecture, hidden = supernet.architecture, self._hide_tokens(len(pixel_values))
+        if hidden is None:
             outputs = model(pixel_values=pixel_values)
         else:
+            factor = architecture.token_size // architecture.patch_size
+            masked_patches = refine_mask(hidden, architecture.token_grid, architecture.patch_grid, factor)
             outputs = model(pixel_values=pixel_values, bool_masked_pos=masked_patches)
         parts = {"task": self.task_loss(outputs.logits, pixel_values, labels)}
         loss = parts["task"]
-        if masked_patches is not None:
+        if hidden is not None:
             target = normalize_target(pixel_values, supernet.pmim_window)
-            patch_size = supernet.architecture.patch_size
-            parts["pmim"] = reconstruction_loss(outputs.reconstruction, target, masked_patches, patch_size)
+            parts["pmim"] = reconstruction_loss(outputs.reconstruction, target, hidden, architecture.token_size)
             loss = loss + config.pmim_weight * supernet.pmim_ratio * parts["pmim"]
             self._pmim_sums += torch.stack([parts["task"].detach().float(), parts["pmim"].detach().float()])
 
@@ -114,10 +115,10 @@ class OFBTrainer(DistillationTrainer):
         loss = loss + config.importance_penalty * parts["importance"]
         return outputs, parts, loss
 
-    def _mask_patches(self, batch_size: int) -> Tensor | None:
+    def _hide_tokens(self, batch_size: int) -> Tensor | None:
         if self.supernet.pmim_decoder is None or self._schedule["keep_ratio"] >= 1:
             return None
-        rows, columns = self.supernet.architecture.patch_grid
+        rows, columns = self.supernet.architecture.token_grid
         masked = mask_patches(batch_size, rows * columns, self._schedule["keep_ratio"], self._generator)
         return masked.to(self.args.device)
 
@@ -219,9 +220,10 @@ class OFBTrainer(DistillationTrainer):
                 "pmim_decoder": weights | {"weight_decay": args.weight_decay},
             }
             groups: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
+            undecayed = family_of(self.supernet.config).undecayed
             for name, parameter in self.supernet.named_parameters():
                 if parameter.requires_grad:
-                    groups[_group_of(name, parameter)].append(parameter)
+                    groups[_group_of(name, parameter, undecayed)].append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [{"params": groups[name], "name": name, **settings[name]} for name in groups if groups[name]],
                 eps=args.adam_epsilon,
@@ -291,7 +293,7 @@ def dense_parent(supernet: Supernet) -> PreTrainedModel:
     return dense.to(supernet.model.device, supernet.model.dtype).eval()
 
 
-def _group_of(name: str, parameter: nn.Parameter) -> str:
+def _group_of(name: str, parameter: nn.Parameter, undecayed: tuple[str, ...]) -> str:
     if name.endswith(".importance_logits"):
         return "importance"
     if name.endswith(".alpha"):
@@ -299,8 +301,7 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
     if name.startswith("pmim_decoder."):
         return "pmim_decoder"
     # As in DeiT: vectors (biases, norms) and tokens are not decayed.
-    is_token = name.endswith(("_token", "position_embeddings"))
-    return "weights_no_decay" if parameter.ndim <= 1 or is_token else "weights"
+    return "weights_no_decay" if parameter.ndim <= 1 or name.endswith(undecayed) else "weights"
 
 
 def check_search_arguments(args: OFBTrainingArguments) -> None:

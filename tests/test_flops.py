@@ -187,7 +187,7 @@ def test_expected_cost_is_differentiable_in_proportion_to_what_a_unit_costs():
     """Gradient of the cost with respect to a submodule's size = MACs of one of its units, the others as they are."""
     supernet = tiny_supernet()
     names = list(supernet.dense_sizes)
-    sizes = torch.tensor([30.0, 24.0, 50.0, 40.0, 17.0], requires_grad=True)
+    sizes = torch.tensor([30.0, 24.0, 50.0, 40.0, 17.0, 3.0, 5.0], requires_grad=True)  # heads cost no MACs
     supernet.expected_macs(sizes).backward()
     tokens, patches, pixels, labels = 17, 16, 48, 3
     e, attention, mlp = 30.0, 24.0 + 40.0, 50.0 + 17.0

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from ..models.shapes import SHAPES
 from ..training_args import OFBTrainingArguments
 
 DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
@@ -28,8 +29,7 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata=_help(
-            "A Hub name or folder with a ViT classifier, or a shape with random weights: deit_tiny, deit_small, "
-            "deit_base, digits_vit."
+            f"A Hub name or folder with an image classifier, or a shape with random weights: {', '.join(SHAPES)}."
         ),
     )
     teacher_name_or_path: str | None = field(
@@ -68,14 +68,16 @@ class FinetuneArguments:
         return self.finetune_max_steps > 0 or (self.finetune_max_steps < 0 and self.finetune_epochs > 0)
 
 
-def parse(classes: list[type], argv: list[str] | None, description: str, demo: bool = False) -> tuple[Any, ...]:
+def parse(
+    classes: list[type], argv: list[str] | None, description: str, demo: dict[str, Any] | None = None
+) -> tuple[Any, ...]:
     """Reads the command line into one instance of each class.
 
     Args:
         classes: dataclasses; their fields are the flags, their help texts the help.
         argv: words of the command line without the program, None for the process's own.
         description: printed at the top of `--help`.
-        demo: settings of the embedded demonstration apply when neither model nor data are named.
+        demo: with the settings of the embedded demonstration, these apply when neither model nor data are named.
 
     Raises:
         ValueError: for a config file that is missing, is no mapping or has unknown keys, and for values that the
@@ -93,17 +95,17 @@ def parse(classes: list[type], argv: list[str] | None, description: str, demo: b
     config_parser.add_argument("--config")
     known, rest = config_parser.parse_known_args(argv)
     names = {f.name for c in classes for f in fields(c) if f.init}
-    words = [] if known.config is None else _words(Path(known.config), names)
+    words = [] if known.config is None else _words(_read(Path(known.config), names))
     parsed = parser.parse_args_into_dataclasses(words + rest, look_for_args_file=False)
     given = {name: value for part in parsed for name, value in vars(part).items()}
-    if demo and not any(given[name] for name in ("dataset_name", "data_dir", "model_name_or_path")):
-        words = _words(DEMO_CONFIG, names) + words
+    if demo is not None and not any(given[name] for name in ("dataset_name", "data_dir", "model_name_or_path")):
+        words = _words(_read(DEMO_CONFIG, names) | demo) + words
         parsed = parser.parse_args_into_dataclasses(words + rest, look_for_args_file=False)
     return parsed[: len(classes)]
 
 
-def _words(path: Path, names: set[str]) -> list[str]:
-    """A YAML file as command line words."""
+def _read(path: Path, names: set[str]) -> dict[str, Any]:
+    """The settings in a YAML file; all of them have to be among `names`."""
     if not path.is_file():
         raise ValueError(f"--config {path} is no file; give a YAML file with settings.")
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -111,6 +113,11 @@ def _words(path: Path, names: set[str]) -> list[str]:
         raise ValueError(f"--config {path} holds a {type(settings).__name__}; expected `name: value` lines.")
     if unknown := sorted(set(settings) - names):
         raise ValueError(f"--config {path} has unknown settings {unknown}; see --help for the known ones.")
+    return settings
+
+
+def _words(settings: dict[str, Any]) -> list[str]:
+    """Settings as command line words."""
     words: list[str] = []
     for name, value in settings.items():
         if value is None:

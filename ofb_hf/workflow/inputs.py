@@ -9,44 +9,15 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessorPil,
 )
 from transformers.utils import logging
 
 from ..architectures import require_classifier
 from ..data import DataArguments, ImageData, SeededImages, build_transform, load_image_data, with_image_transform
+from ..models.shapes import SHAPES
 
 logger = logging.get_logger(__name__)
-
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-
-
-def _deit(width: int) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "num_attention_heads": width // 64,
-        "intermediate_size": 4 * width,
-        "layer_norm_eps": 1e-6,
-        "image_size": 224,
-    }
-
-
-# Shapes with random weights: DeiT (arXiv:2012.12877, table 1) and the demonstration's ViT on 8 x 8 digits.
-PRESETS: dict[str, dict[str, Any]] = {
-    "deit_tiny": _deit(192),
-    "deit_small": _deit(384),
-    "deit_base": _deit(768),
-    "digits_vit": {
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
-        "image_size": 8,
-        "patch_size": 2,
-    },
-}
 
 
 @dataclass
@@ -114,17 +85,16 @@ def load_classifier(name_or_path: str, label_names: list[str], seed: int) -> Pre
     """A classifier for these labels.
 
     Args:
-        name_or_path: key of `PRESETS` (random weights from `seed`), a folder, or a Hub name.
+        name_or_path: key of `SHAPES` (random weights from `seed`), a folder, or a Hub name.
         label_names: classes of the data, in order.
 
     Raises:
         ValueError: if a checkpoint has another number of labels than the data, or cannot be loaded.
         UnsupportedArchitectureError: if it is no classifier that this package knows.
     """
-    if name_or_path in PRESETS:
+    if name_or_path in SHAPES:
         torch.manual_seed(seed)
-        labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
-        return ViTForImageClassification(ViTConfig(**PRESETS[name_or_path], **labels))
+        return AutoModelForImageClassification.from_config(SHAPES[name_or_path].config(label_names))
     model = _load(name_or_path)
     require_classifier(model)
     if model.config.num_labels != len(label_names):
@@ -170,16 +140,16 @@ def _load(name_or_path: str) -> PreTrainedModel:
     except (OSError, KeyError) as error:
         raise ValueError(
             f"cannot load an image classifier from {name_or_path!r}: {error}. Give a Hub name, a folder written by "
-            f"save_pretrained, or one of {sorted(PRESETS)}."
+            f"save_pretrained, or one of {sorted(SHAPES)}."
         ) from error
 
 
 def load_image_processor(name_or_path: str) -> Any:
-    """The image processor that belongs to a checkpoint; for a preset, ImageNet's values at its image size."""
-    if name_or_path in PRESETS:
-        size = PRESETS[name_or_path]["image_size"]
-        values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if name_or_path == "digits_vit" else IMAGENET
-        return ViTImageProcessorPil(size={"height": size, "width": size}, **values)
+    """The image processor that belongs to a checkpoint; for a shape, its own values."""
+    if name_or_path in SHAPES:
+        shape = SHAPES[name_or_path]
+        size = {"height": shape.fields["image_size"], "width": shape.fields["image_size"]}
+        return ViTImageProcessorPil(size=size, image_mean=list(shape.image_mean), image_std=list(shape.image_std))
     try:
         return AutoImageProcessor.from_pretrained(name_or_path)
     except (OSError, KeyError, json.JSONDecodeError) as error:

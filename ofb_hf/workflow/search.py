@@ -10,10 +10,11 @@ from transformers.utils import logging
 
 from ..architectures import describe
 from ..callbacks import HISTORY_FILE, HistoryCallback, read_history
-from ..configuration import BiMaskConfig
+from ..configuration import BiMaskConfig, default_config
 from ..data import DataArguments
 from ..distillation import DistillationTrainer
 from ..model_card import render_card
+from ..models.shapes import SHAPES
 from ..plots import plot_search
 from ..search_space import SubnetSpec
 from ..supernet import install_bi_masks
@@ -21,7 +22,7 @@ from ..trainer import OFBTrainer, check_search_arguments
 from ..training_args import OFBTrainingArguments
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, phase_arguments
-from .inputs import PRESETS, Inputs, load, load_teacher
+from .inputs import Inputs, load, load_teacher
 from .measure import METRICS, hardware, measure, provenance
 from .report import markdown_table, results_rows, text_table
 
@@ -91,11 +92,12 @@ def prepare(
     """
     name = model_args.model_name_or_path
     if name is None:
-        raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(PRESETS)}.")
+        raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(SHAPES)}.")
     check_search_arguments(args)
     settings = run_settings(model_args, data_args, config, args)
     output.check_free(Path(args.output_dir), settings, model_args.overwrite_output_dir, args.resume_from_checkpoint)
     dense, inputs = load(name, data_args, args.seed)
+    config = default_config(dense.config, **config.to_dict())
     target = install_bi_masks(dense, config).target
     teacher = load_teacher(model_args.teacher_name_or_path, inputs)
     return Walk(model_args, finetune_args, args, config, settings, inputs, dense, teacher, target)

@@ -1,0 +1,105 @@
+"""Configuration of a Swin whose stages and blocks may have widths of their own."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import SwinConfig
+
+
+@strict
+class OFBSwinConfig(SwinConfig):
+    r"""`SwinConfig` plus one list per prunable width; without lists it describes the stock Swin.
+
+    Args:
+        hidden_size_per_stage (`list[int]`, *optional*):
+            Channels of each stage's residual stream. The first entry is `embed_dim`; the others need not double.
+        num_heads_per_block (`list[list[int]]`, *optional*):
+            Heads of each block of each stage, 1 to the stage's `num_heads` (which stays the dense count).
+        head_dim_per_block (`list[list[int]]`, *optional*):
+            Channels of each head of each block; the heads of one block are equally wide.
+        intermediate_size_per_block (`list[list[int]]`, *optional*):
+            Hidden width of each block's MLP.
+        attention_scale_per_stage (`list[float]`, *optional*):
+            Factor on the attention logits. A compressed model keeps `dense_head_dim ** -0.5`, whatever its
+            heads were narrowed to; `None` derives it from the head's width as the stock model does.
+
+    Raises:
+        ValueError: for a list that does not match `depths`, for a width below 1, for more heads than `num_heads`, and
+            for a first width other than `embed_dim`. The message names the field, the place and the value.
+
+    Example:
+
+    ```python
+    >>> from ofb_hf import OFBSwinConfig
+
+    >>> config = OFBSwinConfig(depths=[1, 2], num_heads=[3, 6], hidden_size_per_stage=[96, 160])
+    >>> config.layer_sizes(1, 0)
+    {'num_attention_heads': 6, 'head_dim': 26, 'intermediate_size': 640}
+    ```"""
+
+    model_type = "ofb_swin"
+
+    hidden_size_per_stage: list[int] | None = None
+    num_heads_per_block: list[list[int]] | None = None
+    head_dim_per_block: list[list[int]] | None = None
+    intermediate_size_per_block: list[list[int]] | None = None
+    attention_scale_per_stage: list[float] | None = None
+
+    def stage_width(self, stage: int) -> int:
+        """Channels of one stage's residual stream."""
+        if self.hidden_size_per_stage is None:
+            return int(self.embed_dim * 2**stage)
+        return self.hidden_size_per_stage[stage]
+
+    def layer_sizes(self, stage: int, block: int) -> dict[str, int]:
+        """Widths of one block: `num_attention_heads`, `head_dim` and `intermediate_size`."""
+
+        def pick(sizes: list[list[int]] | None, default: int) -> int:
+            return default if sizes is None else sizes[stage][block]
+
+        width = self.stage_width(stage)
+        return {
+            "num_attention_heads": pick(self.num_heads_per_block, self.num_heads[stage]),
+            "head_dim": pick(self.head_dim_per_block, width // self.num_heads[stage]),
+            "intermediate_size": pick(self.intermediate_size_per_block, int(self.mlp_ratio * width)),
+        }
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._check_list("hidden_size_per_stage", self.hidden_size_per_stage, len(self.depths), "stage")
+        self._check_list("attention_scale_per_stage", self.attention_scale_per_stage, len(self.depths), "stage")
+        for field in ("num_heads_per_block", "head_dim_per_block", "intermediate_size_per_block"):
+            rows = getattr(self, field)
+            if rows is None:
+                continue
+            self._check_list(field, rows, len(self.depths), "stage")
+            for stage, row in enumerate(rows):
+                self._check_list(f"{field}[{stage}]", row, self.depths[stage], "block")
+        for stage, row in enumerate(self.num_heads_per_block or []):
+            for block, heads in enumerate(row):
+                if heads > self.num_heads[stage]:
+                    raise ValueError(
+                        f"num_heads_per_block[{stage}][{block}] is {heads}, but num_heads[{stage}] is "
+                        f"{self.num_heads[stage]}; a block has 1 to {self.num_heads[stage]} heads."
+                    )
+        if self.hidden_size_per_stage is not None and self.hidden_size_per_stage[0] != self.embed_dim:
+            raise ValueError(
+                f"hidden_size_per_stage[0] is {self.hidden_size_per_stage[0]}, but embed_dim is {self.embed_dim}; both "
+                "are the width of the first stage and must agree."
+            )
+        # The stock config puts the doubled width here, which other libraries read as the width of the output.
+        self.hidden_size = self.stage_width(len(self.depths) - 1)
+
+    def _check_list(self, field: str, values: list | None, length: int, place: str) -> None:
+        if values is None:
+            return
+        if len(values) != length:
+            raise ValueError(
+                f"{field} has {len(values)} entries, but depths is {list(self.depths)}; give one per {place}, {length}."
+            )
+        for index, value in enumerate(values):
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{field}[{index}] is {value}; every width must be at least 1.")
+            if isinstance(value, float) and not value > 0:
+                raise ValueError(f"{field}[{index}] is {value}; every factor must be positive.")
+
+
+__all__ = ["OFBSwinConfig"]

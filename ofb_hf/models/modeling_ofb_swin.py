@@ -1,0 +1,226 @@
+"""Swin with widths of their own in every stage and block: what a bi-mask search leaves behind.
+
+Parameters, forward passes and outputs are those of transformers' Swin; only the sizes of the layers differ. With no
+width lists in the config the model equals the stock one bit for bit.
+"""
+
+from torch import Tensor, nn
+from transformers import SwinForImageClassification, SwinModel, SwinPreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.models.swin.modeling_swin import (
+    SwinAttention,
+    SwinDropPath,
+    SwinEmbeddings,
+    SwinEncoder,
+    SwinLayer,
+    SwinMLP,
+    SwinPatchMerging,
+    SwinRelativePositionBias,
+    SwinStage,
+)
+
+from .configuration_ofb_swin import OFBSwinConfig
+
+
+class OFBSwinAttention(SwinAttention):
+    """Window attention with this block's number of heads and head width; its scale may be the dense model's."""
+
+    def __init__(self, config: OFBSwinConfig, stage: int, block: int):
+        nn.Module.__init__(self)
+        sizes, hidden_size = config.layer_sizes(stage, block), config.stage_width(stage)
+        self.config = config
+        self.num_attention_heads = sizes["num_attention_heads"]
+        self.head_dim = sizes["head_dim"]
+        self.attention_dropout = config.attention_probs_dropout_prob
+        scales = config.attention_scale_per_stage
+        self.scaling = self.head_dim**-0.5 if scales is None else scales[stage]
+        self.is_causal = False
+
+        width = self.num_attention_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, hidden_size)
+
+        window = (config.window_size, config.window_size)
+        self.relative_position_bias = SwinRelativePositionBias(self.num_attention_heads, window)
+
+
+class OFBSwinMLP(SwinMLP):
+    """MLP with this block's hidden width."""
+
+    def __init__(self, config: OFBSwinConfig, stage: int, block: int):
+        nn.Module.__init__(self)
+        hidden_size, width = config.stage_width(stage), config.layer_sizes(stage, block)["intermediate_size"]
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(hidden_size, width)
+        self.fc2 = nn.Linear(width, hidden_size)
+
+
+class OFBSwinLayer(SwinLayer):
+    """Swin block built from `config.layer_sizes(stage, block)`.
+
+    The stock layer gives up its shift for good at the first image that is no larger than one window. This one looks at
+    every image anew, so what it computes does not depend on what it has seen before.
+    """
+
+    def __init__(
+        self,
+        config: OFBSwinConfig,
+        stage: int,
+        block: int,
+        input_resolution: tuple[int, int],
+        drop_path_rate: float = 0.0,
+    ):
+        nn.Module.__init__(self)
+        hidden_size = config.stage_width(stage)
+        self.attention = OFBSwinAttention(config, stage, block)
+        self.layernorm_before = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.mlp = OFBSwinMLP(config, stage, block)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.configured_windows = (config.window_size, 0 if block % 2 == 0 else config.window_size // 2)
+        self.window_size, self.shift_size = self.configured_windows
+        self.input_resolution = input_resolution
+        self.drop_path = SwinDropPath(drop_path_rate) if drop_path_rate > 0.0 else nn.Identity()
+
+    def forward(self, hidden_states: Tensor, input_dimensions: tuple[int, int], **kwargs) -> tuple[Tensor, Tensor]:
+        self.window_size, self.shift_size = self.configured_windows
+        return super().forward(hidden_states, input_dimensions, **kwargs)
+
+
+class OFBSwinPatchMerging(SwinPatchMerging):
+    """Merges 2 x 2 patches from one stage's width to the next one's."""
+
+    def __init__(self, width: int, next_width: int):
+        nn.Module.__init__(self)
+        self.reduction = nn.Linear(4 * width, next_width, bias=False)
+        self.norm = nn.LayerNorm(4 * width)
+
+
+class OFBSwinStage(SwinStage):
+    """Blocks of one width, and the merging to the next stage's width."""
+
+    def __init__(self, config: OFBSwinConfig, stage: int, input_resolution: tuple[int, int], drop_path: list[float]):
+        nn.Module.__init__(self)
+        self.config = config
+        self.blocks = nn.ModuleList(
+            [
+                OFBSwinLayer(config, stage, block, input_resolution, drop_path_rate)
+                for block, drop_path_rate in enumerate(drop_path)
+            ]
+        )
+        is_last = stage == len(config.depths) - 1
+        self.downsample = (
+            None if is_last else OFBSwinPatchMerging(config.stage_width(stage), config.stage_width(stage + 1))
+        )
+
+
+class OFBSwinPreTrainedModel(SwinPreTrainedModel):
+    """What the OFB Swin classes share: their config class; weights and outputs are handled as in the stock Swin."""
+
+    config: OFBSwinConfig
+    config_class = OFBSwinConfig
+    _no_split_modules = ["OFBSwinStage"]
+
+
+class OFBSwinEncoder(OFBSwinPreTrainedModel, SwinEncoder):
+    """The stages of an OFB Swin."""
+
+    def __init__(self, config: OFBSwinConfig, grid_size: tuple[int, int]):
+        OFBSwinPreTrainedModel.__init__(self, config)
+        self.num_layers = len(config.depths)
+        self.config = config
+        total = sum(config.depths)
+        drop_path = [config.drop_path_rate * index / max(total - 1, 1) for index in range(total)]
+        self.layers = nn.ModuleList(
+            [
+                OFBSwinStage(
+                    config,
+                    stage,
+                    (grid_size[0] // 2**stage, grid_size[1] // 2**stage),
+                    drop_path[sum(config.depths[:stage]) : sum(config.depths[: stage + 1])],
+                )
+                for stage in range(self.num_layers)
+            ]
+        )
+        self.post_init()
+
+
+class OFBSwinModel(OFBSwinPreTrainedModel, SwinModel):
+    """Swin encoder with widths per stage and block. Inputs and outputs as `transformers.SwinModel`.
+
+    A classifier's checkpoint loads clean: `AutoModel.from_pretrained(classifier_checkpoint)`.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
+
+    def __init__(self, config: OFBSwinConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        OFBSwinPreTrainedModel.__init__(self, config)
+        self.config = config
+        self.num_layers = len(config.depths)
+        self.num_features = config.stage_width(self.num_layers - 1)
+        self.embeddings = SwinEmbeddings(config, use_mask_token=use_mask_token)
+        self.encoder = OFBSwinEncoder(config, self.embeddings.patch_grid)
+        self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
+        self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
+        self.post_init()
+
+
+class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassification):
+    """Swin classifier with widths per stage and block. Inputs and outputs as `transformers.SwinForImageClassification`.
+
+    Example:
+
+    ```python
+    >>> from transformers import SwinForImageClassification
+    >>> from ofb_hf import OFBSwinForImageClassification
+
+    >>> dense = SwinForImageClassification.from_pretrained("microsoft/swin-tiny-patch4-window7-224")  # doctest: +SKIP
+    >>> same = OFBSwinForImageClassification.from_dense(dense)  # doctest: +SKIP
+    ```"""
+
+    # The losses of a batch are means: the Trainer has to divide them by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: OFBSwinConfig):
+        OFBSwinPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.swin = OFBSwinModel(config)
+        width = self.swin.num_features
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @classmethod
+    def from_dense(cls, model: SwinForImageClassification) -> "OFBSwinForImageClassification":
+        """Copies a stock Swin classifier into this class; `model` is left as it is.
+
+        Args:
+            model: any `SwinForImageClassification`, also one loaded from a checkpoint with old key names.
+
+        Returns:
+            A model with the same weights, dtype, device, attention implementation and training mode, whose logits
+            equal those of `model` bit for bit.
+
+        Raises:
+            TypeError: if `model` is no Swin classifier.
+        """
+        if not isinstance(model, SwinForImageClassification):
+            raise TypeError(
+                f"from_dense got a {type(model).__name__}; it copies a transformers SwinForImageClassification. "
+                "Load one with SwinForImageClassification.from_pretrained(...)."
+            )
+        fields = model.config.to_dict()
+        for key in ("model_type", "architectures", "transformers_version", "dtype"):
+            fields.pop(key, None)
+        config = OFBSwinConfig(**fields, attn_implementation=model.config._attn_implementation)
+        copy = cls(config)
+        copy.load_state_dict(model.state_dict(), strict=True)
+        for parameter, original in zip(copy.parameters(), model.parameters(), strict=True):
+            parameter.requires_grad_(original.requires_grad)
+        copy.to(device=model.device, dtype=model.dtype)
+        copy.config.dtype = model.config.dtype
+        return copy.train(model.training)
+
+
+__all__ = ["OFBSwinForImageClassification", "OFBSwinModel", "OFBSwinPreTrainedModel"]

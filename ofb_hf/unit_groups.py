@@ -1,0 +1,147 @@
+"""The words in which a model family is described: unit groups, and costs as sums of products of their sizes.
+
+A *submodule* owns units that are kept or removed. Removing one touches many tensors at once: all of them, each with
+its axis, form the submodule's unit group (`Slot`s). A slot that is *gated* is multiplied by the bi-mask where the
+unit's value is written, which switches the unit off everywhere; the others only read it. Slicing all slots of the
+group removes the unit for good. Costs are sums of products of submodule sizes (`Term`s), for integers and for tensors.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One axis of one tensor that runs over a submodule's units.
+
+    Args:
+        parameter, axis: the tensor, and which of its axes.
+        gated: whether the bi-mask scales it.
+        tiles: how many copies of all units follow each other along the axis (patch merging concatenates 4).
+        per_head: the axis runs over the heads of a grid, not over its (head, channel) pairs.
+    """
+
+    parameter: str
+    axis: int
+    gated: bool = False
+    tiles: int = 1
+    per_head: bool = False
+
+    def indices(self, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Positions along the axis that stay.
+
+        Args:
+            kept: flat indices of the units that stay.
+            shape: all units, (U,) or (heads, channels per head).
+        """
+        units = math.prod(shape)
+        if self.per_head:
+            kept, units = torch.unique(kept // shape[1]), shape[0]
+        return torch.cat([kept + tile * units for tile in range(self.tiles)])
+
+
+@dataclass(frozen=True)
+class Submodule:
+    """A place with units to choose from.
+
+    Args:
+        name: as in `SubnetSpec.kept`.
+        kind: `embedding`, `attention` or `mlp`.
+        shape: current units, (U,) or (heads, channels per head).
+        slots: every axis of every tensor that runs over the units.
+        norms: LayerNorms over the units, whose statistics must skip removed ones.
+    """
+
+    name: str
+    kind: Literal["embedding", "attention", "mlp"]
+    shape: tuple[int, ...]
+    slots: tuple[Slot, ...]
+    norms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Term:
+    """`coefficient` times the product of at most two quantities, named as in `quantities`."""
+
+    coefficient: int
+    factors: tuple[str, ...] = ()
+
+
+def heads_of(name: str) -> str:
+    """The quantity that counts the heads of an attention, whose name alone counts (head, channel) pairs."""
+    return f"{name}.heads"
+
+
+def quantities(sizes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """What cost terms multiply: the units of every submodule by its name, and then the heads of every attention.
+
+    Args:
+        sizes: submodule name -> (U,) or (heads, channels per head).
+    """
+    units = {name: math.prod(shape) for name, shape in sizes.items()}
+    return units | {heads_of(name): shape[0] for name, shape in sizes.items() if len(shape) == 2}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One concrete network: its submodules, what they cost, and where images enter it.
+
+    Args:
+        submodules: in the order of the model.
+        macs, params: cost of one image, and size, as sums over terms.
+        patch_grid, patch_size: the patches that go in, (rows, columns), and pixels along a side of one.
+        token_grid, token_size: the same for the patch tokens that come out.
+        num_channels: colour channels.
+        first_width, last_width: submodules of the residual stream where patches enter and tokens leave.
+        embeddings: path of the module that owns `mask_token`.
+        activation: name of the MLP's activation function.
+    """
+
+    submodules: tuple[Submodule, ...]
+    macs: tuple[Term, ...]
+    params: tuple[Term, ...]
+    patch_grid: tuple[int, int]
+    patch_size: int
+    token_grid: tuple[int, int]
+    token_size: int
+    num_channels: int
+    first_width: str
+    last_width: str
+    embeddings: str
+    activation: str
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Submodule name -> current units, (U,) or (heads, channels per head)."""
+        return {submodule.name: submodule.shape for submodule in self.submodules}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The functions that connect one model family to everything else.
+
+    Args:
+        describe: config -> architecture.
+        from_dense: stock classifier -> ours.
+        pin: writes into a config what it would otherwise derive from widths that are about to change.
+        resize: writes submodule sizes into a config.
+        attributes: config -> {module path: {attribute: value}} of sizes that modules keep beside their weights.
+        forward_masked: (model, pixel_values, bool_masked_pos) -> logits (B, classes), patch tokens (B, N, C).
+        model_class: our classifier.
+        undecayed: how the names of parameters end that weight decay leaves alone, besides vectors.
+    """
+
+    describe: Callable[[Any], Architecture]
+    from_dense: Callable[[PreTrainedModel], PreTrainedModel]
+    pin: Callable[[Any], None]
+    resize: Callable[[Any, dict[str, tuple[int, ...]]], None]
+    attributes: Callable[[Any], dict[str, dict[str, int]]]
+    forward_masked: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+    model_class: type[PreTrainedModel]
+    undecayed: tuple[str, ...]
