@@ -12,23 +12,42 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
-from ofb_hf import OFBViTForImageClassification, ViTBiMaskConfig, install_bi_masks
+from ofb_hf import (
+    OFBSwinForImageClassification,
+    OFBViTForImageClassification,
+    SwinBiMaskConfig,
+    ViTBiMaskConfig,
+    install_bi_masks,
+)
 from ofb_hf.bi_mask import BiMask
+from ofb_hf.configuration import BiMaskConfig
 from ofb_hf.search_space import SubmoduleSpace
 from ofb_hf.supernet import Supernet
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
+FAMILIES = ("vit", "swin")
+
 # Candidates that divide nothing: no multiple of 8 hides an index that is off by one.
 AWKWARD = {
-    "embedding_candidates": [13, 24, 31, 40],
-    "head_candidates": [2, 3, 5],
-    "head_dim_candidates": [3, 5, 8],
-    "mlp_candidates": [17, 29, 50, 72],
+    "vit": {
+        "embedding_candidates": [13, 24, 31, 40],
+        "head_candidates": [2, 3, 5],
+        "head_dim_candidates": [3, 5, 8],
+        "mlp_candidates": [17, 29, 50, 72],
+    },
+    "swin": {
+        "embedding_candidates": [7, 13, 20, 31, 40],
+        "head_candidates": [1, 2, 3, 4],
+        "head_dim_candidates": [3, 7, 10],
+        "mlp_candidates": [11, 29, 36, 50, 72],
+    },
 }
+OURS = {"vit": OFBViTForImageClassification, "swin": OFBSwinForImageClassification}
+SEARCHES = {"vit": ViTBiMaskConfig, "swin": SwinBiMaskConfig}
 
 
 def golden(name: str) -> dict[str, Any]:
@@ -48,6 +67,25 @@ def vit_config(**overrides: Any) -> ViTConfig:
         "num_labels": 3,
     }
     return ViTConfig(**(sizes | overrides))
+
+
+def swin_config(**overrides: Any) -> SwinConfig:
+    """Config of a Swin with 8 x 8 and 4 x 4 tokens, windows of 3 that need padding and shifts, and drop path.
+
+    Two stages of 20 and 40 channels with 2 and 1 blocks, heads of 10, MLPs of 36 and 72, 3 labels.
+    """
+    sizes = {
+        "embed_dim": 20,
+        "depths": [2, 1],
+        "num_heads": [2, 4],
+        "window_size": 3,
+        "mlp_ratio": 1.8,
+        "drop_path_rate": 0.1,
+        "image_size": 16,
+        "patch_size": 2,
+        "num_labels": 3,
+    }
+    return SwinConfig(**(sizes | overrides))
 
 
 @torch.no_grad()
@@ -72,6 +110,20 @@ def tiny_vit(
     return model.to(dtype).eval()
 
 
+def tiny_swin(
+    seed: int = 0, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager", **overrides: Any
+) -> SwinForImageClassification:
+    """A stock Swin classifier in eval mode; overrides are config fields."""
+    model = SwinForImageClassification._from_config(swin_config(**overrides), attn_implementation=attn_implementation)
+    randomize_weights_(model, seed)
+    return model.to(dtype).eval()
+
+
+def tiny_model(family: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
+    """A stock classifier of a family; the rest as for `tiny_vit` and `tiny_swin`."""
+    return {"vit": tiny_vit, "swin": tiny_swin}[family](*args, **kwargs)
+
+
 def tiny_images(
     count: int = 2, size: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32, channels: int = 3
 ) -> Tensor:
@@ -79,14 +131,14 @@ def tiny_images(
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def search_config(**overrides: Any) -> ViTBiMaskConfig:
+def search_config(family: str = "vit", **overrides: Any) -> BiMaskConfig:
     """A search over awkward candidates; overrides are config fields."""
-    return ViTBiMaskConfig(**(AWKWARD | overrides))
+    return SEARCHES[family](**(AWKWARD[family] | overrides))
 
 
-def tiny_supernet(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Supernet:
-    """A supernet of `tiny_vit` with random masks, in eval mode; overrides are fields of the search config."""
-    supernet = install_bi_masks(tiny_vit(seed, dtype), search_config(**overrides)).to(dtype)
+def tiny_supernet(seed: int = 0, dtype: torch.dtype = torch.float32, family: str = "vit", **overrides: Any) -> Supernet:
+    """A supernet of `tiny_model` with random masks, in eval mode; overrides are fields of the search config."""
+    supernet = install_bi_masks(tiny_model(family, seed, dtype), search_config(family, **overrides)).to(dtype)
     randomize_masks_(supernet, seed)
     return supernet
 
@@ -142,6 +194,22 @@ def non_uniform_vit(seed: int = 0, dtype: torch.dtype = torch.float32) -> OFBViT
         attention_scale=0.37,
     )
     model = OFBViTForImageClassification._from_config(config, attn_implementation="eager")
+    randomize_weights_(model, seed)
+    return model.to(dtype).eval()
+
+
+def non_uniform_swin(seed: int = 0, dtype: torch.dtype = torch.float32) -> OFBSwinForImageClassification:
+    """One of our models: three stages of 20, 44 and 70 channels, every block different, scales no width implies."""
+    stock = swin_config(image_size=32, window_size=4, depths=[2, 1, 3], num_heads=[2, 4, 8])
+    config = OFBSwinForImageClassification.config_class(
+        **{k: v for k, v in stock.to_dict().items() if k not in ("model_type", "transformers_version")},
+        hidden_size_per_stage=[20, 44, 70],
+        num_heads_per_block=[[2, 1], [3], [8, 5, 1]],
+        head_dim_per_block=[[7, 3], [11], [5, 9, 4]],
+        intermediate_size_per_block=[[19, 64], [23], [31, 90, 12]],
+        attention_scale_per_stage=[0.37, 0.21, 0.53],
+    )
+    model = OFBSwinForImageClassification._from_config(config, attn_implementation="eager")
     randomize_weights_(model, seed)
     return model.to(dtype).eval()
 
@@ -202,6 +270,32 @@ def masks(draw: st.DrawFn, spread: float = 3.0) -> BiMask:
 
 
 @st.composite
+def swin_shapes(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """Config fields of a random tiny Swin and candidates for it: `(overrides, candidates)`."""
+    stages, heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    head_dim, ratio = draw(st.integers(2, 5)), draw(st.sampled_from([1, 1.5, 2.5]))
+    widths = [heads * head_dim * 2**stage for stage in range(stages)]
+    overrides = {
+        "embed_dim": widths[0],
+        "depths": [draw(st.integers(1, 2)) for _ in range(stages)],
+        "num_heads": [heads * 2**stage for stage in range(stages)],
+        "window_size": draw(st.integers(2, 16 // 2**stages)),
+        "mlp_ratio": ratio,
+        "num_labels": draw(st.integers(2, 5)),
+        "qkv_bias": draw(st.booleans()),
+        "use_absolute_embeddings": draw(st.booleans()),
+        "layer_norm_eps": 1e-3,
+    }
+    candidates = {
+        "embedding_candidates": sorted({size for width in widths for size in _sizes(draw, width)}),
+        "head_candidates": sorted({size for heads in overrides["num_heads"] for size in _sizes(draw, heads)}),
+        "head_dim_candidates": list(_sizes(draw, head_dim)),
+        "mlp_candidates": sorted({size for width in widths for size in _sizes(draw, int(ratio * width))}),
+    }
+    return overrides, candidates
+
+
+@st.composite
 def vit_shapes(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """Config fields of a random tiny ViT and candidates for it: `(overrides, candidates)`."""
     heads = draw(st.integers(1, 4))
@@ -223,3 +317,6 @@ def vit_shapes(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, list[int]]]:
         "mlp_candidates": list(_sizes(draw, mlp)),
     }
     return overrides, candidates
+
+
+SHAPES = {"vit": vit_shapes, "swin": swin_shapes}
