@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import set_seed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
@@ -68,6 +69,18 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Passes the number of the epoch on, also in the middle of a resumed one."""
         self.dataset.set_epoch(int(state.epoch + 1e-6))
+
+
+class RankSeedCallback(TrainerCallback):
+    """Gives every rank a random stream of its own for dropout and drop path.
+
+    Not earlier: the order of the data is drawn from the seed that all ranks share.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Seeds with rank; a resumed run then restores each rank's own saved state."""
+        if args.world_size > 1:
+            set_seed(args.seed, device_specific=True)
 
 
 class HistoryCallback(TrainerCallback):

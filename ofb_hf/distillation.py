@@ -1,16 +1,23 @@
 """A Trainer for classifiers that learn from labels, from a teacher, or from both."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.utils import logging
 
 from .averaging import WeightAverage
-from .callbacks import AverageCallback, EpochCallback
+from .callbacks import AverageCallback, EpochCallback, RankSeedCallback
+from .checkpoints import ASIDE, move_into_place
+from .interruption import Interruption, TrainingInterrupted
 from .losses import classification_loss, distillation_loss
 from .training_args import OFBTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 EMA_FILE = "ema.safetensors"
 
@@ -28,6 +35,7 @@ class DistillationTrainer(Trainer):
     Raises:
         ValueError: if teacher and model have different numbers of labels, or distillation is asked for without one.
         FloatingPointError: in training, at the first non-finite loss, naming its parts.
+        TrainingInterrupted: from `train`, after SIGTERM or Ctrl-C, when a checkpoint has been saved.
     """
 
     def __init__(
@@ -59,8 +67,24 @@ class DistillationTrainer(Trainer):
             self.add_callback(AverageCallback(self.average))
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(EpochCallback(self.train_dataset))
+        self.interruption = Interruption()
+        self.add_callback(self.interruption)
+        self.add_callback(RankSeedCallback())
         self._parts: dict[str, Tensor] = {}
         self._num_parts = 0
+        self._run_dir: Path | None = None  # where checkpoints are written to at the moment, if not to their place
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`. SIGTERM and Ctrl-C end the step, save a checkpoint and raise `TrainingInterrupted`."""
+        with self.interruption:
+            result = super().train(*args, **kwargs)
+        if (signal := self.interruption.stopped_by) is not None:
+            logger.warning(
+                f"stopped by {signal.name} after step {self.state.global_step} of {self.state.max_steps}; a checkpoint "
+                f"is in {self.args.output_dir}. Continue with --resume_from_checkpoint auto."
+            )
+            raise TrainingInterrupted(128 + signal)
+        return result
 
     def compute_loss(
         self,
@@ -122,13 +146,38 @@ class DistillationTrainer(Trainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every loss part since the last log."""
+        """Adds the mean of every loss part since the last log, over all ranks."""
         if "loss" in logs and self._num_parts:
             self._require_finite()
             self._parts.pop("_loss")
-            logs |= {name: float(value) / self._num_parts for name, value in self._parts.items()}
+            means = torch.stack([value / self._num_parts for value in self._parts.values()])
+            logs |= dict(zip(self._parts, self.accelerator.reduce(means, "mean").tolist(), strict=True))
             self._parts, self._num_parts = {}, 0
         super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._run_dir is None else str(self._run_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes the checkpoint aside and renames it once all ranks are done: a kill leaves the previous one."""
+        folder = Path(self._get_output_dir(trial))
+        aside, name = folder / ASIDE, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._run_dir = aside
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._run_dir = None
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0:
+            move_into_place(aside / name, folder / name, self.state)
+            shutil.rmtree(aside, ignore_errors=True)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

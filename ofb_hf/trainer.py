@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from . import schedule
 from .architectures import family_of
 from .callbacks import SearchCallback
 from .configuration import BiMaskConfig
+from .consistency import decided_by_rank_0, require_identical_ranks
 from .distillation import DistillationTrainer
 from .flops import count_macs, count_params
 from .losses import budget_loss, flops_loss
@@ -140,13 +142,24 @@ class OFBTrainer(DistillationTrainer):
             ),
         }
         if hold and step == hold:
-            for mask in supernet.bi_masks:
-                mask.fit_alpha_()
-                self.optimizer.state.pop(mask.alpha, None)  # its momentum is of the time when alpha rested
+            self._fit_alpha()
         supernet.lam.fill_(lam)
         self._pmim_sums.zero_()
         # One stream per step and rank: a resumed run hides the same patches, two ranks hide different ones.
         self._generator.manual_seed((self.args.seed * 1_000_003 + step) * 4096 + self.args.process_index)
+
+    @torch.no_grad()
+    def _fit_alpha(self) -> None:
+        masks = self.supernet.bi_masks
+
+        def fit() -> list[Tensor]:
+            for mask in masks:
+                mask.fit_alpha_()
+            return [mask.alpha.cpu() for mask in masks]
+
+        for mask, alpha in zip(masks, decided_by_rank_0(fit), strict=True):
+            mask.alpha.copy_(alpha)
+            self.optimizer.state.pop(mask.alpha, None)  # its momentum is of the time when alpha rested
 
     @torch.no_grad()
     def end_search_step(self) -> None:
@@ -167,33 +180,45 @@ class OFBTrainer(DistillationTrainer):
         every, begin = max(1, total // config.retire_events), config.retire_begin * total
         settles = step == settlement_step
         retires = step < settlement_step and schedule.is_retirement_step(step, every, begin)
-        if settles:
-            supernet.settle_()
-        elif retires:
-            self._retire_candidates()
+        if settles or retires:
+            self._decide(supernet.settle_ if settles else supernet.retire_candidates)
         if step == total or (config.prune_during_search and (settles or retires)):
             self.shrink()
 
-    def _retire_candidates(self) -> None:
-        before = [mask.active_candidates.clone() for mask in self.supernet.bi_masks]
-        self.supernet.retire_candidates()
-        for mask, active in zip(self.supernet.bi_masks, before, strict=True):
-            if not torch.equal(mask.active_candidates, active):
+    def _decide(self, decide: Callable[[], Any]) -> None:
+        """Lets rank 0 retire candidates; all ranks do as it did."""
+        masks = self.supernet.bi_masks
+        before = [mask.active_candidates.clone() for mask in masks]
+
+        def decision() -> list[tuple[Tensor, Tensor]]:
+            decide()
+            return [(mask.active_candidates.cpu(), mask.alive.cpu()) for mask in masks]
+
+        for mask, (active, alive), previous in zip(masks, decided_by_rank_0(decision), before, strict=True):
+            mask.active_candidates.copy_(active)
+            mask.alive.copy_(alive)
+            if not torch.equal(mask.active_candidates, previous):
                 # A softmax over fewer candidates is another problem: its momentum starts afresh (published).
                 self.optimizer.state.pop(mask.alpha, None)
 
     def shrink(self) -> None:
-        """Removes dead units from the network, its average and the optimizer, and tells DDP about it."""
+        """Removes dead units from the network, its average and the optimizer, and tells DDP about it.
+
+        Raises:
+            RanksDifferError: if the ranks no longer hold the same network; checked whether or not anything was removed.
+        """
         replaced, plan = self.supernet.shrink_()
-        if not replaced:
-            return
         names = {parameter: name for name, parameter in self.supernet.named_parameters()}
         entries = {old: plan[names[new]] for old, new in replaced.items() if not names[new].endswith(".alpha")}
         slice_optimizer_(self.optimizer, replaced, entries)
         if self.average is not None:
             self.average.slice_(plan)
-        if isinstance(self.model_wrapped, DistributedDataParallel):
-            rebuild_ddp_(self.model_wrapped)
+        if self.args.world_size > 1:
+            # Before DDP is rebuilt: that copies rank 0's values to all ranks and would hide a difference.
+            require_identical_ranks(self.supernet, self.optimizer, self.state.global_step)
+        wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)  # torch.compile wraps once more
+        if replaced and isinstance(wrapped, DistributedDataParallel):
+            rebuild_ddp_(wrapped)
 
     def compress(self) -> PreTrainedModel:
         """The small dense model that the search arrived at; its MACs or parameters are within the budget."""

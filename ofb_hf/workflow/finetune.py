@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from ..checkpoints import newest_checkpoint
 from ..data import DataArguments
 from ..distillation import DistillationTrainer
 from ..training_args import OFBTrainingArguments
@@ -62,7 +63,7 @@ def run(job: Finetuning) -> dict[str, Any]:
         datasets = {"train_dataset": job.inputs.train, "eval_dataset": job.inputs.eval, **METRICS}
         trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, **datasets)
         wanted = job.args.resume_from_checkpoint
-        trainer.train(resume_from_checkpoint=output.newest_checkpoint(job.folder) if wanted == "auto" else wanted)
+        trainer.train(resume_from_checkpoint=newest_checkpoint(job.folder) if wanted == "auto" else wanted)
         models = {"dense": job.before, "finetuned": job.model}
         results = measure(models, job.inputs.eval, job.args) | provenance(job.args.seed)
         if is_main:

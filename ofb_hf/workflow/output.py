@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..callbacks import HISTORY_FILE
+from ..checkpoints import ASIDE, is_complete
 
 FAILED_FILE = "FAILED.txt"
 SETTINGS_FILE = "run_settings.json"
@@ -24,7 +25,6 @@ PRODUCT = (
     "README.md",
     "eval_results.json",
 )
-ASIDE = ".incomplete"
 
 
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
@@ -66,7 +66,7 @@ def check_free(folder: Path, settings: dict[str, Any], overwrite: bool, resume: 
         raise ValueError(f"output_dir {folder} is a file; give a folder.")
     is_ours = (folder / SETTINGS_FILE).is_file()
     if resume is not None:
-        if resume != "auto" and not (Path(resume) / "trainer_state.json").is_file():
+        if resume != "auto" and not is_complete(Path(resume)):
             raise ValueError(f"resume_from_checkpoint {resume} is no complete checkpoint; give one, or 'auto'.")
         if is_ours:
             _check_settings(folder, settings)
@@ -123,16 +123,3 @@ def marked_if_failed(folder: Path, is_main: bool) -> Iterator[None]:
         raise
     if is_main:
         remove(folder / FAILED_FILE)
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint of a phase that was written to the end, None if there is none."""
-    if not folder.is_dir():
-        return None
-    complete = [
-        child
-        for child in folder.glob("checkpoint-*")
-        # The Trainer writes its state last.
-        if (child / "trainer_state.json").is_file()
-    ]
-    return str(max(complete, key=lambda child: int(child.name.rpartition("-")[2]))) if complete else None

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..architectures import describe
 from ..callbacks import HISTORY_FILE, HistoryCallback, read_history
+from ..checkpoints import ASIDE, newest_checkpoint
 from ..configuration import BiMaskConfig, default_config
 from ..data import DataArguments
 from ..distillation import DistillationTrainer
@@ -193,7 +194,7 @@ def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -
 def write_output(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec, results: dict[str, Any]) -> None:
     """Puts the product into the output folder, each file written aside and renamed."""
     folder, final = walk.folder, models.get("finetuned", models["searched"])
-    aside = folder / f"{output.ASIDE}-output"
+    aside = folder / f"{ASIDE}-output"
     output.remove(aside)
     final.save_pretrained(aside)
     walk.inputs.processor.save_pretrained(aside)
@@ -230,7 +231,7 @@ def _train(trainer: DistillationTrainer, walk: Walk, phase: str) -> None:
     trainer.add_callback(HistoryCallback(walk.folder / HISTORY_FILE, phase))
     folder, wanted = Path(trainer.args.output_dir), walk.args.resume_from_checkpoint
     if wanted == "auto":
-        wanted = output.newest_checkpoint(folder)
+        wanted = newest_checkpoint(folder)
     elif wanted is not None and Path(wanted).resolve().parent != folder.resolve():
         wanted = None  # a checkpoint of another phase
     trainer.train(resume_from_checkpoint=wanted)

@@ -1,0 +1,79 @@
+"""Do all processes of a distributed search still hold the same network? Cheap enough to ask after every shrink."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather, gather_object
+from torch import Tensor, nn
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class RanksDifferError(RuntimeError):
+    """Processes that should hold identical networks do not."""
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """A 64-bit sum over the bits of a tensor, each entry weighted by its position: scalar int64 on its device."""
+    bits = tensor.detach().contiguous().reshape(-1)
+    bits = bits.view(_INTEGER_OF_SIZE[bits.element_size()]).to(torch.int64)
+    weights = 2 * torch.arange(bits.numel(), device=bits.device) + 1  # odd: no entry is ever multiplied away
+    return (bits * weights * weights).sum()
+
+
+def require_identical_ranks(module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Compares names, shapes and bits of a module's tensors, and the shapes of its optimizer's state, over all ranks.
+
+    Costs one pass over the weights, one small message and one of 8 bytes per tensor. Every rank has to call it.
+
+    Raises:
+        RanksDifferError: on every rank, naming the tensor and the ranks.
+    """
+    tensors = dict(module.state_dict())
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                shapes[f"{name} (optimizer's {key})"] = list(value.shape)
+    digest = hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()
+    if len(set(gather_object([digest]))) > 1:
+        everyone = gather_object([shapes])
+        first = next(
+            f"{name}: {[row.get(name) for row in everyone]}"
+            for name in sorted(set().union(*everyone))
+            if any(row.get(name) != everyone[0].get(name) for row in everyone)
+        )
+        raise RanksDifferError(f"after step {step} the ranks have different shapes, in rank order, of {first}.")
+    sums = gather(torch.stack([checksum(tensor) for tensor in tensors.values()])[None])
+    differing = (sums != sums[0]).nonzero().tolist()
+    if differing:
+        rank, index = differing[0]
+        raise RanksDifferError(
+            f"after step {step} ranks 0 and {rank} hold different values of {list(tensors)[index]} (and of "
+            f"{len({i for _, i in differing}) - 1} other tensors). Gradients are no longer averaged, or a rank was "
+            "changed on its own; resume from the last checkpoint."
+        )
+
+
+def decided_by_rank_0(decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on rank 0, on every rank; what it raises there is raised everywhere.
+
+    Ranks on different hardware may round differently; a choice that depends on rounding must be made once.
+    """
+    answer: list[Any] = [None]
+    if _is_rank_0():
+        try:
+            answer = [(decide(), None)]
+        except ValueError as error:
+            answer = [(None, error)]
+    result, error = broadcast_object_list(answer)[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def _is_rank_0() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
