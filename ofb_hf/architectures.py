@@ -151,9 +151,25 @@ def _dense_vit_layer_sizes(config: ViTConfig, layer: int) -> dict[str, int]:
     }
 
 
+def _common_scale(field: str, head_dims: list[int], scale_field: str) -> float:
+    """The factor on the attention logits that heads of this width imply.
+
+    Raises:
+        UnsupportedArchitectureError: for heads of several widths, whose factors differ.
+    """
+    if len(set(head_dims)) > 1:
+        raise UnsupportedArchitectureError(
+            f"{field} is {head_dims} and {scale_field} is not given, so each width implies a factor of its own on the "
+            f"attention logits, which would change when heads shrink; only models with {scale_field} are supported."
+        )
+    return head_dims[0] ** -0.5
+
+
 def _pin_vit(config: OFBViTConfig) -> None:
     """Writes down what the stock config derives from widths, so that it survives when widths change."""
-    config.attention_scale = config.attention_scale or config.layer_sizes(0)["head_dim"] ** -0.5
+    if config.attention_scale is None:
+        head_dims = [config.layer_sizes(layer)["head_dim"] for layer in range(config.num_hidden_layers)]
+        config.attention_scale = _common_scale("head_dim_per_layer", head_dims, "attention_scale")
     _resize_vit(config, _describe_vit(config).sizes)
 
 
@@ -295,9 +311,15 @@ def _swin_entry_slots(stage: int) -> tuple[list[Slot], list[str]]:
 
 def _pin_swin(config: OFBSwinConfig) -> None:
     """Writes down what the stock config derives from widths, so that it survives when widths change."""
-    config.attention_scale_per_stage = config.attention_scale_per_stage or [
-        config.layer_sizes(stage, 0)["head_dim"] ** -0.5 for stage in range(len(config.depths))
-    ]
+    if config.attention_scale_per_stage is None:
+        config.attention_scale_per_stage = [
+            _common_scale(
+                f"head_dim_per_block[{stage}]",
+                [config.layer_sizes(stage, block)["head_dim"] for block in range(depth)],
+                "attention_scale_per_stage",
+            )
+            for stage, depth in enumerate(config.depths)
+        ]
     _resize_swin(config, _describe_swin(config).sizes)
 
 

@@ -18,22 +18,26 @@ STATE_FILE = "trainer_state.json"
 def move_into_place(written: Path, place: Path, state: TrainerState) -> None:
     """Renames a checkpoint that all processes have finished writing.
 
+    Machines that share a disk may all call this: the first one does it.
+
     Args:
         written: where it was written.
         place: where it belongs; an older checkpoint of the same step is replaced.
         state: the Trainer's, whose path of the best checkpoint is mended.
     """
-    if state.best_model_checkpoint == str(written):
+    claimed, old = (written.with_name(f"{prefix}-{written.name}") for prefix in ("moving", "replaced"))
+    is_best = state.best_model_checkpoint == str(written)
+    if is_best:
         state.best_model_checkpoint = str(place)
-        state.save_to_json(str(written / STATE_FILE))
-    old = written.with_name(f"{written.name}-replaced")
     try:
-        if place.is_dir():
-            os.replace(place, old)
-        os.replace(written, place)
-    except FileNotFoundError:  # machines that share a disk all try, and one is first
-        if not place.is_dir():
-            raise
+        os.rename(written, claimed)
+    except FileNotFoundError:
+        return
+    if is_best:
+        state.save_to_json(str(claimed / STATE_FILE))
+    if place.is_dir():
+        os.rename(place, old)
+    os.rename(claimed, place)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -173,14 +173,17 @@ class DistillationTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.local_process_index == 0:
             move_into_place(aside / name, folder / name, self.state)
-            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         # The Trainer pickles its arguments, hub token included; nothing of ours reads that file.
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)

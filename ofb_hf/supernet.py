@@ -163,6 +163,13 @@ class Supernet(nn.Module):
         """Computes the bi-mask values that the gated modules read until the next call."""
         for mask in self.bi_masks:
             self._gate_store.values[mask.name] = mask.prunability(self.lam).flatten()
+        if not torch.compiler.is_compiling():
+            self.refresh_liveness()
+
+    def refresh_liveness(self) -> None:
+        """Tells the norms which channels live. `forward` does so by itself, unless it is compiled: then whoever
+        retires candidates has to call this before the next forward pass."""
+        for mask in self.bi_masks:
             # Reading "is everything alive" from the device would wait for it; the version counter says for free
             # whether the buffer was written since the last look.
             version = (id(mask.alive), mask.alive._version)

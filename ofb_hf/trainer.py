@@ -144,6 +144,7 @@ class OFBTrainer(DistillationTrainer):
         if hold and step == hold:
             self._fit_alpha()
         supernet.lam.fill_(lam)
+        supernet.refresh_liveness()
         self._pmim_sums.zero_()
         # One stream per step and rank: a resumed run hides the same patches, two ranks hide different ones.
         self._generator.manual_seed((self.args.seed * 1_000_003 + step) * 4096 + self.args.process_index)
@@ -293,8 +294,9 @@ class OFBTrainer(DistillationTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        self.bi_mask_config.save(folder / BI_MASK_CONFIG_FILE)
+        if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            self.bi_mask_config.save(folder / BI_MASK_CONFIG_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

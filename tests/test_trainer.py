@@ -6,44 +6,12 @@ import math
 import pytest
 import torch
 from factories import search_config, tiny_vit
+from runs import STEPS, arguments, rows, searcher
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from ofb_hf import DistillationTrainer, OFBTrainer, OFBTrainingArguments, count_macs, count_params, install_bi_masks
+from ofb_hf import DistillationTrainer, OFBTrainer, count_macs, count_params, install_bi_masks
 from ofb_hf.callbacks import HISTORY_FIELDS, HistoryCallback, read_history
-
-STEPS = 24
-
-
-def rows(count=32, seed=0, classes=3):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, 3, 16, 16, generator=generator)
-    return [{"pixel_values": image, "labels": index % classes} for index, image in enumerate(images)]
-
-
-def arguments(folder, **changes):
-    settings = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    return OFBTrainingArguments(str(folder), **(settings | changes))
-
-
-def searcher(folder, config=None, model=None, callbacks=None, **changes):
-    return OFBTrainer(
-        model if model is not None else tiny_vit(num_hidden_layers=2).train(),
-        arguments(folder, **changes),
-        config or search_config(target_macs=0.6),
-        train_dataset=rows(),
-        callbacks=callbacks,
-    )
 
 
 def weights(model):

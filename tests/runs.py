@@ -1,0 +1,76 @@
+"""Small searches: in this process, or in processes of their own that can be watched, interrupted and killed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from factories import search_config, tiny_model
+
+from ofb_hf import OFBTrainer, OFBTrainingArguments
+
+TESTS = Path(__file__).parent
+STEPS = 24
+
+
+def rows(count: int = 32, seed: int = 0, classes: int = 3) -> list[dict[str, Any]]:
+    """Random images of 16 pixels with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 16, 16, generator=generator)
+    return [{"pixel_values": image, "labels": index % classes} for index, image in enumerate(images)]
+
+
+def arguments(folder: str | Path, **changes: Any) -> OFBTrainingArguments:
+    """Training arguments of a short search on the CPU."""
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return OFBTrainingArguments(str(folder), **(settings | changes))
+
+
+def searcher(folder, config=None, model=None, callbacks=None, family="vit", **changes) -> OFBTrainer:
+    """A trainer for a tiny model under a budget of 0.6; changes are training arguments."""
+    return OFBTrainer(
+        model if model is not None else tiny_model(family).train(),
+        arguments(folder, **changes),
+        config or search_config(family, target_macs=0.6),
+        train_dataset=rows(),
+        callbacks=callbacks,
+    )
+
+
+def start_search(folder: Path, options: dict[str, Any], ranks: int = 1) -> subprocess.Popen:
+    """Starts search_process.py on one or two ranks; its lines and errors come through `stdout`."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return subprocess.Popen(
+        [*command, str(TESTS / "search_process.py"), str(folder), json.dumps(options)],
+        env=os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
+    """Waits for a process: (exit status, everything it said)."""
+    said, _ = process.communicate(timeout=timeout)
+    return process.returncode, said
+
+
+def results(folder: Path, ranks: int = 1) -> list[dict[str, Any]]:
+    """What every rank of a finished search_process.py wrote down."""
+    return [json.loads((folder / f"result-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
