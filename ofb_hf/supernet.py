@@ -46,7 +46,8 @@ class Supernet(nn.Module):
         bi_masks: one `BiMask` per searched submodule; `named_masks` gives them by name.
         pmim_decoder: repaints masked patches, or None.
         bi_mask_config, space: what is searched, and the candidates for the dense model.
-        dense_sizes, dense_macs: of the model before the search; `dense_cost`, `target`: in the budget's unit.
+        dense_architecture, dense_sizes, dense_macs: of the model before the search.
+        dense_cost, target: in the budget's unit.
         lam: buffer, weight of importance in the bi-mask. multiplier: buffer, the budget's dual variable.
         pmim_ratio: buffer, classification / reconstruction loss of the last step, the weight of PMIM.
     """
@@ -56,7 +57,7 @@ class Supernet(nn.Module):
     def __init__(self, model: PreTrainedModel, config: BiMaskConfig):
         super().__init__()
         self.model, self.bi_mask_config = model, config
-        architecture = self.architecture
+        architecture = self.dense_architecture = self.architecture
         self.space = config.search_space(model.config)
         self.dense_sizes, self.dense_macs = architecture.sizes, count_macs(model)
         self.dense_cost = evaluate_terms(self.terms, quantities(architecture.sizes))
@@ -155,9 +156,9 @@ class Supernet(nn.Module):
         self.refresh_gates()
         if bool_masked_pos is None:
             return self.model(pixel_values=pixel_values, **kwargs)
-        architecture = self.architecture
         logits, tokens = family_of(self.config).forward_masked(self.model, pixel_values, bool_masked_pos)
-        return SupernetOutput(logits=logits, reconstruction=self.pmim_decoder(tokens, architecture.token_grid))
+        reconstruction = self.pmim_decoder(tokens, self.dense_architecture.token_grid)
+        return SupernetOutput(logits=logits, reconstruction=reconstruction)
 
     def refresh_gates(self) -> None:
         """Computes the bi-mask values that the gated modules read until the next call."""

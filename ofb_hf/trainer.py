@@ -8,6 +8,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -87,7 +88,7 @@ class OFBTrainer(DistillationTrainer):
     ) -> tuple[Any, dict[str, Tensor], Tensor]:
         """Classification, PMIM, budget, one-hot and importance losses of one micro-batch."""
         supernet, config, now = self.supernet, self.bi_mask_config, self._schedule
-        architecture, hidden = supernet.architecture, self._hide_tokens(len(pixel_values))
+        architecture, hidden = supernet.dense_architecture, self._hide_tokens(len(pixel_values))
         if hidden is None:
             outputs = model(pixel_values=pixel_values)
         else:
@@ -120,7 +121,7 @@ class OFBTrainer(DistillationTrainer):
     def _hide_tokens(self, batch_size: int) -> Tensor | None:
         if self.supernet.pmim_decoder is None or self._schedule["keep_ratio"] >= 1:
             return None
-        rows, columns = self.supernet.architecture.token_grid
+        rows, columns = self.supernet.dense_architecture.token_grid
         masked = mask_patches(batch_size, rows * columns, self._schedule["keep_ratio"], self._generator)
         return masked.to(self.args.device)
 
@@ -331,6 +332,19 @@ def _group_of(name: str, parameter: nn.Parameter, undecayed: tuple[str, ...]) ->
     return "weights_no_decay" if parameter.ndim <= 1 or name.endswith(undecayed) else "weights"
 
 
+def _sharding(args: OFBTrainingArguments) -> str | None:
+    """What splits parameters over processes in this run, asked for by a flag or by the launcher's environment."""
+    parallelism = args.parallelism_config
+    asked = {
+        "FSDP": bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
+        "DeepSpeed": bool(args.deepspeed) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
+        "Megatron-LM": parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"),
+        "tensor or context parallelism (parallelism_config)": parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")
+        or (parallelism is not None and parallelism.total_size != parallelism.dp_replicate_size),
+    }
+    return next((name for name, wanted in asked.items() if wanted), None)
+
+
 def check_search_arguments(args: OFBTrainingArguments) -> None:
     """Raises ValueError for settings that a shrinking search cannot work with, in words, before anything happens."""
     if args.load_best_model_at_end:
@@ -348,10 +362,15 @@ def check_search_arguments(args: OFBTrainingArguments) -> None:
         raise ValueError("push_to_hub: a search does not push; push the finished output folder when it is done.")
     if args.auto_find_batch_size:
         raise ValueError("auto_find_batch_size restarts training with a used supernet; set the batch size yourself.")
-    if args.fsdp or args.deepspeed:
+    if sharding := _sharding(args):
         raise ValueError(
-            "FSDP and DeepSpeed shard parameters that the search replaces while it runs; use DDP "
-            "(accelerate launch --multi_gpu), which the search supports."
+            f"{sharding} splits parameters that the search replaces while it runs; use DDP instead (accelerate launch "
+            "--multi_gpu, or recipes/accelerate/multi_gpu.yaml). Finetuning afterwards may use any of them."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this one process sees {args.n_gpu} GPUs and would copy the network to all of them in every step; start "
+            "one process per GPU (accelerate launch --multi_gpu), or show it one (CUDA_VISIBLE_DEVICES=0)."
         )
     if not math.isfinite(args.learning_rate) or args.learning_rate < 0:
         raise ValueError(f"learning_rate is {args.learning_rate}; it must be finite and not negative.")

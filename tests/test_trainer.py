@@ -2,16 +2,20 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from factories import search_config, tiny_vit
 from runs import STEPS, arguments, rows, searcher
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import TrainerCallback, TrainingArguments
 
 from ofb_hf import DistillationTrainer, OFBTrainer, count_macs, count_params, install_bi_masks
 from ofb_hf.callbacks import HISTORY_FIELDS, HistoryCallback, read_history
+from ofb_hf.trainer import check_search_arguments
 
 
 def weights(model):
@@ -200,6 +204,58 @@ def test_non_finite_loss_stops_at_the_first_step(tmp_path, value):
 def test_settings_that_cannot_work_are_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         searcher(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor or context parallelism"),
+    ],
+)
+def test_launchers_that_split_parameters_are_refused_with_the_way_out(tmp_path, monkeypatch, variable, name):
+    args = arguments(tmp_path)
+    check_search_arguments(args)
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}.*use DDP instead.*--multi_gpu"):
+        check_search_arguments(args)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("fsdp", ["full_shard"], "FSDP.*use DDP"),
+        ("deepspeed", "zero2.json", "DeepSpeed.*use DDP"),
+        ("parallelism_config", ParallelismConfig(tp_size=2), "tensor or context.*use DDP"),
+        ("_n_gpu", 2, "sees 2 GPUs.*one process per GPU"),
+        ("push_to_hub", True, "push_to_hub"),
+        ("per_device_train_batch_size", 0, "per_device_train_batch_size is 0"),
+    ],
+)
+def test_flags_that_a_shrinking_search_cannot_follow_are_refused(tmp_path, field, value, message):
+    args = arguments(tmp_path)
+    setattr(args, field, value)
+    with pytest.raises(ValueError, match=message):
+        check_search_arguments(args)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_a_compiled_search_is_the_eager_one(tmp_path, family):
+    """Bit for bit with the backend that only traces; a shrink compiles anew, other steps do not."""
+    settings = {"family": family, "max_steps": 20, "save_strategy": "no"}
+    eager = searcher(tmp_path / "eager", **settings)
+    eager.train()
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = searcher(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **settings)
+    compiled.train()
+    assert_equal_states(weights(eager.supernet), weights(compiled.supernet))
+    assert counters["graph_break"] == {}
+    shrinks = 2
+    assert 0 < counters["stats"]["unique_graphs"] <= 2 * (1 + shrinks)
+    torch._dynamo.reset()
 
 
 def test_teacher_with_other_labels_is_refused(tmp_path):
