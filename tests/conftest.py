@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from factories import tiny_model
+from PIL import Image
+from transformers import ViTImageProcessorPil
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -27,3 +30,40 @@ def _fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Class folders with 3 colours of noise, 8 training and 4 test images each."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def save_checkpoint(family, folder):
+    """A stock classifier as the Hub holds them: old key names, an image processor beside it."""
+    model = tiny_model(family)
+    model.config.id2label = {0: "blue", 1: "green", 2: "red"}
+    model.config.label2id = {"blue": 0, "green": 1, "red": 2}
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A stock ViT."""
+    return save_checkpoint("vit", tmp_path_factory.mktemp("checkpoint") / "vit-tiny")
+
+
+@pytest.fixture(scope="session")
+def swin_checkpoint(tmp_path_factory):
+    """A stock Swin."""
+    return save_checkpoint("swin", tmp_path_factory.mktemp("checkpoint") / "swin-tiny")

@@ -10,10 +10,23 @@ from typing import Any
 import torch
 from factories import search_config, tiny_model
 
-from ofb_hf import OFBTrainer, OFBTrainingArguments
+from ofb_hf import OFBTrainer, OFBTrainingArguments, cli
 
 TESTS = Path(__file__).parent
 STEPS = 24
+# What a finished run leaves in its output folder.
+PRODUCT = {
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "subnet.json",
+    "search_history.jsonl",
+    "search.png",
+    "README.md",
+    "eval_results.json",
+}
+QUICK = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
+QUICK += ["--logging_steps", "1", "--per_device_train_batch_size", "8"]
 
 
 def rows(count: int = 32, seed: int = 0, classes: int = 3) -> list[dict[str, Any]]:
@@ -74,3 +87,9 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
 def results(folder: Path, ranks: int = 1) -> list[dict[str, Any]]:
     """What every rank of a finished search_process.py wrote down."""
     return [json.loads((folder / f"result-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+
+
+def walk(checkpoint: Path, images: Path, output: Path, *flags: str) -> dict[str, Any]:
+    """The search command on a checkpoint and a folder of images: 16 steps, and 3 of finetuning."""
+    settings = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
+    return cli.search([*settings, *QUICK, "--max_steps", "16", "--finetune_max_steps", "3", *flags])

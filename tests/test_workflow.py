@@ -3,17 +3,18 @@
 import ast
 import json
 import re
+import runpy
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from factories import tiny_vit
 from PIL import Image
+from runs import PRODUCT, QUICK, walk
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
@@ -21,56 +22,11 @@ import ofb_hf
 from ofb_hf import OFBTrainingArguments, SubnetSpec, ViTBiMaskConfig, cli, count_macs, count_params
 from ofb_hf.callbacks import HISTORY_FIELDS, read_history
 from ofb_hf.data import DataArguments
-from ofb_hf.workflow import search as workflow
 from ofb_hf.workflow.arguments import DEMO_CONFIG, FinetuneArguments, ModelArguments, command_line, parse
 from ofb_hf.workflow.inputs import load
 from ofb_hf.workflow.measure import images_per_second
 
 ROOT = Path(__file__).parent.parent
-PRODUCT = {
-    "config.json",
-    "model.safetensors",
-    "preprocessor_config.json",
-    "subnet.json",
-    "search_history.jsonl",
-    "search.png",
-    "README.md",
-    "eval_results.json",
-}
-QUICK = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
-QUICK += ["--logging_steps", "1", "--per_device_train_batch_size", "8"]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Class folders with 3 colours of noise, 8 training and 4 test images each."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("test", 4)):
-        for channel, name in enumerate(("red", "green", "blue")):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-                pixels[..., channel] += 120
-                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A stock ViT as the Hub holds them: old key names, an image processor beside it."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "vit-tiny"
-    model = tiny_vit()
-    model.config.id2label = {0: "blue", 1: "green", 2: "red"}
-    model.config.label2id = {"blue": 0, "green": 1, "red": 2}
-    model.save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
-
-
-def walk(checkpoint, images, output, *flags):
-    settings = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
-    return cli.search([*settings, *QUICK, "--max_steps", "16", "--finetune_max_steps", "3", *flags])
 
 
 @pytest.fixture(scope="module")
@@ -160,36 +116,18 @@ def test_search_on_a_parameter_budget_without_finetuning(checkpoint, images, tmp
     assert results["searched"]["params"] <= results["target_params"] <= 0.6 * results["dense"]["params"]
 
 
-def test_demonstration_path_at_a_tiny_size(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("recipe", "folder"), [("search_deit", "demo"), ("search_swin", "demo_swin")])
+def test_demonstration_path_at_a_tiny_size(tmp_path, monkeypatch, recipe, folder):
+    """The recipe itself, in this process."""
     monkeypatch.chdir(tmp_path)
     flags = "--dense_epochs 1 --max_steps 12 --finetune_max_steps 2 --max_train_samples 96 --max_eval_samples 24"
-    results = cli.search([*flags.split(), "--disable_tqdm", "true", "--logging_steps", "2"])
-    output = tmp_path / "runs" / "demo"
+    monkeypatch.setattr(sys, "argv", [recipe, *flags.split(), "--disable_tqdm", "true", "--logging_steps", "2"])
+    runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
+    output = tmp_path / "runs" / folder
+    results = json.loads((output / "eval_results.json").read_text())
     assert PRODUCT | {"dense"} <= {path.name for path in output.iterdir()}
     assert 0.49 * results["dense"]["macs"] <= results["finetuned"]["macs"] <= 0.5 * results["dense"]["macs"]
     assert results["dense"]["num_examples"] == 24
-
-
-def test_failed_run_is_marked_and_can_be_resumed(checkpoint, images, tmp_path, monkeypatch):
-    output = tmp_path / "out"
-
-    def interrupted(*args):
-        raise RuntimeError("the power went")
-
-    flags = ["--save_strategy", "steps", "--save_steps", "4"]
-    with monkeypatch.context() as patch:
-        patch.setattr(workflow, "finetune", interrupted)
-        with pytest.raises(RuntimeError, match="power"):
-            walk(checkpoint, images, output, *flags)
-    assert "the power went" in (output / "FAILED.txt").read_text()
-    assert not (output / "model.safetensors").exists()
-
-    searched = (output / "search" / "model" / "model.safetensors").read_bytes()
-    results = walk(checkpoint, images, output, *flags, "--resume_from_checkpoint", "auto")
-    assert not (output / "FAILED.txt").exists()
-    assert (output / "search" / "model" / "model.safetensors").read_bytes() == searched
-    assert [row["phase"] for row in read_history(output / "search_history.jsonl")] == ["search"] * 16 + ["finetune"] * 3
-    assert results["finetuned"]["macs"] <= results["target_macs"]
 
 
 def test_short_runs_need_no_special_flags(checkpoint, images, tmp_path):
@@ -222,30 +160,6 @@ def test_average_of_the_weights_is_what_finetuning_keeps(finished, images, tmp_p
     assert torch.equal(saved["classifier.weight"], average["classifier.weight"])
 
 
-def test_killed_search_resumes_to_the_same_weights_with_random_augmentation(checkpoint, images, tmp_path):
-    """Killed for real, in the middle of an epoch, while the loader has fetched ahead."""
-    flags = ["--save_strategy", "steps", "--save_steps", "5", "--per_device_train_batch_size", "4"]
-    walk(checkpoint, images, tmp_path / "straight", *flags)
-    script = (
-        "import os, sys; from transformers import TrainerCallback; from ofb_hf import cli, callbacks\n"
-        "class Kill(callbacks.SearchCallback):\n"
-        "    def on_step_begin(self, args, state, control, **kwargs):\n"
-        "        super().on_step_begin(args, state, control, **kwargs)\n"
-        "        if state.global_step == 8: os._exit(9)\n"
-        "import ofb_hf.trainer; ofb_hf.trainer.SearchCallback = Kill; import torch; torch.set_num_threads(1)\n"
-        "cli.search(sys.argv[1:])"
-    )
-    cut = tmp_path / "cut"
-    settings = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(cut), *QUICK]
-    settings += ["--max_steps", "16", "--finetune_max_steps", "3", *flags]
-    killed = subprocess.run([sys.executable, "-c", script, *settings], capture_output=True, text=True)
-    assert killed.returncode == 9, killed.stderr
-    assert "killed" in (cut / "FAILED.txt").read_text()
-    cli.search([*settings, "--resume_from_checkpoint", "auto"])
-    for name in ("subnet.json", "search/model/model.safetensors", "model.safetensors"):
-        assert (cut / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
-
-
 def test_labels_in_another_order_are_matched_by_name(images, tmp_path):
     folder = tmp_path / "checkpoint"
     model = tiny_vit()
@@ -264,11 +178,11 @@ def test_labels_in_another_order_are_matched_by_name(images, tmp_path):
 @pytest.mark.parametrize("spelling", ["--data-dir", "--data_dir"])
 def test_demonstration_settings_never_reach_a_users_own_run(spelling):
     classes = [ModelArguments, DataArguments, ViTBiMaskConfig, FinetuneArguments, OFBTrainingArguments]
-    model, _, _, _, args = parse(classes, [spelling, "photos", "--output_dir", "o", "--use_cpu"], "", demo=True)
+    model, _, _, _, args = parse(classes, [spelling, "photos", "--output_dir", "o", "--use_cpu"], "", demo={})
     assert model.dense_epochs == 0
     assert args.output_dir == "o"
     assert args.num_train_epochs == 3
-    model, *_ = parse(classes, ["--use_cpu"], "", demo=True)
+    model, *_ = parse(classes, ["--use_cpu"], "", demo={})
     assert model.dense_epochs > 0
 
 
@@ -405,14 +319,14 @@ def test_commands_in_cards_name_no_folder_of_the_machine(monkeypatch):
     assert command_line() == "search_deit.py --output_dir out --data_dir=in"
 
 
-@pytest.mark.parametrize("recipe", ["search_deit", "finetune", "evaluate"])
+@pytest.mark.parametrize("recipe", ["search_deit", "search_swin", "finetune", "evaluate"])
 def test_recipes_start_and_teach(recipe, tmp_path):
     """Also from another folder, where evaluate.py must not hide the package of that name."""
     command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--help"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--model_name_or_path" in result.stdout
-    if recipe == "search_deit":
+    if recipe.startswith("search"):
         for flag in ("--target_macs", "--finetune_epochs", "--config", "--resume_from_checkpoint"):
             assert flag in result.stdout
 
