@@ -241,10 +241,18 @@ class BiMaskConfig:
         places = {"embedding": ["embedding_candidates"], "attention": ["head_candidates", "head_dim_candidates"]}
         for kind, names in (places | {"mlp": ["mlp_candidates"]}).items():
             for axis, name in enumerate(names):
-                largest = max((s.shape[axis] for s in searched if s.kind == kind), default=0)
+                full = {s.name: s.shape[axis] for s in searched if s.kind == kind}
                 given = getattr(self, name) or []
-                if largest and any(size > largest for size in given):
-                    raise ValueError(f"{name} is {given}, but the largest full size in this model is {largest}.")
+                if full and any(size > max(full.values()) for size in given):
+                    raise ValueError(
+                        f"{name} is {given}, but the largest full size in this model is {max(full.values())}."
+                    )
+                missing = [submodule for submodule, size in full.items() if size not in given]
+                if given and missing:
+                    raise ValueError(
+                        f"{name} is {given}, but the full size of {missing[0]!r} is {full[missing[0]]}; the full size "
+                        "of every submodule must be among its candidates, so that the dense model is in the space."
+                    )
 
     def _submodule_space(self, submodule: Submodule) -> SubmoduleSpace:
         if submodule.kind == "attention":

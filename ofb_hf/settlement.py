@@ -18,8 +18,9 @@ from .unit_groups import Term, quantities
 BINS = 2048
 # Up to this many combinations of residual widths are all tried; beyond, the search starts where a relaxation points.
 MAX_COMBINATIONS = 64
+# In a coarse space it may end below the band although something lies in it: up to so many are all tried after all.
+MAX_COMBINATIONS_BELOW = 4096
 RELAXATION_STEPS = 40
-MAX_STARTS = 12
 
 
 class UnreachableBudgetError(ValueError):
@@ -78,11 +79,13 @@ def settle(
             f"the budget of {target:,} is below the smallest subnet of the search space, which costs {floor:,}; "
             "raise the target to at least that, or allow smaller candidates."
         )
-    if math.prod(len(options[name]) for name in problem.widths) <= MAX_COMBINATIONS:
-        combinations = itertools.product(*(options[name] for name in problem.widths))
-        starts = [dict(zip(problem.widths, combination, strict=True)) for combination in combinations]
-        return max(filter(None, map(problem.solve, starts)), key=problem.rank)
-    return _climb(problem, [smallest, *_promising_widths(problem)])
+    combinations = math.prod(len(options[name]) for name in problem.widths)
+    if combinations > MAX_COMBINATIONS:
+        best = _climb(problem, [smallest, *_promising_widths(problem)])
+        if best.cost >= problem.lowest or combinations > MAX_COMBINATIONS_BELOW:
+            return best
+    every = (dict(zip(problem.widths, c, strict=True)) for c in itertools.product(*map(options.get, problem.widths)))
+    return max(filter(None, map(problem.solve, every)), key=problem.rank)
 
 
 def _climb(problem: "_Problem", starts: list[dict[str, Option]]) -> Settlement:
@@ -116,7 +119,7 @@ def _promising_widths(problem: "_Problem") -> list[dict[str, Option]]:
         widths = {name: choice[name] for name in problem.widths}
         if widths not in found:
             found.append(widths)
-    return found[-MAX_STARTS:]
+    return found
 
 
 class _Relaxation:

@@ -1,36 +1,67 @@
 """Costs are exact: the closed form equals what torch counts, and what lies in the file."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from factories import (
-    non_uniform_vit,
+    FAMILIES,
+    OURS,
+    SHAPES,
     random_candidate,
     search_config,
+    swin_config,
     tiny_images,
+    tiny_model,
     tiny_supernet,
-    tiny_vit,
     vit_config,
-    vit_shapes,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from invariants import NON_UNIFORM, images_for, names_of
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ResNetConfig, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    PreTrainedConfig,
+    ResNetConfig,
+    SwinConfig,
+    SwinForImageClassification,
+    SwinModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
-from ofb_hf import OFBViTForImageClassification, SubnetSpec, compress, count_macs, count_params, install_bi_masks
+from ofb_hf import SubnetSpec, compress, count_macs, count_params, install_bi_masks
 from ofb_hf.architectures import UnsupportedArchitectureError
 from ofb_hf.surgery import slice_model
+from ofb_hf.unit_groups import quantities
 
-DEIT = {"t": (192, 3), "s": (384, 6), "b": (768, 12)}
+STOCK = {ViTConfig: ViTForImageClassification, SwinConfig: SwinForImageClassification}
 
 
-def deit_config(size: str) -> ViTConfig:
+def deit(width: int, heads: int) -> ViTConfig:
     """DeiT at 224 pixels with 1000 classes."""
-    width, heads = DEIT[size]
     return ViTConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_labels=1000)
+
+
+def swin(width: int, depth: int) -> SwinConfig:
+    """Swin at 224 pixels with 1000 classes and heads of 32 channels."""
+    heads = [width // 32 * 2**stage for stage in range(4)]
+    return SwinConfig(embed_dim=width, depths=[2, 2, depth, 2], num_heads=heads, num_labels=1000)
+
+
+# Config, exact MACs and parameters, and what the papers report: GFLOPs (which are GMACs) and millions of parameters.
+# Swin: arXiv:2103.14030, table 1, with the parameters of the released checkpoints.
+PUBLISHED = {
+    "DeiT-T": (deit(192, 3), 1_253_683_200, 5_717_416, 1.25, 5.7),
+    "DeiT-S": (deit(384, 6), 4_598_882_304, 22_050_664, 4.60, 22.1),
+    "DeiT-B": (deit(768, 12), 17_563_828_224, 86_567_656, 17.56, 86.6),
+    "Swin-T": (swin(96, 6), 4_490_566_656, 28_288_354, 4.5, 28.3),
+    "Swin-S": (swin(96, 18), 8_740_875_264, 49_606_258, 8.7, 49.6),
+    "Swin-B": (swin(128, 18), 15_430_946_816, 87_768_224, 15.4, 87.8),
+}
 
 
 def counted_macs(model: torch.nn.Module, images: torch.Tensor) -> float:
@@ -49,99 +80,131 @@ def elements(model: torch.nn.Module) -> int:
 # ---------------------------------------------------------------------------------------------- exact MACs and params
 
 
-@pytest.mark.parametrize(("size", "giga"), [("t", 1.25), ("s", 4.60), ("b", 17.56)])
-def test_deit_costs_what_the_literature_says(size, giga):
-    config = deit_config(size)
-    assert count_macs(config) / 1e9 == pytest.approx(giga, abs=0.01)
+@pytest.mark.parametrize(("config", "macs", "params", "giga", "mega"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_networks_cost_what_the_literature_says(config, macs, params, giga, mega):
+    assert count_macs(config) == macs
+    assert count_params(config) == params
+    assert macs / 1e9 == pytest.approx(giga, rel=0.005)
+    assert params / 1e6 == pytest.approx(mega, rel=0.005)
     with torch.device("meta"):
-        model, images = ViTForImageClassification(config), torch.empty(1, 3, 224, 224)
-    assert count_macs(model) == count_macs(config) == counted_macs(model, images)
-    assert count_params(model) == count_params(config) == elements(model)
+        model, images = STOCK[type(config)](config), torch.empty(1, 3, 224, 224)
+    assert count_macs(model) == counted_macs(model, images) == macs
+    assert count_params(model) == elements(model) == params
 
 
-@pytest.mark.parametrize(("size", "params"), [("t", 5_717_416), ("s", 22_050_664), ("b", 86_567_656)])
-def test_deit_has_the_published_number_of_parameters(size, params):
-    assert count_params(deit_config(size)) == params
+COMMON: list[dict[str, Any]] = [
+    {},
+    {"qkv_bias": False},
+    {"image_size": [16, 24]},
+    {"image_size": 18},
+    {"num_channels": 1},
+    {"num_labels": 11},
+]
+OWN: dict[str, list[dict[str, Any]]] = {
+    "vit": [{"num_hidden_layers": 1}, {"head_dim": 16}],
+    "swin": [
+        {"image_size": 17},  # patch embedding pads
+        {"image_size": 14},  # 7 x 7 tokens: windows of 3 and patch merging pad
+        {"image_size": [22, 30]},
+        {"window_size": 4},  # fits; the last stage is one window
+        {"use_absolute_embeddings": True},
+        {"use_absolute_embeddings": True, "image_size": [20, 16]},
+        {"depths": [1], "num_heads": [4]},
+        {"depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 5], "window_size": 1},
+        {"mlp_ratio": 2.33, "num_heads": [4, 2]},
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"qkv_bias": False},
-        {"image_size": [16, 24]},
-        {"image_size": 18},
-        {"num_channels": 1},
-        {"num_hidden_layers": 1},
-        {"num_labels": 11},
-        {"head_dim": 16},
-    ],
+    ("family", "overrides"),
+    [(family, overrides) for family in FAMILIES for overrides in [*COMMON, *OWN[family]]],
     ids=str,
 )
-def test_dense_models(overrides):
-    model = tiny_vit(**overrides)
-    size = model.config.image_size
-    height, width = size if isinstance(size, list) else (size, size)
-    images = torch.randn(1, model.config.num_channels, height, width)
-    assert count_macs(model) == counted_macs(model, images)
+def test_dense_models(family, overrides):
+    model = tiny_model(family, **overrides)
+    assert count_macs(model) == counted_macs(model, images_for(model, 1))
     assert count_params(model) == elements(model)
 
 
-def test_a_model_with_different_widths_in_every_layer():
-    model = non_uniform_vit()
-    assert count_macs(model) == count_macs(model.config) == counted_macs(model, tiny_images(1))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_with_different_widths_everywhere(family):
+    model = NON_UNIFORM[family]()
+    assert count_macs(model) == count_macs(model.config) == counted_macs(model, images_for(model, 1))
     assert count_params(model) == count_params(model.config) == elements(model)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_compressed_models(seed, tmp_path):
-    model = compress(tiny_supernet(seed, target_macs=0.3 + 0.15 * seed))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compressed_models(family, seed, tmp_path):
+    model = compress(tiny_supernet(seed, family=family, target_macs=0.3 + 0.15 * seed))
     assert count_macs(model) == counted_macs(model, tiny_images(1))
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert count_params(model) == sum(tensor.numel() for tensor in saved.values()) == elements(model)
 
 
-@given(vit_shapes(), st.integers(0, 2**31))
-def test_random_subnets_of_random_shapes(shape, seed):
-    overrides, candidates = shape
-    supernet = install_bi_masks(tiny_vit(**overrides), search_config(**candidates, target_macs=1.0))
-    rng = random.Random(seed)
+@pytest.mark.parametrize("family", FAMILIES)
+@given(data=st.data())
+def test_random_subnets_of_random_shapes(family, data):
+    overrides, candidates = data.draw(SHAPES[family]())
+    # Absolute embeddings want whole patches (of 2 and 4 pixels); all else is padded.
+    sides = [16, 24] if family == "vit" or overrides["use_absolute_embeddings"] else [16, 19, 26]
+    overrides["image_size"] = [data.draw(st.sampled_from(sides)) for _ in range(2)]
+    dense = tiny_model(family, **overrides)
+    supernet = install_bi_masks(dense, search_config(family, **candidates, target_macs=1.0))
+    rng = random.Random(data.draw(st.integers(0, 2**31)))
     for mask in supernet.bi_masks:
         mask.settle_(*random_candidate(mask, rng))
     subnet = SubnetSpec({mask.name: mask.kept() for mask in supernet.bi_masks})
-    dense = tiny_vit(**overrides)
     small = supernet.fold()
-    assert count_macs(dense, subnet) == count_macs(small) == counted_macs(small, tiny_images(1))
+    assert count_macs(dense, subnet) == count_macs(small) == counted_macs(small, images_for(small, 1))
     assert count_params(dense, subnet) == count_params(small) == elements(small)
 
 
-def test_a_partial_subnet_leaves_the_rest_as_it_is():
-    ours = OFBViTForImageClassification.from_dense(tiny_vit())
-    subnet = SubnetSpec({"layers.1.mlp": (3, 4, 70)})
-    assert count_params(ours, subnet) == elements(slice_model(ours, subnet))
+@pytest.mark.parametrize(("family", "name"), [("vit", "layers.1.mlp"), ("swin", "stages.0.blocks.1.mlp")])
+def test_a_partial_subnet_leaves_the_rest_as_it_is(family, name):
+    model = OURS[family].from_dense(tiny_model(family))
+    subnet = SubnetSpec({name: (3, 4, 30)})
+    sliced = slice_model(model, subnet)
+    assert count_params(model, subnet) == elements(sliced) < elements(model)
+    assert count_macs(model, subnet) == counted_macs(sliced, tiny_images(1))
 
 
-@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"])
-def test_costs_grow_with_every_size(name):
-    small = {
-        "hidden_size": 40,
-        "num_attention_heads": 4,
-        "intermediate_size": 72,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-    }
-    large = small | {name: small[name] + 4}
+GROWTH = {
+    "vit": ["hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"],
+    "swin": ["embed_dim", "mlp_ratio", "depths", "window_size"],
+}
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in GROWTH[family]])
+def test_costs_grow_with_every_size(family, name):
+    def config(factor: int) -> PreTrainedConfig:
+        if family == "vit":
+            sizes = {"hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 72, "num_hidden_layers": 2}
+            return vit_config(head_dim=8, **sizes | {name: factor * sizes[name]})
+        sizes = {"embed_dim": 20, "mlp_ratio": 2, "depths": [1, 2], "window_size": 2}
+        value = [factor * depth for depth in sizes[name]] if name == "depths" else factor * sizes[name]
+        return swin_config(**sizes | {name: value})
+
     for count in (count_macs, count_params):
-        assert count(vit_config(**large)) > count(vit_config(**small))
+        assert count(config(2)) > count(config(1))
 
 
 @pytest.mark.parametrize("count", [count_macs, count_params])
 def test_other_models_are_refused_by_name(count):
     with pytest.raises(UnsupportedArchitectureError, match="ViTModel"):
         count(ViTModel(vit_config()))
+    with pytest.raises(UnsupportedArchitectureError, match="SwinModel"):
+        count(SwinModel(swin_config()))
     with pytest.raises(UnsupportedArchitectureError, match="resnet"):
         count(ResNetConfig())
+
+
+@pytest.mark.parametrize("config", [vit_config(patch_size=[2, 4]), swin_config(patch_size=[2, 4])], ids=["vit", "swin"])
+def test_patches_that_are_not_square_are_refused(config):
+    with pytest.raises(UnsupportedArchitectureError, match=r"patch_size is \(2, 4\)"):
+        count_macs(config)
 
 
 # ------------------------------------------------------------------------------------------------------ expected cost
@@ -161,10 +224,11 @@ def one_hot_(supernet, seed: int) -> SubnetSpec:
 
 @pytest.mark.parametrize("budget", ["target_macs", "target_params"])
 @pytest.mark.parametrize("seed", range(5))
-def test_expected_cost_of_one_hot_alpha_is_the_cost_of_that_subnet(seed, budget):
-    supernet = tiny_supernet(seed, **{budget: 0.5})
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expected_cost_of_one_hot_alpha_is_the_cost_of_that_subnet(family, seed, budget):
+    supernet = tiny_supernet(seed, family=family, **{budget: 0.5})
     subnet = one_hot_(supernet, seed)
-    dense = tiny_vit()
+    dense = tiny_model(family)
     macs, params = count_macs(dense, subnet), count_params(dense, subnet)
     sizes = supernet.sizes("sparsity")
     assert supernet.expected_macs(sizes).item() == pytest.approx(macs, rel=1e-6)
@@ -175,12 +239,16 @@ def test_expected_cost_of_one_hot_alpha_is_the_cost_of_that_subnet(seed, budget)
     assert supernet.expected_cost(supernet.sizes("bi_mask")).item() == pytest.approx(cost, rel=1e-6)
 
 
+@pytest.mark.parametrize("budget", ["target_macs", "target_params"])
 @pytest.mark.parametrize("unsearched", ["embedding", "attention", "mlp"])
-def test_expected_cost_counts_what_is_not_searched_in_full(unsearched):
-    supernet = tiny_supernet(**{f"search_{unsearched}": False, "target_macs": 0.8})
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expected_cost_counts_what_is_not_searched_in_full(family, unsearched, budget):
+    supernet = tiny_supernet(family=family, **{f"search_{unsearched}": False, budget: 0.9})
     subnet = one_hot_(supernet, 0)
-    cost = supernet.expected_macs(supernet.sizes("sparsity")).item()
-    assert cost == pytest.approx(count_macs(tiny_vit(), subnet), rel=1e-6)
+    assert not set(names_of(supernet.config, unsearched)) & set(subnet.kept)
+    cost = supernet.expected_cost(supernet.sizes("sparsity")).item()
+    count = count_params if budget == "target_params" else count_macs
+    assert cost == pytest.approx(count(tiny_model(family), subnet), rel=1e-6)
 
 
 def test_expected_cost_is_differentiable_in_proportion_to_what_a_unit_costs():
@@ -200,8 +268,33 @@ def test_expected_cost_is_differentiable_in_proportion_to_what_a_unit_costs():
         assert sizes.grad[names.index(name)].item() == pytest.approx(value, rel=1e-6)
 
 
-def test_expected_cost_follows_a_network_that_shrank():
-    supernet = tiny_supernet(dtype=torch.float64)
+def test_expected_params_of_a_swin_are_differentiable_in_widths_and_heads():
+    """A channel of the second stage costs patch merging and classifier; a head of its own costs its position bias."""
+    supernet = tiny_supernet(family="swin", target_params=0.5)
+    amounts = {
+        "stages.0.width": 13.0,
+        "stages.1.width": 31.0,
+        "stages.1.blocks.0.attention": 21.0,
+        "stages.1.blocks.0.attention.heads": 3.0,
+        "stages.1.blocks.0.mlp": 50.0,
+    }
+    names = list(quantities(supernet.dense_sizes))
+    sizes = torch.tensor([amounts.get(name, 6.0) for name in names], requires_grad=True)
+    supernet.expected_cost(sizes).backward()
+    block = 4 * 21 + 2 * 50 + 2 + 4  # weights, biases of o_proj and fc2, two LayerNorms
+    expected = {
+        "stages.1.width": 4 * 13 + block + 2 + 3,  # merging, block, final LayerNorm, classifier
+        "stages.1.blocks.0.attention": 4 * 31 + 3,
+        "stages.1.blocks.0.attention.heads": (2 * 3 - 1) ** 2,
+        "stages.1.blocks.0.mlp": 2 * 31 + 1,
+    }
+    for name, value in expected.items():
+        assert sizes.grad[names.index(name)].item() == pytest.approx(value, rel=1e-6), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expected_cost_follows_a_network_that_shrank(family):
+    supernet = tiny_supernet(dtype=torch.float64, family=family)
     for mask in supernet.bi_masks:
         mask.retire_(torch.ones_like(mask.active_candidates).index_fill_(0, torch.tensor([0, 1]), False))
     before = supernet.expected_macs(supernet.sizes("sparsity")).item()

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ofb_hf.pmim import PMIMDecoder, mask_patches, normalize_target, reconstruction_loss, window_for_patch
+from ofb_hf.pmim import (
+    PMIMDecoder,
+    mask_patches,
+    normalize_target,
+    reconstruction_loss,
+    refine_mask,
+    window_for_patch,
+)
 
 
 def naive_target(pixels: torch.Tensor, window: int) -> torch.Tensor:
@@ -85,6 +92,32 @@ def test_a_keep_ratio_that_is_no_share_is_refused(keep):
         mask_patches(1, 4, keep, torch.Generator())
 
 
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.data())
+def test_a_refined_mask_hides_the_same_regions(rows, columns, factor, data):
+    """Every fine cell is hidden if the coarse cell that covers it is; coarse cells may reach beyond the fine grid."""
+    finer = tuple(factor * side - data.draw(st.integers(0, factor - 1)) for side in (rows, columns))
+    masked = torch.rand(2, rows * columns) < 0.5
+    refined = refine_mask(masked, (rows, columns), finer, factor)
+    assert refined.shape == (2, finer[0] * finer[1])
+    assert refined.dtype == torch.bool
+    expected = [
+        masked[:, (row // factor) * columns + column // factor] for row in range(finer[0]) for column in range(finer[1])
+    ]
+    assert torch.equal(refined, torch.stack(expected, 1))
+
+
+def test_a_refined_mask_at_a_ragged_border():
+    """3 x 5 cells under 2 x 3 cells of two by two: the last row and column are half as large."""
+    coarse = torch.tensor([[True, False, True, False, False, True]])
+    fine = [[1, 1, 0, 0, 1], [1, 1, 0, 0, 1], [0, 0, 0, 0, 1]]
+    assert refine_mask(coarse, (2, 3), (3, 5), 2).view(3, 5).tolist() == torch.tensor(fine).bool().tolist()
+
+
+def test_a_mask_that_needs_no_refinement_stays_as_it_is():
+    masked = torch.rand(3, 12) < 0.5
+    assert torch.equal(refine_mask(masked, (3, 4), (3, 4), 1), masked)
+
+
 def test_the_decoder_paints_every_token_in_its_place():
     decoder = PMIMDecoder(hidden_size=5, stride=4, num_channels=2)
     tokens = torch.zeros(1, 6, 5)
@@ -112,6 +145,28 @@ def test_reconstruction_loss_sees_hidden_patches_only():
     assert loss.item() == pytest.approx(torch.stack(hidden).mean().item(), rel=1e-5)
     reconstruction[0, :, :4, 4:8] += 100  # visible
     assert reconstruction_loss(reconstruction, target, masked, 4).item() == pytest.approx(loss.item())
+
+
+def test_reconstruction_beyond_the_image_does_not_count():
+    """6 x 9 pixels under 2 x 3 patches of 4: what is painted on padding is left out, of hidden patches too."""
+    target, reconstruction = torch.randn(2, 3, 6, 9), torch.randn(2, 3, 8, 12)
+    masked = torch.tensor([[True, False, False, False, True, True], [False, False, True, False, False, False]])
+    errors = (reconstruction[..., :6, :9] - target).abs().mean(1)
+    hidden = [errors[0, :4, :4], errors[0, 4:, 4:8], errors[0, 4:, 8:], errors[1, :4, 8:]]
+    expected = torch.cat([region.flatten() for region in hidden]).mean().item()
+    assert reconstruction_loss(reconstruction, target, masked, 4).item() == pytest.approx(expected, rel=1e-5)
+    reconstruction[..., 6:, :] = reconstruction[..., 9:] = 1e6
+    assert reconstruction_loss(reconstruction, target, masked, 4).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pixels_that_no_patch_covers_do_not_count():
+    """9 x 6 pixels over 2 x 1 patches of 4: a border of one and two pixels is never painted."""
+    target, reconstruction = torch.randn(1, 3, 9, 6), torch.randn(1, 3, 8, 4)
+    expected = (reconstruction[:, :, 4:] - target[:, :, 4:8, :4]).abs().mean().item()
+    masked = torch.tensor([[False, True]])
+    assert reconstruction_loss(reconstruction, target, masked, 4).item() == pytest.approx(expected, rel=1e-5)
+    target[..., 8:, :] = target[..., 4:] = 1e6
+    assert reconstruction_loss(reconstruction, target, masked, 4).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_reconstruction_loss_without_hidden_patches_is_zero_and_differentiable():

@@ -4,11 +4,23 @@ import json
 
 import pytest
 import torch
-from factories import AWKWARD, grid_spaces, plain_spaces, search_config, vit_config
+from factories import (
+    AWKWARD,
+    FAMILIES,
+    SEARCHES,
+    grid_spaces,
+    plain_spaces,
+    search_config,
+    swin_config,
+    tiny_model,
+    vit_config,
+)
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import SwinConfig
 
-from ofb_hf import SearchSpace, SubmoduleSpace, SubnetSpec, ViTBiMaskConfig
+from ofb_hf import SearchSpace, SubmoduleSpace, SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig
+from ofb_hf.architectures import describe
 from ofb_hf.losses import budget_loss
 
 GRID = {"num_heads": 4, "head_dim": 6, "head_candidates": (2, 4), "dim_candidates": (3, 6)}
@@ -43,8 +55,9 @@ def test_a_subnet_survives_json(subnet):
     assert SubnetSpec.from_json(json.dumps(json.loads(subnet.to_json()))) == subnet
 
 
-def test_a_models_space_survives_json():
-    space = search_config().search_space(vit_config())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_models_space_survives_json(family):
+    space = search_config(family).search_space(tiny_model(family).config)
     assert SearchSpace.from_json(space.to_json()) == space
 
 
@@ -130,20 +143,60 @@ def test_text_that_is_no_subnet_is_refused(text):
 
 def test_awkward_candidates_reach_the_space():
     space = search_config().search_space(vit_config())
-    assert list(space["embeddings"].candidate_sizes) == AWKWARD["embedding_candidates"]
-    assert list(space["layers.1.attention"].head_candidates) == AWKWARD["head_candidates"]
-    assert list(space["layers.1.attention"].dim_candidates) == AWKWARD["head_dim_candidates"]
-    assert list(space["layers.1.mlp"].candidate_sizes) == AWKWARD["mlp_candidates"]
+    given = AWKWARD["vit"]
+    assert list(space["embeddings"].candidate_sizes) == given["embedding_candidates"]
+    assert list(space["layers.1.attention"].head_candidates) == given["head_candidates"]
+    assert list(space["layers.1.attention"].dim_candidates) == given["head_dim_candidates"]
+    assert list(space["layers.1.mlp"].candidate_sizes) == given["mlp_candidates"]
     assert [s.name for s in space] == [
         "embeddings", "layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp",
     ]  # fmt: skip
 
 
+def test_one_list_serves_stages_of_different_sizes():
+    """Every stage takes the sizes up to its own: 20 and 40 channels, 2 and 4 heads, MLPs of 36 and 72."""
+    space = search_config("swin").search_space(swin_config())
+    assert space["stages.0.width"].candidate_sizes == (7, 13, 20)
+    assert space["stages.1.width"].candidate_sizes == (7, 13, 20, 31, 40)
+    for block, heads, mlps in (
+        ("stages.0.blocks.1", (1, 2), (11, 29, 36)),
+        ("stages.1.blocks.0", (1, 2, 3, 4), (11, 29, 36, 50, 72)),
+    ):
+        assert space[f"{block}.attention"].head_candidates == heads
+        assert space[f"{block}.attention"].dim_candidates == (3, 7, 10)
+        assert space[f"{block}.mlp"].candidate_sizes == mlps
+    assert [s.name for s in space] == [
+        "stages.0.width", "stages.0.blocks.0.attention", "stages.0.blocks.0.mlp",
+        "stages.0.blocks.1.attention", "stages.0.blocks.1.mlp",
+        "stages.1.width", "stages.1.blocks.0.attention", "stages.1.blocks.0.mlp",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["embedding", "attention", "mlp"])
-def test_a_kind_that_is_not_searched_is_not_in_the_space(kind):
-    space = ViTBiMaskConfig(**{f"search_{kind}": False}).search_space(vit_config())
+def test_a_kind_that_is_not_searched_is_not_in_the_space(family, kind):
+    space = SEARCHES[family](**{f"search_{kind}": False}).search_space(tiny_model(family).config)
     assert kind not in {submodule.kind for submodule in space}
     assert len({submodule.kind for submodule in space}) == 2
+
+
+def test_default_candidates_of_swin_tiny():
+    """Every stage and block, sizes from a quarter to the full one in even steps, as hardware likes them."""
+    space = SwinBiMaskConfig().search_space(SwinConfig())
+    assert [submodule.name for submodule in space] == list(describe(SwinConfig()).sizes)
+    assert [len([s for s in space if s.kind == kind]) for kind in ("embedding", "attention", "mlp")] == [4, 12, 12]
+    steps = {0: (8, 24), 1: (8, 48), 2: (16, 96), 3: (24, 192)}  # of the width and of the MLP
+    for submodule in space:
+        stage = int(submodule.name.split(".")[1])
+        width, heads = 96 * 2**stage, 3 * 2**stage
+        if submodule.kind == "attention":
+            assert submodule.head_candidates == tuple(range(1, heads + 1))
+            assert submodule.dim_candidates == (8, 16, 24, 32)
+            continue
+        full, step = (width, steps[stage][0]) if submodule.kind == "embedding" else (4 * width, steps[stage][1])
+        assert submodule.candidate_sizes == tuple(range(full // 4, full + 1, step))
+        assert submodule.candidate_sizes[-1] == full == submodule.num_units
+        assert all(size % 8 == 0 for size in submodule.candidate_sizes)
 
 
 @given(st.integers(1, 700), st.sampled_from([1, 8, 16]), st.sampled_from(["ours", "paper"]))
@@ -197,9 +250,40 @@ def test_a_budget_loss_without_weight_is_refused_or_harmless():
     assert budget_loss(torch.tensor(0.1), torch.tensor(0.5), config.flops_weight).isfinite()
 
 
-def test_candidates_that_do_not_fit_the_model_are_refused():
-    with pytest.raises(ValueError, match=r"candidate_sizes of submodule 'layers\.0\.mlp' ends with 64"):
-        ViTBiMaskConfig(mlp_candidates=[32, 64]).search_space(vit_config())
+@pytest.mark.parametrize(
+    ("family", "fields", "names"),
+    [
+        ("vit", {"mlp_candidates": [32, 64]}, ["mlp_candidates", "[32, 64]", "'layers.0.mlp'", "72"]),
+        ("vit", {"head_candidates": [5, 6]}, ["head_candidates", "[5, 6]", "5"]),
+        ("swin", {"embedding_candidates": [13, 40]}, ["embedding_candidates", "'stages.0.width'", "20"]),
+        ("swin", {"embedding_candidates": [40]}, ["embedding_candidates", "[40]", "'stages.0.width'", "20"]),
+        ("swin", {"embedding_candidates": [13, 20]}, ["embedding_candidates", "'stages.1.width'", "40"]),
+        ("swin", {"embedding_candidates": [20, 40, 41]}, ["embedding_candidates", "[20, 40, 41]", "40"]),
+        ("swin", {"head_candidates": [1, 4]}, ["head_candidates", "'stages.0.blocks.0.attention'", "2"]),
+        ("swin", {"head_candidates": [2, 4, 5]}, ["head_candidates", "[2, 4, 5]", "4"]),
+        ("swin", {"head_dim_candidates": [5, 9]}, ["head_dim_candidates", "'stages.0.blocks.0.attention'", "10"]),
+        ("swin", {"head_dim_candidates": [10, 12]}, ["head_dim_candidates", "[10, 12]", "10"]),
+        ("swin", {"mlp_candidates": [50, 72]}, ["mlp_candidates", "'stages.0.blocks.0.mlp'", "36"]),
+        ("swin", {"mlp_candidates": [36, 72, 144]}, ["mlp_candidates", "[36, 72, 144]", "72"]),
+    ],
+    ids=str,
+)
+def test_candidates_that_do_not_fit_the_model_are_refused(family, fields, names):
+    """By the field they were given in: a list is for all submodules of its kind, and holds the full size of each."""
+    with pytest.raises(ValueError, match="candidates is") as error:
+        SEARCHES[family](**fields).search_space(tiny_model(family).config)
+    for name in names:
+        assert name in str(error.value)
+
+
+def test_candidates_of_kinds_that_are_not_searched_need_not_fit():
+    config = SwinBiMaskConfig(search_mlp=False, mlp_candidates=[5000])
+    assert "mlp" not in {submodule.kind for submodule in config.search_space(swin_config())}
+
+
+def test_a_model_of_another_family_is_refused():
+    with pytest.raises(ValueError, match="SwinBiMaskConfig searches SwinConfig models, got a ViTConfig"):
+        SwinBiMaskConfig().search_space(vit_config())
 
 
 def test_a_config_survives_its_file(tmp_path):

@@ -6,7 +6,16 @@ import random
 
 import pytest
 import torch
-from factories import random_candidate, randomize_masks_, search_config, tiny_images, tiny_supernet, tiny_vit
+from factories import (
+    FAMILIES,
+    random_candidate,
+    randomize_masks_,
+    search_config,
+    tiny_images,
+    tiny_model,
+    tiny_supernet,
+    tiny_vit,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,27 +175,6 @@ def test_in_a_coarse_space_the_score_says_who_gets_what_is_left(favourite):
     assert settlement.choice[favourite].size == (20,)
 
 
-def test_many_widths_are_searched_one_at_a_time():
-    """More combinations of widths than can be tried: the budget still holds and is used."""
-    rng = random.Random(0)
-    options, terms = {}, []
-    for stage in range(4):
-        options[f"width{stage}"] = [Option((8 * k,), rng.random() * k) for k in range(1, 9)]
-        for block in range(2):
-            name = f"stage{stage}.block{block}"
-            options[name] = [Option((16 * k,), rng.random() * k) for k in range(1, 9)]
-            terms.append(Term(7 + stage, (f"width{stage}", name)))
-        if stage:
-            terms.append(Term(3, (f"width{stage - 1}", f"width{stage}")))
-    smallest = cost_of(tuple(terms), {name: rows[0].units for name, rows in options.items()})
-    largest = cost_of(tuple(terms), {name: rows[-1].units for name, rows in options.items()})
-    for share in (0.0, 0.05, 0.3, 0.8, 1.0):
-        target = int(smallest + share * (largest - smallest))
-        settlement = settle(options, tuple(terms), {}, target)
-        assert settlement.cost <= target
-        assert settlement.cost >= TIGHTNESS * target
-
-
 # ------------------------------------------------------------------------------------------ the budget of a supernet
 
 
@@ -274,11 +262,12 @@ def test_an_unreachable_budget_is_refused_before_training_and_names_the_smallest
 
 
 @pytest.mark.parametrize("budget", ["target_macs", "target_params"])
-def test_shares_and_absolute_targets_mean_the_same(budget):
-    model = tiny_vit()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shares_and_absolute_targets_mean_the_same(family, budget):
+    model = tiny_model(family)
     dense = (count_macs if budget == "target_macs" else count_params)(model)
-    by_share = install_bi_masks(model, search_config(**{budget: 0.4}))
-    absolute = install_bi_masks(model, search_config(**{budget: int(0.4 * dense)}))
+    by_share = install_bi_masks(model, search_config(family, **{budget: 0.4}))
+    absolute = install_bi_masks(model, search_config(family, **{budget: int(0.4 * dense)}))
     assert by_share.target == absolute.target == int(0.4 * dense)
     assert by_share.dense_cost == dense
     for supernet in (by_share, absolute):
@@ -286,8 +275,9 @@ def test_shares_and_absolute_targets_mean_the_same(budget):
     assert read_subnet(by_share) == read_subnet(absolute)
 
 
-def test_a_budget_of_everything_keeps_a_network_of_nearly_that_size():
-    supernet = tiny_supernet(target_macs=1.0)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_budget_of_everything_keeps_a_network_of_nearly_that_size(family):
+    supernet = tiny_supernet(family=family, target_macs=1.0)
     assert TIGHTNESS * supernet.dense_macs <= count_macs(compress(supernet)) <= supernet.dense_macs
 
 
@@ -315,8 +305,9 @@ def test_importance_and_alpha_lead_the_choice():
         assert sizes[1][1] > sizes[1][0], led_by
 
 
-def test_a_settled_supernet_is_settled_for_good():
-    supernet, images = tiny_supernet(target_macs=0.5), tiny_images()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_settled_supernet_is_settled_for_good(family):
+    supernet, images = tiny_supernet(family=family, target_macs=0.5), tiny_images()
     subnet = supernet.settle_()
     logits = supernet(images).logits.detach()
     assert supernet.is_settled

@@ -85,6 +85,13 @@ class OFBSwinConfig(SwinConfig):
                 f"hidden_size_per_stage[0] is {self.hidden_size_per_stage[0]}, but embed_dim is {self.embed_dim}; both "
                 "are the width of the first stage and must agree."
             )
+        if self.head_dim_per_block is None:
+            for stage, (width, heads) in enumerate(zip(self.hidden_size_per_stage or [], self.num_heads, strict=False)):
+                if width < heads:
+                    raise ValueError(
+                        f"hidden_size_per_stage[{stage}] is {width}, but num_heads[{stage}] is {heads}; without "
+                        "head_dim_per_block these heads would be 0 channels wide."
+                    )
         # The stock config puts the doubled width here, which other libraries read as the width of the output.
         self.hidden_size = self.stage_width(len(self.depths) - 1)
 
