@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import set_seed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -71,16 +72,28 @@ class EpochCallback(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch + 1e-6))
 
 
-class RankSeedCallback(TrainerCallback):
-    """Gives every rank a random stream of its own for dropout and drop path.
+class RandomStreamsCallback(TrainerCallback):
+    """Gives every rank random streams of its own.
 
-    Not earlier: the order of the data is drawn from the seed that all ranks share.
+    Args:
+        generators: seeded from seed, step and rank before every step: a resumed run draws what it would have drawn.
     """
 
+    def __init__(self, *generators: torch.Generator):
+        self.generators = generators
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Seeds with rank; a resumed run then restores each rank's own saved state."""
+        """Seeds dropout and drop path with the rank; a resumed run then restores each rank's own saved state.
+
+        Not earlier: the order of the data is drawn from the seed that all ranks share.
+        """
         if args.world_size > 1:
             set_seed(args.seed, device_specific=True)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Seeds the generators for the step about to run."""
+        for generator in self.generators:
+            generator.manual_seed((args.seed * 1_000_003 + state.global_step) * 4096 + args.process_index)
 
 
 class HistoryCallback(TrainerCallback):

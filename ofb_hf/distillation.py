@@ -1,6 +1,7 @@
 """A Trainer for classifiers that learn from labels, from a teacher, or from both."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from transformers.utils import logging
 
 from .averaging import WeightAverage
-from .callbacks import AverageCallback, EpochCallback, RankSeedCallback
+from .callbacks import AverageCallback, EpochCallback, RandomStreamsCallback
 from .checkpoints import ASIDE, move_into_place
 from .interruption import Interruption, TrainingInterrupted
 from .losses import classification_loss, distillation_loss
@@ -20,6 +21,7 @@ from .training_args import OFBTrainingArguments
 logger = logging.get_logger(__name__)
 
 EMA_FILE = "ema.safetensors"
+BatchAugmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 class DistillationTrainer(Trainer):
@@ -29,6 +31,8 @@ class DistillationTrainer(Trainer):
         model: an image classifier.
         args: `OFBTrainingArguments`.
         teacher: any image classifier with the same labels, or None. It is frozen and only evaluated.
+        batch_augmentation: what is done to batches for training, on the device: images, labels (B,) and a generator
+            -> images and labels (`ofb_hf.data.BatchAugmentation`). Teacher and student see the result.
         kwargs: as for `transformers.Trainer`. Batches hold `pixel_values` (B, C, H, W) and `labels`, either (B,)
             class indices or (B, classes) probabilities.
 
@@ -44,6 +48,7 @@ class DistillationTrainer(Trainer):
         args: OFBTrainingArguments,
         teacher: PreTrainedModel | None = None,
         distillation_weight: float = 1.0,
+        batch_augmentation: BatchAugmentation | None = None,
         **kwargs: Any,
     ):
         if not isinstance(args, OFBTrainingArguments):
@@ -69,7 +74,10 @@ class DistillationTrainer(Trainer):
             self.add_callback(EpochCallback(self.train_dataset))
         self.interruption = Interruption()
         self.add_callback(self.interruption)
-        self.add_callback(RankSeedCallback())
+        self.batch_augmentation = batch_augmentation
+        # On the CPU for what is drawn there, and on the device of the images for what is done to whole batches.
+        self.generator, self.device_generator = torch.Generator(), torch.Generator(args.device)
+        self.add_callback(RandomStreamsCallback(self.generator, self.device_generator))
         self._parts: dict[str, Tensor] = {}
         self._num_parts = 0
         self._run_dir: Path | None = None  # where checkpoints are written to at the moment, if not to their place
@@ -100,7 +108,10 @@ class DistillationTrainer(Trainer):
             outputs = model(**inputs)
             loss = classification_loss(outputs.logits, labels)
             return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
-        outputs, parts, loss = self.training_losses(model, inputs["pixel_values"], labels)
+        pixel_values = inputs["pixel_values"]
+        if self.batch_augmentation is not None:
+            pixel_values, labels = self.batch_augmentation(pixel_values, labels, self.device_generator)
+        outputs, parts, loss = self.training_losses(model, pixel_values, labels)
         self._record(parts, loss)
         return (loss, outputs) if return_outputs else loss
 

@@ -79,7 +79,6 @@ class OFBTrainer(DistillationTrainer):
         super().__init__(model=supernet, args=args, teacher=teacher, distillation_weight=weight, **kwargs)
         self.supernet, self.bi_mask_config = supernet, supernet.bi_mask_config
         self.add_callback(SearchCallback(self))
-        self._generator = torch.Generator()
         self._pmim_sums = torch.zeros(2, device=args.device)
         self._schedule: dict[str, float] = {}
 
@@ -122,7 +121,7 @@ class OFBTrainer(DistillationTrainer):
         if self.supernet.pmim_decoder is None or self._schedule["keep_ratio"] >= 1:
             return None
         rows, columns = self.supernet.dense_architecture.token_grid
-        masked = mask_patches(batch_size, rows * columns, self._schedule["keep_ratio"], self._generator)
+        masked = mask_patches(batch_size, rows * columns, self._schedule["keep_ratio"], self.generator)
         return masked.to(self.args.device)
 
     def begin_search_step(self) -> None:
@@ -147,8 +146,6 @@ class OFBTrainer(DistillationTrainer):
         supernet.lam.fill_(lam)
         supernet.refresh_liveness()
         self._pmim_sums.zero_()
-        # One stream per step and rank: a resumed run hides the same patches, two ranks hide different ones.
-        self._generator.manual_seed((self.args.seed * 1_000_003 + step) * 4096 + self.args.process_index)
 
     @torch.no_grad()
     def _fit_alpha(self) -> None:
