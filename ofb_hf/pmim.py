@@ -104,7 +104,16 @@ class PMIMDecoder(nn.Module):
         self.projection = nn.Conv2d(hidden_size, stride**2 * num_channels, kernel_size=1)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """tokens (B, N, C), N = rows * columns of `grid` -> image (B, channels, rows * stride, columns * stride)."""
+        """tokens (B, N, C), N = rows * columns of `grid` -> image (B, channels, rows * stride, columns * stride).
+
+        Raises:
+            ValueError: for another number of tokens, as images of another size than the config's give.
+        """
+        if tokens.shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                f"the network gave {tokens.shape[1]} tokens, but its config's image_size makes {grid[0]} x {grid[1]}; "
+                "masked image modelling needs images of that size."
+            )
         features = tokens.transpose(1, 2).unflatten(2, grid)
         return F.pixel_shuffle(self.projection(features), self.stride)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import randomize_masks_, search_config, tiny_model
+from factories import randomize_masks_, search_config, tiny_images, tiny_model, tiny_supernet
 from invariants import assert_close, images_for, masked_patches, open_masks_
 from torch import Tensor, nn
 
@@ -133,3 +133,9 @@ def first_hidden_state(supernet: Supernet) -> Tensor:
     supernet(images_for(supernet), bool_masked_pos=masked_patches(supernet))
     hook.remove()
     return captured[0][0] if isinstance(captured[0], tuple) else captured[0]
+
+
+def test_images_of_another_size_are_refused_in_words_when_they_are_to_be_repainted():
+    supernet = tiny_supernet(family="swin")
+    with pytest.raises(ValueError, match="36 tokens, but its config's image_size makes 4 x 4"):
+        supernet(tiny_images(size=24), bool_masked_pos=torch.zeros(2, 144, dtype=torch.bool))
