@@ -20,7 +20,9 @@ from transformers import (
 )
 
 from ofb_hf.data import SeededImages, build_transform, with_image_transform
-from ofb_hf.data.transforms import CROP_RATIO, CROP_SCALE, _jitter, _random_box
+from ofb_hf.data.augmentation_args import AugmentationArguments
+from ofb_hf.data.randaugment import ColorJitter, RandAugment
+from ofb_hf.data.transforms import CROP_RATIO, CROP_SCALE, DEIT_CROP_SCALE, _jitter, _random_box
 
 MODES = ["RGB", "L", "RGBA", "CMYK", "P", "LA", "1"]
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -81,7 +83,7 @@ def test_augmented_images_have_the_models_shape(augmentation, side, width, heigh
     assert pixels.abs().max() <= 1
 
 
-@pytest.mark.parametrize("augmentation", ["light", "standard"])
+@pytest.mark.parametrize("augmentation", ["light", "standard", "deit"])
 @pytest.mark.parametrize("side", [32, 96])
 def test_augmentation_is_random_and_follows_torchs_seed(augmentation, side):
     transform, image = build_transform(square(side), augmentation, train=True), noise(100, 90)
@@ -160,12 +162,13 @@ def test_random_crops_lie_in_the_image(width, height, seed):
     assert h > 0
 
 
-def test_random_crops_span_the_allowed_areas_and_ratios():
+@pytest.mark.parametrize("scale", [CROP_SCALE, DEIT_CROP_SCALE])
+def test_random_crops_span_the_allowed_areas_and_ratios(scale):
     torch.manual_seed(0)
-    boxes = np.array([_random_box(1000, 1000) for _ in range(2000)])
+    boxes = np.array([_random_box(1000, 1000, scale) for _ in range(2000)])
     area, ratio = boxes[:, 2] * boxes[:, 3] / 1e6, boxes[:, 2] / boxes[:, 3]
-    assert CROP_SCALE[0] - 0.01 < area.min() < 0.4
-    assert 0.9 < area.max() <= CROP_SCALE[1]
+    assert scale[0] - 0.01 < area.min() < scale[0] + 0.05
+    assert 0.9 < area.max() <= scale[1]
     assert CROP_RATIO[0] - 0.01 < ratio.min() < 0.8
     assert 1.25 < ratio.max() < CROP_RATIO[1] + 0.01
 
@@ -178,6 +181,170 @@ def test_jitter_leaves_neutral_factors_alone_and_scales_the_rest():
     halves = PILImage.new("RGB", (4, 4), (60, 60, 60))
     halves.paste((140, 140, 140), (0, 0, 2, 4))
     assert _jitter(halves, 1.0, 0.5).getcolors() == [(8, (120,) * 3), (8, (80,) * 3)]
+
+
+# ---------------------------------------------------------------------------------------------------- DeiT's recipe
+
+PLAIN = AugmentationArguments(auto_augment=None, color_jitter=0.0)
+
+
+def ramps(width: int, height: int) -> PILImage.Image:
+    """Red grows from left to right, green from top to bottom."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([255 * x / (width - 1), 255 * y / (height - 1), np.full_like(x, 90)], axis=-1)
+    return PILImage.fromarray(pixels.round().astype(np.uint8))
+
+
+def bicubic(side: int, **options) -> ViTImageProcessorPil:
+    """An image processor as DeiT's, for squares."""
+    options = {"resample": PILImage.Resampling.BICUBIC, **IMAGENET} | options
+    return ViTImageProcessorPil(size={"height": side, "width": side}, **options)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@given(width=st.integers(1, 200), height=st.integers(1, 200), mode=st.sampled_from(MODES))
+def test_deit_gives_gray_levels_of_the_models_shape(name, width, height, mode):
+    expected = build_transform(PROCESSORS[name], "none", train=False)
+    image = noise(width, height, mode)
+    if name == "only crop":
+        image = noise(expected.width, expected.height, mode)
+    pixels = build_transform(PROCESSORS[name], "deit", train=True)(image)
+    assert pixels.shape == (3, expected.height, expected.width)
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
+
+
+@pytest.mark.parametrize("resample", [PILImage.Resampling.BICUBIC, PILImage.Resampling.BILINEAR])
+def test_deit_cuts_then_resizes_then_mirrors_half_of_the_images(resample, monkeypatch):
+    image, box = noise(60, 50), (7, 9, 41, 30)
+    processor = bicubic(24, resample=resample)
+    transform = build_transform(processor, "deit", train=True, augmentation_args=PLAIN)
+    scales = []
+    monkeypatch.setattr("ofb_hf.data.transforms._random_box", lambda w, h, scale: scales.append((w, h, scale)) or box)
+    left, top, width, height = box
+    upright = image.crop((left, top, left + width, top + height)).resize((24, 24), resample)
+    upright = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    draws = [transform(image) for _ in range(400)]
+    mirrored = sum(torch.equal(pixels, upright.flip(2)) for pixels in draws)
+    assert mirrored + sum(torch.equal(pixels, upright) for pixels in draws) == 400
+    assert 160 <= mirrored <= 240
+    assert set(scales) == {(60, 50, (0.08, 1.0))}
+
+
+def test_deit_crops_from_8_percent_up():
+    transform = build_transform(bicubic(32), "deit", train=True, augmentation_args=PLAIN)
+    crops = torch.stack([transform(ramps(256, 256)) for _ in range(400)]).float()
+    shares = (crops[:, 0].amax((1, 2)) - crops[:, 0].amin((1, 2))) * (
+        crops[:, 1].amax((1, 2)) - crops[:, 1].amin((1, 2))
+    )
+    shares = shares / 255**2
+    assert 0.05 < shares.min() < 0.15
+    assert 0.85 < shares.max() <= 1
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.06)
+
+
+def test_deit_turns_a_policy_or_jitter_on():
+    image = noise(40, 40)
+
+    def changing(processor, **options):
+        arguments = AugmentationArguments(**options)
+        return build_transform(processor, "deit", train=True, augmentation_args=arguments).change_colors
+
+    cubic, gray = PILImage.Resampling.BICUBIC, (128, 128, 128)
+    assert build_transform(bicubic(8), "deit", train=True).change_colors == RandAugment.from_policy(
+        "rand-m9-mstd0.5-inc1", (124, 116, 104), cubic
+    )
+    policy = {"auto_augment": "rand-m7-n3"}
+    assert changing(square(8), **policy) == RandAugment(7.0, 3, fill=gray, resample=PILImage.Resampling.BILINEAR)
+    assert changing(bicubic(8, do_normalize=False), **policy) == RandAugment(7.0, 3, fill=gray, resample=cubic)
+    assert changing(PROCESSORS["not rescaled"], **policy).fill == (100, 110, 120)
+    lanczos = bicubic(8, resample=PILImage.Resampling.LANCZOS)  # not for rotations
+    assert changing(lanczos, **policy).resample is None
+    assert build_transform(lanczos, "deit", train=True)(image).shape == (3, 8, 8)
+    assert changing(square(8), auto_augment=None, color_jitter=0.4) == ColorJitter(0.4)
+
+
+@pytest.mark.parametrize("arguments", [None, AugmentationArguments(auto_augment="none")])
+def test_deit_changes_colors_after_the_crop(arguments):
+    """On an image of one color nothing but the colors can change."""
+    transform = build_transform(bicubic(16), "deit", train=True, augmentation_args=arguments)
+    image = PILImage.new("RGB", (40, 30), (200, 100, 50))
+    means = torch.stack([transform(image).float().mean((1, 2)) for _ in range(60)])
+    unchanged = (means == torch.tensor([200.0, 100.0, 50.0])).all(1).float().mean()
+    assert unchanged < 0.7
+    assert means.unique(dim=0).shape[0] > 15
+
+
+# ------------------------------------------------------------------------------------------------ evaluation like timm
+
+
+@pytest.mark.parametrize(
+    ("side", "crop_pct", "resized"), [(224, 0.875, 256), (224, 0.9, 248), (384, 1.0, 384), (30, 0.95, 31), (1, 0.4, 2)]
+)
+@given(width=st.integers(1, 300), height=st.integers(1, 300))
+def test_crop_pct_resizes_the_shorter_side_and_cuts_the_middle_out(side, crop_pct, resized, width, height):
+    processor, image = bicubic(side), noise(width, height)
+    long = int(resized * max(width, height) / min(width, height))
+    if long > 4000:
+        return  # a thread, blown up
+    whole = image.resize((resized, long) if width <= height else (long, resized), processor.resample)
+    left, top = (round((length - side) / 2) for length in whole.size)
+    pixels = np.asarray(whole.crop((left, top, left + side, top + side)))
+    expected = (torch.from_numpy(pixels / 255) - torch.tensor(IMAGENET["image_mean"])) / torch.tensor(
+        IMAGENET["image_std"]
+    )
+    actual = build_transform(processor, "none", train=False, eval_crop_pct=crop_pct)(image)
+    assert actual.shape == (3, side, side)
+    torch.testing.assert_close(actual, expected.permute(2, 0, 1).float(), rtol=0, atol=1e-5)
+
+
+def test_crop_pct_covers_models_that_are_no_squares():
+    processor = ViTImageProcessorPil(size={"height": 30, "width": 60}, image_mean=[0.0] * 3, image_std=[1 / 255] * 3)
+    for image, resized in ((ramps(100, 100), (66, 66)), (ramps(400, 100), (132, 33)), (ramps(71, 100), (66, 93))):
+        whole = image.resize(resized, processor.resample)
+        left, top = round((resized[0] - 60) / 2), round((resized[1] - 30) / 2)
+        expected = torch.from_numpy(np.array(whole.crop((left, top, left + 60, top + 30)))).permute(2, 0, 1).float()
+        actual = build_transform(processor, "none", train=False, eval_crop_pct=0.9)(image)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_crop_pct_takes_the_place_of_what_the_processor_does(name):
+    """The same for processors that squash, pad or do not resize; and the same for training without augmentation."""
+    image = noise(50, 41)
+    transform = build_transform(PROCESSORS[name], "deit", train=False, eval_crop_pct=0.8)
+    shown = transform(image)
+    plain = build_transform(PROCESSORS[name], "none", train=False)
+    assert shown.shape == (3, plain.height, plain.width)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(image), shown)
+    assert torch.equal(build_transform(PROCESSORS[name], "none", train=True, eval_crop_pct=0.8)(image), shown)
+    for augmentation in ("light", "standard", "deit"):  # trained on the usual pixels
+        torch.manual_seed(0)
+        expected = build_transform(PROCESSORS["square"], augmentation, train=True)(image)
+        torch.manual_seed(0)
+        actual = build_transform(PROCESSORS["square"], augmentation, train=True, eval_crop_pct=0.8)(image)
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("crop_pct", [0, -0.5, 1.01, float("nan")])
+def test_crop_pct_out_of_range_is_refused(crop_pct):
+    with pytest.raises(ValueError, match=r"eval_crop_pct is .*; it must lie above 0 and be at most 1"):
+        build_transform(square(8), "none", train=False, eval_crop_pct=crop_pct)
+
+
+@pytest.mark.parametrize(("side", "crop_pct"), [(224, 0.875), (224, 0.9), (96, 0.95), (48, 1.0)])
+def test_crop_pct_equals_timm(side, crop_pct):
+    try:
+        from timm.data import create_transform
+    except (ImportError, RuntimeError) as error:  # a torchvision of another build raises a RuntimeError
+        pytest.skip(f"timm cannot be imported: {error}")
+    theirs = create_transform(side, interpolation="bicubic", crop_pct=crop_pct)
+    ours = build_transform(bicubic(side), "none", train=False, eval_crop_pct=crop_pct)
+    for size in ((300, 200), (201, 333), (97, 96), (side, side), (50, 75)):
+        torch.testing.assert_close(ours(noise(*size)), theirs(noise(*size)), rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
 
 
 def dataset(count: int = 7) -> Dataset:
@@ -199,7 +366,7 @@ def test_rows_become_tensors_and_integers():
     assert batch["labels"].tolist() == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("augmentation", ["none", "light", "standard"])
+@pytest.mark.parametrize("augmentation", ["none", "light", "standard", "deit"])
 def test_transforms_travel_to_loader_processes(augmentation):
     transform = build_transform(square(8), augmentation, train=True)
     image = noise(12, 9)
@@ -226,7 +393,7 @@ def test_loader_processes_draw_different_numbers():
 
 
 def test_unknown_augmentation_is_refused():
-    with pytest.raises(ValueError, match=r"'strong'; allowed are auto, none, light, standard"):
+    with pytest.raises(ValueError, match=r"'strong'; allowed are auto, none, light, standard, deit"):
         build_transform(square(8), "strong", train=True)
 
 
@@ -267,9 +434,10 @@ def test_wrong_inputs_are_refused_in_words():
         transform(None)
 
 
-def test_seeded_images_depend_on_seed_epoch_and_row_alone():
+@pytest.mark.parametrize("augmentation", ["standard", "deit"])
+def test_seeded_images_depend_on_seed_epoch_and_row_alone(augmentation):
     rows = dataset()
-    transform = build_transform(PROCESSORS["square"], "standard", train=True)
+    transform = build_transform(PROCESSORS["square"], augmentation, train=True)
 
     def images(seed, epoch, order):
         seeded = SeededImages(rows, transform, "img", "kind", seed)

@@ -11,19 +11,31 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-AUGMENTATIONS = ("auto", "none", "light", "standard")
+from .augmentation_args import AugmentationArguments
+from .mixing import pixel_statistics
+from .randaugment import MIDDLE_GRAY, RESAMPLINGS, ColorJitter, RandAugment
+
+AUGMENTATIONS = ("auto", "none", "light", "standard", "deit")
 SMALL_IMAGE = 64
 JITTER = 0.3
 LIGHT_SHARE = 0.1
 LIGHT_DEGREES = 10.0
 CROP_SCALE = (0.35, 1.0)
+DEIT_CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 GRAY_LEVELS = 256
 
 
-def build_transform(image_processor: Any, augmentation: str, train: bool) -> "ImageTransform":
-    """A callable from PIL image to float32 tensor (3, H, W), with the sizes and numbers of an image processor.
+def build_transform(
+    image_processor: Any,
+    augmentation: str,
+    train: bool,
+    *,
+    augmentation_args: AugmentationArguments | None = None,
+    eval_crop_pct: float | None = None,
+) -> "ImageTransform":
+    """A callable from PIL image to tensor (3, H, W), float32, with the sizes and numbers of an image processor.
 
     Without augmentation the result is what the processor returns for the image in RGB, so a published model sees in
     `pipeline("image-classification")` the pixels it was evaluated on.
@@ -31,19 +43,29 @@ def build_transform(image_processor: Any, augmentation: str, train: bool) -> "Im
     Args:
         image_processor: of transformers, one that resizes, crops, rescales and normalizes.
         augmentation: "none"; "light": small shifts, turns and changes of scale; "standard": crops, flips, brightness
-            and contrast; "auto": standard.
+            and contrast; "auto": standard; "deit": DeiT's recipe. Its tensors are uint8: normalization and the rest
+            of the recipe are `BatchAugmentation`'s.
         train: False ignores the augmentation.
+        augmentation_args: what "deit" does; the recipe's numbers if left out.
+        eval_crop_pct: without augmentation, timm's way instead of the processor's: the shorter side becomes
+            H / eval_crop_pct (0.875: 256 for 224), then the middle is cut out.
 
     Raises:
-        ValueError: for an unknown augmentation, and for a processor whose output has no fixed size, is not made of
-            three channels, or takes more steps than these.
+        ValueError: for an unknown augmentation, an eval_crop_pct out of range, and for a processor whose output has no
+            fixed size, is not made of three channels, or takes more steps than these.
     """
     if augmentation not in AUGMENTATIONS:
         raise ValueError(f"augmentation is {augmentation!r}; allowed are {', '.join(AUGMENTATIONS)}.")
-    kinds = {"none": ImageTransform, "light": LightTransform, "standard": StandardTransform, "auto": StandardTransform}
+    if eval_crop_pct is not None and not 0 < eval_crop_pct <= 1:
+        raise ValueError(f"eval_crop_pct is {eval_crop_pct}; it must lie above 0 and be at most 1, e.g. 0.875.")
     evaluation = ImageTransform(image_processor)
     _check_same_pixels(evaluation, image_processor)
-    return kinds[augmentation](image_processor) if train else evaluation
+    if not train or augmentation == "none":
+        return evaluation if eval_crop_pct is None else CropPctTransform(image_processor, eval_crop_pct)
+    if augmentation == "deit":
+        return DeiTTransform(image_processor, augmentation_args or AugmentationArguments())
+    kinds = {"light": LightTransform, "standard": StandardTransform, "auto": StandardTransform}
+    return kinds[augmentation](image_processor)
 
 
 def with_image_transform(
@@ -134,7 +156,7 @@ class ImageTransform:
         self.table = _normalization_table(image_processor)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """PIL image of any mode -> (3, H, W) float32."""
+        """PIL image of any mode -> (3, H, W), as `to_tensor` makes it."""
         if not isinstance(image, Image.Image):
             raise TypeError(f"got {type(image).__name__}, expected a PIL image; check the image column for empty rows.")
         image = self.prepare(image.convert("RGB"))
@@ -143,7 +165,10 @@ class ImageTransform:
                 f"the image has {image.width} x {image.height} pixels, but the model takes {self.width} x "
                 f"{self.height} and the image processor does not resize; set its do_resize."
             )
-        levels = np.asarray(image)
+        return self.to_tensor(np.asarray(image))
+
+    def to_tensor(self, levels: np.ndarray) -> Tensor:
+        """Gray levels (H, W, 3), uint8 -> (3, H, W), float32."""
         # All pixels are one of 256 levels by now: looking the result up is exact, and faster than computing it.
         return torch.from_numpy(np.stack([self.table[c].take(levels[..., c]) for c in range(3)]))
 
@@ -153,6 +178,27 @@ class ImageTransform:
             height, width = self.resize_to(image)
             image = image.resize((width, height), self.resample)
         return _center_crop(image, self.height, self.width) if self.crops else image
+
+
+class CropPctTransform(ImageTransform):
+    """Evaluation as in timm: resize so that the middle can be cut out of it, whatever the image processor does instead.
+
+    The cut part takes up `crop_pct` of a square image's side; no image is squashed.
+    """
+
+    def __init__(self, image_processor: Any, crop_pct: float):
+        super().__init__(image_processor)
+        height, width = math.floor(self.height / crop_pct), math.floor(self.width / crop_pct)
+        # Not the same for squares, whose longer side timm rounds down.
+        self.resize_to = _ShortestEdge(height) if height == width else _Covering(height, width)
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        """RGB image of any size -> RGB image of the model's size."""
+        height, width = self.resize_to(image)
+        image = image.resize((width, height), self.resample)
+        # timm cuts at the nearest pixel (at the even one of two), transformers at the one before.
+        left, top = round((width - self.width) / 2), round((height - self.height) / 2)
+        return image.crop((left, top, left + self.width, top + self.height))
 
 
 class LightTransform(ImageTransform):
@@ -200,12 +246,39 @@ class StandardTransform(ImageTransform):
         return image.resize((self.width, self.height), Image.Resampling.BICUBIC, box=box)
 
 
-def _random_box(width: int, height: int) -> tuple[int, int, int, int]:
+class DeiTTransform(ImageTransform):
+    """For photos, as DeiT trains: a random crop, mirrored in one of two cases, then RandAugment or colour jitter.
+
+    Returns uint8 gray levels. Interpolation is the image processor's; what comes from outside an image is its mean.
+    """
+
+    def __init__(self, image_processor: Any, args: AugmentationArguments):
+        super().__init__(image_processor)
+        self.change_colors: Callable[[Image.Image], Image.Image] = ColorJitter(args.color_jitter)
+        if args.auto_augment is not None:
+            resample = self.resample if self.resample in RESAMPLINGS else None
+            self.change_colors = RandAugment.from_policy(args.auto_augment, _mean_color(image_processor), resample)
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        """RGB image of any size -> RGB image of the model's size."""
+        left, top, width, height = _random_box(image.width, image.height, DEIT_CROP_SCALE)
+        # Cut first: a resize with a box would blend in what lies around it.
+        image = image.crop((left, top, left + width, top + height)).resize((self.width, self.height), self.resample)
+        if _uniform(1, 0, 1)[0] < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self.change_colors(image)
+
+    def to_tensor(self, levels: np.ndarray) -> Tensor:
+        """Gray levels (H, W, 3), uint8 -> (3, H, W), uint8."""
+        return torch.from_numpy(levels.transpose(2, 0, 1).copy())
+
+
+def _random_box(width: int, height: int, scale: tuple[float, float] = CROP_SCALE) -> tuple[int, int, int, int]:
     """Left, top, width and height of a random part: its area and its aspect ratio (in logarithms) are uniform."""
     log_ratio = [math.log(ratio) for ratio in CROP_RATIO]
     for _ in range(CROP_ATTEMPTS):
         area, ratio, x, y = _uniform(4, 0, 1)
-        area = width * height * (CROP_SCALE[0] + area * (CROP_SCALE[1] - CROP_SCALE[0]))
+        area = width * height * (scale[0] + area * (scale[1] - scale[0]))
         ratio = math.exp(log_ratio[0] + ratio * (log_ratio[1] - log_ratio[0]))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -231,6 +304,13 @@ def _background(image: Image.Image) -> tuple[int, ...]:
     return tuple(sorted(levels)[1] for levels in zip(*corners, strict=True))
 
 
+def _mean_color(image_processor: Any) -> tuple[int, ...]:
+    """What the processor maps to zero; a middle gray if it does not normalize."""
+    if not getattr(image_processor, "do_normalize", None):
+        return MIDDLE_GRAY
+    return tuple(min(GRAY_LEVELS - 1, max(0, round(level))) for level in pixel_statistics(image_processor)[0])
+
+
 def _uniform(count: int, low: float, high: float) -> list[float]:
     """Random numbers from torch's global generator: it follows the seed and differs between loader workers."""
     return (low + (high - low) * torch.rand(count, dtype=torch.float64)).tolist()
@@ -253,6 +333,18 @@ class _ShortestEdge:
         short, long = sorted(image.size)
         other = int(self.edge * long / short)
         return (other, self.edge) if image.width <= image.height else (self.edge, other)
+
+
+@dataclass(frozen=True)
+class _Covering:
+    """The smallest size in the proportions of the image that covers height and width."""
+
+    height: int
+    width: int
+
+    def __call__(self, image: Image.Image) -> tuple[int, int]:
+        shrink = min(image.height / self.height, image.width / self.width)
+        return round(image.height / shrink), round(image.width / shrink)
 
 
 def _resize_target(size: Any) -> Callable[[Image.Image], tuple[int, int]]:
