@@ -71,6 +71,11 @@ class EpochCallback(TrainerCallback):
         """Passes the number of the epoch on, also in the middle of a resumed one."""
         self.dataset.set_epoch(int(state.epoch + 1e-6))
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Lets a stream report what it could not read."""
+        if hasattr(self.dataset, "end_epoch"):
+            self.dataset.end_epoch()
+
 
 class RandomStreamsCallback(TrainerCallback):
     """Gives every rank random streams of its own.

@@ -9,7 +9,7 @@ import torch
 
 from .architectures import FAMILIES
 from .configuration import BiMaskConfig
-from .data import DataArguments
+from .data import AugmentationArguments, DataArguments
 from .training_args import OFBTrainingArguments
 from .workflow import finetune as finetune_workflow
 from .workflow import search as search_workflow
@@ -43,14 +43,15 @@ def search(argv: list[str] | None = None, **demo: Any) -> dict[str, Any]:
         argv: words of the command line, None for the process's own.
         demo: settings of the demonstration, which runs when neither model nor data are named.
     """
-    classes = [ModelArguments, DataArguments, BiMaskConfig, FinetuneArguments, OFBTrainingArguments]
+    classes = [ModelArguments, DataArguments, AugmentationArguments]
+    classes += [BiMaskConfig, FinetuneArguments, OFBTrainingArguments]
     walk = _in_words(lambda: search_workflow.prepare(*parse(classes, argv, SEARCH, demo)))
     return _closing_processes(lambda: search_workflow.run(walk))
 
 
 def finetune(argv: list[str] | None = None) -> dict[str, Any]:
     """Entry of `recipes/finetune.py` and `ofb-hf finetune`. Returns the results."""
-    classes = [ModelArguments, DataArguments, OFBTrainingArguments]
+    classes = [ModelArguments, DataArguments, AugmentationArguments, OFBTrainingArguments]
     job = _in_words(lambda: finetune_workflow.prepare(*parse(classes, argv, FINETUNE)))
     return _closing_processes(lambda: finetune_workflow.run(job))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
@@ -93,6 +94,24 @@ class DistillationTrainer(Trainer):
             )
             raise TrainingInterrupted(128 + signal)
         return result
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's, or the loader of a data set that has one for every rank (`ofb_hf.data.ImageStream`)."""
+        if not hasattr(self.train_dataset, "loader"):
+            return super().get_train_dataloader()
+        args = self.args
+        options = {"pin_memory": args.dataloader_pin_memory}
+        if args.dataloader_num_workers:
+            options["persistent_workers"] = args.dataloader_persistent_workers
+            options["prefetch_factor"] = args.dataloader_prefetch_factor
+        return self.train_dataset.loader(
+            self._train_batch_size,
+            args.process_index,
+            args.world_size,
+            args.dataloader_num_workers,
+            drop_last=args.dataloader_drop_last,
+            **options,
+        )
 
     def compute_loss(
         self,

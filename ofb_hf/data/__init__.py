@@ -1,19 +1,32 @@
 """Images to train and to evaluate on: loading, checking, augmenting.
 
 `load_image_data(DataArguments(...))` gives both splits, `build_transform` what turns an image into the model's input,
-and `with_image_transform` joins the two into a data set that a Trainer takes as it is.
+and `with_image_transform` joins the two into a data set that a Trainer takes as it is. With `streaming=True` the
+training split is a `StreamedSplit`, and `ImageStream` reads and augments it while a model trains.
 """
 
+from .augmentation_args import AugmentationArguments
+from .decoding import TooManyBadImagesError
 from .digits import load_digits_data
 from .loading import DataArguments, load_image_data
+from .mixing import BatchAugmentation
+from .network import DatasetAccessError, StreamBrokenError
 from .splits import ImageData
+from .streaming import ImageStream, StreamedSplit
 from .transforms import ImageTransform, SeededImages, build_transform, with_image_transform
 
 __all__ = [
+    "AugmentationArguments",
+    "BatchAugmentation",
     "DataArguments",
+    "DatasetAccessError",
     "ImageData",
+    "ImageStream",
     "ImageTransform",
     "SeededImages",
+    "StreamBrokenError",
+    "StreamedSplit",
+    "TooManyBadImagesError",
     "build_transform",
     "load_digits_data",
     "load_image_data",

@@ -7,7 +7,7 @@ from datasets.features.features import FeatureType
 
 IMAGE_NAMES = ("image", "img")
 DISCRETE = ("int", "uint", "bool", "string", "large_string", "null")
-LABEL_NAMES = ("label", "labels", "fine_label", "class")
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls")
 
 
 def find_image_column(features: Features, named: str | None) -> str:

@@ -6,18 +6,23 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetBuilder, DatasetDict, Features, load_dataset, load_dataset_builder
 from PIL import Image as PILImage
 
+from .blocks import open_source
 from .columns import column_values, decode_images, encode_labels, find_image_column, find_label_column
 from .digits import load_digits_data
+from .network import hub_refusals_in_words, patiently
 from .splits import ImageData, hold_out, limit
+from .streaming import StreamedSplit
 from .transforms import AUGMENTATIONS
 
 EVAL_SPLITS = ("validation", "val", "valid", "test")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # What only makes sense for data of one's own; the embedded digits would silently ignore it.
-NOT_FOR_DIGITS = ("dataset_config_name", "train_split", "eval_split", "image_column", "label_column")
+NOT_FOR_DIGITS = ("dataset_config_name", "train_split", "eval_split", "image_column", "label_column", "streaming")
+ONLY_FOR_STREAMING = ("shuffle_buffer", "num_train_examples", "max_bad_share")
+TABLES = (".parquet", ".tar")
 
 
 @dataclass
@@ -37,8 +42,8 @@ class DataArguments:
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "A folder with parquet files (train-*.parquet, also in a subfolder `data`), or with one folder of "
-            "images per class, directly or below `train` and e.g. `test`."
+            "help": "A folder with parquet files (train-*.parquet, also in a subfolder `data`) or WebDataset archives "
+            "(train-*.tar), or with one folder of images per class, directly or below `train` and e.g. `test`."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Name of the split to train on."})
@@ -59,7 +64,8 @@ class DataArguments:
         default=0.1, metadata={"help": "Share of the training split held out if there is no split to evaluate on."}
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on a random subset of this size (always the same one)."}
+        default=None,
+        metadata={"help": "Train on a random subset of this size (always the same one); of a stream, the first ones."},
     )
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Evaluate on a random subset of this size (always the same one)."}
@@ -69,6 +75,35 @@ class DataArguments:
         metadata={
             "help": "'standard' (crops, flips, brightness and contrast), 'light' (small shifts and turns, no flip: "
             "digits, characters), 'none', or 'auto' = standard."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training split while training, and never store it. The split to evaluate on is loaded."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=1000,
+        metadata={
+            "help": "Streaming: how many encoded images every worker holds and chooses the next one from. Shards, or "
+            "row groups, come in a new random order in every epoch; data sorted by class needs more than one of them "
+            "in the buffer."
+        },
+    )
+    num_train_examples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Streaming formats without an index (e.g. WebDataset): how many training examples there are, "
+            "instead of counting them once. Shards then pass for equally long; if they are not, a longer one is cut "
+            "and a shorter one repeats."
+        },
+    )
+    max_bad_share: float = field(
+        default=0.01,
+        metadata={
+            "help": "Streaming: images that cannot be decoded are replaced by others and counted; the run stops when "
+            "they are more than this share of an epoch's images."
         },
     )
 
@@ -84,6 +119,7 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1. Leave it out to use all images.")
+        self._check_streaming()
         if self.augmentation not in AUGMENTATIONS:
             raise ValueError(f"augmentation is {self.augmentation!r}; allowed are {', '.join(AUGMENTATIONS)}.")
         if self.dataset_name is None and self.data_dir is None:
@@ -94,38 +130,60 @@ class DataArguments:
                 "data_dir at the folder you mean, or give the folder as dataset_name."
             )
 
-    def _check_digits(self) -> None:
-        defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
-        given = {name: getattr(self, name) for name in NOT_FOR_DIGITS if getattr(self, name) != defaults[name]}
-        if given:
+    def _check_streaming(self) -> None:
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer is {self.shuffle_buffer}; it must be at least 1, e.g. 1000.")
+        if self.num_train_examples is not None and self.num_train_examples < 1:
+            raise ValueError(f"num_train_examples is {self.num_train_examples}; it must be at least 1, or left out.")
+        if not 0 <= self.max_bad_share < 1:
+            raise ValueError(f"max_bad_share is {self.max_bad_share}; it must be at least 0 and below 1, e.g. 0.01.")
+        if not self.streaming and (given := self._given(ONLY_FOR_STREAMING)):
             raise ValueError(
-                f"{', '.join(f'{name} is {value!r}' for name, value in given.items())}, but no data is named, and the "
-                "embedded digits have nothing to choose. Give dataset_name or data_dir as well."
+                f"{given}, which means something for streams only. Give streaming as well, or leave it out."
             )
+
+    def _check_digits(self) -> None:
+        if given := self._given(NOT_FOR_DIGITS):
+            raise ValueError(
+                f"{given}, but no data is named, and the embedded digits have nothing to choose. Give dataset_name or "
+                "data_dir as well."
+            )
+
+    def _given(self, names: tuple[str, ...]) -> str:
+        """Those of these fields that do not have their default, in words."""
+        defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        return ", ".join(f"{name} is {value!r}" for name in names if (value := getattr(self, name)) != defaults[name])
 
 
 def load_image_data(args: DataArguments) -> ImageData:
     """Loads both splits, finds images and labels, and makes sure that every row can be used.
 
     A missing evaluation split is held out from the training split: always the same rows, every class in proportion.
+    With `args.streaming` the training split is a `StreamedSplit`, and its labels are checked when they are read.
 
     Raises:
         ValueError: for a folder that is missing or holds no images, splits that are missing or empty, columns that
             cannot be found, and labels that are missing or not one class per image.
+        DatasetAccessError: for data on the Hub that is gated, private or missing.
         ImportError: if the digits are asked for and scikit-learn is not installed.
     """
-    data = load_digits_data() if args.dataset_name is None and args.data_dir is None else _load(args)
-    return replace(data, train=limit(data.train, args.max_train_samples), eval=limit(data.eval, args.max_eval_samples))
+    if args.dataset_name is None and args.data_dir is None:
+        data = load_digits_data()
+    else:
+        with hub_refusals_in_words(args.dataset_name or args.data_dir):
+            data = _load_streamed(args) if args.streaming else _load(args)
+    train = data.train if args.streaming else limit(data.train, args.max_train_samples)
+    return replace(data, train=train, eval=limit(data.eval, args.max_eval_samples))
 
 
 def _load(args: DataArguments) -> ImageData:
-    if args.data_dir is None:
-        name, available = args.dataset_name, _load_splits(args.dataset_name, args.dataset_config_name)
-    else:
-        name, available = args.data_dir, _load_folder(Path(args.data_dir).expanduser(), args)
-    if Path(name).expanduser().exists():
-        name = Path(name).expanduser().resolve().name  # Reports are published; folders of this machine stay private.
-    splits = _choose_splits(available, args)
+    path, options = _location(args)
+    available = _load_splits(path, **options)
+    splits = {name: available[name] for name in _choose_splits(list(available), args)}
+    for name, dataset in splits.items():
+        if len(dataset) == 0:
+            field_name = "train_split" if name == args.train_split else "eval_split"
+            raise ValueError(f"split {name!r} is empty; add its rows, or name another one with --{field_name}.")
     features = splits[args.train_split].features
     image_column = find_image_column(features, args.image_column)
     label_column = find_label_column(features, args.label_column)
@@ -136,12 +194,66 @@ def _load(args: DataArguments) -> ImageData:
     splits, label_names = encode_labels(splits, label_column)
     train, *rest = splits.values()
     train, held_out = (train, rest[0]) if rest else _hold_out_eval(train, label_column, args.eval_share)
-    return ImageData(name, train, held_out, image_column, label_column, label_names)
+    return ImageData(_public_name(args), train, held_out, image_column, label_column, label_names)
 
 
-def _load_splits(path: str, *args: Any, **kwargs: Any) -> DatasetDict:
+def _load_streamed(args: DataArguments) -> ImageData:
+    """The training split as a `StreamedSplit`, the other one loaded."""
+    path, options = _location(args)
+    builder = patiently(lambda: load_dataset_builder(path, **options), f"looking {path} up")
+    if builder.config.data_files is None:
+        raise ValueError(
+            f"{path} cannot be reached, and a copy in the cache cannot be streamed; leave --streaming out."
+        )
+    streams = patiently(builder.as_streaming_dataset, f"opening {path}")
+    train_split, *rest = _choose_splits(list(streams), args)
+    if not rest:
+        raise ValueError(
+            f"split {train_split!r} is to be trained and evaluated on, but nothing can be held out from a stream; the "
+            f"data has {sorted(streams)}. Name another one with --eval_split, or leave --streaming out."
+        )
+    features = streams[train_split].features
+    image_column = find_image_column(features, args.image_column)
+    label_column = find_label_column(features, args.label_column)
+    evaluation = decode_images(_load_alone(builder, rest[0], features), image_column)
+    encoded, label_names = encode_labels({rest[0]: evaluation}, label_column)
+    if isinstance(features[label_column], ClassLabel):
+        # A table may hold the names although its description says numbers.
+        class_of = {stored: index for index, name in enumerate(label_names) for stored in (index, name)}
+    else:
+        values = sorted(set(column_values(evaluation, label_column)))
+        class_of = {stored: index for index, stored in enumerate(values)}
+    columns, wanted = (image_column, label_column), args.max_train_samples
+    source = open_source(builder, train_split, streams[train_split], columns, args.num_train_examples, wanted)
+    train = StreamedSplit(source, class_of, label_names, args.shuffle_buffer, args.max_bad_share)
+    if len(train) == 0:
+        raise ValueError(f"split {train_split!r} is empty; add its rows, or name another one with --train_split.")
+    return ImageData(_public_name(args), train, encoded[rest[0]], image_column, label_column, label_names)
+
+
+def _load_alone(builder: DatasetBuilder, split: str, features: Features) -> Dataset:
+    """One split, from its files: `load_dataset(..., split=...)` would download all the others with it."""
+    files = {split: list(builder.config.data_files[split])}
+    return patiently(lambda: _load_splits(builder.name, data_files=files, features=features), f"loading {split}")[split]
+
+
+def _public_name(args: DataArguments) -> str:
+    """What reports call the data. They are published; folders of this machine stay private."""
+    name = args.dataset_name if args.data_dir is None else args.data_dir
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.exists() else name
+
+
+def _location(args: DataArguments) -> tuple[str, dict[str, Any]]:
+    """What `load_dataset` takes: a path or the name of a format, and options."""
+    if args.data_dir is None:
+        return args.dataset_name, {"name": args.dataset_config_name}
+    return _folder_location(Path(args.data_dir).expanduser(), args)
+
+
+def _load_splits(path: str, **kwargs: Any) -> DatasetDict:
     try:
-        return load_dataset(path, *args, **kwargs)
+        return load_dataset(path, **kwargs)
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
@@ -150,24 +262,25 @@ def _load_splits(path: str, *args: Any, **kwargs: Any) -> DatasetDict:
         ) from error
 
 
-def _load_folder(folder: Path, args: DataArguments) -> DatasetDict:
-    """Parquet files as `load_dataset` finds them; images by folder, in splits named like their folders."""
+def _folder_location(folder: Path, args: DataArguments) -> tuple[str, dict[str, Any]]:
+    """Parquet files and archives as `load_dataset` finds them; images by folder, in splits named like their folders."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ValueError(
             f"data_dir is {args.data_dir!r}, which {what}; expected a folder with parquet files or images."
         )
-    if any(path.name not in METADATA_NAMES for path in _files(folder, ".parquet", depth=3)):
-        return _load_splits(str(folder))
+    tables = (path for suffix in TABLES for path in _files(folder, suffix, depth=3))
+    if any(path.name not in METADATA_NAMES for path in tables):
+        return str(folder), {}
     if not any(_images(folder)):
         raise ValueError(
-            f"data_dir is {args.data_dir!r}, which holds neither parquet files nor images; expected "
-            "train-*.parquet, or one folder of images per class, directly or below `train` and e.g. `test`."
+            f"data_dir is {args.data_dir!r}, which holds neither parquet files nor images; expected train-*.parquet, "
+            "train-*.tar, or one folder of images per class, directly or below `train` and e.g. `test`."
         )
     # Explicit patterns: `load_dataset` takes a class or a file called e.g. `test` for a split and drops the others.
     names = {"train", *EVAL_SPLITS, args.train_split, args.eval_split or "train"}
     data_files = {split: f"{split}/**" for split in sorted(names) if _is_split(folder / split)}
-    return _load_splits("imagefolder", data_dir=str(folder), data_files=data_files or {"train": "**"})
+    return "imagefolder", {"data_dir": str(folder), "data_files": data_files or {"train": "**"}}
 
 
 def _is_split(folder: Path) -> bool:
@@ -189,16 +302,14 @@ def _files(folder: Path, suffix: str, depth: int) -> Iterator[Path]:
         yield from folder.glob("*/" * level + f"*{suffix}")
 
 
-def _choose_splits(available: DatasetDict, args: DataArguments) -> dict[str, Dataset]:
+def _choose_splits(available: list[str], args: DataArguments) -> list[str]:
     """The training split first, then the one to evaluate on, unless a part of the first is to be held out."""
     found = [name for name in EVAL_SPLITS if name in available]
     chosen = {"train_split": args.train_split, "eval_split": args.eval_split or next(iter(found), args.train_split)}
     for field_name, name in chosen.items():
         if name not in available:
             raise ValueError(f"{field_name} is {name!r}, but the data has {sorted(available)}; name one of these.")
-        if len(available[name]) == 0:
-            raise ValueError(f"split {name!r} is empty; add its rows, or name another one with --{field_name}.")
-    return {name: available[name] for name in chosen.values()}
+    return list(dict.fromkeys(chosen.values()))
 
 
 def _hold_out_eval(train: Dataset, label_column: str, share: float) -> tuple[Dataset, Dataset]:

@@ -1,6 +1,7 @@
 """A classification data set with its two splits, and how splits are divided and cut."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -14,13 +15,14 @@ class ImageData:
 
     Attributes:
         name: what the data is called in reports: a Hub name, a folder's name or `digits`.
-        train, eval: rows with an `Image` column and a `ClassLabel` column, no row without a label.
+        train, eval: rows with an `Image` column and a `ClassLabel` column, no row without a label. A streamed training
+            split is a `StreamedSplit` instead.
         image_column, label_column: the names of these columns.
         label_names: the classes, in the order of their indices.
     """
 
     name: str
-    train: Dataset
+    train: Any
     eval: Dataset
     image_column: str
     label_column: str

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from ..checkpoints import newest_checkpoint
-from ..data import DataArguments
+from ..data import AugmentationArguments, DataArguments
 from ..distillation import DistillationTrainer
 from ..training_args import OFBTrainingArguments
 from . import output
@@ -38,13 +38,18 @@ class Finetuning:
         return Path(self.args.output_dir)
 
 
-def prepare(model_args: ModelArguments, data_args: DataArguments, args: OFBTrainingArguments) -> Finetuning:
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    args: OFBTrainingArguments,
+) -> Finetuning:
     """Loads and checks everything. Touches nothing; raises ValueError for whatever cannot work."""
     name = _required(model_args)
     settings = {"model_name_or_path": name, "teacher_name_or_path": model_args.teacher_name_or_path, "seed": args.seed}
-    settings |= asdict(data_args)
+    settings |= asdict(data_args) | asdict(augmentation_args)
     output.check_free(Path(args.output_dir), settings, model_args.overwrite_output_dir, args.resume_from_checkpoint)
-    model, inputs = load(name, data_args, args.seed)
+    model, inputs = load(name, data_args, args.seed, augmentation_args)
     teacher = load_teacher(model_args.teacher_name_or_path, inputs)
     return Finetuning(args, settings, copy.deepcopy(model), model, teacher, inputs)
 
@@ -61,7 +66,8 @@ def run(job: Finetuning) -> dict[str, Any]:
     with output.marked_if_failed(job.folder, is_main):
         set_seed(job.args.seed)
         datasets = {"train_dataset": job.inputs.train, "eval_dataset": job.inputs.eval, **METRICS}
-        trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, **datasets)
+        augmented = {"batch_augmentation": job.inputs.batch_augmentation}
+        trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, **augmented, **datasets)
         wanted = job.args.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=newest_checkpoint(job.folder) if wanted == "auto" else wanted)
         models = {"dense": job.before, "finetuned": job.model}

@@ -14,7 +14,18 @@ from transformers import (
 from transformers.utils import logging
 
 from ..architectures import require_classifier
-from ..data import DataArguments, ImageData, SeededImages, build_transform, load_image_data, with_image_transform
+from ..data import (
+    AugmentationArguments,
+    BatchAugmentation,
+    DataArguments,
+    ImageData,
+    ImageStream,
+    SeededImages,
+    StreamedSplit,
+    build_transform,
+    load_image_data,
+    with_image_transform,
+)
 from ..models.shapes import SHAPES
 
 logger = logging.get_logger(__name__)
@@ -27,15 +38,19 @@ class Inputs:
     Args:
         processor: the image processor; data: the splits as they were loaded.
         train, eval: rows of {"pixel_values" (3, H, W), "labels"}, augmented and not.
+        batch_augmentation: what is left to do to whole batches of training images, if anything.
     """
 
     processor: Any
     data: ImageData
     train: Any
     eval: Any
+    batch_augmentation: BatchAugmentation | None = None
 
 
-def load(name_or_path: str, data_args: DataArguments, seed: int) -> tuple[PreTrainedModel, Inputs]:
+def load(
+    name_or_path: str, data_args: DataArguments, seed: int, augmentation_args: AugmentationArguments | None = None
+) -> tuple[PreTrainedModel, Inputs]:
     """A classifier and its data, prepared as its image processor says and labelled in its order.
 
     Raises:
@@ -45,13 +60,22 @@ def load(name_or_path: str, data_args: DataArguments, seed: int) -> tuple[PreTra
     model = load_classifier(name_or_path, data.label_names, seed)
     data = _in_the_models_order(data, model, name_or_path)
     columns = (data.image_column, data.label_column)
-    augmented = build_transform(processor, data_args.augmentation, train=True)
+    augmentation_args = augmentation_args or AugmentationArguments()
+    augmented = build_transform(processor, data_args.augmentation, train=True, augmentation_args=augmentation_args)
+    in_batches = None
+    if data_args.augmentation == "deit":
+        in_batches = BatchAugmentation.from_arguments(processor, len(data.label_names), augmentation_args)
     plain = build_transform(processor, "none", train=False)
+    if isinstance(data.train, StreamedSplit):
+        train = ImageStream(data.train, augmented, seed)
+    else:
+        train = SeededImages(data.train, augmented, *columns, seed)
     inputs = Inputs(
         processor,
         data,
-        SeededImages(data.train, augmented, *columns, seed),
+        train,
         with_image_transform(data.eval, plain, *columns),
+        in_batches,
     )
     try:
         with torch.no_grad():

@@ -12,7 +12,7 @@ from ..architectures import describe
 from ..callbacks import HISTORY_FILE, HistoryCallback, read_history
 from ..checkpoints import ASIDE, newest_checkpoint
 from ..configuration import BiMaskConfig, default_config
-from ..data import DataArguments
+from ..data import AugmentationArguments, DataArguments
 from ..distillation import DistillationTrainer
 from ..model_card import render_card
 from ..models.shapes import SHAPES
@@ -82,6 +82,7 @@ def run(walk: Walk) -> dict[str, Any]:
 def prepare(
     model_args: ModelArguments,
     data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
     config: BiMaskConfig,
     finetune_args: FinetuneArguments,
     args: OFBTrainingArguments,
@@ -95,9 +96,9 @@ def prepare(
     if name is None:
         raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(SHAPES)}.")
     check_search_arguments(args)
-    settings = run_settings(model_args, data_args, config, args)
+    settings = run_settings(model_args, data_args, config, args) | asdict(augmentation_args)
     output.check_free(Path(args.output_dir), settings, model_args.overwrite_output_dir, args.resume_from_checkpoint)
-    dense, inputs = load(name, data_args, args.seed)
+    dense, inputs = load(name, data_args, args.seed, augmentation_args)
     config = default_config(dense.config, **config.to_dict())
     target = install_bi_masks(dense, config).target
     teacher = load_teacher(model_args.teacher_name_or_path, inputs)
@@ -224,7 +225,9 @@ def _save_with_processor(model: PreTrainedModel, processor: Any, folder: Path) -
 
 
 def _datasets(walk: Walk) -> dict[str, Any]:
-    return {"train_dataset": walk.inputs.train, "eval_dataset": walk.inputs.eval, **METRICS}
+    inputs = walk.inputs
+    datasets = {"train_dataset": inputs.train, "eval_dataset": inputs.eval}
+    return datasets | {"batch_augmentation": inputs.batch_augmentation} | METRICS
 
 
 def _train(trainer: DistillationTrainer, walk: Walk, phase: str) -> None:

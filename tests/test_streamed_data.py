@@ -1,0 +1,321 @@
+"""What streams are made of: images that may be broken, formats, labels, arguments."""
+
+import io
+import logging
+import re
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import skip_first_batches
+from datasets import Dataset, Features, Image, Value
+from pictures import (
+    LABELS,
+    NUM_IMAGES,
+    archive,
+    numbers,
+    parquet,
+    picture,
+    repository,
+    stream,
+    write,
+)
+from PIL import Image as PILImage
+
+from ofb_hf.data import (
+    DataArguments,
+    TooManyBadImagesError,
+    blocks,
+)
+from ofb_hf.data.decoding import BadImages, decode_image
+
+BATCH_SIZE = 5
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder with 8 parquet shards, and one to evaluate on."""
+    return write(tmp_path_factory.mktemp("shards"), repository())
+
+
+@contextmanager
+def assert_logs(logger: str, text: str):
+    """Fails unless a warning with this text comes."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger(logger).addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeHandler(handler)
+    assert any(text in line for line in lines), lines
+
+
+# Images that cannot be decoded
+
+
+def encoded(image: PILImage.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def drawing(mode: str) -> PILImage.Image:
+    pixels = np.random.default_rng(5).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    return PILImage.fromarray(pixels).convert(mode) if mode != "CMYK" else PILImage.fromarray(pixels, "CMYK")
+
+
+def rotated() -> bytes:
+    exif = PILImage.Exif()
+    exif[PILImage.ExifTags.Base.Orientation] = 6
+    return encoded(drawing("RGB").resize((16, 12)), "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(encoded(drawing(mode), "PNG") for mode in ("RGB", "RGBA", "L", "LA", "1", "P")),
+        encoded(drawing("P"), "PNG", transparency=b"\x00\x80\xff" * 20),
+        *(encoded(drawing(mode), "JPEG") for mode in ("RGB", "L", "CMYK")),
+        encoded(drawing("P"), "GIF"),
+        rotated(),
+    ],
+)
+def test_any_image_becomes_rgb_as_datasets_decodes_it(content):
+    image, expected = decode_image(content), Image().decode_example({"bytes": content, "path": None}).convert("RGB")
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_images_are_turned_as_exif_says():
+    assert decode_image(rotated()).size == (12, 16)
+
+
+def test_other_modes_in_a_stream(tmp_path):
+    contents = [encoded(drawing(mode), "PNG") for mode in ("L", "P", "RGBA")] + [encoded(drawing("CMYK"), "JPEG")]
+    files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
+    images = stream(write(tmp_path / "data", files), lambda image: torch.tensor(np.asarray(image)))
+    (batch,) = images.loader(4)
+    assert batch["pixel_values"].shape == (4, 16, 16, 3)
+    assert images.bad_images.bad == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_replaced_and_counted(tmp_path, workers, caplog):
+    contents: list = [picture(n) for n in range(300)]
+    contents[17], contents[130], contents[131] = contents[17][:50], b"no image", b""
+    files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
+    images = stream(write(tmp_path / "data", files))
+    for epoch in (0, 1):
+        images.set_epoch(epoch)
+        batches = list(images.loader(20, num_workers=workers))
+        assert len(batches) == 15
+        times = Counter(numbers(batches))
+        assert set(times) == set(range(300)) - {17, 130, 131}
+        assert sum(times.values()) == 300
+        assert all(batch["labels"].tolist() == [n % 3 for n in numbers([batch])] for batch in batches)
+        assert (images.bad_images.seen, images.bad_images.bad) == (300, 3)
+        assert images.end_epoch().startswith(f"3 of 300 images of epoch {epoch} could not be decoded")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_images_stop_the_run(tmp_path, workers):
+    contents = [picture(n)[: 40 if n % 10 == 3 else None] for n in range(300)]
+    files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
+    folder = write(tmp_path / "data", files)
+    images = stream(folder)
+    with pytest.raises(TooManyBadImagesError) as raised:
+        list(images.loader(4, num_workers=workers))
+    message = str(raised.value)
+    assert re.search(
+        r"\d+ of \d+ images of this epoch cannot be decoded: \d+\.\d%, and max_bad_share is 1\.0%", message
+    )
+    assert re.search(r"For example: row \d*3 of train.parquet, row \d*3 of train.parquet", message)
+    # After the first 100, not at the end.
+    assert 100 <= images.bad_images.seen < 130
+    assert len(list(stream(folder, max_bad_share=0.11).loader(4, num_workers=workers))) == 75
+
+
+def test_an_unlucky_beginning_stops_no_run_and_a_bad_epoch_does():
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        images = BadImages(2, 0.01, in_all=2000)
+        for bad in random.permutation(2000) < 20:
+            images.saw(int(random.integers(2)), "x", OSError() if bad else None)
+        assert (images.seen, images.bad) == (2000, 20)
+        images = BadImages(2, 0.01, in_all=2000)
+        order = random.permutation(2000) < 21  # 1.05 %
+        with pytest.raises(TooManyBadImagesError, match=r"21 of 2000 images of this epoch .* 1.1%"):
+            for bad in order:
+                images.saw(int(random.integers(2)), "x", OSError() if bad else None)
+        images.reset()
+        assert (images.seen, images.bad) == (0, 0)
+
+
+def test_few_images_are_judged_when_all_were_seen(tmp_path):
+    contents = [picture(0)[:40], *(picture(n) for n in range(1, 10))]
+    files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
+    folder = write(tmp_path / "data", files)
+    with pytest.raises(TooManyBadImagesError, match=r"1 of 10 images of this epoch cannot be decoded: 10.0%"):
+        list(stream(folder).loader(2))
+    assert len(list(stream(folder, max_bad_share=0.1).loader(2))) == 5
+
+
+def test_the_next_good_image_takes_the_place_and_the_first_that_of_the_last(tmp_path):
+    order = numbers(stream(write(tmp_path / "good", repository())).loader(1))
+    bad = [order[0], order[20], order[21], order[-1]]
+    images = stream(write(tmp_path / "bad", repository(broken=bad)), max_bad_share=0.5)
+    expected = [order[1], *order[1:20], order[22], order[22], *order[22:-1], order[1]]
+    assert numbers(images.loader(1)) == expected
+    assert [numbers([batch]) for batch in skip_first_batches(images.loader(1), NUM_IMAGES - 1)] == [[order[1]]]
+
+
+def test_nothing_but_bad_images(tmp_path):
+    files = {"train.parquet": parquet([b"x"] * 6), "test.parquet": parquet([picture(n) for n in range(3)])}
+    images = stream(write(tmp_path / "data", files))
+    with pytest.raises(TooManyBadImagesError, match="none of 6 images can be decoded"):
+        list(skip_first_batches(images.loader(2), 2))
+
+
+# Formats
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_class_folders(tmp_path, workers):
+    names = [f"{split}/{LABELS[n % 3]}/{n}.png" for split, count in (("train", 23), ("test", 6)) for n in range(count)]
+    images = stream(write(tmp_path, {name: picture(int(Path(name).stem)) for name in names}))
+    assert images.split.label_names == list(LABELS)
+    batches = list(images.loader(4, num_workers=workers))
+    assert sorted(set(numbers(batches))) == list(range(23))
+    assert all(batch["labels"].tolist() == [n % 3 for n in numbers([batch])] for batch in batches)
+    (tmp_path / "train" / "cat" / "3.png").unlink()
+    with pytest.raises(TooManyBadImagesError, match=r"cat/3.png"):
+        list(images.loader(4))
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """WebDataset shards of 7, 9, 3 and 11 images."""
+    bounds = [0, 7, 16, 19, 30]
+    files = {f"train-{s}.tar": archive(range(bounds[s], bounds[s + 1])) for s in range(4)}
+    return write(tmp_path / "archives", files | {"validation-0.tar": archive(range(100, 106))})
+
+
+@pytest.mark.parametrize("workers", [0, 2, 5])
+def test_archives(archives, workers):
+    """Also with more workers than shards, where several read the same one."""
+    images = stream(archives)
+    assert images.split.source.rows.tolist() == [7, 9, 3, 11]
+    assert images.split.label_names == ["0", "1", "2"]
+    loader = images.loader(4, num_workers=workers)
+    batches = list(loader)
+    assert sorted(set(numbers(batches))) == list(range(30))
+    assert all(batch["labels"].tolist() == [n % 3 for n in numbers([batch])] for batch in batches)
+    assert numbers(skip_first_batches(loader, 3)) == numbers(batches[3:])
+
+
+def test_rows_are_counted_once(archives, monkeypatch, caplog):
+    assert len(stream(archives)) == 30
+    monkeypatch.setattr(blocks, "_count", lambda *args: pytest.fail("counted once more"))
+    assert len(stream(archives)) == 30
+    (archives / "train-2.tar").write_bytes(archive(range(50, 60)))  # another file of the same name
+    with pytest.raises(pytest.fail.Exception):
+        stream(archives)
+
+
+def test_a_given_number_of_examples_spares_the_counting(archives, monkeypatch):
+    monkeypatch.setattr(blocks, "_count", lambda *args: pytest.fail("counted"))
+    images = stream(archives, num_train_examples=29)
+    assert images.split.source.rows.tolist() == [7, 7, 7, 8]
+    times = Counter(numbers(images.loader(1)))
+    # Shard 1 is cut after 7 of 9 rows and shard 3 after 8 of 11; the three rows of shard 2 are repeated.
+    assert times == Counter([*range(14), 16, 17, 18, 16, 17, 18, 16, *range(19, 27)])
+
+
+def test_the_first_examples_of_a_stream(shards, archives, monkeypatch):
+    assert sorted(numbers(stream(shards, max_train_samples=23).loader(1))) == list(range(23))
+    counted, count = [], blocks._count
+    monkeypatch.setattr(
+        blocks, "_count", lambda dataset, shard, column: counted.append(shard) or count(dataset, shard, column)
+    )
+    assert sorted(numbers(stream(archives, max_train_samples=12).loader(1))) == list(range(12))
+    assert counted == [0, 1]
+
+
+def test_workers_that_share_blocks_are_mentioned(archives):
+    images = stream(archives)
+    with assert_logs("ofb_hf.data.streaming", "5 workers read 4 blocks"):
+        images.loader(4, num_workers=5)
+
+
+# Labels and arguments
+
+
+def test_labels_without_names_are_those_of_the_evaluation_split(tmp_path):
+    def table(labels):
+        rows = {"image": [{"bytes": picture(n), "path": None} for n in range(len(labels))], "label": labels}
+        file = io.BytesIO()
+        Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("string")})).to_parquet(file)
+        return file.getvalue()
+
+    folder = write(tmp_path, {"train.parquet": table(["b", "c", "a", "b"]), "test.parquet": table(["c", "b", "a"])})
+    images = stream(folder)
+    assert images.split.label_names == ["a", "b", "c"]
+    batch = next(iter(images.loader(4)))
+    assert dict(zip(numbers([batch]), batch["labels"].tolist(), strict=True)) == {0: 1, 1: 2, 2: 0, 3: 1}
+    images.split = images.split.align_labels_with_mapping({"c": 0, "a": 1, "b": 2}, "label")
+    batch = next(iter(images.loader(4)))
+    assert dict(zip(numbers([batch]), batch["labels"].tolist(), strict=True)) == {0: 2, 1: 0, 2: 1, 3: 2}
+    assert images.split.label_names == ["c", "a", "b"]
+    write(folder, {"train.parquet": table(["b", "d"])})
+    with pytest.raises(
+        ValueError, match=r"row 1 of train.parquet has the label 'd', but the 3 classes .* 'a', 'b', 'c'"
+    ):
+        list(stream(folder).loader(1))
+    write(folder, {"train.parquet": table(["b", None])})
+    with pytest.raises(ValueError, match=r"row 1 of train.parquet has no label \(None\)"):
+        list(stream(folder).loader(1))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"shuffle_buffer": 0}, "shuffle_buffer is 0; it must be at least 1"),
+        ({"num_train_examples": 0}, "num_train_examples is 0; it must be at least 1"),
+        ({"max_bad_share": 1.0}, "max_bad_share is 1.0; it must be at least 0 and below 1"),
+        ({"max_bad_share": -0.1}, "max_bad_share is -0.1"),
+        ({"streaming": False, "shuffle_buffer": 10}, "shuffle_buffer is 10, which means something for streams only"),
+        ({"data_dir": None}, "streaming is True, but no data is named"),
+    ],
+)
+def test_arguments_are_checked(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(**({"data_dir": "x", "streaming": True} | kwargs))
+
+
+def test_what_cannot_be_streamed_is_refused(shards, tmp_path):
+    with pytest.raises(
+        ValueError, match="num_train_examples is 5, but the files of split 'train' say that there are 107"
+    ):
+        stream(shards, num_train_examples=5)
+    with pytest.raises(
+        ValueError, match=r"'train' is to be trained and evaluated on, .* \['train', 'validation'\]. Name"
+    ):
+        stream(shards, eval_split="train")
+    with pytest.raises(TypeError, match=r"iterate over ImageStream.loader"):
+        stream(shards)[0]
+    empty = {"train.parquet": parquet([]), "test.parquet": parquet([picture(n) for n in range(3)])}
+    with pytest.raises(ValueError, match="split 'train' is empty"):
+        stream(write(tmp_path / "empty", empty))

@@ -1,0 +1,422 @@
+"""Streams are as exact as data on the disk: every image once, also after an interruption or a fault of the network."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import skip_first_batches
+from hub_server import HubServer, Repository
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import (
+    LABELS,
+    NUM_IMAGES,
+    SHARD_ROWS,
+    noisy_number_of,
+    numbers,
+    repository,
+    stream,
+    write,
+)
+from stream_process import train
+
+from ofb_hf.data import (
+    DataArguments,
+    SeededImages,
+    StreamBrokenError,
+    load_image_data,
+    network,
+)
+from ofb_hf.data.blocks import Row, read_patiently
+from ofb_hf.data.epochs import EpochPlan, Share
+
+BATCH_SIZE = 5
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder with 8 parquet shards, and one to evaluate on."""
+    return write(tmp_path_factory.mktemp("shards"), repository())
+
+
+# The order of an epoch
+
+
+@given(
+    rows=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    batch_size=st.integers(1, 7),
+    world_size=st.integers(1, 3),
+    workers=st.integers(1, 4),
+    shuffle_buffer=st.sampled_from([1, 2, 5, 1000]),
+    epoch=st.integers(0, 3),
+)
+def test_every_row_comes_once_and_ranks_get_equally_much(rows, batch_size, world_size, workers, shuffle_buffer, epoch):
+    total = sum(rows)
+    if total < world_size:
+        rows, total = [*rows, world_size], total + world_size
+    seen, lengths = [], []
+    for rank in range(world_size):
+        share = Share(batch_size, rank, world_size, workers)
+        plan = EpochPlan(np.array(rows), share, 3, epoch, shuffle_buffer)
+        first, last = total * rank // world_size, total * (rank + 1) // world_size
+        orders = [plan.order(worker).tolist() for worker in range(workers)]
+        assert [len(order) for order in orders] == [
+            len(range(worker, plan.num_batches, workers)) * batch_size for worker in range(workers)
+        ]
+        given_out = [position for order in orders for position in order]
+        repeated = len(given_out) - (last - first)
+        # Whatever comes more often than once are the first positions of the rank, in their order.
+        expected = Counter(range(first, last)) + Counter(first + i % (last - first) for i in range(repeated))
+        assert Counter(given_out) == expected
+        seen += set(given_out)
+        lengths.append(len(given_out))
+    assert sorted(seen) == list(range(total))
+    assert len(set(lengths)) == 1
+    assert lengths[0] - total / world_size < batch_size + 1
+    blocks, row, number = plan.locate(np.arange(total))
+    assert sorted(zip(blocks.tolist(), row.tolist(), strict=True)) == [
+        (b, r) for b, n in enumerate(rows) for r in range(n)
+    ]
+    assert sorted(number.tolist()) == list(range(total))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
+def test_dropping_the_last_batch_repeats_nothing(rows, batch_size, world_size, workers):
+    total = sum(rows)
+    if total // world_size < batch_size:
+        with pytest.raises(ValueError, match=f"{total} training examples are too few for {world_size} processes"):
+            Share(batch_size, 0, world_size, workers, drop_last=True).num_batches(total)
+        return
+    given_out = []
+    for rank in range(world_size):
+        plan = EpochPlan(np.array(rows), Share(batch_size, rank, world_size, workers, drop_last=True), 3, 0, 4)
+        assert plan.num_batches == total // world_size // batch_size
+        given_out += [position for worker in range(workers) for position in plan.order(worker).tolist()]
+    assert len(given_out) == len(set(given_out)) == total // world_size // batch_size * batch_size * world_size
+
+
+def test_a_worker_holds_no_more_than_its_buffer():
+    """A row may come late, but not before it can have arrived: at most `shuffle_buffer` rows wait at any time."""
+    order = EpochPlan(np.array([500]), Share(10), 0, 0, shuffle_buffer=16).order(0)
+    assert (order - np.arange(500)).max() < 16
+    assert np.corrcoef(order[:-1], order[1:])[0, 1] < 0.9999
+    assert (np.diff(order) != 1).mean() > 0.8
+
+
+def test_too_few_examples_for_the_processes():
+    with pytest.raises(ValueError, match="3 training examples are too few for 4 processes with batches of 2"):
+        Share(2, 0, 4).num_batches(3)
+
+
+# Whole epochs
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_epoch_has_every_image_once(shards, world_size, workers):
+    images, orders = stream(shards), []
+    assert len(images) == NUM_IMAGES
+    for epoch in (0, 1):
+        images.set_epoch(epoch)
+        ranks = []
+        for rank in range(world_size):
+            loader = images.loader(BATCH_SIZE, rank, world_size, workers)
+            batches = list(loader)
+            assert len(batches) == len(loader) == -(-NUM_IMAGES // (BATCH_SIZE * world_size))
+            assert {tuple(batch["pixel_values"].shape) for batch in batches} == {(BATCH_SIZE,)}
+            assert all(batch["labels"].tolist() == [n % 3 for n in numbers([batch])] for batch in batches)
+            assert images.bad_images.bad == 0
+            assert images.end_epoch() is None
+            assert numbers(loader) == numbers(batches)
+            ranks.append(numbers(batches))
+        times = Counter(number for rank in ranks for number in rank)
+        assert sorted(times) == list(range(NUM_IMAGES))
+        assert sum(times.values()) == NUM_IMAGES + len(ranks[0]) * world_size - NUM_IMAGES
+        assert max(times.values()) <= 2
+        orders.append(ranks)
+    assert orders[0] != orders[1]
+    assert numbers(stream(shards, seed=2).loader(BATCH_SIZE)) != numbers(stream(shards).loader(BATCH_SIZE))
+
+
+def test_images_mix_across_shards(shards):
+    """With a buffer of a quarter of the data, half a batch of 8 comes from at least three shards."""
+    shard_of = np.repeat(np.arange(len(SHARD_ROWS)), SHARD_ROWS)
+    batches = list(stream(shards, shuffle_buffer=NUM_IMAGES // 4).loader(8))
+    assert np.mean([len(set(shard_of[numbers([batch])])) for batch in batches]) > 3
+
+
+def test_streamed_and_loaded_images_are_augmented_alike(shards):
+    """Random transforms follow seed, epoch and the image's place in the data; not rank, worker or order."""
+    loaded = load_image_data(DataArguments(data_dir=str(shards)))
+    rows = SeededImages(loaded.train, noisy_number_of, loaded.image_column, loaded.label_column, seed=1)
+    rows.set_epoch(2)
+    expected = {int(row["pixel_values"][0]): row for row in rows}
+    images = stream(shards, noisy_number_of)
+    images.set_epoch(2)
+    state = torch.get_rng_state()
+    for workers, world_size in ((0, 1), (2, 1), (0, 2)):
+        for batch in images.loader(BATCH_SIZE, num_workers=workers, world_size=world_size):
+            for values, label in zip(batch["pixel_values"], batch["labels"], strict=True):
+                row = expected[int(values[0])]
+                assert torch.equal(values, row["pixel_values"])
+                assert label == row["labels"]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Going on in the middle of an epoch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_batches_after_skipped_ones_are_the_same(tmp_path, workers):
+    """Also around images that cannot be decoded; and what is skipped is neither decoded nor augmented."""
+    folder = write(tmp_path / "data", repository(broken=[3, 40, 41, 99]))
+    images = stream(folder, noisy_number_of, max_bad_share=0.5)
+    images.set_epoch(1)
+    loader = images.loader(BATCH_SIZE, num_workers=workers)
+    batches = [batch["pixel_values"] for batch in loader]
+    assert images.bad_images.bad >= 4
+    for skipped in (1, 4, 7, len(batches) - 1):
+        following = [batch["pixel_values"] for batch in skip_first_batches(loader, skipped)]
+        assert len(following) == len(batches) - skipped
+        assert all(torch.equal(a, b) for a, b in zip(following, batches[skipped:], strict=True))
+        # An image that replaces a bad one at the end of a batch is looked at for the next batch as well.
+        assert images.bad_images.seen <= (len(batches) - skipped) * BATCH_SIZE + 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_trainer_resumes_where_it_was(shards, tmp_path, workers):
+    """In an epoch, between two epochs, and after the last batch of a step that is not full."""
+    settings = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+    straight = train(tmp_path, shards, **settings)
+    assert len(straight) == 66
+    epochs = [sorted({int(n) for batch in straight[e : e + 22] for n in batch[:, 0]}) for e in (0, 22, 44)]
+    assert epochs == [list(range(NUM_IMAGES))] * 3
+    assert not torch.equal(straight[0], straight[22])
+    for step in (5, 15, 30) if workers == 0 else (15,):
+        resumed = train(tmp_path, shards, str(tmp_path / f"checkpoint-{step}"), **settings)
+        assert len(resumed) == 66 - 2 * step
+        assert all(torch.equal(a, b) for a, b in zip(resumed, straight[2 * step :], strict=True))
+
+
+def test_two_ranks_share_an_epoch_and_resume(shards, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", str(TESTS / "stream_process.py"), "train", str(shards), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stderr
+    ranks = [torch.load(tmp_path / f"seen-{rank}.pt") for rank in range(2)]
+    for seen in ranks:
+        assert len(seen["straight"]) == 33
+        assert all(torch.equal(a, b) for a, b in zip(seen["resumed"], seen["straight"][10:], strict=True))
+    for epoch in range(3):
+        batches = [batch for seen in ranks for batch in seen["straight"][11 * epoch : 11 * epoch + 11]]
+        times = Counter(int(number) for batch in batches for number in batch[:, 0])
+        assert sorted(times) == list(range(NUM_IMAGES))
+        assert sum(times.values()) == NUM_IMAGES + 3
+
+
+# The network
+
+
+class _Unsteady:
+    """Rows 0..9 in one block; reading fails at the given rows, as often as it says."""
+
+    def __init__(self, faults: dict[int, int], error: Exception):
+        self.rows, self.faults, self.error, self.opened = np.array([10]), dict(faults), error, 0
+
+    def read(self, block, start):
+        self.opened += 1
+        for number in range(start, 10):
+            if self.faults.get(number, 0):
+                self.faults[number] -= 1
+                raise self.error
+            yield Row(b"", number, str(number))
+
+
+def hub_error(status: int) -> Exception:
+    response = httpx.Response(status, request=httpx.Request("GET", "http://hub"))
+    return HfHubHTTPError(f"status {status}", response=response)
+
+
+def wrapped(cause: Exception) -> Exception:
+    error = OSError("cannot read the file")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that were waited for, without waiting."""
+    seconds: list[float] = []
+    monkeypatch.setattr(network.time, "sleep", seconds.append)
+    return seconds
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(),
+        TimeoutError(),
+        httpx.ConnectError("no route"),
+        httpx.RemoteProtocolError("cut"),
+        *map(hub_error, (408, 429, 500, 503, 504)),
+        wrapped(hub_error(503)),
+    ],
+)
+def test_reading_goes_on_where_the_network_failed(error, waits):
+    source = _Unsteady({2: 1, 3: 3, 9: 2}, error)
+    assert [row.label for row in read_patiently(source, 0, 1)] == list(range(1, 10))
+    assert source.opened == 7
+    for wait, expected in zip(waits, (1, 1, 2, 4, 1, 2), strict=True):
+        assert expected <= wait <= 1.25 * expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *map(hub_error, (400, 401, 403, 404, 416)),
+        FileNotFoundError(),
+        ValueError("corrupt"),
+        OfflineModeIsEnabled("off"),
+    ],
+)
+def test_other_errors_are_not_waited_for(error, waits):
+    with pytest.raises(type(error)):
+        list(read_patiently(_Unsteady({2: 1}, error), 0, 0))
+    assert waits == []
+
+
+def test_a_network_that_stays_down_ends_the_run(waits):
+    with pytest.raises(
+        StreamBrokenError, match=r"reading row 4 of block 0: 14 attempts in a row failed, .* status 503"
+    ):
+        list(read_patiently(_Unsteady({4: 99}, hub_error(503)), 0, 0))
+    assert 1700 < sum(waits) < 2200
+
+
+def test_data_that_changes_under_a_run_is_noticed(shards):
+    images = stream(shards)
+    images.split = replace(images.split, source=replace(images.split.source, rows=images.split.source.rows + 1))
+    with pytest.raises(RuntimeError, match=r"block \d+ ended before its row 4: the data changed"):
+        list(images.loader(1))
+
+
+# The real client, and a Hub
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """What a process of its own got from a Hub with faults: (results by data set, requests, what it said)."""
+    requests: Counter[str] = Counter()
+
+    def fault(path: str) -> int | str | None:
+        name = next((name for name in repositories if f"/{name}/" in f"{path}/"), "")
+        requests[name] += 1
+        if name == "lab/busy":
+            return 503 if requests[name] % 7 == 0 else None
+        if name == "lab/down":  # for longer than the client repeats a request
+            return 503 if 40 <= requests[name] < 60 else None
+        if name == "lab/cut":
+            return "cut" if "train-00003" in path and requests[name] > 30 and requests[name] % 2 else None
+        return None
+
+    refused = "Access to dataset lab/gated is restricted and you are not in the authorized list."
+    repositories = {name: Repository(repository()) for name in ("lab/steady", "lab/busy", "lab/down", "lab/cut")}
+    repositories |= {
+        "lab/gated": Repository(repository(), (403, "GatedRepo", refused)),
+        "lab/gated-files": Repository(repository(), (401, "GatedRepo", refused), listed=True),
+        "lab/old-token": Repository(repository(), (401, "", "Invalid credentials in Authorization header")),
+    }
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    with HubServer(repositories, fault) as server:
+        environment |= {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path_factory.mktemp("hf")),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+            "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
+        }
+        names = ["lab/steady:0", "lab/busy:2", "lab/down:2", "lab/cut:0", *list(repositories)[4:], "lab/missing"]
+        process = subprocess.run(
+            [sys.executable, str(TESTS / "stream_process.py"), "epochs", *names],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr
+        lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+        return {line["name"]: line for line in lines}, server.requests, process.stderr
+
+
+@pytest.mark.parametrize("name", ["lab/steady", "lab/busy", "lab/down", "lab/cut"])
+def test_a_hub_with_faults_gives_every_image_once(hub, name):
+    results, _, said = hub
+    assert "error" not in results[name], results[name]
+    batches = results[name]["numbers"]
+    assert [len(batch) for batch in batches] == [5] * 22
+    times = Counter(number for batch in batches for number in batch)
+    assert sorted(times) == list(range(NUM_IMAGES))
+    assert sum(times.values()) == NUM_IMAGES + 3
+    assert results[name]["labels"] == list(LABELS)
+    assert results[name]["eval"] == 6
+    if name != "lab/steady":
+        assert "503 thrown while requesting GET" in said
+
+
+def test_faults_do_not_change_what_is_seen(hub):
+    results, _, said = hub
+    assert results["lab/cut"]["numbers"] == results["lab/steady"]["numbers"]
+    assert results["lab/down"]["numbers"] == results["lab/busy"]["numbers"]
+    assert re.search(r"reading row \d+ of block \d+: HfHubHTTPError: .*503.*; attempt 2 of 14 in", said)
+    assert "peer closed connection without sending complete message body" in said
+
+
+def test_only_what_is_needed_travels(hub):
+    _, requests, _ = hub
+    steady = [line for line in requests if "/lab/steady/resolve/" in line]
+    train = [line for line in steady if "/train-" in line]
+    # One request for every row group, one or two for the footer of a file, and no file as a whole.
+    row_groups = sum(-(-rows // 4) for rows in SHARD_ROWS)
+    assert row_groups <= len(train) <= row_groups + 3 * len(SHARD_ROWS)
+    assert all("bytes=" in line for line in train)
+    assert any("/validation-" in line and "bytes=" not in line for line in steady)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lab/gated", "lab/gated is gated, and your account has not been let in. Open {page}, accept the terms"),
+        (
+            "lab/gated-files",
+            "not logged in. Accept the terms on {page}, then log in with `hf auth login`, or set HF_TOKEN",
+        ),
+        ("lab/old-token", "The Hub does not accept your token for lab/old-token."),
+        ("lab/missing", "lab/missing is not on the Hub, or it is private. Check its name at {page}"),
+    ],
+)
+def test_what_the_hub_refuses_is_explained(hub, name, message):
+    results, _, _ = hub
+    assert results[name]["error"] == "DatasetAccessError"
+    assert re.search(
+        re.escape(message).replace(r"\{page\}", rf"http://127.0.0.1:\d+/datasets/{name}"), results[name]["message"]
+    )
