@@ -9,6 +9,9 @@ from accelerate.utils import broadcast_object_list, gather, gather_object
 from torch import Tensor, nn
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# splitmix64's constants, as the signed numbers that torch knows.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 class RanksDifferError(RuntimeError):
@@ -16,11 +19,17 @@ class RanksDifferError(RuntimeError):
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """A 64-bit sum over the bits of a tensor, each entry weighted by its position: scalar int64 on its device."""
+    """A 64-bit hash of a tensor's bits and their places: scalar int64 on its device.
+
+    The sum over all entries of splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014) of bits and position; every
+    bit of an entry reaches every bit of its summand, so that no two changes cancel as they would in a plain sum.
+    """
     bits = tensor.detach().contiguous().reshape(-1)
     bits = bits.view(_INTEGER_OF_SIZE[bits.element_size()]).to(torch.int64)
-    weights = 2 * torch.arange(bits.numel(), device=bits.device) + 1  # odd: no entry is ever multiplied away
-    return (bits * weights * weights).sum()
+    x = bits + torch.arange(1, bits.numel() + 1, device=bits.device) * _GOLDEN
+    for shift, factor in _MIXING:
+        x = (x ^ (x >> shift)) * factor
+    return (x ^ (x >> 31)).sum()
 
 
 def require_identical_ranks(module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -19,25 +19,10 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import (
-    LABELS,
-    NUM_IMAGES,
-    SHARD_ROWS,
-    noisy_number_of,
-    numbers,
-    repository,
-    stream,
-    write,
-)
+from pictures import LABELS, NUM_IMAGES, SHARD_ROWS, noisy_number_of, numbers, repository, stream, write
 from stream_process import train
 
-from ofb_hf.data import (
-    DataArguments,
-    SeededImages,
-    StreamBrokenError,
-    load_image_data,
-    network,
-)
+from ofb_hf.data import DataArguments, SeededImages, StreamBrokenError, load_image_data, network
 from ofb_hf.data.blocks import Row, read_patiently
 from ofb_hf.data.epochs import EpochPlan, Share
 

@@ -72,14 +72,13 @@ class BadImages:
         Raises:
             TooManyBadImagesError: if too many are bad: clearly more than `max_share`, or more at the end of the epoch.
         """
-        self.counts[worker, 0] += 1
-        if error is not None:
-            self.counts[worker, 1] += 1
-            if len(self.names) < NAMED:
-                self.names.append(name)
-                why = f"{type(error).__name__}: {error}"
-                logger.warning(f"{name} cannot be decoded ({why}); another image takes its place.")
-        bad, seen = self.bad, self.seen
+        counts = self.counts.numpy()  # shares the memory that the workers share
+        counts[worker] += (1, error is not None)
+        if error is not None and len(self.names) < NAMED:
+            self.names.append(name)
+            why = f"{type(error).__name__}: {error}"
+            logger.warning(f"{name} cannot be decoded ({why}); another image takes its place.")
+        seen, bad = counts.sum(0)
         allowed = self.max_share * seen
         if seen < self.in_all:
             allowed += DEVIATIONS * math.sqrt(allowed)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
@@ -61,6 +62,7 @@ def run(job: Finetuning) -> dict[str, Any]:
         Content of `eval_results.json`: the model before (`dense`) and after (`finetuned`).
     """
     is_main = job.args.process_index == 0
+    PartialState().wait_for_everyone()  # all ranks have looked at the folder before one of them writes to it
     if is_main:
         output.begin(job.folder, job.settings, job.args.resume_from_checkpoint is not None)
     with output.marked_if_failed(job.folder, is_main):

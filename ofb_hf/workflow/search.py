@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.utils import logging
 
@@ -67,6 +68,7 @@ def run(walk: Walk) -> dict[str, Any]:
 
     A failure on the way leaves `FAILED.txt` there, and checkpoints to resume from.
     """
+    PartialState().wait_for_everyone()  # all ranks have looked at the folder before one of them writes to it
     if walk.is_main:
         output.begin(walk.folder, walk.settings, walk.resuming)
     with output.marked_if_failed(walk.folder, walk.is_main):
