@@ -146,7 +146,7 @@ def test_an_unlucky_beginning_stops_no_run_and_a_bad_epoch_does():
     for _ in range(10):
         images = see(20)
         assert (images.seen, images.bad) == (2000, 20)
-        with pytest.raises(TooManyBadImagesError, match=r"21 of 2000 images of this epoch .* 1.1%"):  # noqa: PT012
+        with pytest.raises(TooManyBadImagesError, match=r"21 of 2000 images of this epoch .* 1.1%"):
             see(21)
     images.reset()
     assert (images.seen, images.bad) == (0, 0)
