@@ -101,9 +101,10 @@ def test_bad_images_are_replaced_and_counted(tmp_path, workers, caplog):
     contents[17], contents[130], contents[131] = contents[17][:50], b"no image", b""
     files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
     images = stream(write(tmp_path / "data", files))
+    loader = images.loader(20, num_workers=workers)
     for epoch in (0, 1):
         images.set_epoch(epoch)
-        batches = list(images.loader(20, num_workers=workers))
+        batches = list(loader)
         assert len(batches) == 15
         times = Counter(numbers(batches))
         assert set(times) == set(range(300)) - {17, 130, 131}
