@@ -224,6 +224,15 @@ def test_rows_are_counted_once(archives, monkeypatch, caplog):
         stream(archives)
 
 
+def test_a_description_that_counts_otherwise_is_mentioned(archives):
+    card = "---\ndataset_info:\n  splits:\n  - name: train\n    num_examples: 31\n---\n"
+    write(archives, {"README.md": card.encode()})
+    with assert_logs("ofb_hf.data.blocks", "--num_train_examples 31 would take that as the number"):
+        assert len(stream(archives)) == 30
+    with assert_logs("ofb_hf.data.blocks", "split 'train' has 30 rows, though its description says 31"):
+        stream(archives)
+
+
 def test_a_given_number_of_examples_spares_the_counting(archives, monkeypatch):
     monkeypatch.setattr(blocks, "_count", lambda *args: pytest.fail("counted"))
     images = stream(archives, num_train_examples=29)

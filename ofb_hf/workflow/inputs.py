@@ -77,9 +77,17 @@ def load(
         with_image_transform(data.eval, plain, *columns),
         in_batches,
     )
+    pixel_values = inputs.eval[0]["pixel_values"][None]
+    size = model.config.image_size
+    if list(pixel_values.shape[-2:]) != ([size, size] if isinstance(size, int) else list(size)):
+        raise ValueError(
+            f"{name_or_path} cannot take the images that its image processor makes: they have "
+            f"{list(pixel_values.shape[-2:])} pixels, and image_size is {size}, for which its cost is counted. Make "
+            "preprocessor_config.json and config.json agree."
+        )
     try:
         with torch.no_grad():
-            model.eval()(pixel_values=inputs.eval[0]["pixel_values"][None])
+            model.eval()(pixel_values=pixel_values)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name_or_path} cannot take the images that its image processor makes: {error}. Size and channels of "
