@@ -70,6 +70,8 @@ def check_free(folder: Path, settings: dict[str, Any], overwrite: bool, resume: 
             raise ValueError(f"resume_from_checkpoint {resume} is no complete checkpoint; give one, or 'auto'.")
         if is_ours:
             _check_settings(folder, settings)
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"output_dir {folder} holds other files than those of a run; give another folder.")
     elif folder.is_dir() and any(folder.iterdir()):
         if not is_ours:
             raise ValueError(f"output_dir {folder} holds other files than those of a run; give another folder.")
