@@ -220,7 +220,7 @@ def test_two_ranks_share_an_epoch_and_resume(shards, tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert process.returncode == 0, process.stderr
-    ranks = [torch.load(tmp_path / f"seen-{rank}.pt") for rank in range(2)]
+    ranks = [torch.load(tmp_path / f"seen-{rank}.pt", weights_only=True) for rank in range(2)]
     for seen in ranks:
         assert len(seen["straight"]) == 33
         assert all(torch.equal(a, b) for a, b in zip(seen["resumed"], seen["straight"][10:], strict=True))
