@@ -1,5 +1,7 @@
 """A running average of the weights that survives when the network shrinks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -39,6 +41,18 @@ class WeightAverage:
         """Overwrites the module's parameters with their average."""
         for name, parameter in module.named_parameters():
             parameter.copy_(self.average[name])
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[None]:
+        """Puts the average into the module's parameters for the time of a block."""
+        current = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        self.copy_to_(module)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    parameter.copy_(current[name])
 
     def save(self, path: str | Path) -> None:
         """Writes the average as safetensors."""

@@ -1,12 +1,15 @@
 """Callbacks: what happens around an optimizer step, and what is written down about it."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import set_seed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .checkpoints import ASIDE
 
 if TYPE_CHECKING:
     from .averaging import WeightAverage
@@ -85,7 +88,7 @@ class RandomStreamsCallback(TrainerCallback):
     """
 
     def __init__(self, *generators: torch.Generator):
-        self.generators = generators
+        self.generators, self._seed_afterwards = generators, 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Seeds dropout and drop path with the rank; a resumed run then restores each rank's own saved state.
@@ -93,7 +96,13 @@ class RandomStreamsCallback(TrainerCallback):
         Not earlier: the order of the data is drawn from the seed that all ranks share.
         """
         if args.world_size > 1:
+            self._seed_afterwards = int(torch.randint(2**31, ()))
             set_seed(args.seed, device_specific=True)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Gives all ranks one random stream again: a second training draws the order of its data from it."""
+        if args.world_size > 1:
+            set_seed(self._seed_afterwards)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Seeds the generators for the step about to run."""
@@ -118,7 +127,9 @@ class HistoryCallback(TrainerCallback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = read_history(self.path) if self.path.exists() else []
             kept = [row for row in rows if row["phase"] != self.phase or row["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            aside = self.path.with_name(f"{ASIDE}-{self.path.name}")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(aside, self.path)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Asks for a log after the last step: the end of every run is on record, however short it is."""

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
+import zipfile
 from pathlib import Path
 
-from transformers.trainer_callback import TrainerState
+from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -13,9 +15,17 @@ logger = logging.get_logger(__name__)
 
 ASIDE = ".incomplete"  # where checkpoints and results are written before they are renamed to their place
 STATE_FILE = "trainer_state.json"
+REPLACED = "replaced-"
+# What a Trainer needs to go on, as patterns: any match of a row will do. Sharded optimizers are folders.
+NEEDED = (
+    ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model_fsdp*", "global_step*"),
+    ("optimizer.pt", "optimizer_*", "global_step*"),
+    ("scheduler.pt", "global_step*"),
+    ("rng_state*.pth",),
+)
 
 
-def move_into_place(written: Path, place: Path, state: TrainerState) -> None:
+def move_into_place(written: Path, place: Path) -> None:
     """Renames a checkpoint that all processes have finished writing.
 
     Machines that share a disk may all call this: the first one does it.
@@ -23,18 +33,13 @@ def move_into_place(written: Path, place: Path, state: TrainerState) -> None:
     Args:
         written: where it was written.
         place: where it belongs; an older checkpoint of the same step is replaced.
-        state: the Trainer's, whose path of the best checkpoint is mended.
     """
-    claimed, old = (written.with_name(f"{prefix}-{written.name}") for prefix in ("moving", "replaced"))
-    is_best = state.best_model_checkpoint == str(written)
-    if is_best:
-        state.best_model_checkpoint = str(place)
+    claimed, old = written.with_name(f"moving-{written.name}"), written.with_name(f"{REPLACED}{written.name}")
     try:
         os.rename(written, claimed)
     except FileNotFoundError:
         return
-    if is_best:
-        state.save_to_json(str(claimed / STATE_FILE))
+    shutil.rmtree(old, ignore_errors=True)
     if place.is_dir():
         os.rename(place, old)
     os.rename(claimed, place)
@@ -42,24 +47,54 @@ def move_into_place(written: Path, place: Path, state: TrainerState) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a folder is a checkpoint to resume from."""
+    """Whether a folder is a checkpoint to resume from: everything is there, and no file was cut short."""
     try:
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return False
-    return "global_step" in state and (checkpoint / "optimizer.pt").is_file()
+    if "global_step" not in state or not all(any(_matches(checkpoint, row)) for row in NEEDED):
+        return False
+    return all(_is_whole(file) for file in checkpoint.iterdir() if file.is_file())
+
+
+def _matches(checkpoint: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [path for pattern in patterns for path in checkpoint.glob(pattern)]
+
+
+def _is_whole(file: Path) -> bool:
+    if file.suffix in (".pt", ".pth"):
+        return zipfile.is_zipfile(file)  # the table of contents is at the end
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                return True
+        except SafetensorError:
+            return False
+    return True
 
 
 def newest_checkpoint(folder: Path) -> str | None:
     """The last complete checkpoint of a phase, None if there is none. Says so when a later one was cut short."""
+    _restore_replaced(folder)
     checkpoints = {
-        int(step): child
+        int(match[1]): child
         for child in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (step := child.name.rpartition("-")[2]).isdigit()
+        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", child.name))
     }
     complete = [step for step, child in checkpoints.items() if is_complete(child)]
     newest = checkpoints[max(complete)] if complete else None
     unfinished = [step for step in checkpoints if step not in complete]
     if unfinished or list((folder / ASIDE).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        logger.warning(f"{folder} holds a checkpoint that was not written to its end; resuming from {newest}.")
+        logger.warning(
+            f"{folder} holds a checkpoint that was not written to its end, or without an optimizer; resuming from "
+            f"{newest}."
+        )
     return None if newest is None else str(newest)
+
+
+def _restore_replaced(folder: Path) -> None:
+    """Puts back what a kill between the two renames of `move_into_place` has left without its name."""
+    for old in (folder / ASIDE).glob(f"{REPLACED}{PREFIX_CHECKPOINT_DIR}-*"):
+        place = folder / old.name.removeprefix(REPLACED)
+        if not place.exists():
+            os.rename(old, place)

@@ -75,7 +75,7 @@ def decided_by_rank_0(decide: Callable[[], Any]) -> Any:
     if _is_rank_0():
         try:
             answer = [(decide(), None)]
-        except ValueError as error:
+        except Exception as error:
             answer = [(None, error)]
     result, error = broadcast_object_list(answer)[0]
     if error is not None:

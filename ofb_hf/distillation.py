@@ -1,6 +1,5 @@
 """A Trainer for classifiers that learn from labels, from a teacher, or from both."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,24 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from .averaging import WeightAverage
 from .callbacks import AverageCallback, EpochCallback, RandomStreamsCallback
-from .checkpoints import ASIDE, move_into_place
-from .interruption import Interruption, TrainingInterrupted
+from .interruption import shield_workers
 from .losses import classification_loss, distillation_loss
+from .resumable import ResumableTrainer
 from .training_args import OFBTrainingArguments
-
-logger = logging.get_logger(__name__)
 
 EMA_FILE = "ema.safetensors"
 BatchAugmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """Finetunes a classifier; the base of `OFBTrainer`.
 
     Args:
@@ -73,27 +68,12 @@ class DistillationTrainer(Trainer):
             self.add_callback(AverageCallback(self.average))
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(EpochCallback(self.train_dataset))
-        self.interruption = Interruption()
-        self.add_callback(self.interruption)
         self.batch_augmentation = batch_augmentation
         # On the CPU for what is drawn there, and on the device of the images for what is done to whole batches.
         self.generator, self.device_generator = torch.Generator(), torch.Generator(args.device)
         self.add_callback(RandomStreamsCallback(self.generator, self.device_generator))
         self._parts: dict[str, Tensor] = {}
         self._num_parts = 0
-        self._run_dir: Path | None = None  # where checkpoints are written to at the moment, if not to their place
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`. SIGTERM and Ctrl-C end the step, save a checkpoint and raise `TrainingInterrupted`."""
-        with self.interruption:
-            result = super().train(*args, **kwargs)
-        if (signal := self.interruption.stopped_by) is not None:
-            logger.warning(
-                f"stopped by {signal.name} after step {self.state.global_step} of {self.state.max_steps}; a checkpoint "
-                f"is in {self.args.output_dir}. Continue with --resume_from_checkpoint auto."
-            )
-            raise TrainingInterrupted(128 + signal)
-        return result
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's, or the loader of a data set that has one for every rank (`ofb_hf.data.ImageStream`)."""
@@ -104,7 +84,7 @@ class DistillationTrainer(Trainer):
         if args.dataloader_num_workers:
             options["persistent_workers"] = args.dataloader_persistent_workers
             options["prefetch_factor"] = args.dataloader_prefetch_factor
-        return self.train_dataset.loader(
+        loader = self.train_dataset.loader(
             self._train_batch_size,
             args.process_index,
             args.world_size,
@@ -112,6 +92,7 @@ class DistillationTrainer(Trainer):
             drop_last=args.dataloader_drop_last,
             **options,
         )
+        return shield_workers(loader)
 
     def compute_loss(
         self,
@@ -170,6 +151,7 @@ class DistillationTrainer(Trainer):
         values = {name: float(value) / self._num_parts for name, value in self._parts.items()}
         if not all(torch.isfinite(torch.tensor(value)) for value in values.values()):
             values.pop("_loss")
+            self._parts, self._num_parts = {}, 0
             raise FloatingPointError(
                 f"the loss is not finite after optimizer step {self.state.global_step}; its parts are {values}. "
                 "Check the data (non-finite pixels?), lower --learning_rate, or train in fp32 or bf16 instead of fp16."
@@ -185,42 +167,25 @@ class DistillationTrainer(Trainer):
             self._parts, self._num_parts = {}, 0
         super().log(logs, start_time)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._run_dir is None else str(self._run_dir)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the checkpoint aside and renames it once all ranks are done: a kill leaves the previous one."""
-        folder = Path(self._get_output_dir(trial))
-        aside, name = folder / ASIDE, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._run_dir = aside
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._run_dir = None
-        self.accelerator.wait_for_everyone()
-        if self.args.local_process_index == 0:
-            move_into_place(aside / name, folder / name, self.state)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
-        self.accelerator.wait_for_everyone()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`; while training with `ema_decay` it is the average that is evaluated, and chosen by."""
+        if self.average is None or not self.is_in_train:
+            return super().evaluate(*args, **kwargs)
+        with self.average.applied_to(self.model):
+            return super().evaluate(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        # The Trainer pickles its arguments, hub token included; nothing of ours reads that file.
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        if self.average is not None:
-            self.average.save(folder / EMA_FILE)
+        if self.args.should_save and self.average is not None:
+            self.average.save(Path(output_dir if output_dir is not None else self.args.output_dir) / EMA_FILE)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_weights(self, checkpoint: Path) -> None:
+        if (checkpoint / EMA_FILE).is_file() != (self.average is not None):
+            has = "no" if self.average is not None else "a"
+            raise ValueError(
+                f"ema_decay is {self.args.ema_decay}, but {checkpoint} has {has} weight average ({EMA_FILE}); resume "
+                "with the same ema_decay."
+            )
+        super()._load_weights(checkpoint)
         if self.average is not None:
-            self.average.load(Path(resume_from_checkpoint) / EMA_FILE)
+            self.average.load(checkpoint / EMA_FILE)

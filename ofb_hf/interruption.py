@@ -1,11 +1,15 @@
 """SIGTERM and Ctrl-C: finish the step, save a checkpoint, leave with a message."""
 
+import os
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -15,14 +19,26 @@ AGREE_EVERY_ON_ACCELERATORS = 10
 
 
 class TrainingInterrupted(SystemExit):
-    """Training was asked to stop and saved a checkpoint first. Its exit status is the shell's, 128 + signal."""
+    """Training was asked to stop and saved a checkpoint first. Its exit status is the shell's, 128 + signal.
+
+    Args:
+        number: the signal.
+        message: what happened and how to go on.
+    """
+
+    def __init__(self, number: signal.Signals, message: str):
+        super().__init__(128 + number)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Interruption(TrainerCallback):
-    """Turns SIGTERM and SIGINT into a checkpoint and an orderly end, on all ranks at the same step.
+    """Turns SIGTERM and SIGINT into an orderly end of training, on all ranks at the same step.
 
-    A context manager around the training, and a callback in it. A second Ctrl-C stops at once; further SIGTERMs are
-    ignored, as launchers pass on what the cluster has sent already.
+    A context manager around the training, and a callback in it; the Trainer saves the checkpoint. A second Ctrl-C stops
+    at once; further SIGTERMs are ignored, as launchers pass on what the cluster has sent already.
 
     Attributes:
         stopped_by: the signal after which training ended, None if it ended by itself.
@@ -43,21 +59,59 @@ class Interruption(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+        if self._received is not None and self.stopped_by is None and error[0] is None:
+            signal.raise_signal(self._received)  # it came after the last moment at which training could react
 
     def _receive(self, number: int, frame: Any) -> None:
         self._received = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Asks for a checkpoint and the end of training once any rank has received a signal."""
-        stop = int(self._received is not None)
+    def is_asked_for(self, args: TrainingArguments) -> bool:
+        """Whether any rank has received a signal. All ranks have to call it together."""
+        asked = int(self._received is not None)
         if args.world_size > 1:
-            every = 1 if args.device.type == "cpu" else AGREE_EVERY_ON_ACCELERATORS
-            if state.global_step % every:
-                return control
-            stop = int(reduce(torch.tensor([stop], device=args.device), "sum"))
-        if stop and state.global_step < state.max_steps:
+            asked = int(reduce(torch.tensor([asked], device=args.device), "sum"))
+        if asked:
             self.stopped_by = self._received or signal.SIGTERM
-            control.should_save = control.should_training_stop = True
+        return bool(asked)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Ends training once any rank has received a signal."""
+        every = AGREE_EVERY_ON_ACCELERATORS if args.world_size > 1 and args.device.type != "cpu" else 1
+        if state.global_step % every == 0 or state.global_step >= state.max_steps:
+            control.should_training_stop |= self.is_asked_for(args)
         return control
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Does nothing of what belongs to the end of an epoch where training was stopped in the middle of one."""
+        if self.stopped_by is not None and state.epoch % 1:
+            control.should_evaluate = control.should_save = control.should_log = False
+        return control
+
+
+def shield_workers(loader: DataLoader) -> DataLoader:
+    """Makes the worker processes of a loader outlive signals that are meant for the training.
+
+    Clusters send SIGTERM to all processes of a job, terminals send Ctrl-C to a whole group. A worker that dies of it
+    takes the training along before a checkpoint is written.
+    """
+    init = loader.worker_init_fn
+    if not (isinstance(init, partial) and init.func is _init_worker):
+        loader.worker_init_fn = partial(_init_worker, init)
+    return loader
+
+
+def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # nowhere else can be known who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_the_parent_only, daemon=True).start()
+    if init is not None:
+        init(worker)
+
+
+def _obey_the_parent_only() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -162,8 +162,8 @@ class Supernet(nn.Module):
 
     def refresh_gates(self) -> None:
         """Computes the bi-mask values that the gated modules read until the next call."""
-        for mask in self.bi_masks:
-            self._gate_store.values[mask.name] = mask.prunability(self.lam).flatten()
+        # A new dict, and nobody looks at the last one: compiled code does not depend on what it held.
+        self._gate_store.values = {mask.name: mask.prunability(self.lam).flatten() for mask in self.bi_masks}
         if not torch.compiler.is_compiling():
             self.refresh_liveness()
 
@@ -202,9 +202,9 @@ class Supernet(nn.Module):
         Args:
             on: `bi_mask` = sums of the bi-mask values of the last forward; `sparsity` = expected sizes under alpha.
         """
-        values = self._gate_store.values
-        if not values:
+        if not self._gate_store.values:
             self.refresh_gates()
+        values = self._gate_store.values
         searched: dict[str, Tensor] = {}
         for mask in self.bi_masks:
             gates = values[mask.name].float().reshape(mask.alive.shape)
@@ -295,7 +295,7 @@ class Supernet(nn.Module):
         for path, values in family.attributes(self.config).items():
             for attribute, value in values.items():
                 setattr(self.model.get_submodule(path), attribute, value)
-        self._gate_store.values.clear()
+        self._gate_store.values = {}
         self._alive_version.clear()
         return replaced, plan
 

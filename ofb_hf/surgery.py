@@ -157,6 +157,8 @@ def rebuild_ddp_(wrapped: DistributedDataParallel) -> None:
     """
     keys = "device_ids output_device dim process_group find_unused_parameters gradient_as_bucket_view static_graph"
     kwargs = {key: getattr(wrapped, key) for key in keys.split()}
+    if not wrapped.bucket_bytes_cap_default:
+        kwargs["bucket_cap_mb"] = wrapped.bucket_bytes_cap / 2**20
     if not wrapped.broadcast_buffers:  # the default, True, is not passed: newer torch warns about the name
         kwargs["broadcast_buffers"] = False
     wrapped.__init__(wrapped.module, **kwargs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler, set_seed
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import schedule
 from .architectures import family_of
@@ -183,6 +184,8 @@ class OFBTrainer(DistillationTrainer):
             self._decide(supernet.settle_ if settles else supernet.retire_candidates)
         if step == total or (config.prune_during_search and (settles or retires)):
             self.shrink()
+        elif settles or retires:
+            self._require_identical_ranks()
 
     def _decide(self, decide: Callable[[], Any]) -> None:
         """Lets rank 0 retire candidates; all ranks do as it did."""
@@ -212,12 +215,20 @@ class OFBTrainer(DistillationTrainer):
         slice_optimizer_(self.optimizer, replaced, entries)
         if self.average is not None:
             self.average.slice_(plan)
-        if self.args.world_size > 1:
-            # Before DDP is rebuilt: that copies rank 0's values to all ranks and would hide a difference.
-            require_identical_ranks(self.supernet, self.optimizer, self.state.global_step)
+        self._require_identical_ranks()  # before DDP is rebuilt: copying rank 0's values would hide a difference
+        if not replaced:
+            return
         wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)  # torch.compile wraps once more
-        if replaced and isinstance(wrapped, DistributedDataParallel):
+        if wrapped is not self.model_wrapped:
+            # The code compiled for the larger network is never needed again, and counts towards the number of variants
+            # after which torch gives up and runs eagerly.
+            torch.compiler.reset()
+        if isinstance(wrapped, DistributedDataParallel):
             rebuild_ddp_(wrapped)
+
+    def _require_identical_ranks(self) -> None:
+        if self.args.world_size > 1:
+            require_identical_ranks(self.supernet, self.optimizer, self.state.global_step)
 
     def compress(self) -> PreTrainedModel:
         """The small dense model that the search arrived at; its MACs or parameters are within the budget."""
@@ -296,18 +307,17 @@ class OFBTrainer(DistillationTrainer):
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
             self.bi_mask_config.save(folder / BI_MASK_CONFIG_FILE)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        saved = type(self.bi_mask_config).load(folder / BI_MASK_CONFIG_FILE)
+    def _load_weights(self, checkpoint: Path) -> None:
+        saved = type(self.bi_mask_config).load(checkpoint / BI_MASK_CONFIG_FILE)
         if saved != self.bi_mask_config:
             ours, theirs = self.bi_mask_config.to_dict(), saved.to_dict()
             differing = {name: (theirs[name], ours[name]) for name in ours if ours[name] != theirs[name]}
             raise ValueError(
-                f"the checkpoint {folder} belongs to another search; (checkpoint, this run) differ in {differing}. "
+                f"the checkpoint {checkpoint} belongs to another search; (checkpoint, this run) differ in {differing}. "
                 "Resume with the same settings, or start over with another output_dir."
             )
-        self.supernet.shrink_to_(safetensors.torch.load_file(folder / "model.safetensors"))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.supernet.shrink_to_(safetensors.torch.load_file(checkpoint / SAFE_WEIGHTS_NAME))
+        super()._load_weights(checkpoint)
 
 
 def dense_parent(supernet: Supernet) -> PreTrainedModel:

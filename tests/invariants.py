@@ -22,6 +22,13 @@ LABELS = torch.tensor([0, 2])
 NON_UNIFORM = {"vit": non_uniform_vit, "swin": non_uniform_swin}
 
 
+def assert_equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """The same tensors, bit for bit."""
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
 def ours(family: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
     """A tiny dense classifier of our own class; arguments as for `tiny_model`."""
     return OURS[family].from_dense(tiny_model(family, *args, **kwargs))

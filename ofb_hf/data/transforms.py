@@ -93,11 +93,12 @@ class SeededImages(torch.utils.data.Dataset):
     ):
         self.rows = dataset.select_columns([image_column, label_column])
         self.transform = RowTransform(transform, image_column, label_column)
-        self.seed, self.epoch = seed, 0
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
 
     def set_epoch(self, epoch: int) -> None:
         """Draws other random transforms from now on."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,7 +115,7 @@ class SeededImages(torch.utils.data.Dataset):
             torch.set_rng_state(state)
 
     def _transformed(self, rows: dict[str, list], position: int, index: int) -> dict[str, Any]:
-        seed = (self.seed * 1_000_003 + self.epoch) * 1_000_003 + index
+        seed = (self.seed * 1_000_003 + int(self._epoch)) * 1_000_003 + index
         torch.default_generator.manual_seed(seed % 2**63)
         row = self.transform({name: values[position : position + 1] for name, values in rows.items()})
         return {name: values[0] for name, values in row.items()}

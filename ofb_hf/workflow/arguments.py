@@ -12,9 +12,17 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from ..data import DataArguments
 from ..models.shapes import SHAPES
 from ..training_args import OFBTrainingArguments
 
+# Training arguments that decide the result of a run, beside the total batch size. Those that only say how it is
+# watched, saved or fed may change when it is resumed.
+DECISIVE = (
+    *("seed", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    *("warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
+    *("label_smoothing_factor", "distillation_weight", "distillation_type", "distillation_temperature", "ema_decay"),
+)
 DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
 
 
@@ -128,6 +136,18 @@ def _words(settings: dict[str, Any]) -> list[str]:
         else:
             words += [str(item) for item in (value if isinstance(value, list) else [value])]
     return words
+
+
+def training_settings(args: OFBTrainingArguments, data_args: DataArguments) -> dict[str, Any]:
+    """What of the training arguments decides the result; a resumed run must agree with it."""
+    settings = {name: getattr(args, name) for name in DECISIVE}
+    settings["lr_scheduler_type"] = str(args.lr_scheduler_type.value)
+    settings["total_train_batch_size"] = (
+        args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    )
+    if data_args.streaming:  # whose order is dealt out to the workers
+        settings["dataloader_num_workers"] = args.dataloader_num_workers
+    return settings
 
 
 def phase_arguments(args: OFBTrainingArguments, phase: str, **changes: Any) -> OFBTrainingArguments:

@@ -9,12 +9,11 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from ..checkpoints import newest_checkpoint
 from ..data import AugmentationArguments, DataArguments
 from ..distillation import DistillationTrainer
 from ..training_args import OFBTrainingArguments
 from . import output
-from .arguments import ModelArguments
+from .arguments import ModelArguments, training_settings
 from .inputs import Inputs, load, load_teacher
 from .measure import METRICS, measure, provenance
 from .report import results_rows, text_table
@@ -47,9 +46,9 @@ def prepare(
 ) -> Finetuning:
     """Loads and checks everything. Touches nothing; raises ValueError for whatever cannot work."""
     name = _required(model_args)
-    settings = {"model_name_or_path": name, "teacher_name_or_path": model_args.teacher_name_or_path, "seed": args.seed}
-    settings |= asdict(data_args) | asdict(augmentation_args)
-    output.check_free(Path(args.output_dir), settings, model_args.overwrite_output_dir, args.resume_from_checkpoint)
+    settings = {"model_name_or_path": name, "teacher_name_or_path": model_args.teacher_name_or_path}
+    settings |= asdict(data_args) | asdict(augmentation_args) | training_settings(args, data_args)
+    output.check_free(args, settings, model_args.overwrite_output_dir, phases=("",))
     model, inputs = load(name, data_args, args.seed, augmentation_args)
     teacher = load_teacher(model_args.teacher_name_or_path, inputs)
     return Finetuning(args, settings, copy.deepcopy(model), model, teacher, inputs)
@@ -61,17 +60,16 @@ def run(job: Finetuning) -> dict[str, Any]:
     Returns:
         Content of `eval_results.json`: the model before (`dense`) and after (`finetuned`).
     """
-    is_main = job.args.process_index == 0
+    is_main = job.args.should_save
     PartialState().wait_for_everyone()  # all ranks have looked at the folder before one of them writes to it
     if is_main:
-        output.begin(job.folder, job.settings, job.args.resume_from_checkpoint is not None)
+        output.begin(job.args, job.settings)
     with output.marked_if_failed(job.folder, is_main):
         set_seed(job.args.seed)
         datasets = {"train_dataset": job.inputs.train, "eval_dataset": job.inputs.eval, **METRICS}
         augmented = {"batch_augmentation": job.inputs.batch_augmentation}
         trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, **augmented, **datasets)
-        wanted = job.args.resume_from_checkpoint
-        trainer.train(resume_from_checkpoint=newest_checkpoint(job.folder) if wanted == "auto" else wanted)
+        trainer.train(resume_from_checkpoint=job.args.resume_from_checkpoint)
         models = {"dense": job.before, "finetuned": job.model}
         results = measure(models, job.inputs.eval, job.args) | provenance(job.args.seed)
         if is_main:

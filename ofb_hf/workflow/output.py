@@ -9,12 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..callbacks import HISTORY_FILE
 from ..checkpoints import ASIDE, is_complete
+from ..training_args import OFBTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 FAILED_FILE = "FAILED.txt"
 SETTINGS_FILE = "run_settings.json"
-PHASES = ("dense", "dense_training", "search", "finetune")
+WORLD_SIZE = "num_processes"
+SEARCH_PHASES = ("dense_training", "search", "finetune")
+RESULT = "model"  # in the folder of a phase, once it is finished
 PRODUCT = (
     "config.json",
     "model.safetensors",
@@ -51,38 +58,55 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_free(folder: Path, settings: dict[str, Any], overwrite: bool, resume: str | None) -> None:
+def check_free(args: OFBTrainingArguments, settings: dict[str, Any], overwrite: bool, phases: tuple[str, ...]) -> None:
     """Refuses a folder that holds something else than this very run, unless a run there is to be replaced.
 
     Args:
+        args: for `output_dir` and `resume_from_checkpoint`.
         settings: what defines the run; resuming with other settings is refused.
         overwrite: replace a run of ours. A folder with anything else in it is never touched.
-        resume: `--resume_from_checkpoint`.
+        phases: subfolders that this kind of run writes checkpoints to, "" for the folder itself.
 
     Raises:
         ValueError: saying what is there and which flags to use.
     """
+    folder = Path(args.output_dir)
     if folder.is_file():
         raise ValueError(f"output_dir {folder} is a file; give a folder.")
     is_ours = (folder / SETTINGS_FILE).is_file()
-    if resume is not None:
-        if resume != "auto" and not is_complete(Path(resume)):
-            raise ValueError(f"resume_from_checkpoint {resume} is no complete checkpoint; give one, or 'auto'.")
+    if not is_ours and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"output_dir {folder} holds other files than those of a run; give another folder.")
+    if args.resume_from_checkpoint is not None:
+        if args.resume_from_checkpoint != "auto":
+            _check_checkpoint(Path(args.resume_from_checkpoint), folder, phases)
         if is_ours:
-            _check_settings(folder, settings)
-        elif folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"output_dir {folder} holds other files than those of a run; give another folder.")
-    elif folder.is_dir() and any(folder.iterdir()):
-        if not is_ours:
-            raise ValueError(f"output_dir {folder} holds other files than those of a run; give another folder.")
-        if not overwrite:
-            raise ValueError(
-                f"output_dir {folder} holds a run; continue it with --resume_from_checkpoint auto, start over with "
-                "--overwrite_output_dir, or give another folder."
-            )
+            _check_settings(folder, settings, args.world_size)
+    elif is_ours and not overwrite:
+        raise ValueError(
+            f"output_dir {folder} holds a run; continue it with --resume_from_checkpoint auto, start over with "
+            "--overwrite_output_dir, or give another folder."
+        )
 
 
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def _check_checkpoint(checkpoint: Path, folder: Path, phases: tuple[str, ...]) -> None:
+    """Refuses a checkpoint that this run could not continue from."""
+    if not is_complete(checkpoint):
+        raise ValueError(f"resume_from_checkpoint {checkpoint} is no complete checkpoint; give one, or 'auto'.")
+    allowed = [folder / phase for phase in phases]
+    phase = next((phase for phase in allowed if checkpoint.resolve().parent == phase.resolve()), None)
+    if phase is None:
+        raise ValueError(
+            f"resume_from_checkpoint {checkpoint} is no checkpoint of this run, which writes them to "
+            f"{', '.join(map(str, allowed))}; give one of these, or 'auto', or the --output_dir it belongs to."
+        )
+    if (phase / RESULT).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint {checkpoint} belongs to a part of the run that is finished; 'auto' goes on after "
+            "it. To repeat it, take another --output_dir."
+        )
+
+
+def _check_settings(folder: Path, settings: dict[str, Any], world_size: int) -> None:
     saved = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     settings = json.loads(json.dumps(settings))
     differing = {name: (saved.get(name), value) for name, value in settings.items() if saved.get(name) != value}
@@ -91,17 +115,23 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
             f"the run in {folder} has other settings; (there, here) differ in {differing}. Resume with the same "
             "settings, or give another output_dir."
         )
+    if saved[WORLD_SIZE] != world_size:
+        logger.warning(
+            f"the run in {folder} had {saved[WORLD_SIZE]} processes and goes on with {world_size}: each of them sees "
+            "other images than before, and the result is not the one of an uninterrupted run."
+        )
 
 
-def begin(folder: Path, settings: dict[str, Any], resuming: bool) -> None:
+def begin(args: OFBTrainingArguments, settings: dict[str, Any]) -> None:
     """Marks the folder as that of an unfinished run; a run that starts over first removes what the last one left."""
+    folder, resuming = Path(args.output_dir), args.resume_from_checkpoint is not None
     folder.mkdir(parents=True, exist_ok=True)
     if not resuming and (folder / SETTINGS_FILE).is_file():
-        for name in (*PHASES, *PRODUCT):
+        for name in ("dense", *SEARCH_PHASES, *PRODUCT):
             remove(folder / name)
         for checkpoint in folder.glob("checkpoint-*"):
             remove(checkpoint)
-    write_json(folder / SETTINGS_FILE, settings)
+    write_json(folder / SETTINGS_FILE, settings | {WORLD_SIZE: args.world_size})
     mark_failed(folder, "it is running, or it was killed.")
 
 

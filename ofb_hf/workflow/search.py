@@ -11,8 +11,9 @@ from transformers.utils import logging
 
 from ..architectures import describe
 from ..callbacks import HISTORY_FILE, HistoryCallback, read_history
-from ..checkpoints import ASIDE, newest_checkpoint
+from ..checkpoints import ASIDE
 from ..configuration import BiMaskConfig, default_config
+from ..consistency import decided_by_rank_0
 from ..data import AugmentationArguments, DataArguments
 from ..distillation import DistillationTrainer
 from ..model_card import render_card
@@ -23,7 +24,7 @@ from ..supernet import install_bi_masks
 from ..trainer import OFBTrainer, check_search_arguments
 from ..training_args import OFBTrainingArguments
 from . import output
-from .arguments import FinetuneArguments, ModelArguments, phase_arguments
+from .arguments import FinetuneArguments, ModelArguments, phase_arguments, training_settings
 from .inputs import Inputs, load, load_teacher
 from .measure import METRICS, hardware, measure, provenance
 from .report import markdown_table, results_rows, text_table
@@ -54,8 +55,8 @@ class Walk:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files."""
-        return self.args.process_index == 0
+        """Whether this process writes files: one, or one per machine with `save_on_each_node`."""
+        return self.args.should_save
 
     @property
     def resuming(self) -> bool:
@@ -70,7 +71,7 @@ def run(walk: Walk) -> dict[str, Any]:
     """
     PartialState().wait_for_everyone()  # all ranks have looked at the folder before one of them writes to it
     if walk.is_main:
-        output.begin(walk.folder, walk.settings, walk.resuming)
+        output.begin(walk.args, walk.settings)
     with output.marked_if_failed(walk.folder, walk.is_main):
         if walk.model_args.dense_epochs:
             train_dense(walk)
@@ -99,7 +100,7 @@ def prepare(
         raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(SHAPES)}.")
     check_search_arguments(args)
     settings = run_settings(model_args, data_args, config, args) | asdict(augmentation_args)
-    output.check_free(Path(args.output_dir), settings, model_args.overwrite_output_dir, args.resume_from_checkpoint)
+    output.check_free(args, settings, model_args.overwrite_output_dir, output.SEARCH_PHASES)
     dense, inputs = load(name, data_args, args.seed, augmentation_args)
     config = default_config(dense.config, **config.to_dict())
     target = install_bi_masks(dense, config).target
@@ -114,14 +115,13 @@ def run_settings(
     settings = asdict(data_args) | config.to_dict()
     settings |= {name: getattr(model_args, name) for name in ("model_name_or_path", "teacher_name_or_path")}
     settings |= {name: getattr(model_args, name) for name in ("dense_epochs", "dense_learning_rate")}
-    names = "seed max_steps num_train_epochs learning_rate per_device_train_batch_size gradient_accumulation_steps"
-    return settings | {name: getattr(args, name) for name in names.split()}
+    return settings | training_settings(args, data_args)
 
 
 def train_dense(walk: Walk) -> None:
     """Trains the dense model where it starts from random weights; keeps it for a resumed run."""
-    done = walk.folder / "dense_training" / "model"
-    if walk.resuming and done.is_dir():
+    done = walk.folder / "dense_training" / output.RESULT
+    if walk.resuming and _is_done(done):
         walk.dense = type(walk.dense).from_pretrained(done)
         return
     args = phase_arguments(
@@ -131,7 +131,6 @@ def train_dense(walk: Walk) -> None:
         max_steps=-1,
         learning_rate=walk.model_args.dense_learning_rate,
         distillation_weight=None,
-        save_strategy="no",
     )
     _train(DistillationTrainer(walk.dense, args, **_datasets(walk)), walk, "dense")
     if walk.is_main:
@@ -140,8 +139,8 @@ def train_dense(walk: Walk) -> None:
 
 def search(walk: Walk) -> tuple[PreTrainedModel, SubnetSpec]:
     """The search itself, or its result where a resumed run finds it done."""
-    done = walk.folder / "search" / "model"
-    if walk.resuming and done.is_dir():
+    done = walk.folder / "search" / output.RESULT
+    if walk.resuming and _is_done(done):
         subnet = SubnetSpec.from_json((done / SUBNET_FILE).read_text(encoding="utf-8"))
         return AutoModelForImageClassification.from_pretrained(done), subnet
     set_seed(walk.args.seed)
@@ -234,9 +233,12 @@ def _datasets(walk: Walk) -> dict[str, Any]:
 
 def _train(trainer: DistillationTrainer, walk: Walk, phase: str) -> None:
     trainer.add_callback(HistoryCallback(walk.folder / HISTORY_FILE, phase))
-    folder, wanted = Path(trainer.args.output_dir), walk.args.resume_from_checkpoint
-    if wanted == "auto":
-        wanted = newest_checkpoint(folder)
-    elif wanted is not None and Path(wanted).resolve().parent != folder.resolve():
-        wanted = None  # a checkpoint of another phase
+    wanted = walk.args.resume_from_checkpoint
+    if wanted not in (None, "auto") and Path(wanted).resolve().parent != Path(trainer.args.output_dir).resolve():
+        wanted = None  # a checkpoint of an earlier phase
     trainer.train(resume_from_checkpoint=wanted)
+
+
+def _is_done(result: Path) -> bool:
+    """Whether the result of a phase is there, as rank 0 sees it: no rank may train while others do not."""
+    return decided_by_rank_0(result.is_dir)
