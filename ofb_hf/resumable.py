@@ -62,13 +62,17 @@ class ResumableTrainer(Trainer):
         return f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def _newest_checkpoint(self) -> str | None:
-        found = decided_by_rank_0(lambda: newest_checkpoint(Path(self.args.output_dir)))
-        if found is not None and not all(gather_object([is_complete(Path(found))])):
+        folder = Path(self.args.output_dir)
+        found = decided_by_rank_0(lambda: newest_checkpoint(folder))
+        if found is None:
+            return None
+        ours = folder / Path(found).name  # machines without a shared disk may have it elsewhere
+        if not all(gather_object([is_complete(ours)])):
             raise ValueError(
                 f"not all machines see the complete checkpoint {found}; put --output_dir on a disk that all of them "
                 "share, or train with --save_on_each_node."
             )
-        return found
+        return str(ours)
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's, with workers that survive a signal to the whole job."""

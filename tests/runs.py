@@ -59,22 +59,29 @@ def searcher(folder, config=None, model=None, callbacks=None, family="vit", **ch
         arguments(folder, **changes),
         config or search_config(family, target_macs=0.6),
         train_dataset=rows(),
+        eval_dataset=rows(8, seed=5),
         callbacks=callbacks,
     )
 
 
 def start_search(folder: Path, options: dict[str, Any], ranks: int = 1) -> subprocess.Popen:
     """Starts search_process.py on one or two ranks; its lines and errors come through `stdout`."""
+    return start("search_process.py", str(folder), json.dumps(options), ranks=ranks)
+
+
+def start(script: str, *words: str, ranks: int = 1) -> subprocess.Popen:
+    """Starts a script of this folder on one or two ranks."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
         command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     return subprocess.Popen(
-        [*command, str(TESTS / "search_process.py"), str(folder), json.dumps(options)],
+        [*command, str(TESTS / script), *words],
         env=os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 

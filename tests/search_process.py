@@ -22,7 +22,6 @@ from transformers import TrainerCallback
 
 import ofb_hf.trainer
 from ofb_hf import OFBTrainer, count_macs
-from ofb_hf.checkpoints import newest_checkpoint
 
 
 def digest(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -98,7 +97,7 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     shrinks.trainer = trainer
     trainer.add_callback(shrinks)
     trainer.add_callback(report)
-    trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
+    trainer.train(resume_from_checkpoint="auto")
     result = {
         "world_size": trainer.args.world_size,
         "subnet": json.loads(trainer.read_subnet().to_json()),

@@ -1,10 +1,11 @@
 """Two real processes: one network on both, whatever happens to its shape; and a check that notices when it is not."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from runs import finish, results, start_search
+from runs import finish, results, start, start_search
 
 from ofb_hf.consistency import checksum, decided_by_rank_0, require_identical_ranks
 
@@ -36,6 +37,34 @@ def test_two_ranks_hold_the_same_network_after_every_step(tmp_path, family):
     assert first["weights"] == second["weights"]
     assert first["subnet"] == second["subnet"]
     assert first["random"] != second["random"]
+
+
+@pytest.mark.slow
+def test_a_compiled_search_with_activation_checkpointing_is_the_same_on_both_ranks(tmp_path):
+    arguments = {"torch_compile": True, "torch_compile_backend": "eager", "activation_checkpointing": True}
+    options = {"config": RETIRING, "shrink_at": SHRINK_AT, "compare_ranks": True}
+    options["arguments"] = arguments | {"per_device_train_batch_size": 4, "max_steps": 20}
+    status, said = finish(start_search(tmp_path, options, ranks=2))
+    assert status == 0, said[-3000:]
+    first, second = results(tmp_path, ranks=2)
+    assert [step["different"] for step in first["steps"]] == [[]] * 20
+    assert set(SHRINK_AT) <= set(shrinks(first))
+    assert first["weights"] == second["weights"]
+
+
+@pytest.mark.slow
+def test_two_ranks_keep_the_same_best_model_and_share_the_data_again_in_a_second_training(tmp_path):
+    status, said = finish(start("finetune_process.py", str(tmp_path), ranks=2))
+    assert status == 0, said[-3000:]
+    first, second = results(tmp_path, ranks=2)
+    assert first["world_size"] == 2
+    for one, two in zip(first["trainings"], second["trainings"], strict=True):
+        assert one["best"] == two["best"]
+        assert Path(one["best"]).parent == tmp_path
+        assert one["best"] != str(tmp_path / "checkpoint-4"), "choose settings in which the last step is not the best"
+        assert one["weights"] == two["weights"]
+        assert sorted(one["seen"] + two["seen"]) == list(range(32))
+    assert first["trainings"][0]["seen"] != first["trainings"][1]["seen"]
 
 
 @pytest.mark.slow

@@ -3,21 +3,25 @@
 `KILLS=10 pytest tests/test_interruption.py` kills more often.
 """
 
-import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import threading
 import time
+from itertools import cycle
 from pathlib import Path
 
 import psutil
 import pytest
+from invariants import assert_equal_states
 from runs import finish, results, searcher, start_search
-from transformers import TrainerCallback, TrainerState
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
-from ofb_hf.checkpoints import ASIDE, is_complete, move_into_place, newest_checkpoint
-from ofb_hf.interruption import TrainingInterrupted
+from ofb_hf.checkpoints import ASIDE, newest_checkpoint
+from ofb_hf.interruption import TrainingInterrupted, shield_workers
 
 KILLS = int(os.environ.get("KILLS", "3"))
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "ema_decay": 0.9}
@@ -48,8 +52,8 @@ class Watched:
         return any(line.startswith(start) for line in self.lines)
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
-        """Sends a signal and waits: (exit status, everything it said)."""
-        self.process.send_signal(number)
+        """Sends a signal to the process and its group, and waits: (exit status, everything it said)."""
+        os.killpg(self.process.pid, number)
         self.process.wait(120)
         self.reader.join()
         return self.process.returncode, "".join(self.lines)
@@ -69,45 +73,46 @@ def latest_step(folder: Path) -> int:
     return int(newest.rpartition("-")[2]) if newest else 0
 
 
-def kill_once(folder: Path, options: dict, ranks: int, when: str, rng: random.Random) -> bool:
-    """Starts or resumes the search and kills it: during a save, right after a shrink, or at some moment.
+MOMENTS = ("in a save", "after a shrink", "somewhere")
 
-    Returns:
-        Whether it was killed before it ended.
-    """
-    search, after = Watched(folder, options, ranks), latest_step(folder) + rng.randint(1, 5)
-    if when == "save":
-        running = search.wait_for(lambda: search.said("step") and any((folder / ASIDE).glob("checkpoint-*/*")))
-    elif when == "shrink":
-        running = search.wait_for(lambda: sum(line.startswith("shrunk") for line in search.lines) > 1)
+
+def kill_at(folder: Path, options: dict, ranks: int, moment: str, rng: random.Random) -> bool:
+    """Starts the search and kills it: during a save, right after a shrink, or somewhere. False if it was faster."""
+    search, step = Watched(folder, options, ranks), rng.randint(3, 20)
+    if moment == "in a save":
+        search.wait_for(lambda: search.said(f"step {step}"))
+        running = search.wait_for(lambda: any((folder / ASIDE).glob("checkpoint-*/*")))
+    elif moment == "after a shrink":
+        shrink = rng.randint(2, 4)  # the first line says "shrunk" as well
+        running = search.wait_for(lambda: sum(line.startswith("shrunk") for line in search.lines) >= shrink)
     else:
-        running = search.wait_for(lambda: search.said(f"step {after}"))
+        running = search.wait_for(lambda: search.said(f"step {step}"))
         time.sleep(rng.random() * 0.05)
     search.kill() if running else search.reader.join()
-    return running
+    return running and not (folder / "result-0.json").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "family"), [(1, "swin"), (2, "vit")])
 def test_a_killed_search_ends_where_the_straight_one_ends(tmp_path, ranks, family):
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    straight.mkdir(), killed.mkdir()
+    straight, rng = tmp_path / "straight", random.Random(int(os.environ.get("KILLS_SEED", ranks)))
+    straight.mkdir()
     options = OPTIONS | {"family": family, "arguments": SAVING}
     status, said = finish(start_search(straight, options, ranks))
     assert status == 0, said[-3000:]
-    rng, kills = random.Random(ranks), 0
-    for when in (["save", "shrink", "random"] * KILLS)[:KILLS]:
-        kills += kill_once(killed, options, ranks, when, rng)
-        if (killed / "result-0.json").exists():
-            break
-    assert kills >= min(2, KILLS)
-    status, said = finish(start_search(killed, options, ranks))
-    assert status == 0, said[-3000:]
-    for expected, result in zip(results(straight, ranks), results(killed, ranks), strict=True):
-        assert result["subnet"] == expected["subnet"]
-        assert result["weights"] == expected["weights"]
-    assert len(list(killed.glob("checkpoint-*"))) == 2
-    assert not (killed / ASIDE).exists()
+    for number, moment in zip(range(KILLS), cycle(MOMENTS), strict=False):
+        killed = tmp_path / str(number)
+        killed.mkdir()
+        while not kill_at(killed, options, ranks, moment, rng):
+            shutil.rmtree(killed)
+            killed.mkdir()
+        status, said = finish(start_search(killed, options, ranks))
+        assert status == 0, said[-3000:]
+        for expected, result in zip(results(straight, ranks), results(killed, ranks), strict=True):
+            assert result["subnet"] == expected["subnet"], f"kill {number}, {moment}"
+            assert result["weights"] == expected["weights"], f"kill {number}, {moment}"
+        assert len(list(killed.glob("checkpoint-*"))) == 2
+        assert not (killed / ASIDE).exists()
 
 
 @pytest.mark.slow
@@ -115,9 +120,10 @@ def test_a_killed_search_ends_where_the_straight_one_ends(tmp_path, ranks, famil
     ("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)], ids=["TERM", "INT", "TERM-2"]
 )
 def test_a_signal_saves_a_checkpoint_and_the_search_goes_on_from_it(tmp_path, number, ranks):
+    """Sent to the whole group, as clusters and terminals do, while loaders have workers."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     straight.mkdir(), stopped.mkdir()
-    options = OPTIONS | {"arguments": {"save_strategy": "no"}}
+    options = OPTIONS | {"arguments": {"save_strategy": "no", "dataloader_num_workers": 1}}
     status, said = finish(start_search(straight, options, ranks))
     assert status == 0, said[-3000:]
     search = Watched(stopped, options, ranks)
@@ -132,22 +138,23 @@ def test_a_signal_saves_a_checkpoint_and_the_search_goes_on_from_it(tmp_path, nu
     assert results(stopped)[0]["weights"] == results(straight)[0]["weights"]
 
 
-class Terminates(TrainerCallback):
-    """Sends SIGTERM to its own process in the middle of a step."""
+class Sends(TrainerCallback):
+    """Sends SIGTERM to its own process at one event of a step."""
 
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int, event: str = "on_step_begin"):
+        self.step = step - 1 if event == "on_step_begin" else step
+        setattr(self, event, self.send)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step - 1:
+    def send(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_signal_in_a_program_of_ones_own_ends_training_and_gives_the_signals_back(tmp_path):
     trainer = searcher(tmp_path, max_steps=5)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    trainer.add_callback(Terminates(3))
-    with pytest.raises(TrainingInterrupted) as stopped:
+    trainer.add_callback(Sends(3))
+    with pytest.raises(TrainingInterrupted, match=r"stopped by SIGTERM after step 3 of 5.*checkpoint-3") as stopped:
         trainer.train()
     assert stopped.value.code == 128 + signal.SIGTERM
     assert trainer.state.global_step == 3
@@ -155,42 +162,73 @@ def test_a_signal_in_a_program_of_ones_own_ends_training_and_gives_the_signals_b
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
-def _SendsItself(step):
-    from transformers import TrainerCallback
-
-    class SendsItself(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == step - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    return SendsItself()
-
-
-def test_only_complete_checkpoints_are_resumed_from(tmp_path, caplog):
-    trainer = searcher(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
-    trainer.train()
-    newest = tmp_path / "checkpoint-4"
-    assert newest_checkpoint(tmp_path) == str(newest)
-    assert not (tmp_path / ASIDE).exists()
-    state = (newest / "trainer_state.json").read_text()
-    (newest / "trainer_state.json").write_text(state[: len(state) // 2])
-    assert not is_complete(newest)
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
-    assert newest_checkpoint(tmp_path) is None
-    assert newest_checkpoint(tmp_path / "nowhere") is None
+@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end", "on_log", "on_epoch_end", "on_evaluate"])
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path, event):
+    """Not even while the last evaluation runs; nothing is left to train afterwards."""
+    settings = {"max_steps": 4, "eval_strategy": "epoch"}
+    straight = searcher(tmp_path / "straight", **settings)
+    straight.train()
+    stopped = searcher(tmp_path / "stopped", **settings)
+    stopped.add_callback(Sends(4, event))
+    with pytest.raises(TrainingInterrupted):
+        stopped.train()
+    resumed = searcher(tmp_path / "stopped", **settings)
+    resumed.train(resume_from_checkpoint="auto")
+    assert_equal_states(straight.compress().state_dict(), resumed.compress().state_dict())
 
 
-def test_a_checkpoint_of_the_same_step_is_replaced_and_the_best_one_keeps_its_name(tmp_path):
-    written, place = tmp_path / ASIDE / "checkpoint-2", tmp_path / "checkpoint-2"
-    for folder, text in ((place, "old"), (written, "new")):
-        folder.mkdir(parents=True)
-        (folder / "weights").write_text(text)
-    state = TrainerState(best_model_checkpoint=str(written))
-    move_into_place(written, place, state)
-    assert (place / "weights").read_text() == "new"
-    assert state.best_model_checkpoint == str(place)
-    assert json.loads((place / "trainer_state.json").read_text())["best_model_checkpoint"] == str(place)
-    assert not list((tmp_path / ASIDE).iterdir())
-    move_into_place(written, place, state)  # another machine was faster
-    assert (place / "weights").read_text() == "new"
+def test_a_signal_that_comes_too_late_takes_its_usual_course(tmp_path):
+    trainer = searcher(tmp_path, max_steps=2)
+    trainer.add_callback(Sends(2, "on_train_end"))
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+@pytest.mark.parametrize("strategy", ["epoch", "best"])
+def test_a_signal_does_not_disturb_what_belongs_to_the_end_of_an_epoch(tmp_path, step, strategy):
+    """In the middle and at the end of an epoch (4 steps), with evaluation that draws random numbers."""
+    settings = {"max_steps": 8, "eval_strategy": "epoch", "save_strategy": strategy, "family": "swin"}
+    settings |= {"metric_for_best_model": "eval_loss"} if strategy == "best" else {}
+    straight = searcher(tmp_path / "straight", **settings)
+    straight.train()
+    stopped = searcher(tmp_path / "stopped", **settings)
+    stopped.add_callback(Sends(step))
+    with pytest.raises(TrainingInterrupted):
+        stopped.train()
+    assert newest_checkpoint(tmp_path / "stopped") == str(tmp_path / "stopped" / f"checkpoint-{step}")
+    resumed = searcher(tmp_path / "stopped", **settings)
+    resumed.train(resume_from_checkpoint="auto")
+    evaluated = [[row["step"] for row in t.state.log_history if "eval_loss" in row] for t in (straight, resumed)]
+    assert evaluated[0] == evaluated[1] == [4, 8]
+    assert_equal_states(straight.compress().state_dict(), resumed.compress().state_dict())
+
+
+class SlowImages:
+    """Images that take their time."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        time.sleep(0.05)
+        return index
+
+
+def test_workers_obey_their_parent_only():
+    loader = shield_workers(DataLoader(SlowImages(), num_workers=1, persistent_workers=True))
+    batches = iter(loader)
+    next(batches)
+    (worker,) = psutil.Process().children()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
+    assert len(list(batches)) == 7
+    assert worker.is_running()
+    assert shield_workers(loader).worker_init_fn.args == (None,)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(10) is not None or not worker.is_running()

@@ -1,6 +1,9 @@
 """A whole run that is cut short and continued: in the search, in finetuning, by a failure, a kill or a signal."""
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from ofb_hf import cli
 from ofb_hf.callbacks import read_history
 from ofb_hf.distillation import DistillationTrainer
 from ofb_hf.interruption import TrainingInterrupted
+from ofb_hf.workflow import output as output_folder
 from ofb_hf.workflow import search as workflow
 
 
@@ -73,11 +77,22 @@ class Terminates(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("phase", "step"), [("search", 13), ("finetune", 2)])
-def test_a_terminated_run_goes_on_in_the_phase_it_was_in(swin_checkpoint, images, tmp_path, monkeypatch, phase, step):
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    walk(swin_checkpoint, images, straight, "--save_strategy", "no")
-    original = DistillationTrainer.__init__
+DENSE = ["--dense_epochs", "2", "--dense_learning_rate", "1e-3", "--save_strategy", "no"]
+
+
+@pytest.fixture(scope="module")
+def straight_swin(swin_checkpoint, images, tmp_path_factory):
+    """Output folder of a whole run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("straight") / "out"
+    walk(swin_checkpoint, images, output, *DENSE)
+    return output
+
+
+@pytest.mark.parametrize(("phase", "step"), [("dense_training", 4), ("search", 13), ("search", 16), ("finetune", 3)])
+def test_a_terminated_run_goes_on_in_the_phase_it_was_in(
+    swin_checkpoint, images, straight_swin, tmp_path, monkeypatch, phase, step
+):
+    cut, original = tmp_path / "cut", DistillationTrainer.__init__
 
     def with_a_signal(self, *args, **kwargs):
         original(self, *args, **kwargs)
@@ -86,11 +101,95 @@ def test_a_terminated_run_goes_on_in_the_phase_it_was_in(swin_checkpoint, images
     with monkeypatch.context() as patch:
         patch.setattr(DistillationTrainer, "__init__", with_a_signal)
         with pytest.raises(TrainingInterrupted) as stopped:
-            walk(swin_checkpoint, images, cut, "--save_strategy", "no")
+            walk(swin_checkpoint, images, cut, *DENSE)
     assert stopped.value.code == 143
     assert (cut / phase / f"checkpoint-{step}").is_dir()
-    assert "has not finished" in (cut / "FAILED.txt").read_text()
-    walk(swin_checkpoint, images, cut, "--save_strategy", "no", "--resume_from_checkpoint", "auto")
+    assert f"stopped by SIGTERM after step {step}" in (cut / "FAILED.txt").read_text()
+    walk(swin_checkpoint, images, cut, *DENSE, "--resume_from_checkpoint", "auto")
     for name in ("subnet.json", "search/model/model.safetensors", "model.safetensors"):
-        assert (cut / name).read_bytes() == (straight / name).read_bytes(), name
+        assert (cut / name).read_bytes() == (straight_swin / name).read_bytes(), name
     assert not (cut / "FAILED.txt").exists()
+
+
+def finetune(checkpoint, images, output, *flags):
+    """Six steps of the finetuning command, two epochs."""
+    settings = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
+    return cli.finetune([*settings, *QUICK, "--max_steps", "6", *flags])
+
+
+def test_finetuning_a_stock_model_resumes_in_the_middle_of_an_epoch(checkpoint, images, tmp_path, monkeypatch):
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    finetune(checkpoint, images, straight)
+    original = DistillationTrainer.__init__
+
+    def with_a_signal(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(Terminates("cut", 4))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "__init__", with_a_signal)
+        with pytest.raises(TrainingInterrupted):
+            finetune(checkpoint, images, cut)
+    finetune(checkpoint, images, cut, "--resume_from_checkpoint", "auto")
+    assert (cut / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def stopped(checkpoint, images, tmp_path_factory):
+    """Output folder of a run that failed after its search, with checkpoints of step 8 and 16."""
+    output = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workflow, "finetune", lambda *args: (_ for _ in ()).throw(RuntimeError("the power went")))
+        with pytest.raises(RuntimeError, match="power"):
+            walk(checkpoint, images, output, "--save_strategy", "steps", "--save_steps", "8")
+    return output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target_macs", "0.3"], r"target_macs': \(0\.5, 0\.3\)"),
+        (["--head_candidates", "1", "5"], r"head_candidates': \("),
+        (["--weight_decay", "0.1"], r"weight_decay': \(0\.0, 0\.1\)"),
+        (["--bf16"], r"bf16': \(False, True\)"),
+        (["--lr_scheduler_type", "cosine"], r"lr_scheduler_type': \('linear', 'cosine'\)"),
+        (["--warmup_steps", "3"], r"warmup_steps': \(0, 3"),
+        (["--distillation_weight", "0.5"], r"distillation_weight': \(None, 0\.5\)"),
+        (["--ema_decay", "0.9"], r"ema_decay': \(None, 0\.9\)"),
+        (["--gradient_accumulation_steps", "2"], r"total_train_batch_size': \(8, 16\)"),
+        (["--augmentation", "none"], r"augmentation': \('auto', 'none'\)"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_before_any_data_is_read(
+    checkpoint, images, stopped, capsys, monkeypatch, flags, message
+):
+    monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("data was read"))
+    with pytest.raises(SystemExit) as refusal:
+        walk(checkpoint, images, stopped, "--resume_from_checkpoint", "auto", *flags)
+    assert refusal.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_resuming_from_a_checkpoint_of_elsewhere_is_refused(checkpoint, images, stopped, tmp_path, capsys):
+    done = stopped / "search" / "checkpoint-8"
+    for output, message in ((stopped, "belongs to a part of the run that is finished"), (tmp_path, "no checkpoint of")):
+        with pytest.raises(SystemExit) as refusal:
+            walk(checkpoint, images, output, "--resume_from_checkpoint", str(done))
+        assert refusal.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_may_be_named(checkpoint, images, stopped, tmp_path):
+    copy, straight = shutil.copytree(stopped, tmp_path / "copy"), tmp_path / "straight"
+    shutil.rmtree(copy / "search" / "model")
+    walk(checkpoint, images, straight)
+    walk(checkpoint, images, copy, "--resume_from_checkpoint", str(copy / "search" / "checkpoint-8"))
+    assert (copy / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
+def test_going_on_with_another_number_of_processes_is_said(stopped, caplog, monkeypatch):
+    settings = json.loads((stopped / "run_settings.json").read_text())
+    monkeypatch.setattr(output_folder.logger, "propagate", True)
+    output_folder._check_settings(stopped, {"seed": settings["seed"]}, world_size=2)
+    assert "had 1 processes and goes on with 2" in caplog.text

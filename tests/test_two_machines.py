@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,12 @@ from pathlib import Path
 import pytest
 from runs import TESTS, finish, results
 
+from ofb_hf.checkpoints import newest_checkpoint
+
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
-NAMES = ("ofbhost0", "ofbhost1")
+NAMES = tuple(f"ofb{os.getpid()}host{index}" for index in range(2))
+OPTIONS = {"compare_ranks": True, "shrink_at": [7, 10]}
+OPTIONS["config"] = {"importance_hold": 0.1, "retire_begin": 0.8, "settle_at": 0.9}
 
 
 def ip(*words: str) -> None:
@@ -55,18 +60,59 @@ def start_machine(rank: int, folder: Path, options: dict) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
+
+
+def run(folders: list[Path], arguments: dict, stop_at: int | None = None) -> list[str]:
+    """Runs the search on both machines; with `stop_at`, both are told to stop at about that step. What they said."""
+    options = OPTIONS | {"arguments": arguments}
+    processes = [start_machine(rank, folder, options) for rank, folder in enumerate(folders)]
+    if stop_at is not None:
+        while (line := processes[0].stdout.readline()) and not line.startswith(f"step {stop_at}"):
+            pass
+        for process in processes:
+            os.killpg(process.pid, signal.SIGTERM)
+    ended = [finish(process) for process in processes]
+    if stop_at is None:
+        assert [status for status, _ in ended] == [0, 0], "\n".join(said[-3000:] for _, said in ended)
+    return [said for _, said in ended]
 
 
 @pytest.mark.slow
 def test_a_search_across_two_machines_gives_one_network(tmp_path, machines):
-    options = {"compare_ranks": True, "shrink_at": [7, 10], "arguments": {"save_strategy": "steps", "save_steps": 8}}
-    options["config"] = {"importance_hold": 0.1, "retire_begin": 0.8, "settle_at": 0.9}
-    processes = [start_machine(rank, tmp_path, options) for rank in range(2)]
-    for status, said in [finish(process) for process in processes]:
-        assert status == 0, said[-3000:]
-    first, second = results(tmp_path, ranks=2)
+    """Straight with a disk that both see; then, stopped and resumed, with a disk for each."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    run([shared] * 2, {"save_strategy": "steps", "save_steps": 8})
+    first, second = results(shared, ranks=2)
     assert first["world_size"] == second["world_size"] == 2
     assert [step["different"] for step in first["steps"]] == [[]] * 24
     assert first["weights"] == second["weights"]
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{s}" for s in (16, 24, 8)]
+    assert sorted(path.name for path in shared.glob("checkpoint-*")) == [f"checkpoint-{s}" for s in (16, 24, 8)]
+
+    disks = [tmp_path / "disk0", tmp_path / "disk1"]
+    for disk in disks:
+        disk.mkdir()
+    said = run(disks, {"save_on_each_node": True, "save_strategy": "no"}, stop_at=11)
+    assert "stopped by SIGTERM after step" in said[0]
+    stopped = [[path.name for path in disk.glob("checkpoint-*")] for disk in disks]
+    assert len(stopped[0]) == 1
+    assert stopped[0] == stopped[1]
+    run(disks, {"save_on_each_node": True, "save_strategy": "no"})
+    for rank, disk in enumerate(disks):
+        assert json.loads((disk / f"result-{rank}.json").read_text())["weights"] == first["weights"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_only_one_machine_sees_is_not_resumed_from(tmp_path, machines):
+    disks = [tmp_path / "disk0", tmp_path / "disk1"]
+    for disk in disks:
+        disk.mkdir()
+    run(disks, {"save_strategy": "no"}, stop_at=11)
+    assert newest_checkpoint(disks[0]) is not None
+    assert newest_checkpoint(disks[1]) is None
+    processes = [start_machine(rank, disk, OPTIONS) for rank, disk in enumerate(disks)]
+    for status, said in [finish(process) for process in processes]:
+        assert status != 0
+        assert "not all machines see the complete checkpoint" in said

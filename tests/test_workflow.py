@@ -262,13 +262,6 @@ def test_used_output_folder_is_not_overwritten_by_accident(finished, checkpoint,
     assert (output / "eval_results.json").read_bytes() == before
 
 
-def test_resuming_with_other_settings_is_refused(finished, checkpoint, images, capsys):
-    output, results = finished
-    flags = ["--target_macs", "0.3", "--resume_from_checkpoint", "auto"]
-    assert re.search(r"target_macs.*0\.5.*0\.3", refused(capsys, checkpoint, images, output, *flags))
-    assert json.loads((output / "eval_results.json").read_text()) == results
-
-
 def test_foreign_files_are_never_overwritten(checkpoint, images, tmp_path, capsys):
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "notes.txt").write_text("mine")
