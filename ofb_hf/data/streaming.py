@@ -192,36 +192,43 @@ class _RankBatches(Dataset):
 
     def _batches_from(self, plan: EpochPlan, number: int) -> Iterator[list[Example]]:
         worker, skipped = number % self.share.workers, number // self.share.workers
-        examples = self._examples(plan, worker, skipped * self.share.batch_size)
-        while batch := list(islice(examples, self.share.batch_size)):
-            yield batch
+        images = self._images(plan, worker, skipped * self.share.batch_size)
+        while batch := list(islice(images, self.share.batch_size)):
+            yield self._augmented(batch, plan.epoch)
 
-    def _examples(self, plan: EpochPlan, worker: int, skipped: int) -> Iterator[Example]:
-        """A worker's examples. The next good image takes the place of a bad one, the worker's first that of a last."""
+    def _images(self, plan: EpochPlan, worker: int, skipped: int) -> Iterator[tuple[Image.Image, Row, int]]:
+        """A worker's images, in its order, each with its row and the number of its place in the data.
+
+        The next good image takes the place of a bad one, the worker's first that of a last.
+        """
         order, places = plan.order(worker), []
         for place, row in self._rows(plan, order[skipped:]):
             places.append(place)
             image, error = _decoded(row)
             self.bad_images.saw(worker, row.name, error)
             if image is not None:
-                yield from (self._example(image, row, plan.epoch, place) for place in places)
+                yield from ((image, row, place) for place in places)
                 places = []
         for _, row in self._rows(plan, order) if places else ():
             image, _ = _decoded(row)
             if image is not None:
-                yield from (self._example(image, row, plan.epoch, place) for place in places)
+                yield from ((image, row, place) for place in places)
                 return
         if places:
             raise TooManyBadImagesError(f"none of {len(order)} images can be decoded, {row.name} being the last.")
 
-    def _example(self, image: Image.Image, row: Row, epoch: int, place: int) -> Example:
-        label, state = self.split.label(row), torch.get_rng_state()
-        # As `SeededImages` does: the same example is augmented alike, streamed or loaded.
-        torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + place) % 2**63)
+    def _augmented(self, images: list[tuple[Image.Image, Row, int]], epoch: int) -> list[Example]:
+        """A batch, all of which is decoded before: alternating code would not stay in the CPU's caches."""
+        state = torch.get_rng_state()
         try:
-            return {"pixel_values": self.transform(image), "labels": label}
+            return [self._example(image, row, epoch, place) for image, row, place in images]
         finally:
             torch.set_rng_state(state)
+
+    def _example(self, image: Image.Image, row: Row, epoch: int, place: int) -> Example:
+        # As `SeededImages` does: the same example is augmented alike, streamed or loaded.
+        torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + place) % 2**63)
+        return {"pixel_values": self.transform(image), "labels": self.split.label(row)}
 
     def _rows(self, plan: EpochPlan, order: np.ndarray) -> Iterator[tuple[int, Row]]:
         """(number in the data, row) of positions in any order; a row is held from when it arrives to its last turn."""

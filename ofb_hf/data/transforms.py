@@ -160,7 +160,8 @@ class ImageTransform:
         """PIL image of any mode -> (3, H, W), as `to_tensor` makes it."""
         if not isinstance(image, Image.Image):
             raise TypeError(f"got {type(image).__name__}, expected a PIL image; check the image column for empty rows.")
-        image = self.prepare(image.convert("RGB"))
+        # Even an image in RGB is copied by `convert`.
+        image = self.prepare(image if image.mode == "RGB" else image.convert("RGB"))
         if image.size != (self.width, self.height):
             raise ValueError(
                 f"the image has {image.width} x {image.height} pixels, but the model takes {self.width} x "
