@@ -368,7 +368,7 @@ def test_arguments_come_from_a_command_line():
         ({"mixup": -1.0}, r"mixup is -1.0; it must be 0 \(off\) or larger"),
         ({"cutmix": math.inf}, "cutmix is inf"),
         ({"color_jitter": -0.4}, "color_jitter is -0.4"),
-        ({"repeated_augmentation": 3}, "repeated_augmentation is 3; only 1 is supported"),
+        ({"repeated_augmentation": 0}, "repeated_augmentation is 0; it must be at least 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, words):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import datasets
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from pictures import LABELS, NUM_IMAGES, SHARD_ROWS, noisy_number_of, numbers, repository, stream, write
 from stream_process import train
 
-from ofb_hf.data import DataArguments, SeededImages, StreamBrokenError, load_image_data, network
+from ofb_hf.data import DataArguments, ImageStream, SeededImages, StreamBrokenError, load_image_data, network
 from ofb_hf.data.blocks import Row, read_patiently
 from ofb_hf.data.epochs import EpochPlan, Share
 
@@ -96,6 +97,46 @@ def test_dropping_the_last_batch_repeats_nothing(rows, batch_size, world_size, w
         assert plan.num_batches == total // world_size // batch_size
         given_out += [position for worker in range(workers) for position in plan.order(worker).tolist()]
     assert len(given_out) == len(set(given_out)) == total // world_size // batch_size * batch_size * world_size
+
+
+@given(
+    rows=st.lists(st.integers(1, 9), min_size=3, max_size=12),
+    share=st.builds(Share, st.integers(1, 7), workers=st.integers(1, 3)),
+    world_size=st.integers(1, 3),
+    repeats=st.integers(2, 4),
+)
+def test_repeats_come_in_succession_and_as_many_epochs_have_every_row(rows, share, world_size, repeats):
+    seen, total = Counter(), sum(rows)
+    for epoch, rank, worker in product(range(3 * repeats), range(world_size), range(share.workers)):
+        own = replace(share, rank=rank, world_size=world_size)
+        plan, plain = (EpochPlan(np.array(rows), own, 3, epoch, 8, times) for times in (repeats, 1))
+        order = plan.order(worker)
+        assert len(order) == len(plain.order(worker))  # an epoch is no longer than without
+        counts = plan.repetitions(order)
+        assert counts.tolist() == [
+            next(back for back in range(len(order) + 1) if back == i or order[i - back - 1] != order[i]) % repeats
+            for i in range(len(order))
+        ]
+        seen.update(zip(plan.locate(order)[2].tolist(), counts.tolist(), strict=True))
+        assert (plain.repetitions(plain.order(worker)) == 0).all()
+    assert {number for number, _ in seen} == set(range(total))
+
+
+def test_repeated_images_are_augmented_differently_and_resumed_exactly(shards):
+    images = ImageStream(stream(shards).split, noisy_number_of, seed=1, repeats=3)
+    seen = Counter()
+    for epoch in range(3):
+        images.set_epoch(epoch)
+        loader = images.loader(BATCH_SIZE)
+        batches = [batch["pixel_values"] for batch in loader]
+        assert len(batches) == -(-NUM_IMAGES // BATCH_SIZE)
+        rest = [batch["pixel_values"] for batch in skip_first_batches(loader, 7)]
+        assert all(torch.equal(a, b) for a, b in zip(batches[7:], rest, strict=True))
+        drawn = torch.cat(batches)
+        seen.update(drawn[:, 0].int().tolist())
+        assert len(set(drawn[:, 0].tolist())) == pytest.approx(NUM_IMAGES / 3, abs=3)
+        assert len(set(drawn[:-BATCH_SIZE, 1].tolist())) == len(drawn) - BATCH_SIZE
+    assert set(seen) == set(range(NUM_IMAGES))
 
 
 def test_a_worker_holds_no_more_than_its_buffer():

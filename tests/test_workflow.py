@@ -234,6 +234,7 @@ def refused(capsys, *arguments):
         (["--push_to_hub", "--hub_model_id", "a/b"], "push_to_hub"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0"),
         (["--resume_from_checkpoint", "no/checkpoint-3"], "no/checkpoint-3 is no complete checkpoint"),
+        (["--repeated_augmentation", "3"], "repeated_augmentation is 3, which only a stream does"),
     ],
 )
 def test_bad_settings_are_one_line_and_touch_nothing(checkpoint, images, tmp_path, capsys, flags, message):

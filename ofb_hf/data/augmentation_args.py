@@ -43,7 +43,11 @@ class AugmentationArguments:
         metadata={"help": "Probability with which a batch is cutmixed, where mixup and cutmix are both on."},
     )
     repeated_augmentation: int = field(
-        default=1, metadata={"help": "How often an image comes in an epoch. Only 1 is supported (DeiT: 3)."}
+        default=1,
+        metadata={
+            "help": "Repeated augmentation (DeiT: 3), with streaming: images come this often in succession, augmented "
+            "differently, and an epoch has one of so many parts of the images."
+        },
     )
 
     def __post_init__(self):
@@ -62,8 +66,5 @@ class AugmentationArguments:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be 0 (off) or larger.")
-        if self.repeated_augmentation != 1:
-            raise ValueError(
-                f"repeated_augmentation is {self.repeated_augmentation}; only 1 is supported: every image comes once "
-                "in an epoch. Leave it out, and train for more epochs instead."
-            )
+        if self.repeated_augmentation < 1:
+            raise ValueError(f"repeated_augmentation is {self.repeated_augmentation}; it must be at least 1 (off).")

@@ -48,12 +48,15 @@ class EpochPlan:
     Args:
         rows: (blocks,) rows of every block.
         shuffle_buffer: how many rows a worker chooses the next one from; 1 keeps the order within blocks.
+        repeats: how often a row comes, one time right after the other. An epoch is not longer for that: it has one of
+            `repeats` parts of the rows, and as many epochs have them all.
     """
 
-    def __init__(self, rows: np.ndarray, share: Share, seed: int, epoch: int, shuffle_buffer: int):
+    def __init__(self, rows: np.ndarray, share: Share, seed: int, epoch: int, shuffle_buffer: int, repeats: int = 1):
         self.share, self.seed, self.epoch, self.shuffle_buffer = share, seed % 2**32, epoch, shuffle_buffer
+        self.repeats = repeats
         # RandomState is the generator that numpy froze: a resumed run finds the same order with another numpy.
-        self.blocks = np.random.RandomState([self.seed, epoch]).permutation(len(rows))
+        self.blocks = np.random.RandomState([self.seed, epoch // repeats]).permutation(len(rows))
         self.rows = rows[self.blocks]
         self.ends = np.cumsum(self.rows)
         self._first_row = (np.cumsum(rows) - rows)[self.blocks]
@@ -70,9 +73,16 @@ class EpochPlan:
         start = first + sum(self._num_wanted(other) for other in earlier)
         wanted = self._num_wanted(worker)
         own = np.arange(start, max(start, min(start + wanted, last)))
+        part = self.epoch % self.repeats
+        own = own[len(own) * part // self.repeats : len(own) * (part + 1) // self.repeats]
         random = np.random.RandomState([self.seed, self.epoch, share.rank, worker])
-        own = own[_buffered_shuffle(len(own), self.shuffle_buffer, random)]
+        own = own[_buffered_shuffle(len(own), self.shuffle_buffer, random)].repeat(self.repeats)[:wanted]
         return np.concatenate([own, first + np.arange(wanted - len(own)) % (last - first)])
+
+    def repetitions(self, order: np.ndarray) -> np.ndarray:
+        """How often each of these positions came before, in direct succession: 0 to repeats - 1."""
+        starts = np.flatnonzero(np.diff(order, prepend=-1))
+        return (np.arange(len(order)) - starts.repeat(np.diff(starts, append=len(order)))) % self.repeats
 
     def _num_wanted(self, worker: int) -> int:
         return len(range(worker, self.num_batches, self.share.workers)) * self.share.batch_size

@@ -74,7 +74,8 @@ class DataArguments:
         default="auto",
         metadata={
             "help": "'standard' (crops, flips, brightness and contrast), 'light' (small shifts and turns, no flip: "
-            "digits, characters), 'none', or 'auto' = standard."
+            "digits, characters), 'deit' (RandAugment, random erasing, mixup, cutmix: see --auto_augment and what "
+            "follows it), 'none', or 'auto' = standard."
         },
     )
     streaming: bool = field(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,15 +70,28 @@ class StreamedSplit:
         )
 
 
+class Drawn(NamedTuple):
+    """An image whose turn it is: its row, its row's number in the data, and how often it just came before."""
+
+    image: Image.Image
+    row: Row
+    place: int
+    repetition: int
+
+
 class ImageStream(Dataset):
     """Images for training, {"pixel_values": tensor (3, H, W), "labels": int}, read and augmented by a loader's workers.
 
     The order of an epoch depends on seed, epoch, and the numbers of ranks and workers; random transforms on seed, epoch
     and the example's place in the data alone. `len` is the number of examples; that of a loader, of its batches.
+
+    Args:
+        repeats: repeated augmentation (Hoffer et al., CVPR 2020; DeiT uses 3): an epoch has as many examples, but every
+            image of it comes this often, each time augmented anew, and `repeats` epochs have every image.
     """
 
-    def __init__(self, split: StreamedSplit, transform: Callable[[Image.Image], Tensor], seed: int):
-        self.split, self.transform, self.seed, self.epoch = split, transform, seed, 0
+    def __init__(self, split: StreamedSplit, transform: Callable[[Image.Image], Tensor], seed: int, repeats: int = 1):
+        self.split, self.transform, self.seed, self.repeats, self.epoch = split, transform, seed, repeats, 0
         self.bad_images: BadImages | None = None
 
     def __len__(self) -> int:
@@ -170,7 +183,7 @@ class _RankBatches(Dataset):
 
     def __init__(self, stream: ImageStream, share: Share):
         self.split, self.transform, self.seed = stream.split, stream.transform, stream.seed
-        self.bad_images, self.share = stream.bad_images, share
+        self.bad_images, self.share, self.repeats = stream.bad_images, share, stream.repeats
         self._running: dict[BatchNumber, Iterator[list[Example]]] = {}
 
     def __len__(self) -> int:
@@ -184,7 +197,8 @@ class _RankBatches(Dataset):
         batches = self._running.pop((epoch, number), None)
         if batches is None:
             self._running.clear()
-            plan = EpochPlan(self.split.source.rows, self.share, self.seed, epoch, self.split.shuffle_buffer)
+            buffer = self.split.shuffle_buffer
+            plan = EpochPlan(self.split.source.rows, self.share, self.seed, epoch, buffer, self.repeats)
             batches = self._batches_from(plan, number)
         batch = next(batches)
         self._running[epoch, number + self.share.workers] = batches
@@ -196,39 +210,41 @@ class _RankBatches(Dataset):
         while batch := list(islice(images, self.share.batch_size)):
             yield self._augmented(batch, plan.epoch)
 
-    def _images(self, plan: EpochPlan, worker: int, skipped: int) -> Iterator[tuple[Image.Image, Row, int]]:
-        """A worker's images, in its order, each with its row and the number of its place in the data.
-
-        The next good image takes the place of a bad one, the worker's first that of a last.
-        """
-        order, places = plan.order(worker), []
-        for place, row in self._rows(plan, order[skipped:]):
-            places.append(place)
-            image, error = _decoded(row)
+    def _images(self, plan: EpochPlan, worker: int, skipped: int) -> Iterator[Drawn]:
+        """A worker's images, in its order. The next good one takes the place of a bad one, its first that of a last."""
+        order, waiting = plan.order(worker), []
+        repetitions = plan.repetitions(order)[skipped:].tolist()
+        image, error, decoded = None, None, None
+        for repetition, (place, row) in zip(repetitions, self._rows(plan, order[skipped:]), strict=True):
+            waiting.append((place, repetition))
+            if row is not decoded:
+                image, error = _decoded(row)
+                decoded = row
             self.bad_images.saw(worker, row.name, error)
             if image is not None:
-                yield from ((image, row, place) for place in places)
-                places = []
-        for _, row in self._rows(plan, order) if places else ():
+                yield from (Drawn(image, row, *slot) for slot in waiting)
+                waiting = []
+        for _, row in self._rows(plan, order) if waiting else ():
             image, _ = _decoded(row)
             if image is not None:
-                yield from ((image, row, place) for place in places)
+                yield from (Drawn(image, row, *slot) for slot in waiting)
                 return
-        if places:
+        if waiting:
             raise TooManyBadImagesError(f"none of {len(order)} images can be decoded, {row.name} being the last.")
 
-    def _augmented(self, images: list[tuple[Image.Image, Row, int]], epoch: int) -> list[Example]:
+    def _augmented(self, batch: list[Drawn], epoch: int) -> list[Example]:
         """A batch, all of which is decoded before: alternating code would not stay in the CPU's caches."""
         state = torch.get_rng_state()
         try:
-            return [self._example(image, row, epoch, place) for image, row, place in images]
+            return [self._example(drawn, epoch) for drawn in batch]
         finally:
             torch.set_rng_state(state)
 
-    def _example(self, image: Image.Image, row: Row, epoch: int, place: int) -> Example:
+    def _example(self, drawn: Drawn, epoch: int) -> Example:
         # As `SeededImages` does: the same example is augmented alike, streamed or loaded.
-        torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + place) % 2**63)
-        return {"pixel_values": self.transform(image), "labels": self.split.label(row)}
+        time = epoch * self.repeats + drawn.repetition
+        torch.default_generator.manual_seed(((self.seed * 1_000_003 + time) * 1_000_003 + drawn.place) % 2**63)
+        return {"pixel_values": self.transform(drawn.image), "labels": self.split.label(drawn.row)}
 
     def _rows(self, plan: EpochPlan, order: np.ndarray) -> Iterator[tuple[int, Row]]:
         """(number in the data, row) of positions in any order; a row is held from when it arrives to its last turn."""

@@ -56,18 +56,23 @@ def load(
     Raises:
         ValueError: if one of them cannot be loaded, or they do not go together.
     """
+    augmentation_args = augmentation_args or AugmentationArguments()
+    if augmentation_args.repeated_augmentation > 1 and not data_args.streaming:
+        raise ValueError(
+            f"repeated_augmentation is {augmentation_args.repeated_augmentation}, which only a stream does; give "
+            "--streaming true as well (a folder can be streamed, too), or leave it out."
+        )
     processor, data = load_image_processor(name_or_path), load_image_data(data_args)
     model = load_classifier(name_or_path, data.label_names, seed)
     data = _in_the_models_order(data, model, name_or_path)
     columns = (data.image_column, data.label_column)
-    augmentation_args = augmentation_args or AugmentationArguments()
     augmented = build_transform(processor, data_args.augmentation, train=True, augmentation_args=augmentation_args)
     in_batches = None
     if data_args.augmentation == "deit":
         in_batches = BatchAugmentation.from_arguments(processor, len(data.label_names), augmentation_args)
     plain = build_transform(processor, "none", train=False)
     if isinstance(data.train, StreamedSplit):
-        train = ImageStream(data.train, augmented, seed)
+        train = ImageStream(data.train, augmented, seed, augmentation_args.repeated_augmentation)
     else:
         train = SeededImages(data.train, augmented, *columns, seed)
     inputs = Inputs(
