@@ -271,7 +271,8 @@ class OFBTrainer(DistillationTrainer):
             optimizer = optimizer or self.optimizer
             reference = get_scheduler(
                 self.args.lr_scheduler_type,
-                torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
+                # Some schedules end at a given learning rate: they have to know the one they start from.
+                torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=self.args.learning_rate),
                 num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
                 num_training_steps=num_training_steps,
                 scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,

@@ -1,22 +1,24 @@
-"""A Hub on this machine: what the `datasets` client asks a Hub for, answered from memory, with faults on demand."""
+"""A Hub on this machine: what clients ask a Hub for, data and models, answered from memory, with faults on demand."""
 
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
-REVISION = re.compile(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-API = re.compile(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+REVISION = re.compile(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+API = re.compile(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
 
 
 @dataclass
 class Repository:
-    """A data set.
+    """A data set or a model.
 
     Args:
         files: path -> content.
@@ -31,7 +33,7 @@ class Repository:
 
 @dataclass
 class HubServer:
-    """Serves data sets under `url` while it is used as a context.
+    """Serves repositories under `url` while it is used as a context.
 
     Args:
         repositories: by name, `owner/data`.
@@ -60,6 +62,23 @@ class HubServer:
     def url(self) -> str:
         """What goes into HF_ENDPOINT."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Of processes for which this is the Hub, and which have never been there before.
+
+        Args:
+            home: their HF_HOME, an empty folder.
+        """
+        tests = Path(__file__).parent
+        inherited = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+        return inherited | {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+            "PYTHONPATH": f"{tests}:{tests.parent}",
+            "OMP_NUM_THREADS": "1",
+        }
 
     def note(self, line: str, path: str) -> int | str | None:
         """Writes a request down, and says what goes wrong with it."""

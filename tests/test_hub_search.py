@@ -3,7 +3,6 @@
 import functools
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -78,19 +77,6 @@ def hub():
         yield server
 
 
-def environment(hub: HubServer, home: Path) -> dict[str, str]:
-    """Of processes for which `hub` is the Hub, and which have never been there before."""
-    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
-    return inherited | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
 @pytest.fixture(scope="module")
 def run(hub, checkpoint, tmp_path_factory) -> Callable[..., Search]:
     """Runs a search in processes of its own, to its end or to a signal."""
@@ -108,7 +94,7 @@ def run(hub, checkpoint, tmp_path_factory) -> Callable[..., Search]:
         command += [*AUGMENTATION, *QUICK, "--max_steps", str(2 * epoch_length(ranks) + 3), *flags]
         home = tmp_path_factory.mktemp("hf")
         process = subprocess.run(
-            command, env=environment(hub, home), capture_output=True, text=True, timeout=300, check=False
+            command, env=hub.environment(home), capture_output=True, text=True, timeout=300, check=False
         )
         files = [records / f"{rank}.jsonl" for rank in range(ranks)]
         lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.exists()]
@@ -246,7 +232,7 @@ def test_a_recipe_with_a_config_file_streams_under_accelerate_launch(hub, checkp
     command += ["--config_file", str(TESTS.parent / "recipes" / "accelerate" / "cpu.yaml"), str(RECIPE)]
     command += ["--config", str(config), "--dataset_name", DATA, "--max_steps", "4", "--output_dir", str(output)]
     process = subprocess.run(
-        command, env=environment(hub, home), capture_output=True, text=True, timeout=300, check=False
+        command, env=hub.environment(home), capture_output=True, text=True, timeout=300, check=False
     )
     assert process.returncode == 0, process.stderr[-5000:]
     assert {path.name for path in output.iterdir()} >= PRODUCT

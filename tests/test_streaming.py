@@ -384,19 +384,11 @@ def hub(tmp_path_factory):
         "lab/gated-files": Repository(repository(), (401, "GatedRepo", refused), listed=True),
         "lab/old-token": Repository(repository(), (401, "", "Invalid credentials in Authorization header")),
     }
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     with HubServer(repositories, fault) as server:
-        environment |= {
-            "HF_ENDPOINT": server.url,
-            "HF_HOME": str(tmp_path_factory.mktemp("hf")),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-            "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
-        }
         names = ["lab/steady:0", "lab/busy:2", "lab/down:2", "lab/cut:0", *list(repositories)[4:], "lab/missing"]
         process = subprocess.run(
             [sys.executable, str(TESTS / "stream_process.py"), "epochs", *names],
-            env=environment,
+            env=server.environment(tmp_path_factory.mktemp("hf")),
             capture_output=True,
             text=True,
             timeout=300,

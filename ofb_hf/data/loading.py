@@ -78,6 +78,13 @@ class DataArguments:
             "follows it), 'none', or 'auto' = standard."
         },
     )
+    eval_crop_pct: float | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate as timm does: resize the shorter side to size / eval_crop_pct (DeiT 0.875, Swin 0.9) and "
+            "cut out the middle. By default images are prepared as the model's image processor says."
+        },
+    )
     streaming: bool = field(
         default=False,
         metadata={
@@ -120,6 +127,10 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1. Leave it out to use all images.")
+        if self.eval_crop_pct is not None and not 0 < self.eval_crop_pct <= 1:
+            raise ValueError(
+                f"eval_crop_pct is {self.eval_crop_pct}; it must lie above 0 and be at most 1, e.g. 0.875."
+            )
         self._check_streaming()
         if self.augmentation not in AUGMENTATIONS:
             raise ValueError(f"augmentation is {self.augmentation!r}; allowed are {', '.join(AUGMENTATIONS)}.")

@@ -70,7 +70,7 @@ def load(
     in_batches = None
     if data_args.augmentation == "deit":
         in_batches = BatchAugmentation.from_arguments(processor, len(data.label_names), augmentation_args)
-    plain = build_transform(processor, "none", train=False)
+    plain = build_transform(processor, "none", train=False, eval_crop_pct=data_args.eval_crop_pct)
     if isinstance(data.train, StreamedSplit):
         train = ImageStream(data.train, augmented, seed, augmentation_args.repeated_augmentation)
     else:

@@ -1,0 +1,95 @@
+"""The settings under recipes/configs: known, reachable, complete, and run as they are written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub_server import HubServer, Repository
+from pictures import parquet, picture
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+
+from ofb_hf import OFBTrainingArguments, install_bi_masks
+from ofb_hf.callbacks import read_history
+from ofb_hf.cli import SEARCH
+from ofb_hf.configuration import BiMaskConfig, default_config
+from ofb_hf.data import AugmentationArguments, DataArguments
+from ofb_hf.models.shapes import SHAPES
+from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments, parse
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+SHAPE_OF = {"facebook/deit-small-patch16-224": "deit_small", "facebook/deit-base-patch16-224": "deit_base"}
+SHAPE_OF |= {"microsoft/swin-tiny-patch4-window7-224": "swin_tiny"}
+CLASSES = [ModelArguments, DataArguments, AugmentationArguments, BiMaskConfig, FinetuneArguments, OFBTrainingArguments]
+IMAGENET = [f"class {number}" for number in range(1000)]
+
+
+def test_there_is_a_file_and_a_twin_for_every_published_budget():
+    names = {path.stem for path in CONFIGS}
+    wanted = {"deit_small_1.1g", "deit_base_8.7g", "swin_tiny_2.6g"}
+    assert names == wanted | {f"{name}_paper" for name in wanted}
+    for name in wanted:
+        ours, paper = (yaml.safe_load((RECIPES / "configs" / f"{n}.yaml").read_text()) for n in (name, f"{name}_paper"))
+        assert (ours["preset"], paper["preset"]) == ("ours", "paper")
+        same = ("model_name_or_path", "dataset_name", "streaming", "target_macs", "per_device_train_batch_size", "bf16")
+        assert {key: ours[key] for key in same} == {key: paper[key] for key in same}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_settings_are_known_and_their_budget_is_within_reach(path):
+    model_args, data_args, augmentation, config, finetuning, args = parse(
+        CLASSES, ["--config", str(path), "--bf16", "false", "--use_cpu"], SEARCH
+    )
+    assert (data_args.dataset_name, data_args.streaming) == ("ILSVRC/imagenet-1k", True)
+    assert (data_args.augmentation, augmentation.repeated_augmentation) == ("deit", 3)
+    assert finetuning.is_wanted
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 1024
+    comment = path.read_text()
+    assert "8 processes x 128 images = 1024" in comment
+    assert f"--config recipes/configs/{path.name}" in comment
+    with torch.device("meta"):
+        shape = SHAPES[SHAPE_OF[model_args.model_name_or_path]].config(IMAGENET)
+    model = AutoModelForImageClassification.from_config(shape)
+    supernet = install_bi_masks(model, default_config(model.config, **config.to_dict()))
+    recipe = "search_swin.py" if model.config.model_type == "swin" else "search_deit.py"
+    assert f"recipes/{recipe} " in comment
+    assert supernet.target == config.target_macs
+    assert 0.98 * supernet.target <= supernet.settlement().cost <= supernet.target
+
+
+@pytest.mark.slow
+def test_the_command_in_the_file_runs(tmp_path):
+    """DeiT-Small and 1,000 classes, from a Hub, in trial sizes."""
+    torch.manual_seed(0)
+    source = tmp_path / "deit"
+    AutoModelForImageClassification.from_config(SHAPES["deit_small"].config(IMAGENET)).save_pretrained(source)
+    ViTImageProcessorPil().save_pretrained(source)
+    train, test = (parquet([picture(n) for n in range(first, first + 12)], first, IMAGENET) for first in (0, 500))
+    data = {"data/train-00000-of-00001.parquet": train, "data/validation-00000-of-00001.parquet": test}
+    repositories = {
+        "lab/imagenet": Repository(data),
+        "facebook/deit-small-patch16-224": Repository({file.name: file.read_bytes() for file in source.iterdir()}),
+    }
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(RECIPES / "accelerate" / "cpu.yaml"), str(RECIPES / "search_deit.py")]
+    command += ["--config", str(RECIPES / "configs" / "deit_small_1.1g.yaml"), "--dataset_name", "lab/imagenet"]
+    command += ["--max_steps", "4", "--use_cpu", "--per_device_train_batch_size", "2", "--finetune_max_steps", "1"]
+    command += ["--max_eval_samples", "4", "--logging_steps", "1", "--dataloader_num_workers", "0"]
+    with HubServer(repositories) as hub:
+        process = subprocess.run(
+            [*command, "--output_dir", str(output)],
+            env=hub.environment(tmp_path / "hf"),
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+    assert process.returncode == 0, process.stderr[-5000:]
+    results = json.loads((output / "eval_results.json").read_text())
+    assert 0.98 * 1.1e9 <= results["finetuned"]["macs"] <= 1.1e9
+    assert [row["phase"] for row in read_history(output / "search_history.jsonl")] == ["search"] * 4 + ["finetune"]
