@@ -26,6 +26,7 @@ _LAZY = {
     "SubnetSpec": "search_space",
     "count_macs": "flops",
     "count_params": "flops",
+    "publish": "hub",
 }
 
 # Every family has its search configuration: OFBViTConfig -> ViTBiMaskConfig.
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .configuration import *  # noqa: F403
     from .distillation import DistillationTrainer
     from .flops import count_macs, count_params
+    from .hub import publish
     from .search_space import SearchSpace, SubmoduleSpace, SubnetSpec
     from .supernet import compress, install_bi_masks, read_subnet
     from .trainer import OFBTrainer
@@ -73,6 +75,7 @@ __all__ = [
     "count_macs",
     "count_params",
     "install_bi_masks",
+    "publish",
     "read_subnet",
 ]
 __all__ += models.__all__

@@ -7,6 +7,7 @@ from typing import Any
 from .search_space import SubnetSpec
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
+PLAIN_TEMPLATE = TEMPLATE.with_name("plain_card.md")
 
 
 def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str, source: str, data: str, hardware: str) -> str:
@@ -35,6 +36,15 @@ def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str, source:
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         widths="\n".join(f"- `{name}`: {_width(size)}" for name, size in subnet.sizes.items()),
     )
+
+
+def plain_card(macs: int, params: int) -> str:
+    """The card of a model that nothing was measured on.
+
+    Args:
+        macs, params: its exact cost and size.
+    """
+    return Template(PLAIN_TEMPLATE.read_text(encoding="utf-8")).substitute(macs=f"{macs:,}", params=f"{params:,}")
 
 
 def _width(size: int | tuple[int, int]) -> str:

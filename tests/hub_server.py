@@ -1,6 +1,9 @@
-"""A Hub on this machine: what clients ask a Hub for, data and models, answered from memory, with faults on demand."""
+"""A Hub on this machine: what clients ask a Hub for, and bring to it, kept in memory, with faults on demand.
 
-import hashlib
+Models are uploaded the way the Hub calls LFS, for which a client needs HF_HUB_DISABLE_XET=1 as `environment` sets it.
+A client with Xet asks /api/models/{repo}/xet-write-token/{revision}, gets 404 as from a Hub without it, and gives up.
+"""
+
 import json
 import os
 import re
@@ -9,26 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
-REVISION = re.compile(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+from hub_uploads import INVALID_TOKEN, Call, Large, Refusal, Repository, Token, answer, git_hash
+
+__all__ = ["HubServer", "Repository", "Token"]
+
+FILE = re.compile(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 API = re.compile(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
-
-
-@dataclass
-class Repository:
-    """A data set or a model.
-
-    Args:
-        files: path -> content.
-        denied: status, X-Error-Code and X-Error-Message of the answers about it.
-        listed: whether its list of files and its README.md are shown all the same.
-    """
-
-    files: dict[str, bytes]
-    denied: tuple[int, str, str] | None = None
-    listed: bool = False
+ABOUT_A_REPOSITORY = re.compile(r"/api/(?:datasets|models|spaces)/.+|/.+/resolve/.+")
+JSON = {"Content-Type": "application/json"}
+Fault = int | tuple[int, int] | str | None
 
 
 @dataclass
@@ -37,14 +31,18 @@ class HubServer:
 
     Args:
         repositories: by name, `owner/data`.
-        fault: called with the path of every request, one at a time; an integer is answered as that status, "cut" sends
-            half of the body and closes the connection.
+        fault: called with the path of every request, one at a time, when the request is the last of `requests` and
+            its body has not been read. What it returns goes wrong: a status; (429, 3), a status and Retry-After;
+            "cut upload", the connection is closed when half of the request's body has come; "cut", the request is
+            done, half of the answer's body is sent; "lose", the request is done, and not answered at all.
         requests: all of them, as lines.
+        tokens: who has which; without any, nobody is asked who they are, and nothing can be uploaded.
     """
 
     repositories: dict[str, Repository]
-    fault: Callable[[str], int | str | None] = lambda path: None
+    fault: Callable[[str], Fault] = lambda path: None
     requests: list[str] = field(default_factory=list)
+    tokens: dict[str, Token] = field(default_factory=dict)
 
     def __enter__(self) -> "HubServer":
         self._lock = threading.Lock()
@@ -63,28 +61,47 @@ class HubServer:
         """What goes into HF_ENDPOINT."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def environment(self, home: Path) -> dict[str, str]:
+    def environment(self, home: Path, token: str = "") -> dict[str, str]:
         """Of processes for which this is the Hub, and which have never been there before.
 
         Args:
             home: their HF_HOME, an empty folder.
+            token: their HF_TOKEN.
         """
         tests = Path(__file__).parent
-        inherited = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+        unwanted = ("_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+        inherited = {name: value for name, value in os.environ.items() if not name.endswith(unwanted)}
         return inherited | {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
+            "HF_TOKEN": token,
             "HF_HUB_DISABLE_XET": "1",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
             "PYTHONPATH": f"{tests}:{tests.parent}",
             "OMP_NUM_THREADS": "1",
         }
 
-    def note(self, line: str, path: str) -> int | str | None:
+    def note(self, line: str, path: str) -> Fault:
         """Writes a request down, and says what goes wrong with it."""
         with self._lock:
             self.requests.append(line)
             return self.fault(path)
+
+    def owner(self, authorization: str) -> Token | None:
+        """Whose token was sent, if any."""
+        if not authorization or not self.tokens:
+            return None
+        token = self.tokens.get(authorization.removeprefix("Bearer "))
+        if token is None:
+            raise Refusal(401, INVALID_TOKEN)
+        if token.expired:
+            raise Refusal(401, 'User Access Token "tests" is expired')
+        return token
+
+    def change(self, call: Call, command: str, path: str) -> dict | None:
+        """Does what one request asks for before it looks at the next one; None if that is only to be read."""
+        with self._lock:
+            return answer(call, command, path)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -96,41 +113,52 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-
-    def _answer(self, body: bytes = b"") -> None:
-        path = unquote(urlsplit(self.path).path)
-        span = self.headers.get("Range", "")
+        url, size = urlsplit(self.path), int(self.headers.get("Content-Length", 0))
+        path, span = unquote(url.path), self.headers.get("Range", "")
         self._fault = self.hub.note(f"{self.command} {path} {span}".strip(), path)
-        if isinstance(self._fault, int):
-            self._send(self._fault, b"{}", {"Content-Type": "application/json"})
-        elif match := REVISION.fullmatch(path):
-            self._file(match[1], match[3], span)
-        elif match := API.fullmatch(path):
-            self._api(match[1], match[2], match[4] or "", body)
+        if self._fault == "cut upload":
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            return
+        body = self.rfile.read(size)
+        status, wait = self._fault if isinstance(self._fault, tuple) else (self._fault, None)
+        try:
+            if isinstance(status, int):
+                self._send(status, b"{}", JSON | ({} if wait is None else {"Retry-After": str(wait)}))
+            else:
+                self._serve(url, span, body)
+        except Refusal as refusal:
+            self._refuse(refusal, path)
+
+    do_GET = do_POST = do_PUT = do_HEAD
+
+    def _serve(self, url: SplitResult, span: str, body: bytes) -> None:
+        query = parse_qs(url.query)
+        token = self.hub.owner(self.headers.get("Authorization", ""))
+        call = Call(self.hub.url, self.hub.repositories, token, body, create_pr="create_pr" in query)
+        if (done := self.hub.change(call, self.command, url.path)) is not None:
+            self._send(200, json.dumps(done).encode(), JSON)
+        elif match := FILE.fullmatch(url.path):
+            self._file(call, *map(unquote, match.groups()), span)
+        elif match := API.fullmatch(url.path):
+            name, kind, revision, path = (unquote(group or "") for group in match.groups())
+            self._send(200, json.dumps(self._api(call, query, name, kind, revision, path)).encode(), JSON)
         else:
             self._send(404, b"{}")
 
-    def _file(self, name: str, path: str, span: str) -> None:
-        repository = self._repository(name, public=path == "README.md")
-        if repository is None:
-            return
-        if path not in repository.files:
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-            return
-        content = repository.files[path]
+    def _file(self, call: Call, name: str, revision: str, path: str, span: str) -> None:
+        commit = call.repository(name, public=path == "README.md").at(revision)
+        if path not in commit.files:
+            raise Refusal(404, "Entry not found", "EntryNotFound")
+        content = commit.files[path]
         headers = {
-            "X-Repo-Commit": SHA,
-            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "X-Repo-Commit": commit.sha,
+            "ETag": f'"{git_hash(content)}"',
             "Accept-Ranges": "bytes",
             "Content-Type": "application/octet-stream",
         }
+        if isinstance(content, Large):
+            headers |= {"X-Linked-Etag": f'"{content.oid}"', "X-Linked-Size": str(len(content))}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", span):
             first, last = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
@@ -138,45 +166,56 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, content, headers)
 
-    def _api(self, name: str, kind: str | None, path: str, body: bytes) -> None:
-        repository = self._repository(name, public=True)
-        if repository is None:
-            return
+    def _api(self, call: Call, query: dict, name: str, kind: str, revision: str, path: str) -> dict | list[dict]:
+        repository = call.repository(name, public=True)
+        commit = repository.at(revision or "main")
         if kind == "tree":
-            prefix = f"{path}/" if path else ""
-            below = [file for file in repository.files if file.startswith(prefix)]
-            answer = [self._entry(repository, file) for file in below if "/" not in file[len(prefix) :]]
-            folders = {prefix + file[len(prefix) :].split("/")[0] for file in below if "/" in file[len(prefix) :]}
-            answer += [{"type": "directory", "path": folder, "oid": SHA, "size": 0} for folder in sorted(folders)]
-            if "recursive=true" in self.path.lower():
-                answer = [self._entry(repository, file) for file in below]
-        elif kind == "paths-info":
-            wanted = json.loads(body)["paths"]
-            answer = [self._entry(repository, file) for file in wanted if file in repository.files]
-        else:
-            siblings = [{"rfilename": file} for file in repository.files]
-            answer = {"id": name, "sha": SHA, "private": False, "gated": False, "siblings": siblings, "tags": []}
-            answer |= {"downloads": 0, "likes": 0, "disabled": False}
-        self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+            return self._tree(commit.files, path, "true" in query.get("recursive", [""])[0].lower())
+        if kind == "paths-info":
+            return [
+                self._entry(file, commit.files[file]) for file in json.loads(call.body)["paths"] if file in commit.files
+            ]
+        siblings = [{"rfilename": file} for file in commit.files]
+        if "blobs" in query:
+            siblings = [self._blob(file, content) for file, content in commit.files.items()]
+        info = {"id": name, "sha": commit.sha, "private": repository.private, "gated": False, "siblings": siblings}
+        return info | {"tags": [], "downloads": 0, "likes": 0, "disabled": False}
 
-    def _entry(self, repository: Repository, path: str) -> dict:
-        content = repository.files[path]
-        return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    def _tree(self, files: dict[str, bytes], path: str, recursive: bool) -> list[dict]:
+        prefix = f"{path}/" if path else ""
+        below = {file: content for file, content in files.items() if file.startswith(prefix)}
+        if recursive:
+            return [self._entry(file, content) for file, content in below.items()]
+        entries = [self._entry(file, content) for file, content in below.items() if "/" not in file[len(prefix) :]]
+        folders = {prefix + file[len(prefix) :].split("/")[0] for file in below if "/" in file[len(prefix) :]}
+        return entries + [
+            {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0} for folder in sorted(folders)
+        ]
 
-    def _repository(self, name: str, public: bool) -> Repository | None:
-        """The one that was asked for; None once the request is answered with a refusal."""
-        repository = self.hub.repositories.get(name)
-        if repository is None:
-            status, code, message = 401, "RepoNotFound", "Invalid username or password."
-        elif repository.denied is None or (repository.listed and public):
-            return repository
-        else:
-            status, code, message = repository.denied
-        headers = {name: value for name, value in (("X-Error-Code", code), ("X-Error-Message", message)) if value}
-        self._send(status, json.dumps({"error": message}).encode(), headers)
-        return None
+    def _entry(self, path: str, content: bytes) -> dict:
+        entry = {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
+        if isinstance(content, Large):
+            entry["lfs"] = {"oid": content.oid, "size": len(content), "pointerSize": len(content.pointer)}
+        return entry
+
+    def _blob(self, path: str, content: bytes) -> dict:
+        blob = {"rfilename": path, "size": len(content), "blobId": git_hash(content)}
+        if isinstance(content, Large):
+            blob["lfs"] = {"sha256": content.oid, "size": len(content), "pointerSize": len(content.pointer)}
+        return blob
+
+    def _refuse(self, refusal: Refusal, path: str) -> None:
+        code = refusal.code
+        # Over https clients take such an answer for a missing repository by themselves, over http only with the code.
+        if refusal.status == 401 and refusal.message != INVALID_TOKEN and ABOUT_A_REPOSITORY.fullmatch(path):
+            code = code or "RepoNotFound"
+        headers = JSON | {"X-Error-Message": refusal.message} | ({"X-Error-Code": code} if code else {})
+        self._send(refusal.status, json.dumps({"error": refusal.message, **refusal.more}).encode(), headers)
 
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        if self._fault == "lose":
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)

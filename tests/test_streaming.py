@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from pictures import LABELS, NUM_IMAGES, SHARD_ROWS, noisy_number_of, numbers, repository, stream, write
 from stream_process import train
 
-from ofb_hf.data import DataArguments, ImageStream, SeededImages, StreamBrokenError, load_image_data, network
+from ofb_hf import network
+from ofb_hf.data import DataArguments, ImageStream, SeededImages, StreamBrokenError, load_image_data
 from ofb_hf.data.blocks import Row, read_patiently
 from ofb_hf.data.epochs import EpochPlan, Share
 

@@ -5,12 +5,12 @@ and `with_image_transform` joins the two into a data set that a Trainer takes as
 training split is a `StreamedSplit`, and `ImageStream` reads and augments it while a model trains.
 """
 
+from ..network import DatasetAccessError, StreamBrokenError
 from .augmentation_args import AugmentationArguments
 from .decoding import TooManyBadImagesError
 from .digits import load_digits_data
 from .loading import DataArguments, load_image_data
 from .mixing import BatchAugmentation
-from .network import DatasetAccessError, StreamBrokenError
 from .splits import ImageData
 from .streaming import ImageStream, StreamedSplit
 from .transforms import ImageTransform, SeededImages, build_transform, with_image_transform

@@ -1,0 +1,101 @@
+"""What must never be published: tokens, names and folders of the machine that something was made on, pickles."""
+
+import getpass
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import get_token
+from PIL import Image
+
+TOKENS = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|AKIA[0-9A-Z]{16}|sk-[\w-]{20,}|xox[abpr]-[\w-]{10,})"
+)
+# A path of at least two folders that does not continue something: no part of an address, a tag, or a fraction.
+PATHS = re.compile(r"(?<![\w.:/<)\]*~-])/(?:[\w.+@-]+/)+[\w.+@-]*|\b[A-Za-z]:\\\\?[\w.]+\\|~/[\w.]")
+# Names of variables whose values are secrets, as services call them.
+SECRET_VARIABLES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY")
+# Names of accounts and machines that say nothing about anybody.
+IMPERSONAL = {"root", "user", "admin", "runner", "ubuntu", "localhost", "jovyan"}
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+SHORTEST_SECRET = 8
+
+
+class LeakError(ValueError):
+    """Something in a folder must not be published."""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """One finding: the file, where in it, and what it is (never the secret itself)."""
+
+    file: str
+    place: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}{self.place}: {self.what}"
+
+
+def require_no_leaks(folder: Path, public_names: set[str] = frozenset()) -> None:
+    """Reads every file of a folder.
+
+    Args:
+        public_names: names that may occur, such as that of the account that is published to.
+
+    Raises:
+        LeakError: naming files, lines and what was found there.
+    """
+    leaks = [
+        leak for path in sorted(folder.rglob("*")) if path.is_file() for leak in _leaks_in(path, folder, public_names)
+    ]
+    if leaks:
+        more = f" And {len(leaks) - 10} more." if len(leaks) > 10 else ""
+        raise LeakError(
+            "not published, because this would be public: "
+            + "; ".join(map(str, leaks[:10]))
+            + f".{more} Remove it from these files (or publish a folder without them) and try again."
+        )
+
+
+def _leaks_in(path: Path, folder: Path, public_names: set[str]) -> list[Leak]:
+    name = path.relative_to(folder).as_posix()
+    if path.suffix in PICKLES:
+        return [Leak(name, "", "a file that may hold pickled code")]
+    return [Leak(name, place, what) for place, text in _texts(path) for what in _findings(text, public_names)]
+
+
+def _texts(path: Path) -> list[tuple[str, str]]:
+    """The words in a file, each with its place."""
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            return [(f" ({key})", str(value)) for key, value in image.info.items()]
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        return [(" (header)", header.decode("utf-8", "replace"))]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [(f", line {number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def _findings(text: str, public_names: set[str]) -> list[str]:
+    found = []
+    if TOKENS.search(text):
+        found.append("an access token")
+    elif any(secret in text for secret in _secrets()):
+        found.append("the value of a secret of this machine")
+    if match := PATHS.search(text):
+        found.append(f"a folder of a machine ({match[0][:60]})")
+    for kind, name in (("account", getpass.getuser()), ("machine", platform.node())):
+        personal = len(name) > 2 and name.lower() not in IMPERSONAL | {public.lower() for public in public_names}
+        if personal and re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
+            found.append(f"the name of the {kind} ({name})")
+    return found
+
+
+def _secrets() -> set[str]:
+    values = {value for name, value in os.environ.items() if SECRET_VARIABLES.search(name)} | {get_token() or ""}
+    return {value for value in values if len(value) >= SHORTEST_SECRET}

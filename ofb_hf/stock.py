@@ -1,0 +1,76 @@
+"""A compressed ViT as a checkpoint of the stock class: padded with zeros to equal widths, for those without us."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+
+from .architectures import describe
+from .models import OFBViTForImageClassification
+from .surgery import Entries, unit_group_plan
+
+# Fields that only our config has, and those that from_pretrained derives.
+NOT_STOCK = ("num_attention_heads_per_layer", "head_dim_per_layer", "intermediate_size_per_layer", "attention_scale")
+NOT_STOCK += ("model_type", "architectures", "transformers_version", "auto_map", "dtype")
+
+
+def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
+    """A stock ViT classifier that computes what `model` does.
+
+    Every attention gets the most heads of all layers and the dense model's channels per head, which keeps the scale of
+    its logits; every MLP the largest width. What is added is zero, and adds nothing; it costs its MACs all the same.
+
+    Args:
+        model: an `OFBViTForImageClassification`.
+
+    Returns:
+        A `ViTForImageClassification` in eval mode, with the dtype of `model`, on the CPU. Logits equal up to rounding.
+
+    Raises:
+        TypeError: for other classes; stock Swin has no place for our widths.
+        ValueError: for an `attention_scale` that no width of a head can give.
+    """
+    if not isinstance(model, OFBViTForImageClassification):
+        raise TypeError(
+            f"got a {type(model).__name__}; only OFBViTForImageClassification can be padded to a stock checkpoint. "
+            "Load others with ofb_hf, or with trust_remote_code=True."
+        )
+    config, layers = model.config, range(model.config.num_hidden_layers)
+    sizes = [config.layer_sizes(layer) for layer in layers]
+    widest = {name: max(size[name] for size in sizes) for name in sizes[0]}
+    scales = {config.attention_scale or size["head_dim"] ** -0.5 for size in sizes}
+    implied = round(max(scales) ** -2)
+    if len(scales) > 1 or implied < widest["head_dim"] or abs(implied**-0.5 - max(scales)) > 1e-6:
+        raise ValueError(
+            f"the attention logits are scaled by {sorted(scales)}, which stock heads of at least {widest['head_dim']} "
+            "channels do not do; publish this model with its own class."
+        )
+    widest["head_dim"] = implied
+    fields = {name: value for name, value in config.to_dict().items() if name not in NOT_STOCK}
+    stock = ViTConfig(**(fields | widest), attn_implementation=config._attn_implementation)
+    padded = ViTForImageClassification(stock).to(model.dtype)
+    padded.load_state_dict(_scatter(model, padded))
+    padded.config.dtype = config.dtype
+    return padded.eval()
+
+
+def _scatter(model: PreTrainedModel, padded: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of `padded`: zeros, and those of `model` at the first units of every submodule."""
+    large, small = describe(padded.config), describe(model.config)
+    kept = {}
+    for name, shape in small.sizes.items():
+        full = torch.arange(torch.tensor(large.sizes[name]).prod()).reshape(large.sizes[name])
+        kept[name] = full[tuple(slice(size) for size in shape)].flatten()
+    state = padded.state_dict()
+    plan = unit_group_plan(large.submodules, kept, set(state))
+    return {
+        name: _unslice(tensor.cpu(), plan.get(name, ()), state[name].shape)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _unslice(tensor: Tensor, entries: Entries, shape: torch.Size) -> Tensor:
+    """The tensor of a shape, zero elsewhere, whose slice this one is."""
+    for axis, indices in entries:
+        wider = tensor.new_zeros([*tensor.shape[:axis], shape[axis], *tensor.shape[axis + 1 :]])
+        tensor = wider.index_copy(axis, indices, tensor)
+    return tensor

@@ -1,0 +1,90 @@
+"""What must not be published is found, wherever it is, and what only looks like it is left alone."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
+
+from ofb_hf.leaks import LeakError, require_no_leaks
+
+TOKEN = "hf_" + "aB3" * 12
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to publish, on the machine of somebody called `mallory`."""
+    monkeypatch.setattr("getpass.getuser", lambda: "mallory")
+    monkeypatch.setattr("platform.node", lambda: "gpu-box-7")
+    (tmp_path / "README.md").write_text(
+        "# A model\n\nImages/s and top-1/top-5: see [docs](docs/a.md), https://a.co/b/c.\n"
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ofb_vit", "ratio": "1/2", "hf_version": 3}))
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    Image.new("RGB", (4, 4)).save(tmp_path / "search.png")
+    return tmp_path
+
+
+def test_what_is_harmless_passes(folder):
+    require_no_leaks(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (f"--hub_token {TOKEN}", "an access token"),
+        ("ghp_" + "x1" * 18, "an access token"),
+        ("AKIA" + "ABCD1234" * 2, "an access token"),
+        ("--output_dir /home/someone/runs/half", r"a folder of a machine \(/home/someone/runs/half\)"),
+        ('{"data_dir": "/mnt/photos"}', r"a folder of a machine \(/mnt/photos\)"),
+        ("--data_dir=/gpfs/lab/x", "a folder of a machine"),
+        (r"C:\Users\me\x", "a folder of a machine"),
+        (r"C:\\Users\\me\\x", "a folder of a machine"),
+        ("~/photos", "a folder of a machine"),
+        ("made by mallory", r"the name of the account \(mallory\)"),
+        ("on gpu-box-7, 8 GPUs", r"the name of the machine \(gpu-box-7\)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["README.md", "config.json", "search_history.jsonl"])
+def test_a_leak_is_named_with_its_place(folder, name, text, what):
+    file = folder / name
+    file.write_text((file.read_text() if file.exists() else "{}\n") + f"\n{text}\n")
+    line = len(file.read_text().splitlines())
+    with pytest.raises(LeakError, match=rf"not published.*{name}, line {line}: {what}") as refusal:
+        require_no_leaks(folder)
+    assert TOKEN not in str(refusal.value)
+
+
+def test_weights_and_pictures_are_read_too(folder):
+    save_file({"weight": torch.zeros(3)}, folder / "model.safetensors", {"source": TOKEN})
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "from /home/mallory/runs")
+    Image.new("RGB", (4, 4)).save(folder / "search.png", pnginfo=info)
+    with pytest.raises(LeakError) as refusal:
+        require_no_leaks(folder)
+    assert "model.safetensors (header): an access token" in str(refusal.value)
+    assert "search.png (Comment): a folder of a machine" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "model.pkl"])
+def test_pickles_are_refused(folder, name):
+    (folder / name).write_bytes(b"")
+    with pytest.raises(LeakError, match=f"{name}: a file that may hold pickled code"):
+        require_no_leaks(folder)
+
+
+def test_secrets_of_this_machine_are_known_whatever_they_look_like(folder, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "quite-an-ordinary-word")
+    (folder / "README.md").write_text("quite-an-ordinary-word")
+    with pytest.raises(LeakError, match="the value of a secret") as refusal:
+        require_no_leaks(folder)
+    assert "ordinary" not in str(refusal.value)
+
+
+def test_the_account_that_is_published_to_may_be_named(folder, monkeypatch):
+    (folder / "README.md").write_text("mallory/ofb-vit, by mallory")
+    require_no_leaks(folder, {"mallory"})
+    monkeypatch.setattr("getpass.getuser", lambda: "root")
+    (folder / "README.md").write_text("the root of it")
+    require_no_leaks(folder)

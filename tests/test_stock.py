@@ -1,0 +1,80 @@
+"""Compressed ViTs as stock checkpoints: the same logits from a class that knows nothing of us."""
+
+import json
+
+import pytest
+import torch
+from factories import (
+    TOLERANCE,
+    non_uniform_swin,
+    non_uniform_vit,
+    randomize_masks_,
+    search_config,
+    settle_randomly_,
+    tiny_images,
+    tiny_vit,
+    vit_shapes,
+)
+from hypothesis import given
+from transformers import AutoModelForImageClassification, ViTForImageClassification
+
+from ofb_hf import OFBViTForImageClassification, install_bi_masks
+from ofb_hf.stock import pad_to_stock
+
+
+def compressed(overrides=None, candidates=None, dtype=torch.float32):
+    """A small ViT after a random choice of sizes, masks folded in."""
+    supernet = install_bi_masks(
+        tiny_vit(dtype=dtype, **(overrides or {})), search_config(**(candidates or {}), target_macs=1.0)
+    )
+    randomize_masks_(supernet)
+    settle_randomly_(supernet, seed=7)
+    return supernet.eval().fold()
+
+
+def assert_same(model, stock):
+    """Logits and hidden states agree up to rounding."""
+    assert type(stock) is ViTForImageClassification
+    images = tiny_images(dtype=model.dtype)
+    with torch.no_grad():
+        expected, got = (m.eval()(images, output_hidden_states=True) for m in (model, stock))
+    torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=TOLERANCE[model.dtype])
+    for ours, theirs in zip(expected.hidden_states, got.hidden_states, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=10 * TOLERANCE[model.dtype])
+
+
+@given(vit_shapes())
+def test_padding_changes_nothing(shape):
+    overrides, candidates = shape
+    model = compressed(overrides, candidates, torch.float64)
+    assert_same(model, pad_to_stock(model))
+
+
+def test_a_padded_model_is_a_stock_checkpoint(tmp_path):
+    model = compressed()
+    assert len(set(model.config.head_dim_per_layer)) > 1, "choose another seed: this is to be non-uniform"
+    pad_to_stock(model).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "vit"
+    loaded, report = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert_same(model, loaded)
+    assert loaded.config.id2label == model.config.id2label
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_dtype_stays(dtype):
+    assert pad_to_stock(compressed().to(dtype)).dtype == dtype
+
+
+def test_dense_models_are_padded_by_nothing():
+    model = OFBViTForImageClassification.from_dense(tiny_vit())
+    stock = pad_to_stock(model)
+    assert sum(p.numel() for p in stock.parameters()) == sum(p.numel() for p in model.parameters())
+    assert_same(model, stock)
+
+
+def test_what_has_no_stock_form_is_refused():
+    with pytest.raises(TypeError, match="got a OFBSwinForImageClassification; only OFBViT"):
+        pad_to_stock(non_uniform_swin())
+    with pytest.raises(ValueError, match=r"scaled by \[0\.37\], which stock heads of at least 11 channels do not do"):
+        pad_to_stock(non_uniform_vit())
