@@ -1,19 +1,23 @@
-"""`ofb-hf`: search, finetune and evaluate from the command line. The recipes are the same functions."""
+"""`ofb-hf`: search, finetune, evaluate, publish, verify from the command line. The recipes are the same functions."""
 
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from . import hub
 from .architectures import FAMILIES
 from .configuration import BiMaskConfig
 from .data import AugmentationArguments, DataArguments
 from .training_args import OFBTrainingArguments
 from .workflow import finetune as finetune_workflow
 from .workflow import search as search_workflow
-from .workflow.arguments import FinetuneArguments, ModelArguments, parse
+from .workflow import verify as verify_workflow
+from .workflow.arguments import FinetuneArguments, ModelArguments, PublishArguments, parse
+from .workflow.report import text_table
 
 T = TypeVar("T")
 
@@ -32,6 +36,17 @@ other training flags govern the search; finetuning has its own --finetune_* flag
 from a file, --resume_from_checkpoint auto continues an interrupted run."""
 
 FINETUNE = """Finetune an image classifier, searched or not, with or without a teacher (--teacher_name_or_path)."""
+
+PUBLISH = """Publish a compressed classifier on the Hub, loadable with and without this package.
+
+    ofb-hf publish runs/half --repo_id OWNER/NAME
+
+One commit holds weights, config, code of the model, image processor, results, picture and card. Files are searched for
+tokens, names and folders of this machine before anything is sent; --dry_run shows what would be."""
+
+VERIFY = """Load a checkpoint, count and evaluate it again, and compare with what its card says.
+
+    ofb-hf verify OWNER/NAME --data_dir PHOTOS"""
 
 EVALUATE = """Measure an image classifier: top-1, top-5, MACs, parameters, file size, images per second. Prints JSON."""
 
@@ -65,7 +80,31 @@ def evaluate(argv: list[str] | None = None) -> dict[str, Any]:
     return results
 
 
-COMMANDS = {"search": search, "finetune": finetune, "evaluate": evaluate}
+def publish(argv: list[str] | None = None) -> None:
+    """Entry of `recipes/publish.py` and `ofb-hf publish`. Prints what was sent, and where it is now."""
+    (wanted,) = _in_words(lambda: parse([PublishArguments], _leading("--model_dir", argv), PUBLISH))
+    options = {name: getattr(wanted, name) for name in ("output_dir", "revision", "commit_message", "create_pr")}
+    options |= {"private": wanted.private or None, "stock": not wanted.no_stock}
+    repo_id = None if wanted.dry_run else wanted.repo_id
+    done = _in_words(lambda: hub.publish(wanted.model_dir, repo_id, **options))
+    if isinstance(done, Path):
+        sizes = [f"{path.stat().st_size:>12,}  {path.name}" for path in sorted(done.iterdir())]
+        sys.stdout.write("\n".join([f"would be published to {wanted.repo_id or 'a repository'}:", *sizes, ""]))
+    else:
+        sys.stdout.write(f"published: {done.pr_url or done.commit_url}\n")
+
+
+def verify(argv: list[str] | None = None) -> None:
+    """Entry of `ofb-hf verify`. Prints a table; the exit status is 1 if something differs."""
+    classes = [ModelArguments, DataArguments, OFBTrainingArguments]
+    parsed = _in_words(lambda: parse(classes, _leading("--model_name_or_path", argv), VERIFY))
+    agrees, rows = _closing_processes(lambda: _in_words(lambda: verify_workflow.run_verify(*parsed)))
+    sys.stdout.write(f"{text_table(rows)}\n\n{verify_workflow.summary(rows, agrees)}\n")
+    if not agrees:
+        raise SystemExit(1)
+
+
+COMMANDS = {"search": search, "finetune": finetune, "evaluate": evaluate, "publish": publish, "verify": verify}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,11 +118,17 @@ def main(argv: list[str] | None = None) -> None:
     COMMANDS[argv[0]](argv[1:])
 
 
+def _leading(flag: str, argv: list[str] | None) -> list[str]:
+    """The words of a command line; a first one that is no flag is the value of `flag`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
+
+
 def _in_words(prepare: Callable[[], T]) -> T:
     """Turns what a user can mend before anything has started into one line on stderr and exit status 2."""
     try:
         return prepare()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, hub.PublishError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
 

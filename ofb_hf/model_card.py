@@ -4,37 +4,65 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from .search_space import SubnetSpec
 
-TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
-PLAIN_TEMPLATE = TEMPLATE.with_name("plain_card.md")
+TEMPLATES = Path(__file__).with_name("templates")
+BUDGETS = {"target_macs": "MACs", "target_params": "parameters"}
+MEASURED = {"top1": ("accuracy", "top-1 %"), "top5": ("top_5_accuracy", "top-5 %")}
 
 
-def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str, source: str, data: str, hardware: str) -> str:
+def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str) -> str:
     """Fills the card template; every number comes from `results`.
 
     Args:
         results: content of `eval_results.json`.
         subnet: what was kept.
         table: results as a Markdown table.
-        source: the dense parent; data: name of the data set; hardware: where the speed was measured.
     """
-    final = results.get("finetuned") or results["searched"]
-    budget = "target_macs" if results["target_macs"] is not None else "target_params"
-    unit = "MACs" if budget == "target_macs" else "parameters"
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=f"OFB {source}",
-        source=source,
+    final, source = final_results(results), results["source"]
+    budget = next(name for name in BUDGETS if results[name] is not None)
+    return Template((TEMPLATES / "model_card.md").read_text(encoding="utf-8")).substitute(
+        metadata=card_data(results).to_yaml(),
+        title=f"OFB {source['model']}",
+        source=source["model"] + (f" (revision {source['revision']})" if source["revision"] else ""),
         share=f"{100 * final['macs'] / results['dense']['macs']:.1f} %",
         num_examples=f"{final['num_examples']:,}",
-        data=data,
-        hardware=hardware,
+        data=results["data"],
+        hardware=results["hardware"],
         table=table,
-        budget=f"at most {results[budget]:,} {unit}",
+        lost=_lost(results["lost_classes"]),
+        budget=f"at most {results[budget]:,} {BUDGETS[budget]}",
         command=results["command"],
         seed=results["seed"],
+        minutes=f"{results['seconds'] / 60:.0f}",
+        commit=results["commit"] or "of a release",
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         widths="\n".join(f"- `{name}`: {_width(size)}" for name, size in subnet.sizes.items()),
+    )
+
+
+def final_results(results: dict[str, Any]) -> dict[str, Any]:
+    """What was measured on the checkpoint itself: after finetuning, or right after the search."""
+    return results.get("finetuned") or results["searched"]
+
+
+def card_data(results: dict[str, Any]) -> ModelCardData:
+    """The metadata that the Hub reads, measured accuracy as a model-index included."""
+    final, source, data = final_results(results), results["source"]["model"], results["data"]
+    on_hub = {"dataset_type": data, "dataset_name": data, "task_type": "image-classification"}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["ofb", "pruning", "vision-transformer"],
+        base_model=source if "/" in source else None,
+        datasets=[data] if "/" in data else None,
+        model_name=f"OFB {source}",
+        eval_results=[
+            EvalResult(metric_type=kind, metric_name=name, metric_value=final[key], **on_hub)
+            for key, (kind, name) in MEASURED.items()
+        ],
     )
 
 
@@ -44,7 +72,16 @@ def plain_card(macs: int, params: int) -> str:
     Args:
         macs, params: its exact cost and size.
     """
-    return Template(PLAIN_TEMPLATE.read_text(encoding="utf-8")).substitute(macs=f"{macs:,}", params=f"{params:,}")
+    template = Template((TEMPLATES / "plain_card.md").read_text(encoding="utf-8"))
+    return template.substitute(macs=f"{macs:,}", params=f"{params:,}")
+
+
+def _lost(classes: dict[str, list[float]]) -> str:
+    if not classes:
+        return "No class lost more than 10 points of top-1 against the dense model."
+    rows = [f"| {name} | {before:.1f} | {after:.1f} |" for name, (before, after) in classes.items()]
+    head = "Classes that lost more than 10 points of top-1 against the dense model:"
+    return "\n".join([head, "", "| class | dense | this model |", "| --- | ---: | ---: |", *rows])
 
 
 def _width(size: int | tuple[int, int]) -> str:

@@ -172,9 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "tree":
             return self._tree(commit.files, path, "true" in query.get("recursive", [""])[0].lower())
         if kind == "paths-info":
-            return [
-                self._entry(file, commit.files[file]) for file in json.loads(call.body)["paths"] if file in commit.files
-            ]
+            # Some clients send JSON, huggingface_hub a form.
+            wanted = json.loads(call.body) if call.body.startswith(b"{") else parse_qs(call.body.decode())
+            return [self._entry(file, commit.files[file]) for file in wanted["paths"] if file in commit.files]
         siblings = [{"rfilename": file} for file in commit.files]
         if "blobs" in query:
             siblings = [self._blob(file, content) for file, content in commit.files.items()]

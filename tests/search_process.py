@@ -61,7 +61,7 @@ class Report(TrainerCallback):
 
     def __init__(self, compare_ranks: bool):
         self.compare_ranks, self.trainer, self.steps = compare_ranks, None, []
-        self.losses, self._macs = [], None
+        self.losses, self.random, self._macs = [], "", None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any):
         """Runs after the search's own callback: shrinks of this step are done."""
@@ -73,6 +73,7 @@ class Report(TrainerCallback):
             names = sorted(set().union(*everyone))
             step["different"] = [n for n in names if any(rank.get(n) != everyone[0].get(n) for rank in everyone)]
         self.steps.append(step)
+        self.random = digest({"state": torch.get_rng_state()})["state"]
         if args.process_index == 0:
             sys.stdout.write(f"{'step' if macs == self._macs else 'shrunk'} {state.global_step}\n")
             sys.stdout.flush()
@@ -104,7 +105,7 @@ def main(folder: Path, options: dict[str, Any]) -> None:
         "weights": hashlib.sha256(repr(digest(trainer.compress().state_dict())).encode()).hexdigest(),
         "steps": report.steps,
         "losses": report.losses,
-        "random": torch.rand(1).item(),
+        "random": report.random,
     }
     (folder / f"result-{trainer.args.process_index}.json").write_text(json.dumps(result), encoding="utf-8")
     # Everything is said. Gloo's threads now and then abort an interpreter that shuts down, so this one does not.

@@ -1,16 +1,9 @@
-"""Killed, terminated, interrupted: the search goes on from its last checkpoint and ends where it would have ended.
-
-`KILLS=10 pytest tests/test_interruption.py` kills more often.
-"""
+"""Terminated or interrupted, a search saves a checkpoint, says so, and goes on from it as if nothing had happened."""
 
 import os
-import random
-import shutil
 import signal
 import subprocess
-import threading
 import time
-from itertools import cycle
 from pathlib import Path
 
 import psutil
@@ -19,100 +12,16 @@ from invariants import assert_equal_states
 from runs import finish, results, searcher, start_search
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from watched import OPTIONS, Watched
 
-from ofb_hf.checkpoints import ASIDE, newest_checkpoint
+from ofb_hf.checkpoints import newest_checkpoint
 from ofb_hf.interruption import TrainingInterrupted, shield_workers
-
-KILLS = int(os.environ.get("KILLS", "3"))
-SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "ema_decay": 0.9}
-OPTIONS = {"config": {"importance_hold": 0.1, "retire_begin": 0.6, "settle_at": 0.8}, "shrink_at": [6, 9, 13]}
-
-
-class Watched:
-    """A search in its own processes, whose lines are collected while it runs."""
-
-    def __init__(self, folder: Path, options: dict, ranks: int):
-        self.process = start_search(folder, options, ranks)
-        self.lines: list[str] = []
-        self.reader = threading.Thread(target=lambda: self.lines.extend(iter(self.process.stdout.readline, "")))
-        self.reader.start()
-
-    def wait_for(self, happened, timeout: float = 120) -> bool:
-        """Waits until `happened()`; False if the process ends before."""
-        end = time.monotonic() + timeout
-        while not happened():
-            if self.process.poll() is not None:
-                return False
-            assert time.monotonic() < end, "".join(self.lines)[-2000:]
-            time.sleep(0.0005)
-        return True
-
-    def said(self, start: str) -> bool:
-        """Whether some line begins like this."""
-        return any(line.startswith(start) for line in self.lines)
-
-    def end(self, number: signal.Signals) -> tuple[int, str]:
-        """Sends a signal to the process and its group, and waits: (exit status, everything it said)."""
-        os.killpg(self.process.pid, number)
-        self.process.wait(120)
-        self.reader.join()
-        return self.process.returncode, "".join(self.lines)
-
-    def kill(self) -> None:
-        """Kills the process and all it started, at once."""
-        launcher = psutil.Process(self.process.pid)
-        for process in [launcher, *launcher.children(recursive=True)]:
-            process.kill()
-        self.process.wait()
-        self.reader.join()
 
 
 def latest_step(folder: Path) -> int:
     """Step of the newest complete checkpoint, 0 without one."""
     newest = newest_checkpoint(folder)
     return int(newest.rpartition("-")[2]) if newest else 0
-
-
-MOMENTS = ("in a save", "after a shrink", "somewhere")
-
-
-def kill_at(folder: Path, options: dict, ranks: int, moment: str, rng: random.Random) -> bool:
-    """Starts the search and kills it: during a save, right after a shrink, or somewhere. False if it was faster."""
-    search, step = Watched(folder, options, ranks), rng.randint(3, 20)
-    if moment == "in a save":
-        search.wait_for(lambda: search.said(f"step {step}"))
-        running = search.wait_for(lambda: any((folder / ASIDE).glob("checkpoint-*/*")))
-    elif moment == "after a shrink":
-        shrink = rng.randint(2, 4)  # the first line says "shrunk" as well
-        running = search.wait_for(lambda: sum(line.startswith("shrunk") for line in search.lines) >= shrink)
-    else:
-        running = search.wait_for(lambda: search.said(f"step {step}"))
-        time.sleep(rng.random() * 0.05)
-    search.kill() if running else search.reader.join()
-    return running and not (folder / "result-0.json").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "family"), [(1, "swin"), (2, "vit")])
-def test_a_killed_search_ends_where_the_straight_one_ends(tmp_path, ranks, family):
-    straight, rng = tmp_path / "straight", random.Random(int(os.environ.get("KILLS_SEED", ranks)))
-    straight.mkdir()
-    options = OPTIONS | {"family": family, "arguments": SAVING}
-    status, said = finish(start_search(straight, options, ranks))
-    assert status == 0, said[-3000:]
-    for number, moment in zip(range(KILLS), cycle(MOMENTS), strict=False):
-        killed = tmp_path / str(number)
-        killed.mkdir()
-        while not kill_at(killed, options, ranks, moment, rng):
-            shutil.rmtree(killed)
-            killed.mkdir()
-        status, said = finish(start_search(killed, options, ranks))
-        assert status == 0, said[-3000:]
-        for expected, result in zip(results(straight, ranks), results(killed, ranks), strict=True):
-            assert result["subnet"] == expected["subnet"], f"kill {number}, {moment}"
-            assert result["weights"] == expected["weights"], f"kill {number}, {moment}"
-        assert len(list(killed.glob("checkpoint-*"))) == 2
-        assert not (killed / ASIDE).exists()
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 import ast
 import json
+import math
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,6 +15,7 @@ import pytest
 import torch
 import yaml
 from factories import tiny_vit
+from huggingface_hub import ModelCard
 from PIL import Image
 from runs import PRODUCT, QUICK, walk
 from safetensors.torch import load_file
@@ -22,9 +25,10 @@ import ofb_hf
 from ofb_hf import OFBTrainingArguments, SubnetSpec, ViTBiMaskConfig, cli, count_macs, count_params
 from ofb_hf.callbacks import HISTORY_FIELDS, read_history
 from ofb_hf.data import DataArguments
+from ofb_hf.model_card import render_card
 from ofb_hf.workflow.arguments import DEMO_CONFIG, FinetuneArguments, ModelArguments, command_line, parse
 from ofb_hf.workflow.inputs import load
-from ofb_hf.workflow.measure import images_per_second
+from ofb_hf.workflow.measure import images_per_second, lost_classes
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,6 +79,43 @@ def test_card_repeats_the_measured_numbers(finished):
         assert f"{results[stage]['params'] / 1e6:.4g}" in card
     assert f"{results['target_macs']:,} MACs" in card
     assert str(output.parent) not in card
+    metadata = ModelCard(card).data
+    in_card = {result.metric_type: result.metric_value for result in metadata.eval_results}
+    assert in_card == {
+        "accuracy": results["finetuned"]["top1"], "top_5_accuracy": results["finetuned"]["top5"],
+    }  # fmt: skip
+    assert results["source"]["model"] in card
+    assert results["seconds"] >= 1
+    assert results["commit"] is None or results["commit"] in card
+
+
+def test_classes_that_lost_much_are_named(finished):
+    assert lost_classes([90.0, 50.0, math.nan, 80.0], [79.0, 41.0, 3.0, 30.0], list("abcd")) == {
+        "d": [80.0, 30.0], "a": [90.0, 79.0],
+    }  # fmt: skip
+    _, results = finished
+    card = render_card(results | {"lost_classes": {"red": [75.0, 50.0]}}, SubnetSpec({}), "")
+    assert "| red | 75.0 | 50.0 |" in card
+    assert "No class lost" in render_card(results | {"lost_classes": {}}, SubnetSpec({}), "")
+
+
+def test_a_card_is_verified_and_a_lie_is_found(finished, images, tmp_path, capsys):
+    output, results = finished
+    copy = shutil.copytree(output, tmp_path / "copy")
+    words = [str(copy), "--data_dir", str(images), "--use_cpu", "--report_to", "none"]
+    cli.verify(words)
+    assert "Everything is as the card says." in capsys.readouterr().out
+    card, top1 = (copy / "README.md").read_text(), results["finetuned"]["top1"]
+    (copy / "README.md").write_text(card.replace(f"value: {top1}", f"value: {top1 + 0.2}"))
+    with pytest.raises(SystemExit) as verdict:
+        cli.verify(words)
+    assert verdict.value.code == 1
+    assert re.search(r"top1 +README.md .*differs", capsys.readouterr().out)
+    (copy / "README.md").unlink()
+    with pytest.raises(SystemExit) as verdict:
+        cli.verify(words)
+    assert verdict.value.code == 2
+    assert "has no README.md" in capsys.readouterr().err
 
 
 def test_result_loads_in_a_fresh_process_bit_for_bit(finished, images):
@@ -112,7 +153,8 @@ def test_finetune_and_evaluate_take_the_result(finished, images, tmp_path, capsy
 def test_search_on_a_parameter_budget_without_finetuning(checkpoint, images, tmp_path):
     results = walk(checkpoint, images, tmp_path / "out", "--target_params", "0.6", "--finetune_max_steps", "0")
     assert results["target_macs"] is None
-    assert set(results) == {"target_macs", "target_params", "dense", "searched", "seed", "versions", "command"}
+    said = {"seed", "versions", "command", "commit", "hardware", "seconds", "source", "data", "lost_classes"}
+    assert set(results) == {"target_macs", "target_params", "dense", "searched"} | said
     assert results["searched"]["params"] <= results["target_params"] <= 0.6 * results["dense"]["params"]
 
 

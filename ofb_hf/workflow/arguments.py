@@ -76,6 +76,33 @@ class FinetuneArguments:
         return self.finetune_max_steps > 0 or (self.finetune_max_steps < 0 and self.finetune_epochs > 0)
 
 
+@dataclass
+class PublishArguments:
+    """What to publish, and where."""
+
+    model_dir: str | None = field(
+        default=None, metadata=_help("Output folder of a search, or of save_pretrained of one of our models.")
+    )
+    repo_id: str | None = field(default=None, metadata=_help("Where on the Hub: OWNER/NAME. Made if it is not there."))
+    private: bool = field(default=False, metadata=_help("A repository that is made now is private."))
+    revision: str | None = field(default=None, metadata=_help("Branch to commit to, made if it is not there."))
+    commit_message: str | None = field(default=None, metadata=_help("Message of the commit."))
+    create_pr: bool = field(default=False, metadata=_help("Open a pull request instead of committing."))
+    no_stock: bool = field(
+        default=False, metadata=_help("Do not also publish a ViT as a padded stock checkpoint, on the branch `stock`.")
+    )
+    output_dir: str | None = field(default=None, metadata=_help("Also write what is published to this new folder."))
+    dry_run: bool = field(default=False, metadata=_help("Only write output_dir, and list what would be sent."))
+
+    def __post_init__(self):
+        if self.model_dir is None:
+            raise ValueError("--model_dir is missing; give the output folder of a search.")
+        if self.dry_run and self.output_dir is None:
+            raise ValueError("--dry_run writes what would be published; say where with --output_dir.")
+        if self.repo_id is None and not self.dry_run:
+            raise ValueError("--repo_id is missing; give OWNER/NAME, or --dry_run.")
+
+
 def parse(
     classes: list[type], argv: list[str] | None, description: str, demo: dict[str, Any] | None = None
 ) -> tuple[Any, ...]:

@@ -71,7 +71,8 @@ def run(job: Finetuning) -> dict[str, Any]:
         trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, **augmented, **datasets)
         trainer.train(resume_from_checkpoint=job.args.resume_from_checkpoint)
         models = {"dense": job.before, "finetuned": job.model}
-        results = measure(models, job.inputs.eval, job.args) | provenance(job.args.seed)
+        results, _ = measure(models, job.inputs.eval, job.args)
+        results |= provenance(job.args.seed)
         if is_main:
             job.model.save_pretrained(job.folder)
             job.inputs.processor.save_pretrained(job.folder)
@@ -84,7 +85,8 @@ def run_evaluate(model_args: ModelArguments, data_args: DataArguments, args: OFB
     """Measures a classifier on the evaluation split: accuracy, cost, size, speed. Writes nothing."""
     name = _required(model_args)
     model, inputs = load(name, data_args, args.seed)
-    return measure({"model": model}, inputs.eval, args)["model"]
+    results, _ = measure({"model": model}, inputs.eval, args)
+    return results["model"]
 
 
 def _required(model_args: ModelArguments) -> str:

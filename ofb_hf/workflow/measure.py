@@ -2,6 +2,7 @@
 
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
 from importlib.metadata import version
@@ -21,24 +22,58 @@ from .arguments import changed, command_line
 
 # What a Trainer needs to report top-1 and top-5.
 METRICS = {"compute_metrics": compute_topk, "preprocess_logits_for_metrics": top5_indices}
+LOST = 10.0  # points of top-1 that a class may lose before it is named
 SPEED_ROUNDS = 7
 SECONDS_PER_ROUND = 0.3
 
 
-def measure(models: dict[str, PreTrainedModel], dataset: Any, args: OFBTrainingArguments) -> dict[str, dict]:
-    """Everything there is to know about each model: accuracy, size, and speed side by side in one run."""
-    results = {name: evaluate_classifier(model, dataset, args) | describe_size(model) for name, model in models.items()}
+def measure(
+    models: dict[str, PreTrainedModel], dataset: Any, args: OFBTrainingArguments
+) -> tuple[dict[str, dict], dict[str, list[float]]]:
+    """Everything there is to know about each model: accuracy, size, and speed side by side in one run.
+
+    Returns:
+        By model: the content of `eval_results.json`, and top-1 in percent of every class (NaN without images of it).
+    """
+    results, by_class = {}, {}
+    for name, model in models.items():
+        accuracy, by_class[name] = evaluate_classifier(model, dataset, args)
+        results[name] = accuracy | describe_size(model)
     batch = torch.stack([dataset[index]["pixel_values"] for index in range(min(32, len(dataset)))])
     for name, speed in images_per_second(models, batch).items():
         results[name]["images_per_second"] = speed
-    return results
+    return results, by_class
+
+
+def lost_classes(before: list[float], after: list[float], names: list[str]) -> dict[str, list[float]]:
+    """Classes whose top-1 fell by more than `LOST` points: name -> [before, after] in percent, worst first."""
+    losses = {name: [was, now] for name, was, now in zip(names, before, after, strict=True) if was - now > LOST}
+    return dict(sorted(losses.items(), key=lambda item: item[1][1] - item[1][0]))
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """What produced the numbers: {"seed", "versions", "command"}."""
+    """What produced the numbers: {"seed", "versions", "command", "commit", "hardware"}."""
     versions = {"python": platform.python_version(), "ofb-hf": __version__}
     versions |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
-    return {"seed": seed, "versions": versions, "command": command_line()}
+    return {
+        "seed": seed,
+        "versions": versions,
+        "command": command_line(),
+        "commit": _commit(),
+        "hardware": hardware(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this package's source, "-dirty" if it was changed since; None where it is not checked out."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    try:
+        # A virtual environment may lie in somebody else's repository.
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        return subprocess.run([*git, *describe], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def hardware() -> str:
@@ -48,16 +83,25 @@ def hardware() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def evaluate_classifier(model: nn.Module, dataset: Any, args: OFBTrainingArguments) -> dict[str, float]:
-    """Top-1 and top-5 in percent on a dataset, over all processes: {"top1", "top5", "num_examples"}."""
+def evaluate_classifier(
+    model: nn.Module, dataset: Any, args: OFBTrainingArguments
+) -> tuple[dict[str, float], list[float]]:
+    """Accuracy on a dataset, over all processes.
+
+    Returns:
+        {"top1", "top5", "num_examples"}, and top-1 of every class; all in percent.
+    """
     with tempfile.TemporaryDirectory() as folder:
         args = changed(args, output_dir=folder, distillation_weight=None, ema_decay=None, eval_strategy="no")
-        metrics = DistillationTrainer(model, args, eval_dataset=dataset, **METRICS).evaluate()
-    return {
-        "top1": round(metrics["eval_top1"], 4),
-        "top5": round(metrics["eval_top5"], 4),
+        output = DistillationTrainer(model, args, **METRICS).predict(dataset, metric_key_prefix="eval")
+    labels, hits = torch.as_tensor(output.label_ids), torch.as_tensor(output.predictions[:, 0] == output.label_ids)
+    count, right = (torch.bincount(x, minlength=model.config.num_labels).double() for x in (labels, labels[hits]))
+    accuracy = {
+        "top1": round(output.metrics["eval_top1"], 4),
+        "top5": round(output.metrics["eval_top5"], 4),
         "num_examples": len(dataset),
     }
+    return accuracy, (100 * right / count).round(decimals=4).tolist()
 
 
 def describe_size(model: PreTrainedModel) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Search, finetune, evaluate, write down: the whole walk in one run."""
 
 import json
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..training_args import OFBTrainingArguments
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, phase_arguments, training_settings
 from .inputs import Inputs, load, load_teacher
-from .measure import METRICS, hardware, measure, provenance
+from .measure import METRICS, lost_classes, measure, provenance
 from .report import markdown_table, results_rows, text_table
 
 logger = logging.get_logger(__name__)
@@ -47,6 +48,7 @@ class Walk:
     dense: PreTrainedModel
     teacher: PreTrainedModel | None
     target: int
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def folder(self) -> Path:
@@ -186,7 +188,10 @@ def finetune(walk: Walk, searched: PreTrainedModel) -> PreTrainedModel:
 def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -> dict[str, Any]:
     """Evaluates, measures, writes the output folder and prints the summary."""
     results: dict[str, Any] = {"target_macs": None, "target_params": None, walk.config.budget[0]: walk.target}
-    results |= measure(models, walk.inputs.eval, phase_arguments(walk.args, "search")) | provenance(walk.args.seed)
+    measured, by_class = measure(models, walk.inputs.eval, phase_arguments(walk.args, "search"))
+    results |= measured | provenance(walk.args.seed) | {"seconds": round(time.monotonic() - walk.began)}
+    results |= {"source": _source(walk), "data": walk.inputs.data.name}
+    results["lost_classes"] = lost_classes(by_class["dense"], [*by_class.values()][-1], walk.inputs.data.label_names)
     if walk.is_main:
         write_output(walk, models, subnet, results)
         logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), walk.folder)
@@ -201,11 +206,7 @@ def write_output(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetS
     final.save_pretrained(aside)
     walk.inputs.processor.save_pretrained(aside)
     (aside / SUBNET_FILE).write_text(subnet.to_json(), encoding="utf-8")
-    source = walk.model_args.model_name_or_path
-    source = Path(source).name if Path(source).exists() else source
-    card = render_card(
-        results, subnet, markdown_table(results_rows(results)), source, walk.inputs.data.name, hardware()
-    )
+    card = render_card(results, subnet, markdown_table(results_rows(results)))
     (aside / "README.md").write_text(card, encoding="utf-8")
     (aside / "eval_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     history = read_history(folder / HISTORY_FILE)
@@ -218,6 +219,13 @@ def write_output(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetS
     for path in aside.iterdir():
         path.replace(folder / path.name)
     aside.rmdir()
+
+
+def _source(walk: Walk) -> dict[str, str | None]:
+    """The dense parent: its name, without folders of this machine, and its commit on the Hub."""
+    name = walk.model_args.model_name_or_path
+    revision = getattr(walk.dense.config, "_commit_hash", None)
+    return {"model": Path(name).name if Path(name).exists() else name, "revision": revision}
 
 
 def _save_with_processor(model: PreTrainedModel, processor: Any, folder: Path) -> None:
