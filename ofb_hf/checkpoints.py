@@ -18,10 +18,12 @@ STATE_FILE = "trainer_state.json"
 REPLACED = "replaced-"
 # What a Trainer needs to go on, as patterns: any match of a row will do. Sharded optimizers are folders.
 NEEDED = (
+    (STATE_FILE,),
     ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model_fsdp*", "global_step*"),
     ("optimizer.pt", "optimizer_*", "global_step*"),
     ("scheduler.pt", "global_step*"),
     ("rng_state*.pth",),
+    ("config.json", "bi_mask_config.json", "adapter_config.json"),
 )
 
 
@@ -48,11 +50,7 @@ def move_into_place(written: Path, place: Path) -> None:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether a folder is a checkpoint to resume from: everything is there, and no file was cut short."""
-    try:
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    if "global_step" not in state or not all(any(_matches(checkpoint, row)) for row in NEEDED):
+    if not all(any(_matches(checkpoint, row)) for row in NEEDED):
         return False
     return all(_is_whole(file) for file in checkpoint.iterdir() if file.is_file())
 
@@ -69,6 +67,11 @@ def _is_whole(file: Path) -> bool:
             with safe_open(file, "pt"):
                 return True
         except SafetensorError:
+            return False
+    if file.suffix == ".json":
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
             return False
     return True
 

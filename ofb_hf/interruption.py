@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Ranks see a signal at different moments and have to agree on the step to stop at. Agreeing waits for the device, so
 # on accelerators it is done every few steps only.
 AGREE_EVERY_ON_ACCELERATORS = 10
+PASSED_ON_SECONDS = 1.0  # the same signal may arrive twice within this time, directly and through a launcher
 
 
 class TrainingInterrupted(SystemExit):
@@ -38,7 +40,8 @@ class Interruption(TrainerCallback):
     """Turns SIGTERM and SIGINT into an orderly end of training, on all ranks at the same step.
 
     A context manager around the training, and a callback in it; the Trainer saves the checkpoint. A second Ctrl-C stops
-    at once; further SIGTERMs are ignored, as launchers pass on what the cluster has sent already.
+    at once, unless it comes right after the first: launchers pass on what has been sent to all processes already.
+    Further SIGTERMs are ignored for the same reason.
 
     Attributes:
         stopped_by: the signal after which training ended, None if it ended by itself.
@@ -47,6 +50,7 @@ class Interruption(TrainerCallback):
     def __init__(self):
         self.stopped_by: signal.Signals | None = None
         self._received: signal.Signals | None = None
+        self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -63,9 +67,11 @@ class Interruption(TrainerCallback):
             signal.raise_signal(self._received)  # it came after the last moment at which training could react
 
     def _receive(self, number: int, frame: Any) -> None:
-        self._received = signal.Signals(number)
-        if number == signal.SIGINT:
+        if self._received is None:
+            self._received, self._received_at = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._received_at > PASSED_ON_SECONDS:
             signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
 
     def is_asked_for(self, args: TrainingArguments) -> bool:
         """Whether any rank has received a signal. All ranks have to call it together."""
@@ -85,7 +91,7 @@ class Interruption(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Does nothing of what belongs to the end of an epoch where training was stopped in the middle of one."""
-        if self.stopped_by is not None and state.epoch % 1:
+        if self.stopped_by is not None and state.epoch % 1 and state.global_step < state.max_steps:
             control.should_evaluate = control.should_save = control.should_log = False
         return control
 
@@ -96,9 +102,11 @@ def shield_workers(loader: DataLoader) -> DataLoader:
     Clusters send SIGTERM to all processes of a job, terminals send Ctrl-C to a whole group. A worker that dies of it
     takes the training along before a checkpoint is written.
     """
-    init = loader.worker_init_fn
-    if not (isinstance(init, partial) and init.func is _init_worker):
-        loader.worker_init_fn = partial(_init_worker, init)
+    # accelerate's loaders start the workers of another one inside.
+    for each in (loader, getattr(loader, "base_dataloader", None)):
+        init = getattr(each, "worker_init_fn", None)
+        if each is not None and not (isinstance(init, partial) and init.func is _init_worker):
+            each.worker_init_fn = partial(_init_worker, init)
     return loader
 
 

@@ -1,5 +1,6 @@
 """A Trainer whose runs may be killed or stopped at any moment and end where they would have ended."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,21 @@ class ResumableTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
         if self.interruption.stopped_by is not None or self.interruption.is_asked_for(self.args):
+            wanted, self.args.save_only_model = self.args.save_only_model, False  # nothing else could be resumed
             self._save_checkpoint(self.model_wrapped, trial)
+            self.args.save_only_model = wanted
+            # Not the end: the best model is not loaded yet, and with a limit of one it would be all that is kept.
+            self.state.best_model_checkpoint = None
         return super()._finalize_training(trial, *args)
+
+    def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, trial: Any) -> Any:
+        progress = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
+        if checkpoint is not None and self.state.best_model_checkpoint is None:
+            # It is remembered by its path, which may have been relative to another folder, or moved with the others.
+            best = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))["best_model_checkpoint"]
+            if best is not None and (beside := Path(checkpoint).parent / Path(best).name).is_dir():
+                self.state.best_model_checkpoint = str(beside)
+        return progress
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._run_dir is None else str(self._run_dir)

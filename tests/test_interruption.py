@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from accelerate import Accelerator
 from invariants import assert_equal_states
 from runs import finish, results, searcher, start_search
 from torch.utils.data import DataLoader
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 from watched import OPTIONS, Watched
 
 from ofb_hf.checkpoints import newest_checkpoint
-from ofb_hf.interruption import TrainingInterrupted, shield_workers
+from ofb_hf.interruption import Interruption, TrainingInterrupted, shield_workers
 
 
 def latest_step(folder: Path) -> int:
@@ -26,13 +27,16 @@ def latest_step(folder: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)], ids=["TERM", "INT", "TERM-2"]
+    ("number", "ranks"),
+    [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)],
+    ids=["TERM", "INT", "TERM-2", "INT-2"],
 )
 def test_a_signal_saves_a_checkpoint_and_the_search_goes_on_from_it(tmp_path, number, ranks):
-    """Sent to the whole group, as clusters and terminals do, while loaders have workers."""
+    """Sent to every process, as clusters do, in the middle of an epoch of 16 steps, while loaders have workers."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     straight.mkdir(), stopped.mkdir()
-    options = OPTIONS | {"arguments": {"save_strategy": "no", "dataloader_num_workers": 1}}
+    arguments = {"save_strategy": "no", "dataloader_num_workers": 1, "per_device_train_batch_size": 2 // ranks}
+    options = OPTIONS | {"arguments": arguments}
     status, said = finish(start_search(straight, options, ranks))
     assert status == 0, said[-3000:]
     search = Watched(stopped, options, ranks)
@@ -118,6 +122,22 @@ def test_a_signal_does_not_disturb_what_belongs_to_the_end_of_an_epoch(tmp_path,
     assert_equal_states(straight.compress().state_dict(), resumed.compress().state_dict())
 
 
+def test_a_second_interrupt_stops_at_once_unless_it_is_the_first_passed_on(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def interrupt_thrice():
+        with Interruption():
+            for wait in (0.0, 0.5, 1.0):
+                clock[0] += wait
+                signal.raise_signal(signal.SIGINT)
+            pytest.fail("the third one should have stopped it")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_thrice()
+    assert clock == [101.5]
+
+
 class SlowImages:
     """Images that take their time."""
 
@@ -129,8 +149,10 @@ class SlowImages:
         return index
 
 
-def test_workers_obey_their_parent_only():
-    loader = shield_workers(DataLoader(SlowImages(), num_workers=1, persistent_workers=True))
+@pytest.mark.parametrize("prepared", [False, True])
+def test_workers_obey_their_parent_only(prepared):
+    loader = DataLoader(SlowImages(), num_workers=1, persistent_workers=True)
+    loader = shield_workers(Accelerator(cpu=True).prepare(loader) if prepared else loader)
     batches = iter(loader)
     next(batches)
     (worker,) = psutil.Process().children()

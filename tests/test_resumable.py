@@ -1,6 +1,7 @@
 """Trainings that stop and go on: stock models, last steps, best models, averages, and what a checkpoint must hold."""
 
 import shutil
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from ofb_hf import DistillationTrainer
 from ofb_hf.checkpoints import ASIDE, is_complete, move_into_place, newest_checkpoint
 from ofb_hf.data import SeededImages
+from ofb_hf.interruption import TrainingInterrupted
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
@@ -91,6 +93,77 @@ def test_the_best_model_is_what_remains(tmp_path, ema_decay):
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
 
 
+class Sends(TrainerCallback):
+    """Pretends that SIGTERM came in a step."""
+
+    def __init__(self, trainer, step):
+        self.trainer, self.step = trainer, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            self.trainer.interruption._receive(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_a_stopped_training_keeps_its_last_checkpoint_beside_the_best_one(tmp_path, step):
+    """However few are to be kept; and it is the best of all that remains in the end."""
+    settings = BEST | {"save_total_limit": 1}
+    straight = finetuning(tmp_path / "straight", tiny_model("vit"), **settings)
+    straight.train()
+    stopped = finetuning(tmp_path / "stopped", tiny_model("vit"), **settings)
+    stopped.add_callback(Sends(stopped, step))
+    with pytest.raises(TrainingInterrupted, match=f"checkpoint-{step}"):
+        stopped.train()
+    assert is_complete(tmp_path / "stopped" / f"checkpoint-{step}")
+    resumed = finetuning(tmp_path / "stopped", tiny_model("vit"), **settings)
+    resumed.train("auto")
+    assert_equal_states(states(straight), states(resumed))
+
+
+def test_a_signal_in_a_last_step_within_an_epoch_does_not_cost_its_evaluation(tmp_path):
+    settings = BEST | {"eval_strategy": "epoch", "save_strategy": "epoch", "greater_is_better": False}
+    straight = finetuning(tmp_path / "straight", tiny_model("vit"), **settings)
+    straight.train()
+    stopped = finetuning(tmp_path / "stopped", tiny_model("vit"), **settings)
+    stopped.add_callback(Sends(stopped, 6))
+    with pytest.raises(TrainingInterrupted):
+        stopped.train()
+    resumed = finetuning(tmp_path / "stopped", tiny_model("vit"), **settings)
+    resumed.train("auto")
+    evaluated = [[row["step"] for row in t.state.log_history if "eval_loss" in row] for t in (straight, resumed)]
+    assert evaluated == [[4, 6], [4, 6]]
+    assert_equal_states(states(straight), states(resumed))
+
+
+def test_where_only_models_are_saved_a_stopped_training_can_still_go_on(tmp_path):
+    settings = SAVING | {"save_only_model": True}
+    stopped = finetuning(tmp_path, tiny_model("vit"), **settings)
+    stopped.add_callback(Sends(stopped, 4))
+    with pytest.raises(TrainingInterrupted):
+        stopped.train()
+    assert stopped.args.save_only_model
+    resumed = finetuning(tmp_path, tiny_model("vit"), **settings)
+    resumed.train("auto")
+    assert resumed._initial_global_step == 4
+
+
+def test_the_best_model_is_found_again_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    first = finetuning("run", tiny_model("vit"), **BEST, save_total_limit=2)
+    first.add_callback(Sends(first, 5))
+    with pytest.raises(TrainingInterrupted):
+        first.train()
+    monkeypatch.chdir(tmp_path)
+    resumed = finetuning("here/run", tiny_model("vit"), **BEST, save_total_limit=2)
+    resumed.train("auto")
+    losses = {row["step"]: row["eval_loss"] for row in resumed.state.log_history if "eval_loss" in row}
+    best = max(losses, key=losses.__getitem__)
+    assert best < 5, "choose settings in which the best step comes before the interruption"
+    assert resumed.state.best_model_checkpoint == f"here/run/checkpoint-{best}"
+    assert resumed.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+
+
 def test_evaluating_the_average_leaves_the_training_alone(tmp_path):
     runs = []
     for name, changes in (("a", {}), ("b", {"eval_strategy": "steps", "eval_steps": 1})):
@@ -130,6 +203,7 @@ def checkpoints(tmp_path_factory):
 
 
 FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors")
+FILES += ("bi_mask_config.json",)
 
 
 @pytest.mark.parametrize(

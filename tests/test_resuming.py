@@ -16,6 +16,7 @@ from ofb_hf import cli
 from ofb_hf.callbacks import read_history
 from ofb_hf.distillation import DistillationTrainer
 from ofb_hf.interruption import TrainingInterrupted
+from ofb_hf.workflow import finetune as finetune_workflow
 from ofb_hf.workflow import output as output_folder
 from ofb_hf.workflow import search as workflow
 
@@ -151,7 +152,15 @@ def stopped(checkpoint, images, tmp_path_factory):
         (["--target_macs", "0.3"], r"target_macs': \(0\.5, 0\.3\)"),
         (["--head_candidates", "1", "5"], r"head_candidates': \("),
         (["--weight_decay", "0.1"], r"weight_decay': \(0\.0, 0\.1\)"),
-        (["--bf16"], r"bf16': \(False, True\)"),
+        (["--bf16"], r"mixed_precision': \('no', 'bf16'\)"),
+        (["--optim", "sgd"], r"optim': \('adamw_torch\w*', 'sgd'\)"),
+        (["--data_seed", "5"], r"data_seed': \(None, 5\)"),
+        (["--finetune_learning_rate", "1e-3"], r"finetune_learning_rate': \("),
+        (["--finetune_max_steps", "9"], r"finetune_max_steps': \(3, 9\)"),
+        (
+            ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
+            r"per_device_train_batch_size': \(8, 4\)",
+        ),
         (["--lr_scheduler_type", "cosine"], r"lr_scheduler_type': \('linear', 'cosine'\)"),
         (["--warmup_steps", "3"], r"warmup_steps': \(0, 3"),
         (["--distillation_weight", "0.5"], r"distillation_weight': \(None, 0\.5\)"),
@@ -189,7 +198,41 @@ def test_a_checkpoint_may_be_named(checkpoint, images, stopped, tmp_path):
 
 
 def test_going_on_with_another_number_of_processes_is_said(stopped, caplog, monkeypatch):
-    settings = json.loads((stopped / "run_settings.json").read_text())
     monkeypatch.setattr(output_folder.logger, "propagate", True)
-    output_folder._check_settings(stopped, {"seed": settings["seed"]}, world_size=2)
-    assert "had 1 processes and goes on with 2" in caplog.text
+    settings = json.loads((stopped / "run_settings.json").read_text())
+    two = settings | {"num_processes": 2, "per_device_train_batch_size": 4}
+    output_folder._check_settings(stopped, two)
+    assert re.search(r"another number of processes.*'num_processes': \(1, 2\).*\(8, 4\)", caplog.text)
+    with pytest.raises(ValueError, match=r"total_train_batch_size': \(8, 16\)"):
+        output_folder._check_settings(stopped, two | {"total_train_batch_size": 16})
+
+
+def test_precision_that_a_launcher_sets_is_compared(checkpoint, images, stopped, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(SystemExit):
+        walk(checkpoint, images, stopped, "--resume_from_checkpoint", "auto")
+    assert "mixed_precision': ('no', 'bf16')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["search", "finetune"])
+def test_what_is_trained_is_kept_when_the_measuring_is_cut_short(checkpoint, images, tmp_path, monkeypatch, command):
+    steps, module = [], workflow if command == "search" else finetune_workflow
+    run = walk if command == "search" else finetune
+    original = DistillationTrainer.training_step
+
+    def count(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", count)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "measure", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, images, tmp_path / "cut", "--save_strategy", "no")
+    trained = len(steps)
+    assert trained
+    run(checkpoint, images, tmp_path / "cut", "--save_strategy", "no", "--resume_from_checkpoint", "auto")
+    assert len(steps) == trained
+    run(checkpoint, images, tmp_path / "straight", "--save_strategy", "no")
+    name = "model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()

@@ -1,9 +1,9 @@
 """A search in processes of its own that is watched, interrupted and killed."""
 
-import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -36,8 +36,11 @@ class Watched:
         return any(line.startswith(start) for line in self.lines)
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
-        """Sends a signal to the process and its group, and waits: (exit status, everything it said)."""
-        os.killpg(self.process.pid, number)
+        """Sends a signal to all its processes, as clusters do, and waits: (exit status, everything it said)."""
+        launcher = psutil.Process(self.process.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
         self.process.wait(120)
         self.reader.join()
         return self.process.returncode, "".join(self.lines)

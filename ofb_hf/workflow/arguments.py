@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
@@ -16,12 +17,12 @@ from ..data import DataArguments
 from ..models.shapes import SHAPES
 from ..training_args import OFBTrainingArguments
 
-# Training arguments that decide the result of a run, beside the total batch size. Those that only say how it is
+# Training arguments that decide the result of a run, beside batch sizes and precision. Those that only say how it is
 # watched, saved or fed may change when it is resumed.
 DECISIVE = (
-    *("seed", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
-    *("warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
-    *("label_smoothing_factor", "distillation_weight", "distillation_type", "distillation_temperature", "ema_decay"),
+    *("seed", "data_seed", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_kwargs", "warmup_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+    *("distillation_weight", "distillation_type", "distillation_temperature", "ema_decay"),
 )
 DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
 
@@ -168,10 +169,17 @@ def _words(settings: dict[str, Any]) -> list[str]:
 def training_settings(args: OFBTrainingArguments, data_args: DataArguments) -> dict[str, Any]:
     """What of the training arguments decides the result; a resumed run must agree with it."""
     settings = {name: getattr(args, name) for name in DECISIVE}
-    settings["lr_scheduler_type"] = str(args.lr_scheduler_type.value)
-    settings["total_train_batch_size"] = (
-        args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    )
+    settings |= {
+        "lr_scheduler_type": args.lr_scheduler_type.value,
+        "optim": str(getattr(args.optim, "value", args.optim)),
+    }
+    # A launcher's configuration sets the precision where no flag does.
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    settings["mixed_precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else launched
+    batch_size, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    settings["total_train_batch_size"] = batch_size * accumulated * args.world_size
+    settings |= {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulated}
+    settings["num_processes"] = args.world_size
     if data_args.streaming:  # whose order is dealt out to the workers
         settings["dataloader_num_workers"] = args.dataloader_num_workers
     return settings

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from ..consistency import decided_by_rank_0
 from ..data import AugmentationArguments, DataArguments
 from ..distillation import DistillationTrainer
 from ..training_args import OFBTrainingArguments
@@ -68,8 +69,14 @@ def run(job: Finetuning) -> dict[str, Any]:
         set_seed(job.args.seed)
         datasets = {"train_dataset": job.inputs.train, "eval_dataset": job.inputs.eval, **METRICS}
         augmented = {"batch_augmentation": job.inputs.batch_augmentation}
-        trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, **augmented, **datasets)
-        trainer.train(resume_from_checkpoint=job.args.resume_from_checkpoint)
+        done, resuming = job.folder / output.RESULT, job.args.resume_from_checkpoint is not None
+        if resuming and decided_by_rank_0(done.is_dir):
+            job.model = type(job.model).from_pretrained(done)
+        else:
+            trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, **augmented, **datasets)
+            trainer.train(resume_from_checkpoint=job.args.resume_from_checkpoint)
+            if is_main:
+                output.write_aside(done, job.model.save_pretrained)
         models = {"dense": job.before, "finetuned": job.model}
         results, _ = measure(models, job.inputs.eval, job.args)
         results |= provenance(job.args.seed)
@@ -77,6 +84,7 @@ def run(job: Finetuning) -> dict[str, Any]:
             job.model.save_pretrained(job.folder)
             job.inputs.processor.save_pretrained(job.folder)
             output.write_json(job.folder / "eval_results.json", results)
+            output.remove(done)
             logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), job.folder)
     return results
 

@@ -20,6 +20,8 @@ logger = logging.get_logger(__name__)
 FAILED_FILE = "FAILED.txt"
 SETTINGS_FILE = "run_settings.json"
 WORLD_SIZE = "num_processes"
+# How a total batch is spread, which may change together with the number of processes.
+SPREAD = (WORLD_SIZE, "per_device_train_batch_size", "gradient_accumulation_steps")
 SEARCH_PHASES = ("dense_training", "search", "finetune")
 RESULT = "model"  # in the folder of a phase, once it is finished
 PRODUCT = (
@@ -80,7 +82,7 @@ def check_free(args: OFBTrainingArguments, settings: dict[str, Any], overwrite: 
         if args.resume_from_checkpoint != "auto":
             _check_checkpoint(Path(args.resume_from_checkpoint), folder, phases)
         if is_ours:
-            _check_settings(folder, settings, args.world_size)
+            _check_settings(folder, settings)
     elif is_ours and not overwrite:
         raise ValueError(
             f"output_dir {folder} holds a run; continue it with --resume_from_checkpoint auto, start over with "
@@ -106,19 +108,20 @@ def _check_checkpoint(checkpoint: Path, folder: Path, phases: tuple[str, ...]) -
         )
 
 
-def _check_settings(folder: Path, settings: dict[str, Any], world_size: int) -> None:
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     saved = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     settings = json.loads(json.dumps(settings))
     differing = {name: (saved.get(name), value) for name, value in settings.items() if saved.get(name) != value}
+    if WORLD_SIZE in differing:
+        spread = {name: differing.pop(name) for name in SPREAD if name in differing}
+        logger.warning(
+            f"the run in {folder} goes on with another number of processes; (there, here) differ in {spread}. Each of "
+            "them sees other images than before, and the result is not that of an uninterrupted run."
+        )
     if differing:
         raise ValueError(
             f"the run in {folder} has other settings; (there, here) differ in {differing}. Resume with the same "
             "settings, or give another output_dir."
-        )
-    if saved[WORLD_SIZE] != world_size:
-        logger.warning(
-            f"the run in {folder} had {saved[WORLD_SIZE]} processes and goes on with {world_size}: each of them sees "
-            "other images than before, and the result is not the one of an uninterrupted run."
         )
 
 
@@ -127,11 +130,11 @@ def begin(args: OFBTrainingArguments, settings: dict[str, Any]) -> None:
     folder, resuming = Path(args.output_dir), args.resume_from_checkpoint is not None
     folder.mkdir(parents=True, exist_ok=True)
     if not resuming and (folder / SETTINGS_FILE).is_file():
-        for name in ("dense", *SEARCH_PHASES, *PRODUCT):
+        for name in ("dense", RESULT, *SEARCH_PHASES, *PRODUCT):
             remove(folder / name)
         for checkpoint in folder.glob("checkpoint-*"):
             remove(checkpoint)
-    write_json(folder / SETTINGS_FILE, settings | {WORLD_SIZE: args.world_size})
+    write_json(folder / SETTINGS_FILE, settings)
     mark_failed(folder, "it is running, or it was killed.")
 
 

@@ -101,7 +101,7 @@ def prepare(
     if name is None:
         raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(SHAPES)}.")
     check_search_arguments(args)
-    settings = run_settings(model_args, data_args, config, args) | asdict(augmentation_args)
+    settings = run_settings(model_args, data_args, config, args) | asdict(augmentation_args) | asdict(finetune_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, output.SEARCH_PHASES)
     dense, inputs = load(name, data_args, args.seed, augmentation_args)
     config = default_config(dense.config, **config.to_dict())
@@ -167,6 +167,9 @@ def search(walk: Walk) -> tuple[PreTrainedModel, SubnetSpec]:
 
 def finetune(walk: Walk, searched: PreTrainedModel) -> PreTrainedModel:
     """Finetunes a copy of the searched model with the dense model, or the given one, as teacher."""
+    done = walk.folder / "finetune" / output.RESULT
+    if walk.resuming and _is_done(done):
+        return AutoModelForImageClassification.from_pretrained(done)
     wanted = walk.finetune_args
     args = phase_arguments(
         walk.args,
@@ -182,6 +185,8 @@ def finetune(walk: Walk, searched: PreTrainedModel) -> PreTrainedModel:
     teacher = walk.teacher or walk.dense
     trainer = DistillationTrainer(model.train(), args, teacher=teacher, **_datasets(walk))
     _train(trainer, walk, "finetune")
+    if walk.is_main:
+        output.write_aside(done, model.save_pretrained)
     return model
 
 
