@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import reduce, set_seed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .checkpoints import ASIDE
@@ -75,9 +75,9 @@ class EpochCallback(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch + 1e-6))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Lets a stream report what it could not read."""
+        """Lets a stream judge and report what it could not read."""
         if hasattr(self.dataset, "end_epoch"):
-            self.dataset.end_epoch()
+            self.dataset.end_epoch(lambda counts: reduce(counts.to(args.device), "sum"))
 
 
 class RandomStreamsCallback(TrainerCallback):

@@ -13,11 +13,24 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from datasets import Dataset, Features, Image, Value
-from pictures import LABELS, NUM_IMAGES, archive, numbers, parquet, picture, repository, stream, write
+from pictures import (
+    LABELS,
+    NUM_IMAGES,
+    archive,
+    noisy_number_of,
+    number_of,
+    numbers,
+    parquet,
+    picture,
+    repository,
+    stream,
+    write,
+)
 from PIL import Image as PILImage
 
-from ofb_hf.data import DataArguments, TooManyBadImagesError, blocks
+from ofb_hf.data import DataArguments, ImageStream, TooManyBadImagesError, blocks
 from ofb_hf.data.decoding import BadImages, decode_image
+from ofb_hf.data.epochs import EpochPlan, Share
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +99,21 @@ def test_images_are_turned_as_exif_says():
     assert decode_image(rotated()).size == (12, 16)
 
 
+@pytest.mark.parametrize("suffix", ["PNG", "TIFF"])
+def test_of_sixteen_bits_the_upper_eight_count(suffix):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256 + 7
+    content = encoded(PILImage.fromarray(levels), suffix)
+    image = decode_image(content)
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image)[..., 1], (levels // 256).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_without_a_known_range_are_bad(mode):
+    with pytest.raises(ValueError, match=f"its mode is {mode}, numbers of no known range"):
+        decode_image(encoded(drawing("L").convert(mode), "TIFF"))
+
+
 def test_other_modes_in_a_stream(tmp_path):
     contents = [encoded(drawing(mode), "PNG") for mode in ("L", "P", "RGBA")] + [encoded(drawing("CMYK"), "JPEG")]
     files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
@@ -136,30 +164,89 @@ def test_too_many_bad_images_stop_the_run(tmp_path, workers):
 
 
 def test_an_unlucky_beginning_stops_no_run_and_a_bad_epoch_does():
-    random = np.random.default_rng(0)
-
-    def see(count: int) -> BadImages:
-        images = BadImages(2, 0.01, in_all=2000)
-        for bad in random.permutation(2000) < count:
-            images.saw(int(random.integers(2)), "x", OSError() if bad else None)
-        return images
-
+    random, images = np.random.default_rng(0), BadImages(2, 0.01)
     for _ in range(10):
-        images = see(20)
+        images.reset()
+        for bad in random.permutation(2000) < 20:
+            images.saw(int(random.integers(2)), 0, "x", OSError() if bad else None)
         assert (images.seen, images.bad) == (2000, 20)
-        with pytest.raises(TooManyBadImagesError, match=r"21 of 2000 images of this epoch .* 1.1%"):
-            see(21)
+        images.require_few(2000, 20, clearly=False)
+    with pytest.raises(TooManyBadImagesError, match=r"21 of 2000 images of this epoch .* 1.1%"):
+        images.require_few(2000, 21, clearly=False)
+    images.require_few(2000, 21, clearly=True)
+    with pytest.raises(TooManyBadImagesError, match="38 of 2000"):
+        images.require_few(2000, 38, clearly=True)
     images.reset()
     assert (images.seen, images.bad) == (0, 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize(("share", "stops"), [(0.01, False), (0.012, True)])
+def test_the_limit_is_that_of_an_epoch_over_all_ranks(world_size, repeats, share, stops):
+    """Whatever part of the bad ones a rank has, and however often an image comes: one part in a hundred is allowed."""
+    broken = set(np.random.default_rng(1).permutation(6000)[: round(share * 6000)].tolist())
+    counts, total = [], [0, 0]
+    for epoch in range(repeats):
+        ranks = []
+        for rank in range(world_size):
+            plan = EpochPlan(np.full(60, 100), Share(7, rank, world_size, workers=2), 0, epoch, 50, repeats)
+            images = BadImages(2, 0.01)
+            for worker in range(2):
+                order = plan.order(worker)
+                new = (plan.repetitions(order) == 0) & (np.arange(len(order)) < plan.num_own(worker))
+                for number in plan.locate(order[new])[2].tolist():
+                    images.saw(worker, epoch, "x", OSError() if number in broken else None)
+            ranks.append(images.counts.sum(0))
+        counts.append(sum(ranks).tolist())
+        total = [a + b for a, b in zip(total, counts[-1], strict=True)]
+    assert total == [6000, len(broken)]
+    if repeats == 1 and stops:
+        with pytest.raises(TooManyBadImagesError, match="72 of 6000"):
+            images.require_few(*counts[0], clearly=False)
 
 
 def test_few_images_are_judged_when_all_were_seen(tmp_path):
     contents = [picture(0)[:40], *(picture(n) for n in range(1, 10))]
     files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
     folder = write(tmp_path / "data", files)
+    images = stream(folder)
+    assert len(list(images.loader(2))) == 5
     with pytest.raises(TooManyBadImagesError, match=r"1 of 10 images of this epoch cannot be decoded: 10.0%"):
-        list(stream(folder).loader(2))
-    assert len(list(stream(folder, max_bad_share=0.1).loader(2))) == 5
+        images.end_epoch()
+    with pytest.raises(TooManyBadImagesError, match=r"4 of 40"):
+        images.end_epoch(lambda counts: 4 * counts)
+    images = stream(folder, max_bad_share=0.1)
+    assert len(list(images.loader(2))) == 5
+    assert "1 of 10 images of epoch 0" in images.end_epoch()
+
+
+def test_a_part_of_an_epoch_is_judged_with_allowance(tmp_path):
+    """A run that was resumed, or stopped, has seen too little for the exact limit."""
+    contents = [picture(n)[: 40 if n < 2 else None] for n in range(100)]
+    files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
+    images = stream(write(tmp_path / "data", files), shuffle_buffer=1)
+    iterator = iter(images.loader(5))
+    for _ in range(12):
+        next(iterator)
+    if images.bad_images.bad:
+        assert "2 of " in images.end_epoch()
+    list(iterator)
+    with pytest.raises(TooManyBadImagesError, match="2 of 100"):
+        images.end_epoch()
+
+
+def test_a_bad_image_in_repeats_counts_once_and_its_places_are_taken(tmp_path):
+    order = numbers(ImageStream(stream(write(tmp_path / "good", repository())).split, number_of, 1, 3).loader(4))
+    bad = next(number for number in order[6:] if order.count(number) == 3)
+    split = stream(write(tmp_path / "bad", repository(broken=[bad])), max_bad_share=0.5).split
+    images = ImageStream(split, noisy_number_of, 1, 3)
+    drawn = torch.cat([batch["pixel_values"] for batch in images.loader(4)])
+    following = order[order.index(bad) + 3]
+    assert drawn[:, 0].int().tolist() == [following if number == bad else number for number in order]
+    assert images.bad_images.bad == 1
+    noise = drawn[drawn[:, 0] == following][:, 1].tolist()
+    assert len(set(noise)) == len(noise) == 6
 
 
 def test_the_next_good_image_takes_the_place_and_the_first_that_of_the_last(tmp_path):
@@ -190,8 +277,10 @@ def test_class_folders(tmp_path, workers):
     assert sorted(set(numbers(batches))) == list(range(23))
     assert all(batch["labels"].tolist() == [n % 3 for n in numbers([batch])] for batch in batches)
     (tmp_path / "train" / "cat" / "3.png").unlink()
-    with pytest.raises(TooManyBadImagesError, match=r"cat/3.png"):
-        list(images.loader(4))
+    list(images.loader(4))
+    assert workers or images.bad_images.names[0].endswith("cat/3.png")
+    with pytest.raises(TooManyBadImagesError, match="1 of 23 images"):
+        images.end_epoch()
 
 
 @pytest.fixture
@@ -273,7 +362,7 @@ def test_labels_without_names_are_those_of_the_evaluation_split(tmp_path):
     assert images.split.label_names == ["a", "b", "c"]
     batch = next(iter(images.loader(4)))
     assert dict(zip(numbers([batch]), batch["labels"].tolist(), strict=True)) == {0: 1, 1: 2, 2: 0, 3: 1}
-    images.split = images.split.align_labels_with_mapping({"c": 0, "a": 1, "b": 2}, "label")
+    images.split = images.split.aligned(["c", "a", "b"])
     batch = next(iter(images.loader(4)))
     assert dict(zip(numbers([batch]), batch["labels"].tolist(), strict=True)) == {0: 2, 1: 0, 2: 1, 3: 2}
     assert images.split.label_names == ["c", "a", "b"]

@@ -11,9 +11,9 @@ from .decoding import TooManyBadImagesError
 from .digits import load_digits_data
 from .loading import DataArguments, load_image_data
 from .mixing import BatchAugmentation
-from .splits import ImageData
+from .splits import ImageData, align_labels, require_decodable
 from .streaming import ImageStream, StreamedSplit
-from .transforms import ImageTransform, SeededImages, build_transform, with_image_transform
+from .transforms import ImageTransform, SeededImages, build_transform, cropping, with_image_transform
 
 __all__ = [
     "AugmentationArguments",
@@ -27,8 +27,11 @@ __all__ = [
     "StreamBrokenError",
     "StreamedSplit",
     "TooManyBadImagesError",
+    "align_labels",
     "build_transform",
+    "cropping",
     "load_digits_data",
     "load_image_data",
+    "require_decodable",
     "with_image_transform",
 ]

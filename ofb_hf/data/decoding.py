@@ -3,14 +3,15 @@
 import io
 import math
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# A share of fewer images says little, and one of more still varies: a run is not stopped for less than four standard
-# deviations above the limit, until all images were seen.
+# Of fewer images a share says little, and of more it still varies: in the middle of an epoch a run is stopped by four
+# standard deviations above the limit.
 ENOUGH_SEEN = 100
 DEVIATIONS = 4
 NAMED = 5
@@ -35,7 +36,23 @@ def decode_image(content: bytes | None) -> Image.Image:
         image.load()
         if image.getexif().get(Image.ExifTags.Base.Orientation) is not None:
             image = ImageOps.exif_transpose(image)
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB; of 16 bits the upper 8 count.
+
+    Raises:
+        ValueError: for modes whose numbers have no known range (32-bit integers and floats), which would turn black or
+            white.
+    """
+    if image.mode == "RGB":  # which `convert` would copy
+        return image
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its mode is {image.mode}, numbers of no known range; save it with 8 or 16 bits per channel")
+    return image.convert("RGB")
 
 
 class BadImages:
@@ -43,13 +60,14 @@ class BadImages:
 
     Args:
         workers: how many count, each in a place of its own.
-        max_share: of an epoch's images that may be bad; in_all: how many images an epoch has.
+        max_share: of an epoch's images that may be bad.
     """
 
-    def __init__(self, workers: int, max_share: float, in_all: int):
+    def __init__(self, workers: int, max_share: float):
         self.counts = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()
-        self.max_share, self.in_all = max_share, in_all
+        self.max_share = max_share
         self.names: list[str] = []
+        self._epoch = -1
         self._view: memoryview | None = None
 
     @property
@@ -65,13 +83,12 @@ class BadImages:
     def reset(self) -> None:
         """Begins an epoch."""
         self.counts.zero_()
-        self.names = []
 
-    def saw(self, worker: int, name: str, error: Exception | None) -> None:
-        """Records one image and, if it is bad, why.
+    def saw(self, worker: int, epoch: int, name: str, error: Exception | None) -> None:
+        """Records one image and, if it is bad, why. The first few of an epoch are named.
 
         Raises:
-            TooManyBadImagesError: if too many are bad: clearly more than `max_share`, or more at the end of the epoch.
+            TooManyBadImagesError: if clearly more than `max_share` are bad.
         """
         # Plain Python on the memory that the workers share: between two images the code of numpy has left the CPU's
         # caches, and three calls of it take as long as a fortieth of an image.
@@ -79,15 +96,29 @@ class BadImages:
             self._view = memoryview(self.counts.numpy())
         self._view[worker, 0] += 1
         self._view[worker, 1] += error is not None
+        if epoch != self._epoch:
+            self._epoch, self.names = epoch, []
         if error is not None and len(self.names) < NAMED:
             self.names.append(name)
             why = f"{type(error).__name__}: {error}"
             logger.warning(f"{name} cannot be decoded ({why}); another image takes its place.")
         seen, bad = map(sum, zip(*self._view.tolist(), strict=True))
+        if seen >= ENOUGH_SEEN:
+            self.require_few(seen, bad, clearly=True)
+
+    def require_few(self, seen: int, bad: int, clearly: bool) -> None:
+        """Judges counts.
+
+        Args:
+            clearly: allow for chance; False where the images of a whole epoch were counted.
+
+        Raises:
+            TooManyBadImagesError: if too many are bad.
+        """
         allowed = self.max_share * seen
-        if seen < self.in_all:
+        if clearly:
             allowed += DEVIATIONS * math.sqrt(allowed)
-        if bad > allowed and seen >= min(ENOUGH_SEEN, self.in_all):
+        if bad > allowed:
             raise TooManyBadImagesError(
                 f"{bad} of {seen} images of this epoch cannot be decoded: {bad / seen:.1%}, and max_bad_share is "
                 f"{self.max_share:.1%}. For example: {', '.join(self.names) or 'see the warnings above'}. Repair the "

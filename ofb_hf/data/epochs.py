@@ -65,19 +65,30 @@ class EpochPlan:
 
     def order(self, worker: int) -> np.ndarray:
         """Positions in the order in which one worker gives them out: whole batches."""
-        share = self.share
-        first, last = (self.num_rows * rank // share.world_size for rank in (share.rank, share.rank + 1))
+        own, wanted = self._own(worker), self._num_wanted(worker)
+        first, last = self._of_rank()
+        return np.concatenate([own, first + np.arange(wanted - len(own)) % (last - first)])
+
+    def num_own(self, worker: int) -> int:
+        """How many entries of that order are the worker's own; the others fill up a last batch."""
+        return len(self._own(worker))
+
+    def _of_rank(self) -> tuple[int, int]:
+        first, last = (self.num_rows * rank // self.share.world_size for rank in (self.share.rank, self.share.rank + 1))
+        return first, last
+
+    def _own(self, worker: int) -> np.ndarray:
+        share, wanted = self.share, self._num_wanted(worker)
+        first, last = self._of_rank()
         # The worker with the epoch's last batch comes last, so that only its part may be short of rows.
         before = (worker - self.num_batches) % share.workers
         earlier = [(self.num_batches + turn) % share.workers for turn in range(before)]
         start = first + sum(self._num_wanted(other) for other in earlier)
-        wanted = self._num_wanted(worker)
         own = np.arange(start, max(start, min(start + wanted, last)))
         part = self.epoch % self.repeats
         own = own[len(own) * part // self.repeats : len(own) * (part + 1) // self.repeats]
         random = np.random.RandomState([self.seed, self.epoch, share.rank, worker])
-        own = own[_buffered_shuffle(len(own), self.shuffle_buffer, random)].repeat(self.repeats)[:wanted]
-        return np.concatenate([own, first + np.arange(wanted - len(own)) % (last - first)])
+        return own[_buffered_shuffle(len(own), self.shuffle_buffer, random)].repeat(self.repeats)[:wanted]
 
     def repetitions(self, order: np.ndarray) -> np.ndarray:
         """How often each of these positions came before, in direct succession: 0 to repeats - 1."""

@@ -1,10 +1,14 @@
 """A classification data set with its two splits, and how splits are divided and cut."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Image
+
+from .decoding import decode_image
 
 SPLIT_SEED = 0
 
@@ -58,3 +62,46 @@ def limit(dataset: Dataset, num_samples: int | None) -> Dataset:
     if num_samples is None or num_samples >= len(dataset):
         return dataset
     return dataset.select(np.random.RandomState(SPLIT_SEED).permutation(len(dataset))[:num_samples])
+
+
+def align_labels(dataset: Dataset, label_names: list[str], label_column: str) -> Dataset:
+    """The same rows, their classes numbered in the order of `label_names`, which are those they have.
+
+    Not the method of `datasets` for this: it takes names that differ in case only for the same.
+    """
+    index_of = {name: index for index, name in enumerate(label_names)}
+    new_index = [index_of[name] for name in dataset.features[label_column].names]
+    features = dataset.features.copy()
+    features[label_column] = ClassLabel(names=label_names)
+    return dataset.map(
+        lambda labels: {label_column: [new_index[label] for label in labels]},
+        input_columns=[label_column],
+        batched=True,
+        features=features,
+    )
+
+
+def require_decodable(dataset: Dataset, image_column: str) -> None:
+    """Decodes every image of a split once, in threads: better now than after days of training.
+
+    Raises:
+        ValueError: naming images that cannot be decoded.
+    """
+    rows = dataset.with_format(None).select_columns([image_column]).cast_column(image_column, Image(decode=False))
+
+    def problem(index: int) -> str | None:
+        stored = rows[index][image_column]
+        try:
+            decode_image(stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes())
+        except Exception as error:  # decoders raise what they like
+            return f"row {index} ({Path(stored['path'] or '').name}): {type(error).__name__}: {error}"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        problems = [found for found in pool.map(problem, range(len(rows))) if found is not None]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"{len(problems)} of {len(rows)} images to evaluate on cannot be decoded: {'; '.join(problems[:5])}{more}. "
+            "Repair them or take them out: accuracy is measured on all of them or not at all."
+        )

@@ -26,6 +26,7 @@ from .epochs import EpochPlan, Share
 logger = logging.get_logger(__name__)
 
 Example = dict[str, Any]
+DECODED_AT_ONCE = 16  # photos of 24 megapixels are 72 MB each
 BatchNumber = tuple[int, int]  # epoch, and batch of the rank
 
 
@@ -49,10 +50,11 @@ class StreamedSplit:
     def __len__(self) -> int:
         return int(self.source.rows.sum())
 
-    def align_labels_with_mapping(self, label2id: dict[str, int], label_column: str) -> "StreamedSplit":
-        """The same rows, their classes numbered as in `label2id`; the method of `datasets.Dataset` of this name."""
-        class_of = {stored: label2id[self.label_names[index]] for stored, index in self.class_of.items()}
-        return replace(self, class_of=class_of, label_names=sorted(label2id, key=label2id.__getitem__))
+    def aligned(self, label_names: list[str]) -> "StreamedSplit":
+        """The same rows, their classes numbered in the order of `label_names`, which are those they have."""
+        index_of = {name: index for index, name in enumerate(label_names)}
+        class_of = {stored: index_of[self.label_names[index]] for stored, index in self.class_of.items()}
+        return replace(self, class_of=class_of, label_names=list(label_names))
 
     def label(self, row: Row) -> int:
         """The class of a row.
@@ -93,6 +95,7 @@ class ImageStream(Dataset):
     def __init__(self, split: StreamedSplit, transform: Callable[[Image.Image], Tensor], seed: int, repeats: int = 1):
         self.split, self.transform, self.seed, self.repeats, self.epoch = split, transform, seed, repeats, 0
         self.bad_images: BadImages | None = None
+        self._num_parts = 1
 
     def __len__(self) -> int:
         return len(self.split)
@@ -104,14 +107,24 @@ class ImageStream(Dataset):
         """Draws another order and other random transforms from the next iteration on."""
         self.epoch = epoch
 
-    def end_epoch(self) -> str | None:
-        """Logs, and returns, how many images of the epoch could not be decoded; None if all could."""
-        if self.bad_images is None or not self.bad_images.bad:
+    def end_epoch(self, over_all_ranks: Callable[[Tensor], Tensor] = lambda counts: counts) -> str | None:
+        """Judges the images that could not be decoded; logs, and returns, how many. None if there were none.
+
+        Args:
+            over_all_ranks: adds up a tensor over all processes; every one of them has to call this.
+
+        Raises:
+            TooManyBadImagesError: on every rank, if they are more than `max_bad_share` of the epoch.
+        """
+        if self.bad_images is None:
             return None
-        message = (
-            f"{self.bad_images.bad} of {self.bad_images.seen} images of epoch {self.epoch} could not be decoded; other "
-            "images took their places."
-        )
+        seen, bad = over_all_ranks(self.bad_images.counts.sum(0)).tolist()
+        if not bad:
+            return None
+        # An epoch that was interrupted or resumed says as much as a part of one. Rounding takes up to one image each.
+        whole = seen * self.repeats + self._num_parts * self.repeats >= len(self)
+        self.bad_images.require_few(seen, bad, clearly=not whole)
+        message = f"{bad} of {seen} images of epoch {self.epoch} could not be decoded; others took their places."
         logger.warning(message)
         return message
 
@@ -147,7 +160,8 @@ class ImageStream(Dataset):
                 f"{share.workers * world_size} workers read {num_blocks} blocks (shards, or row groups of parquet "
                 "files): several read the same one, each for its own rows. More blocks or fewer workers load faster."
             )
-        self.bad_images = BadImages(share.workers, self.split.max_bad_share, len(self) // world_size)
+        self.bad_images = BadImages(share.workers, self.split.max_bad_share)
+        self._num_parts = share.workers * world_size
         return DataLoader(
             _RankBatches(self, share),
             batch_sampler=_BatchNumbers(self, num_batches),
@@ -207,20 +221,28 @@ class _RankBatches(Dataset):
     def _batches_from(self, plan: EpochPlan, number: int) -> Iterator[list[Example]]:
         worker, skipped = number % self.share.workers, number // self.share.workers
         images = self._images(plan, worker, skipped * self.share.batch_size)
-        while batch := list(islice(images, self.share.batch_size)):
-            yield self._augmented(batch, plan.epoch)
+        while batch := self._next_batch(images, plan.epoch):
+            yield batch
+
+    def _next_batch(self, images: Iterator[Drawn], epoch: int) -> list[Example]:
+        """A few images are decoded at a time: alternating code would not stay in the CPU's caches."""
+        batch: list[Example] = []
+        while drawn := list(islice(images, min(DECODED_AT_ONCE, self.share.batch_size - len(batch)))):
+            batch += self._augmented(drawn, epoch)
+        return batch
 
     def _images(self, plan: EpochPlan, worker: int, skipped: int) -> Iterator[Drawn]:
         """A worker's images, in its order. The next good one takes the place of a bad one, its first that of a last."""
-        order, waiting = plan.order(worker), []
-        repetitions = plan.repetitions(order)[skipped:].tolist()
+        order, num_own, waiting = plan.order(worker), plan.num_own(worker), []
+        turns = enumerate(plan.repetitions(order)[skipped:].tolist(), start=skipped)
         image, error, decoded = None, None, None
-        for repetition, (place, row) in zip(repetitions, self._rows(plan, order[skipped:]), strict=True):
+        for (turn, repetition), (place, row) in zip(turns, self._rows(plan, order[skipped:]), strict=True):
             waiting.append((place, repetition))
             if row is not decoded:
                 image, error = _decoded(row)
                 decoded = row
-            self.bad_images.saw(worker, row.name, error)
+            if turn < num_own and repetition == 0:  # every image counts once in an epoch
+                self.bad_images.saw(worker, plan.epoch, row.name, error)
             if image is not None:
                 yield from (Drawn(image, row, *slot) for slot in waiting)
                 waiting = []
@@ -233,7 +255,6 @@ class _RankBatches(Dataset):
             raise TooManyBadImagesError(f"none of {len(order)} images can be decoded, {row.name} being the last.")
 
     def _augmented(self, batch: list[Drawn], epoch: int) -> list[Example]:
-        """A batch, all of which is decoded before: alternating code would not stay in the CPU's caches."""
         state = torch.get_rng_state()
         try:
             return [self._example(drawn, epoch) for drawn in batch]

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .augmentation_args import AugmentationArguments
+from .decoding import to_rgb
 from .mixing import pixel_statistics
 from .randaugment import MIDDLE_GRAY, RESAMPLINGS, ColorJitter, RandAugment
 
@@ -66,6 +67,24 @@ def build_transform(
         return DeiTTransform(image_processor, augmentation_args or AugmentationArguments())
     kinds = {"light": LightTransform, "standard": StandardTransform, "auto": StandardTransform}
     return kinds[augmentation](image_processor)
+
+
+def cropping(image_processor: Any, crop_pct: float) -> Any:
+    """A copy of an image processor that evaluates with `eval_crop_pct` by itself, as far as transformers can.
+
+    Where an odd number of pixels is cut off, it leaves out another one than timm. Sizes that are not square stay as
+    they are.
+    """
+    transform = ImageTransform(image_processor)
+    if transform.height != transform.width:
+        return image_processor
+    changes = {
+        "size": {"shortest_edge": math.floor(transform.height / crop_pct)},
+        "crop_size": {"height": transform.height, "width": transform.width},
+        "do_center_crop": True,
+        "do_resize": True,
+    }
+    return type(image_processor).from_dict(image_processor.to_dict() | changes)
 
 
 def with_image_transform(
@@ -160,8 +179,7 @@ class ImageTransform:
         """PIL image of any mode -> (3, H, W), as `to_tensor` makes it."""
         if not isinstance(image, Image.Image):
             raise TypeError(f"got {type(image).__name__}, expected a PIL image; check the image column for empty rows.")
-        # Even an image in RGB is copied by `convert`.
-        image = self.prepare(image if image.mode == "RGB" else image.convert("RGB"))
+        image = self.prepare(to_rgb(image))
         if image.size != (self.width, self.height):
             raise ValueError(
                 f"the image has {image.width} x {image.height} pixels, but the model takes {self.width} x "

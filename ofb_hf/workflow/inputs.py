@@ -14,6 +14,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..architectures import require_classifier
+from ..consistency import decided_by_rank_0
 from ..data import (
     AugmentationArguments,
     BatchAugmentation,
@@ -22,8 +23,11 @@ from ..data import (
     ImageStream,
     SeededImages,
     StreamedSplit,
+    align_labels,
     build_transform,
+    cropping,
     load_image_data,
+    require_decodable,
     with_image_transform,
 )
 from ..models.shapes import SHAPES
@@ -63,6 +67,7 @@ def load(
             "--streaming true as well (a folder can be streamed, too), or leave it out."
         )
     processor, data = load_image_processor(name_or_path), load_image_data(data_args)
+    decided_by_rank_0(lambda: require_decodable(data.eval, data.image_column))
     model = load_classifier(name_or_path, data.label_names, seed)
     data = _in_the_models_order(data, model, name_or_path)
     columns = (data.image_column, data.label_column)
@@ -75,6 +80,8 @@ def load(
         train = ImageStream(data.train, augmented, seed, augmentation_args.repeated_augmentation)
     else:
         train = SeededImages(data.train, augmented, *columns, seed)
+    if data_args.eval_crop_pct is not None:
+        processor = cropping(processor, data_args.eval_crop_pct)  # what is saved prepares images as for the accuracy
     inputs = Inputs(
         processor,
         data,
@@ -107,13 +114,15 @@ def _in_the_models_order(data: ImageData, model: PreTrainedModel, name: str) -> 
     if names == data.label_names:
         return data
     if sorted(names) != sorted(data.label_names):
+        ours, theirs = next(pair for pair in zip(names, data.label_names, strict=True) if pair[0] != pair[1])
         logger.warning(
-            f"{name} calls its labels {names[:5]}..., the data {data.label_names[:5]}...; they are matched by number."
+            f"{name} names its labels otherwise than the data (for example {ours!r}, which is {theirs!r} there); they "
+            "are matched by number."
         )
         return data
-    label2id = {label: index for index, label in enumerate(names)}
     train, evaluation = (
-        split.align_labels_with_mapping(dict(label2id), data.label_column) for split in (data.train, data.eval)
+        split.aligned(names) if isinstance(split, StreamedSplit) else align_labels(split, names, data.label_column)
+        for split in (data.train, data.eval)
     )
     return replace(data, train=train, eval=evaluation, label_names=names)
 

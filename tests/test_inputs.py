@@ -1,0 +1,119 @@
+"""What a run starts from: data in the model's order, images that can be read, settings that arrive where they belong."""
+
+import io
+import shutil
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from factories import search_config, tiny_model
+from pictures import parquet, picture, write
+from runs import arguments, rows
+from transformers import AutoImageProcessor, ViTImageProcessorPil
+
+from ofb_hf import OFBTrainer
+from ofb_hf.data import AugmentationArguments, DataArguments, ImageStream, align_labels
+from ofb_hf.workflow.inputs import load
+
+
+def table(labels, names):
+    """A parquet file of pictures 0, 1, ... with these class indices."""
+    images = [{"bytes": picture(number), "path": None} for number in range(len(labels))]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    file = io.BytesIO()
+    Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(file)
+    return file.getvalue()
+
+
+def saved_model(folder, names):
+    """A tiny ViT that numbers its labels like this."""
+    model = tiny_model("vit")
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_that_differ_in_case_only_are_different(tmp_path, streaming):
+    labels = [0, 1, 2, 0, 1, 2]
+    content = table(labels, ["A", "a", "b"])
+    folder = write(tmp_path / "data", {"train.parquet": content, "test.parquet": content})
+    model = saved_model(tmp_path / "model", ["a", "A", "b"])
+    args = DataArguments(data_dir=str(folder), streaming=streaming, augmentation="none")
+    _, inputs = load(model, args, seed=0)
+    assert [row["labels"] for row in inputs.eval] == [1, 0, 2, 1, 0, 2]
+    if streaming:
+        (batch,) = inputs.train.loader(6)
+        assert sorted(batch["labels"].tolist()) == [0, 0, 1, 1, 2, 2]
+    else:
+        assert [inputs.train[index]["labels"] for index in range(6)] == [1, 0, 2, 1, 0, 2]
+    assert inputs.data.label_names == ["a", "A", "b"]
+
+
+def test_aligning_leaves_the_images_alone():
+    features = Features({"image": Image(), "label": ClassLabel(names=["x", "y"])})
+    content = {"image": [{"bytes": picture(n), "path": None} for n in range(3)], "label": [0, 1, 1]}
+    aligned = align_labels(Dataset.from_dict(content, features=features), ["y", "x"], "label")
+    assert aligned["label"] == [1, 0, 0]
+    assert aligned.features["label"].names == ["y", "x"]
+    raw = aligned.cast_column("image", Image(decode=False))
+    assert [row["image"]["bytes"] for row in raw] == [picture(n) for n in range(3)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_to_evaluate_on_are_checked_before_anything_is_trained(tmp_path, checkpoint, streaming):
+    contents = [picture(n) for n in range(9)]
+    broken = [content[: 40 if n in (3, 7) else None] for n, content in enumerate(contents)]
+    folder = write(tmp_path, {"train.parquet": parquet(contents), "test.parquet": parquet(broken)})
+    args = DataArguments(data_dir=str(folder), streaming=streaming)
+    message = r"2 of 9 images to evaluate on cannot be decoded: row 3 .*; row 7 .*Repair them or take them out"
+    model = saved_model(tmp_path / "model", ["cat", "dog", "emu"])
+    with pytest.raises(ValueError, match=message):
+        load(model, args, seed=0)
+
+
+def test_a_broken_file_in_class_folders_is_named(images, checkpoint, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "images")
+    (folder / "test" / "green" / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1 of 12 images to evaluate on .*\(2.png\): UnidentifiedImageError"):
+        load(str(checkpoint), DataArguments(data_dir=str(folder)), seed=0)
+
+
+def test_a_cropped_evaluation_is_that_of_the_saved_image_processor(images, checkpoint, tmp_path):
+    args = DataArguments(data_dir=str(images), eval_crop_pct=0.5)
+    _, inputs = load(str(checkpoint), args, seed=0)
+    _, plain = load(str(checkpoint), DataArguments(data_dir=str(images)), seed=0)
+    inputs.processor.save_pretrained(tmp_path)
+    saved = AutoImageProcessor.from_pretrained(tmp_path)
+    for index in (0, 5):
+        image = inputs.data.eval[index]["image"]
+        pixels = torch.as_tensor(saved(image)["pixel_values"][0])
+        assert torch.equal(inputs.eval[index]["pixel_values"], pixels)
+        assert not torch.equal(plain.eval[index]["pixel_values"], pixels)
+
+
+def test_repeated_augmentation_reaches_the_stream(tmp_path):
+    content = parquet([picture(n) for n in range(9)])
+    folder = write(tmp_path / "data", {"train.parquet": content, "test.parquet": content})
+    model = saved_model(tmp_path / "model", ["cat", "dog", "emu"])
+    args = DataArguments(data_dir=str(folder), streaming=True)
+    _, inputs = load(model, args, 0, AugmentationArguments(repeated_augmentation=3))
+    assert isinstance(inputs.train, ImageStream)
+    assert inputs.train.repeats == 3
+
+
+def test_a_schedule_ends_at_the_learning_rate_that_was_asked_for(tmp_path):
+    args = arguments(
+        tmp_path,
+        max_steps=20,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 1e-5},
+    )
+    config = search_config(importance_hold=0.0, hold_learning_rate=1.0)
+    trainer = OFBTrainer(tiny_model("vit").train(), args, config, train_dataset=rows())
+    trainer.train()
+    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates["weights"] == pytest.approx(1e-5)
+    assert rates["pmim_decoder"] == pytest.approx(1e-5)
