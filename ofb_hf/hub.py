@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import safe_open
+from huggingface_hub.utils import httpx
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -21,7 +20,7 @@ from ._version import __version__
 from .flops import count_macs, count_params
 from .leaks import require_no_leaks
 from .model_card import plain_card
-from .network import StreamBrokenError, patiently
+from .network import patiently
 from .stock import pad_to_stock
 
 logger = logging.get_logger(__name__)
@@ -122,7 +121,7 @@ def _stage(model: PreTrainedModel | str | Path, folder: Path) -> PreTrainedModel
         )
     _add_code(folder, classes)
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8")) if (folder / RESULTS).is_file() else {}
-    _rewrite_weights(folder, loaded, results.get("source", {}))
+    _describe_weights(folder, loaded, results.get("source", {}))
     if not (folder / CARD).is_file():
         (folder / CARD).write_text(plain_card(count_macs(loaded), count_params(loaded)), encoding="utf-8")
     return loaded
@@ -140,17 +139,23 @@ def _add_code(folder: Path, classes: tuple[type, ...]) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _rewrite_weights(folder: Path, model: PreTrainedModel, source: dict[str, Any]) -> None:
-    """The same tensors, in a file that says what they are."""
+def _describe_weights(folder: Path, model: PreTrainedModel, source: dict[str, Any]) -> None:
+    """Writes into the header of the weights what they are; the tensors stay as they are, byte for byte."""
     file, subnet = folder / SAFE_WEIGHTS_NAME, folder / SUBNET
-    with safe_open(file, "pt") as opened:
-        metadata = dict(opened.metadata() or {})
-    metadata |= {"format": "pt", "ofb_hf_version": __version__}
+    content = file.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    metadata = header.pop("__metadata__", {}) | {"format": "pt", "ofb_hf_version": __version__}
     metadata |= {"macs": str(count_macs(model)), "params": str(count_params(model))}
     metadata |= {f"source_{key}": str(value) for key, value in source.items() if value is not None}
     if subnet.is_file():
         metadata["subnet_sha256"] = hashlib.sha256(subnet.read_bytes()).hexdigest()
-    safetensors.torch.save_file(safetensors.torch.load_file(file), file, metadata)
+    # Not by safetensors' own function: it orders these entries by chance, and publishing again would change the file.
+    words = json.dumps({"__metadata__": dict(sorted(metadata.items()))} | header, separators=(",", ":")).encode()
+    words += b" " * (-len(words) % 8)
+    aside = file.with_name(f"new-{file.name}")
+    aside.write_bytes(len(words).to_bytes(8, "little") + words + content[begin:])
+    aside.replace(file)  # not into the file itself, which the loaded model may have mapped into its memory
 
 
 def _stage_stock(model: PreTrainedModel, main: Path, folder: Path) -> None:
@@ -182,7 +187,7 @@ def _refusals_in_words(api: HfApi, repo_id: str, revision: str | None) -> Iterat
     """Turns what the client raises into one sentence: why, what is on the Hub now, and what to do."""
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, StreamBrokenError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, httpx.RequestError, OSError, RuntimeError, ValueError) as error:
         reason = _reason(error, repo_id, api.endpoint)
         raise PublishError(
             f"not published: {reason} {_state(api, repo_id, revision)} The files are where they were; run the same "
@@ -208,7 +213,7 @@ def _state(api: HfApi, repo_id: str, revision: str | None) -> str:
     """What is on the Hub after a failure, as far as can be found out."""
     where = f"{repo_id} ({revision or 'main'})"
     try:
-        commit = api.list_repo_commits(repo_id, revision=revision)[0]
+        commit = api.repo_info(repo_id, revision=revision).sha
     except Exception:  # whatever failed before may fail again; then nothing is known
         return f"What is in {where} now could not be found out."
-    return f"{where} is at commit {commit.commit_id[:8]} ({commit.title!r})."
+    return f"{where} is at commit {commit[:8]}."

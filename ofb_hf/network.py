@@ -1,4 +1,4 @@
-"""What a data set on the Hub can do to a run: fail for a while, or refuse. Waiting for the one, words for the other.
+"""What the Hub can do to a run: fail for a while, or refuse. Waiting for the one, words for the other.
 
 `huggingface_hub` repeats a request five times after errors of the connection, 408, 429 and 5xx, with waits of 1, 2, 4,
 8 and 8 seconds or what the server asks for; `datasets` opens and reads a file up to twenty times. What still fails
@@ -74,7 +74,7 @@ def wait_or_give_up(error: Exception, attempt: int, what: str, waits: tuple[floa
     if attempt == len(waits):
         raise StreamBrokenError(
             f"{what}: {attempt + 1} attempts in a row failed, the last one with {_brief(error)}. Check the network and "
-            "the server of the data; --resume_from_checkpoint auto continues an interrupted run."
+            "the server; --resume_from_checkpoint auto continues an interrupted training."
         ) from error
     # Not everybody at once: all workers lose their connections in the same moment.
     seconds = waits[attempt] * SystemRandom().uniform(1, 1.25)

@@ -1,4 +1,4 @@
-"""What a run starts from: data in the model's order, images that can be read, settings that arrive where they belong."""
+"""What a run starts from: data in the order of the model, images that can be read, settings that arrive."""
 
 import io
 import shutil

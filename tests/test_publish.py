@@ -1,0 +1,278 @@
+"""Published checkpoints: whole, in one commit, loadable through three doors, whatever the Hub does meanwhile."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import non_uniform_swin, non_uniform_vit, tiny_images
+from hub_server import HubServer, Repository, Token
+from runs import walk
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ofb_hf import SubnetSpec, cli, count_macs, publish
+from ofb_hf.leaks import LeakError
+
+TESTS = Path(__file__).parent
+TOKENS = {"hf_write": Token("ann", organizations=("lab",)), "hf_read": Token("ann", "read"), "hf_other": Token("bob")}
+TOKENS |= {"hf_old": Token("ann", expired=True)}
+PUBLISHED = {
+    *("README.md", "config.json", "configuration_ofb_vit.py", "eval_results.json", "model.safetensors"),
+    *("modeling_ofb_vit.py", "preprocessor_config.json", "search.png", "search_history.jsonl", "subnet.json"),
+}
+# What goes wrong with which request, how often, and what comes of it: success, or words.
+FAULTS: dict[str, tuple[str, Any, int, str | None]] = {
+    "create-503": ("/repos/create", 503, 2, None),
+    "create-429": ("/repos/create", (429, 1), 1, None),
+    "create-lose": ("/repos/create", "lose", 1, None),
+    "preupload-500": ("/preupload/", 500, 1, None),
+    "batch-503": ("/objects/batch", 503, 1, None),
+    "put-cut": ("/objects/lab", "cut upload", 1, None),
+    "commit-503": ("/commit/", 503, 2, None),
+    "commit-429": ("/commit/", (429, 1), 1, None),
+    "commit-lose": ("/commit/", "lose", 1, None),
+    "commit-cut": ("/commit/", "cut upload", 1, None),
+    "branch-503": ("/branch/", 503, 1, None),
+    "commit-down": ("/commit/", 503, 99, r"5 attempts in a row failed.*503"),
+    "commit-conflict": ("/commit/", 412, 1, "somebody else changed lab/commit-conflict"),
+}
+REFUSED = {
+    "hf_wrong": "does not accept your token",
+    "hf_old": "does not accept your token",
+    "hf_read": "your token may not write to lab/",
+    "hf_other": "your token may not write to lab/",
+}
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """sha256 of every file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def output(checkpoint, images, tmp_path_factory):
+    """The output folder of a search."""
+    folder = tmp_path_factory.mktemp("publish") / "half"
+    walk(checkpoint, images, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A Hub on which nothing is yet."""
+    with HubServer({"case/x": Repository({})}, tokens=TOKENS) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def outcomes(hub, output, tmp_path_factory):
+    """What became of every case, by name."""
+    cases = [["first", str(output), "lab/half", "hf_write", {}], ["again", str(output), "lab/half", "hf_write", {}]]
+    better = shutil.copytree(output, tmp_path_factory.mktemp("better") / "half")
+    (better / "README.md").write_text((output / "README.md").read_text() + "\nBetter.\n")
+    cases += [["pr", str(better), "lab/half", "hf_write", {"create_pr": True, "commit_message": "Better"}]]
+    cases += [["branch", str(output), "lab/half", "hf_write", {"revision": "v2", "private": True}]]
+    cases += [[name, str(output), f"lab/{name}", "hf_write", {}] for name in FAULTS]
+    cases += [[token, str(output), f"lab/{token[3:]}", token, {}] for token in REFUSED]
+    current, left = [""], {name: times for name, (_, _, times, _) in FAULTS.items()}
+
+    def fault(path: str) -> Any:
+        if "/models/case/" in path:
+            current[0] = path.rpartition("/")[2]
+        part, what, _, _ = FAULTS.get(current[0], ("nothing", None, 0, None))
+        if part not in path or left.get(current[0], 0) == 0:
+            return None
+        left[current[0]] -= 1
+        return what
+
+    hub.fault, before = fault, digest(output)
+    repositories = {f"case/{name}": Repository({}) for name, *_ in cases}
+    hub.repositories.update(repositories)
+    process = subprocess.run(
+        [sys.executable, str(TESTS / "publish_process.py"), json.dumps(cases)],
+        env=hub.environment(tmp_path_factory.mktemp("hf")),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert digest(output) == before
+    lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    return {line["name"]: line for line in lines}
+
+
+def test_one_commit_holds_everything_and_a_second_one_nothing(hub, output, outcomes):
+    repository = hub.repositories["lab/half"]
+    assert outcomes["again"]["oid"] == outcomes["first"]["oid"] == repository.references["main"]
+    on_main = [commit for commit in repository.commits if commit.revision == "main" and commit.parent]
+    assert len(on_main) == 1
+    assert set(repository.files) - {".gitattributes"} == PUBLISHED
+    config = json.loads(repository.files["config.json"])
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_ofb_vit.OFBViTConfig",
+        "AutoModel": "modeling_ofb_vit.OFBViTModel",
+        "AutoModelForImageClassification": "modeling_ofb_vit.OFBViTForImageClassification",
+    }
+    assert repository.files["README.md"] == (output / "README.md").read_bytes()
+
+
+def test_the_weights_say_what_they_are(hub, output, outcomes, tmp_path):
+    file, results = tmp_path / "model.safetensors", json.loads((output / "eval_results.json").read_text())
+    file.write_bytes(hub.repositories["lab/half"].files["model.safetensors"])
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["format"] == "pt"
+    assert int(metadata["macs"]) == results["finetuned"]["macs"]
+    assert int(metadata["params"]) == results["finetuned"]["params"]
+    assert metadata["source_model"] == results["source"]["model"]
+    assert metadata["subnet_sha256"] == hashlib.sha256((output / "subnet.json").read_bytes()).hexdigest()
+    ours, theirs = load_file(output / "model.safetensors"), load_file(file)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+
+
+def test_pull_requests_and_branches(hub, outcomes):
+    repository = hub.repositories["lab/half"]
+    assert outcomes["pr"]["pr"].endswith("/discussions/1")
+    assert repository.at("refs/pr/1").message.startswith("Better")
+    assert set(repository.references) >= {"main", "stock", "v2", "refs/pr/1"}
+
+
+DOORS = {
+    "package": ("import ofb_hf", {}),
+    "remote code": ("sys.modules['ofb_hf'] = None", {"trust_remote_code": True}),
+    "stock": ("sys.modules['ofb_hf'] = None", {"revision": "stock"}),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_it_loads_through_three_doors_in_processes_that_never_saw_it(hub, output, outcomes, tmp_path, door):
+    first, settings = DOORS[door]
+    save_file({"images": tiny_images()}, tmp_path / "images.safetensors")
+    script = f"""
+import sys; {first}
+import torch, safetensors.torch
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+images = safetensors.torch.load_file({str(tmp_path / "images.safetensors")!r})["images"]
+model = AutoModelForImageClassification.from_pretrained("lab/half", **{settings!r})
+encoder = AutoModel.from_pretrained("lab/half", **{settings!r})
+with torch.no_grad():
+    answers = {{"logits": model(images).logits, "hidden": encoder(images).last_hidden_state}}
+safetensors.torch.save_file(answers, {str(tmp_path / "answers.safetensors")!r})
+AutoImageProcessor.from_pretrained("lab/half", **{settings!r})
+print(type(model).__module__, sys.modules.get("ofb_hf") is not None)
+"""
+    environment = hub.environment(tmp_path / "hf") | {"PYTHONPATH": str(TESTS.parent)}
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    module, has_us = process.stdout.split()
+    start = {"package": "ofb_hf.", "remote code": "transformers_modules.", "stock": "transformers.models.vit."}[door]
+    assert module.startswith(start)
+    assert has_us == str(door == "package")
+    model = cli_model(output)
+    with torch.no_grad():
+        expected = model(tiny_images()).logits
+    answers = load_file(tmp_path / "answers.safetensors")
+    tolerance = 1e-6 if door == "stock" else 0
+    torch.testing.assert_close(answers["logits"], expected, rtol=0, atol=tolerance)
+    assert answers["hidden"].shape[-1] == model.config.hidden_size
+
+
+def cli_model(folder):
+    """The classifier in a folder."""
+    from transformers import AutoModelForImageClassification
+
+    return AutoModelForImageClassification.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_end_in_success_or_in_a_sentence(hub, outcomes, name):
+    *_, words = FAULTS[name]
+    outcome, repository = outcomes[name], hub.repositories[f"lab/{name}"]
+    published = [commit for commit in repository.commits if commit.revision == "main" and commit.parent]
+    if words is None:
+        assert "error" not in outcome, outcome
+        assert len(published) == 1
+        assert set(repository.files) - {".gitattributes"} == PUBLISHED
+        assert "stock" in repository.references
+    else:
+        assert outcome["error"] == "PublishError"
+        pattern = rf"^not published: .*{words}.*\(main\) is at commit \w{{8}}.*run the same"
+        assert re.search(pattern, outcome["message"])
+        assert "\n" not in outcome["message"]
+        assert not published
+        assert "config.json" not in repository.files
+
+
+@pytest.mark.parametrize("token", REFUSED)
+def test_tokens_that_may_not_write_are_refused_in_words(hub, outcomes, token):
+    assert outcomes[token]["error"] == "PublishError"
+    assert REFUSED[token] in outcomes[token]["message"]
+    assert f"lab/{token[3:]}" not in hub.repositories
+
+
+# Without a Hub
+
+
+@pytest.mark.parametrize("make", [non_uniform_vit, non_uniform_swin], ids=["vit", "swin"])
+def test_a_model_is_written_to_a_folder_with_a_card_that_claims_nothing(tmp_path, make):
+    model = make()
+    assert publish(model, output_dir=tmp_path / "out") == tmp_path / "out"
+    family = model.config.model_type.removeprefix("ofb_")
+    code = {f"configuration_ofb_{family}.py", f"modeling_ofb_{family}.py"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    } | code
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{count_macs(model):,} multiply-accumulates" in card
+    assert "Nothing was measured" in card
+
+
+@pytest.mark.parametrize("name", ["eval_results.json", "config.json", "search_history.jsonl"])
+def test_nothing_with_a_token_in_it_is_published(output, tmp_path, name):
+    copy, token = shutil.copytree(output, tmp_path / "copy"), "hf_" + "Ab9" * 12
+    content = (copy / name).read_text()
+    planted = content.replace('"', f'"hub_token": "{token}", "', 1) if name.endswith("json") else content + token
+    (copy / name).write_text(planted)
+    with pytest.raises(LeakError, match=f"{name}.*an access token"):
+        publish(copy, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_lists_what_would_be_sent(output, tmp_path, capsys):
+    cli.publish([str(output), "--repo_id", "lab/half", "--dry_run", "--output_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "would be published to lab/half" in said
+    assert {path.name for path in (tmp_path / "out").iterdir()} == PUBLISHED
+    assert all(name in said for name in PUBLISHED)
+    assert SubnetSpec.from_json((tmp_path / "out" / "subnet.json").read_text()).sizes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--model_dir is missing"),
+        (["{output}"], "--repo_id is missing"),
+        (["{output}", "--dry_run"], "say where with --output_dir"),
+        (["{empty}", "--repo_id", "a/b"], "has no config.json"),
+        (["{stock}", "--repo_id", "a/b"], "the classifier is a ViTForImageClassification; publish takes OFBViT"),
+    ],
+)
+def test_what_cannot_be_published_is_refused_in_one_line(output, checkpoint, tmp_path, capsys, words, message):
+    words = [word.format(output=output, empty=tmp_path, stock=checkpoint) for word in words]
+    with pytest.raises(SystemExit) as refusal:
+        cli.publish(words)
+    assert refusal.value.code == 2
+    assert message in capsys.readouterr().err
