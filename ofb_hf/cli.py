@@ -61,7 +61,10 @@ def search(argv: list[str] | None = None, **demo: Any) -> dict[str, Any]:
     classes = [ModelArguments, DataArguments, AugmentationArguments]
     classes += [BiMaskConfig, FinetuneArguments, OFBTrainingArguments]
     walk = _in_words(lambda: search_workflow.prepare(*parse(classes, argv, SEARCH, demo)))
-    return _closing_processes(lambda: search_workflow.run(walk))
+    results = _closing_processes(lambda: search_workflow.run(walk))
+    if walk.args.push_to_hub:
+        _in_words(lambda: search_workflow.push(walk))
+    return results
 
 
 def finetune(argv: list[str] | None = None) -> dict[str, Any]:

@@ -98,6 +98,25 @@ def publish(
     return commit
 
 
+def require_write_access(repo_id: str | None, token: str | None = None) -> None:
+    """Finds out before a long run whether its result can be published.
+
+    Raises:
+        ValueError: without a `repo_id` of the form owner/name, or a token that may write.
+    """
+    if repo_id is None or repo_id.count("/") != 1:
+        raise ValueError(f"hub_model_id is {repo_id!r}; --push_to_hub needs the repository to push to, OWNER/NAME.")
+    api = HfApi(token=token)
+    try:
+        account = patiently(api.whoami, "asking the Hub who you are")
+    except (HfHubHTTPError, httpx.RequestError, OSError, ValueError) as error:  # ValueError: there is no token
+        raise ValueError(f"--push_to_hub: {_reason(error, repo_id, api.endpoint)} Nothing was started.") from error
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(
+            f"--push_to_hub: your token may only read. Take one with write access to {repo_id}. Nothing was started."
+        )
+
+
 def _stage(model: PreTrainedModel | str | Path, folder: Path) -> PreTrainedModel:
     """Fills a folder with everything that is published; returns the classifier in it."""
     folder.mkdir()
@@ -196,6 +215,8 @@ def _refusals_in_words(api: HfApi, repo_id: str, revision: str | None) -> Iterat
 
 
 def _reason(error: Exception, repo_id: str, endpoint: str) -> str:
+    if "xet" in str(error).lower():
+        return f"{endpoint} does not take uploads through Xet. Set HF_HUB_DISABLE_XET=1 and try again."
     status = getattr(getattr(error, "response", None), "status_code", None)
     words = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     known = {

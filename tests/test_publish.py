@@ -221,6 +221,40 @@ def test_tokens_that_may_not_write_are_refused_in_words(hub, outcomes, token):
     assert f"lab/{token[3:]}" not in hub.repositories
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("token", "words"), [("hf_write", None), ("hf_read", "your token may only read")])
+def test_a_search_publishes_its_result_or_says_at_once_that_it_cannot(hub, checkpoint, images, tmp_path, token, words):
+    hub.fault = lambda path: None
+    output = tmp_path / "out"
+    command = [
+        sys.executable,
+        str(TESTS.parent / "recipes" / "search_deit.py"),
+        "--model_name_or_path",
+        str(checkpoint),
+    ]
+    command += ["--data_dir", str(images), "--output_dir", str(output), "--max_steps", "8", "--finetune_max_steps", "2"]
+    command += ["--use_cpu", "--report_to", "none", "--push_to_hub", "--hub_model_id", f"lab/search-{token[3:]}"]
+    environment = hub.environment(tmp_path / "hf", token=token)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    if words is None:
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert set(hub.repositories["lab/search-write"].files) - {".gitattributes"} == PUBLISHED
+    else:
+        assert process.returncode == 2
+        assert words in process.stderr
+        assert not output.exists()
+
+
+def test_a_published_checkpoint_is_verified(hub, outcomes, images, tmp_path):
+    hub.fault = lambda path: None
+    command = [sys.executable, "-c", "from ofb_hf.cli import main; main()", "verify", "lab/half"]
+    command += ["--data_dir", str(images), "--use_cpu", "--report_to", "none"]
+    environment = hub.environment(tmp_path / "hf")
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "Everything is as the card says." in process.stdout
+
+
 # Without a Hub
 
 

@@ -273,7 +273,8 @@ def refused(capsys, *arguments):
         (["--model_name_or_path", "no/such-folder"], "cannot load|no image processor"),
         (["--config", "missing.yaml"], "missing.yaml is no file"),
         (["--max_steps", "0"], "max_steps is 0"),
-        (["--push_to_hub", "--hub_model_id", "a/b"], "push_to_hub"),
+        (["--push_to_hub"], "hub_model_id is None; --push_to_hub needs"),
+        (["--push_to_hub", "--hub_model_id", "a/b"], "--push_to_hub: .*Nothing was started"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0"),
         (["--resume_from_checkpoint", "no/checkpoint-3"], "no/checkpoint-3 is no complete checkpoint"),
         (["--repeated_augmentation", "3"], "repeated_augmentation is 3, which only a stream does"),
@@ -350,18 +351,24 @@ def test_submodules_are_reachable_from_the_package():
 
 def test_commands_in_cards_name_no_folder_of_the_machine(monkeypatch):
     monkeypatch.setattr(
-        sys, "argv", ["/elsewhere/recipes/search_deit.py", "--output_dir", "/data/out", "--data_dir=/data/in"]
+        sys,
+        "argv",
+        [
+            *("/elsewhere/recipes/search_deit.py", "--output_dir", "/data/out", "--data_dir=/data/in", "--seed", "3"),
+            *("--hub_token", "hf_secret", "--hub_token=hf_secret", "--push_to_hub"),
+        ],
     )
-    assert command_line() == "search_deit.py --output_dir out --data_dir=in"
+    said = "--output_dir out --data_dir=in --seed 3 --hub_token HIDDEN --hub_token=HIDDEN --push_to_hub"
+    assert command_line() == f"search_deit.py {said}"
 
 
-@pytest.mark.parametrize("recipe", ["search_deit", "search_swin", "finetune", "evaluate"])
+@pytest.mark.parametrize("recipe", ["search_deit", "search_swin", "finetune", "evaluate", "publish"])
 def test_recipes_start_and_teach(recipe, tmp_path):
     """Also from another folder, where evaluate.py must not hide the package of that name."""
     command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--help"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "--model_name_or_path" in result.stdout
+    assert ("--model_dir" if recipe == "publish" else "--model_name_or_path") in result.stdout
     if recipe.startswith("search"):
         for flag in ("--target_macs", "--finetune_epochs", "--config", "--resume_from_checkpoint"):
             assert flag in result.stdout

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def training_settings(args: OFBTrainingArguments, data_args: DataArguments) -> d
 
 def phase_arguments(args: OFBTrainingArguments, phase: str, **changes: Any) -> OFBTrainingArguments:
     """A copy of the training arguments for one phase, which checkpoints into its own subfolder of the output."""
-    return changed(args, output_dir=str(Path(args.output_dir) / phase), **changes)
+    return changed(args, output_dir=str(Path(args.output_dir) / phase), push_to_hub=False, **changes)
 
 
 def changed(args: OFBTrainingArguments, **changes: Any) -> OFBTrainingArguments:
@@ -199,10 +200,14 @@ def changed(args: OFBTrainingArguments, **changes: Any) -> OFBTrainingArguments:
 
 
 def command_line() -> str:
-    """The command that started this process, as one can type it again (without machine-specific folders)."""
+    """The command that started this process, as one can type it again: without folders of this machine, and tokens."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return shlex.join([words[0], *(_public(before, word) for before, word in pairwise(words))])
 
-    def strip(word: str) -> str:
-        flag, equals, value = word.rpartition("=")
-        return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
 
-    return shlex.join([Path(sys.argv[0]).name, *map(strip, sys.argv[1:])])
+def _public(before: str, word: str) -> str:
+    """A word of a command line that others may read."""
+    flag, equals, value = word.rpartition("=")
+    if "token" in (flag if equals else before if before.startswith("--") and "=" not in before else ""):
+        return f"{flag}{equals}HIDDEN"
+    return flag + equals + (Path(value).name if Path(value).is_absolute() else value)

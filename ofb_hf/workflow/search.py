@@ -17,6 +17,7 @@ from ..configuration import BiMaskConfig, default_config
 from ..consistency import decided_by_rank_0
 from ..data import AugmentationArguments, DataArguments
 from ..distillation import DistillationTrainer
+from ..hub import publish, require_write_access
 from ..model_card import render_card
 from ..models.shapes import SHAPES
 from ..plots import plot_search
@@ -25,7 +26,7 @@ from ..supernet import install_bi_masks
 from ..trainer import OFBTrainer, check_search_arguments
 from ..training_args import OFBTrainingArguments
 from . import output
-from .arguments import FinetuneArguments, ModelArguments, phase_arguments, training_settings
+from .arguments import FinetuneArguments, ModelArguments, changed, phase_arguments, training_settings
 from .inputs import Inputs, load, load_teacher
 from .measure import METRICS, lost_classes, measure, provenance
 from .report import markdown_table, results_rows, text_table
@@ -100,7 +101,9 @@ def prepare(
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(SHAPES)}.")
-    check_search_arguments(args)
+    check_search_arguments(changed(args, push_to_hub=False))  # it is the finished folder that is pushed
+    if args.push_to_hub:
+        decided_by_rank_0(lambda: require_write_access(args.hub_model_id, args.hub_token))
     settings = run_settings(model_args, data_args, config, args) | asdict(augmentation_args) | asdict(finetune_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, output.SEARCH_PHASES)
     dense, inputs = load(name, data_args, args.seed, augmentation_args)
@@ -201,6 +204,18 @@ def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -
         write_output(walk, models, subnet, results)
         logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), walk.folder)
     return results
+
+
+def push(walk: Walk) -> None:
+    """Publishes the output folder of a finished walk.
+
+    Raises:
+        LeakError, PublishError: as `ofb_hf.publish`; the folder is complete, and `ofb-hf publish` takes it later.
+    """
+    if walk.args.process_index == 0:
+        settings = {"private": walk.args.hub_private_repo, "revision": walk.args.hub_revision}
+        commit = publish(walk.folder, walk.args.hub_model_id, token=walk.args.hub_token, **settings)
+        logger.warning(f"published: {commit.commit_url}")
 
 
 def write_output(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec, results: dict[str, Any]) -> None:
