@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_what_is_harmless_passes(folder):
-    require_no_leaks(folder)
+    assert require_no_leaks(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,8 @@ def test_secrets_of_this_machine_are_known_whatever_they_look_like(folder, monke
 
 def test_the_account_that_is_published_to_may_be_named(folder, monkeypatch):
     (folder / "README.md").write_text("mallory/ofb-vit, by mallory")
+    with pytest.raises(LeakError, match="the name of the account"):
+        require_no_leaks(folder, {"alice"})
     require_no_leaks(folder, {"mallory"})
     monkeypatch.setattr("getpass.getuser", lambda: "root")
     (folder / "README.md").write_text("the root of it")
