@@ -1,5 +1,6 @@
 """Streams are as exact as data on the disk: every image once, also after an interruption or a fault of the network."""
 
+import gc
 import json
 import os
 import re
@@ -138,6 +139,30 @@ def test_repeated_images_are_augmented_differently_and_resumed_exactly(shards):
         assert len(set(drawn[:, 0].tolist())) == pytest.approx(NUM_IMAGES / 3, abs=3)
         assert len(set(drawn[:-BATCH_SIZE, 1].tolist())) == len(drawn) - BATCH_SIZE
     assert set(seen) == set(range(NUM_IMAGES))
+
+
+def test_no_two_times_of_an_image_are_augmented_alike(shards):
+    """Over two rounds of epochs: six times of every image."""
+    images, noise = ImageStream(stream(shards).split, noisy_number_of, seed=1, repeats=3), {}
+    for epoch in range(6):
+        images.set_epoch(epoch)
+        for number, value in torch.cat([batch["pixel_values"] for batch in images.loader(1)]).tolist():
+            noise.setdefault(number, set()).add((epoch, value))
+    for times in noise.values():
+        values = {value for _, value in times}
+        assert len(values) == len(times) >= 4
+
+
+def test_one_block_is_shuffled_anew_in_every_epoch():
+    orders = [EpochPlan(np.array([40]), Share(4), 0, epoch, shuffle_buffer=8).order(0).tolist() for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_rows_that_had_their_turn_are_let_go(shards):
+    images, most = stream(shards), 0
+    for _ in images.loader(1):
+        most = max(most, sum(isinstance(thing, Row) for thing in gc.get_objects()))
+    assert 8 <= most <= 8 + 6  # some are on their way
 
 
 def test_a_worker_holds_no_more_than_its_buffer():
