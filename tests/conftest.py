@@ -67,3 +67,11 @@ def checkpoint(tmp_path_factory):
 def swin_checkpoint(tmp_path_factory):
     """A stock Swin."""
     return save_checkpoint("swin", tmp_path_factory.mktemp("checkpoint") / "swin-tiny")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder with 8 parquet shards of numbered images, and one to evaluate on."""
+    from pictures import repository, write  # takes seconds, which tests without data need not wait for
+
+    return write(tmp_path_factory.mktemp("shards"), repository())

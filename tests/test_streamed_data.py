@@ -39,12 +39,6 @@ def _own_cache(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """A folder with 8 parquet shards, and one to evaluate on."""
-    return write(tmp_path_factory.mktemp("shards"), repository())
-
-
 @contextmanager
 def assert_logs(logger: str, text: str):
     """Fails unless a warning with this text comes."""

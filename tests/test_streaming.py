@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import datasets
@@ -19,15 +18,12 @@ from accelerate import skip_first_batches
 from hub_server import HubServer, Repository
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
-from hypothesis import given
-from hypothesis import strategies as st
 from pictures import LABELS, NUM_IMAGES, SHARD_ROWS, noisy_number_of, numbers, repository, stream, write
 from stream_process import train
 
 from ofb_hf import network
 from ofb_hf.data import DataArguments, ImageStream, SeededImages, StreamBrokenError, load_image_data
 from ofb_hf.data.blocks import Row, read_patiently
-from ofb_hf.data.epochs import EpochPlan, Share
 
 BATCH_SIZE = 5
 TESTS = Path(__file__).parent
@@ -39,89 +35,7 @@ def _own_cache(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """A folder with 8 parquet shards, and one to evaluate on."""
-    return write(tmp_path_factory.mktemp("shards"), repository())
-
-
-# The order of an epoch
-
-
-@given(
-    rows=st.lists(st.integers(0, 9), min_size=1, max_size=12),
-    batch_size=st.integers(1, 7),
-    world_size=st.integers(1, 3),
-    workers=st.integers(1, 4),
-    shuffle_buffer=st.sampled_from([1, 2, 5, 1000]),
-    epoch=st.integers(0, 3),
-)
-def test_every_row_comes_once_and_ranks_get_equally_much(rows, batch_size, world_size, workers, shuffle_buffer, epoch):
-    total = sum(rows)
-    if total < world_size:
-        rows, total = [*rows, world_size], total + world_size
-    seen, lengths = [], []
-    for rank in range(world_size):
-        share = Share(batch_size, rank, world_size, workers)
-        plan = EpochPlan(np.array(rows), share, 3, epoch, shuffle_buffer)
-        first, last = total * rank // world_size, total * (rank + 1) // world_size
-        orders = [plan.order(worker).tolist() for worker in range(workers)]
-        assert [len(order) for order in orders] == [
-            len(range(worker, plan.num_batches, workers)) * batch_size for worker in range(workers)
-        ]
-        given_out = [position for order in orders for position in order]
-        repeated = len(given_out) - (last - first)
-        # Whatever comes more often than once are the first positions of the rank, in their order.
-        expected = Counter(range(first, last)) + Counter(first + i % (last - first) for i in range(repeated))
-        assert Counter(given_out) == expected
-        seen += set(given_out)
-        lengths.append(len(given_out))
-    assert sorted(seen) == list(range(total))
-    assert len(set(lengths)) == 1
-    assert lengths[0] - total / world_size < batch_size + 1
-    blocks, row, number = plan.locate(np.arange(total))
-    assert sorted(zip(blocks.tolist(), row.tolist(), strict=True)) == [
-        (b, r) for b, n in enumerate(rows) for r in range(n)
-    ]
-    assert sorted(number.tolist()) == list(range(total))
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
-def test_dropping_the_last_batch_repeats_nothing(rows, batch_size, world_size, workers):
-    total = sum(rows)
-    if total // world_size < batch_size:
-        with pytest.raises(ValueError, match=f"{total} training examples are too few for {world_size} processes"):
-            Share(batch_size, 0, world_size, workers, drop_last=True).num_batches(total)
-        return
-    given_out = []
-    for rank in range(world_size):
-        plan = EpochPlan(np.array(rows), Share(batch_size, rank, world_size, workers, drop_last=True), 3, 0, 4)
-        assert plan.num_batches == total // world_size // batch_size
-        given_out += [position for worker in range(workers) for position in plan.order(worker).tolist()]
-    assert len(given_out) == len(set(given_out)) == total // world_size // batch_size * batch_size * world_size
-
-
-@given(
-    rows=st.lists(st.integers(1, 9), min_size=3, max_size=12),
-    share=st.builds(Share, st.integers(1, 7), workers=st.integers(1, 3)),
-    world_size=st.integers(1, 3),
-    repeats=st.integers(2, 4),
-)
-def test_repeats_come_in_succession_and_as_many_epochs_have_every_row(rows, share, world_size, repeats):
-    seen, total = Counter(), sum(rows)
-    for epoch, rank, worker in product(range(3 * repeats), range(world_size), range(share.workers)):
-        own = replace(share, rank=rank, world_size=world_size)
-        plan, plain = (EpochPlan(np.array(rows), own, 3, epoch, 8, times) for times in (repeats, 1))
-        order = plan.order(worker)
-        assert len(order) == len(plain.order(worker))  # an epoch is no longer than without
-        counts = plan.repetitions(order)
-        assert counts.tolist() == [
-            next(back for back in range(len(order) + 1) if back == i or order[i - back - 1] != order[i]) % repeats
-            for i in range(len(order))
-        ]
-        seen.update(zip(plan.locate(order)[2].tolist(), counts.tolist(), strict=True))
-        assert (plain.repetitions(plain.order(worker)) == 0).all()
-    assert {number for number, _ in seen} == set(range(total))
+# Whole epochs
 
 
 def test_repeated_images_are_augmented_differently_and_resumed_exactly(shards):
@@ -153,45 +67,11 @@ def test_no_two_times_of_an_image_are_augmented_alike(shards):
         assert len(values) == len(times) >= 4
 
 
-def test_one_block_is_shuffled_anew_in_every_epoch():
-    orders = [EpochPlan(np.array([40]), Share(4), 0, epoch, shuffle_buffer=8).order(0).tolist() for epoch in range(3)]
-    assert len({tuple(order) for order in orders}) == 3
-
-
 def test_rows_that_had_their_turn_are_let_go(shards):
     images, most = stream(shards), 0
     for _ in images.loader(1):
         most = max(most, sum(isinstance(thing, Row) for thing in gc.get_objects()))
     assert 8 <= most <= 8 + 6  # some are on their way
-
-
-def test_a_worker_holds_no_more_than_its_buffer():
-    """A row may come late, but not before it can have arrived: at most `shuffle_buffer` rows wait at any time."""
-    order = EpochPlan(np.array([500]), Share(10), 0, 0, shuffle_buffer=16).order(0)
-    assert (order - np.arange(500)).max() < 16
-    assert np.corrcoef(order[:-1], order[1:])[0, 1] < 0.9999
-    assert (np.diff(order) != 1).mean() > 0.8
-
-
-def test_blocks_come_in_another_order_every_epoch():
-    """Without a buffer, blocks stay whole, and it is their order alone that changes."""
-    orders = []
-    for epoch in range(3):
-        plan = EpochPlan(np.full(20, 3), Share(4), 0, epoch, shuffle_buffer=1)
-        block, row, _ = plan.locate(plan.order(0))
-        assert row.tolist() == [0, 1, 2] * 20
-        orders.append(block[::3].tolist())
-        assert sorted(orders[-1]) == list(range(20))
-        assert orders[-1] != list(range(20))
-    assert orders[0] != orders[1] != orders[2]
-
-
-def test_too_few_examples_for_the_processes():
-    with pytest.raises(ValueError, match="3 training examples are too few for 4 processes with batches of 2"):
-        Share(2, 0, 4).num_batches(3)
-
-
-# Whole epochs
 
 
 @pytest.mark.parametrize("workers", [0, 2])
