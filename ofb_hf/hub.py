@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+import yaml
+from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResultEntry, HfApi, eval_result_entries_to_yaml
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
@@ -19,7 +20,7 @@ from . import models
 from ._version import __version__
 from .flops import count_macs, count_params
 from .leaks import require_no_leaks
-from .model_card import plain_card
+from .model_card import final_results, plain_card
 from .network import patiently
 from .stock import pad_to_stock
 
@@ -29,6 +30,7 @@ CARD, RESULTS, SUBNET, PREPROCESSOR = "README.md", "eval_results.json", "subnet.
 # What of a search's output folder is published, where it is there; everything else stays.
 OPTIONAL = (PREPROCESSOR, SUBNET, CARD, RESULTS, "search_history.jsonl", "search.png")
 STOCK_REVISION = "stock"
+EVALUATIONS = ".eval_results"
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageClassification")
 
 
@@ -141,6 +143,8 @@ def _stage(model: PreTrainedModel | str | Path, folder: Path) -> PreTrainedModel
     _add_code(folder, classes)
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8")) if (folder / RESULTS).is_file() else {}
     _describe_weights(folder, loaded, results.get("source", {}))
+    if "/" in results.get("data", ""):
+        _add_evaluation(folder, results)
     if not (folder / CARD).is_file():
         (folder / CARD).write_text(plain_card(count_macs(loaded), count_params(loaded)), encoding="utf-8")
     return loaded
@@ -156,6 +160,16 @@ def _add_code(folder: Path, classes: tuple[type, ...]) -> None:
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config["auto_map"] = auto_map
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _add_evaluation(folder: Path, results: dict[str, Any]) -> None:
+    """Top-1 in the format in which the Hub collects results by data set, for data that is on the Hub."""
+    data, final = results["data"], final_results(results)
+    notes = f"top-1 in percent on {final['num_examples']:,} images"
+    entry = EvalResultEntry(data, "image-classification", final["top1"], notes=notes)
+    file = folder / EVALUATIONS / f"{data.replace('/', '--')}.yaml"
+    file.parent.mkdir()
+    file.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
 
 
 def _describe_weights(folder: Path, model: PreTrainedModel, source: dict[str, Any]) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from factories import non_uniform_swin, non_uniform_vit, tiny_images
 from hub_server import HubServer, Repository, Token
+from huggingface_hub import parse_eval_result_entries
 from runs import walk
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -272,6 +274,16 @@ def test_a_model_is_written_to_a_folder_with_a_card_that_claims_nothing(tmp_path
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{count_macs(model):,} multiply-accumulates" in card
     assert "Nothing was measured" in card
+
+
+def test_results_on_data_of_the_hub_are_published_by_data_set(output, tmp_path):
+    copy = shutil.copytree(output, tmp_path / "copy")
+    results = json.loads((copy / "eval_results.json").read_text()) | {"data": "lab/photos"}
+    (copy / "eval_results.json").write_text(json.dumps(results))
+    publish(copy, output_dir=tmp_path / "out")
+    (file,) = (tmp_path / "out" / ".eval_results").iterdir()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(file.read_text()))
+    assert (entry.dataset_id, entry.value) == ("lab/photos", results["finetuned"]["top1"])
 
 
 @pytest.mark.parametrize("name", ["eval_results.json", "config.json", "search_history.jsonl"])
