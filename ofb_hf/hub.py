@@ -82,6 +82,7 @@ def publish(
     with tempfile.TemporaryDirectory() as temporary:
         folder, twin = Path(temporary) / "main", Path(temporary) / STOCK_REVISION
         loaded = _stage(model, folder)
+        with_twin = stock and not create_pr and revision is None and _stage_stock(loaded, folder, twin)
         owner = {repo_id.partition("/")[0]} if repo_id else set()
         require_no_leaks(folder, owner)
         if output_dir is not None:
@@ -93,8 +94,7 @@ def publish(
         with _refusals_in_words(api, repo_id, revision):
             patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making {repo_id}")
             commit = _commit(api, repo_id, folder, message, revision, create_pr)
-        if stock and not create_pr and revision is None and isinstance(loaded, models.OFBViTForImageClassification):
-            _stage_stock(loaded, folder, twin)
+        if with_twin:
             with _refusals_in_words(api, repo_id, STOCK_REVISION):
                 _commit(api, repo_id, twin, f"{message}, padded to a stock ViT", STOCK_REVISION, create_pr=False)
     return commit
@@ -191,12 +191,23 @@ def _describe_weights(folder: Path, model: PreTrainedModel, source: dict[str, An
     aside.replace(file)  # not into the file itself, which the loaded model may have mapped into its memory
 
 
-def _stage_stock(model: PreTrainedModel, main: Path, folder: Path) -> None:
-    """The padded twin, with the image processor and the card of the checkpoint it is a twin of."""
-    pad_to_stock(model).save_pretrained(folder)
+def _stage_stock(model: PreTrainedModel, main: Path, folder: Path) -> bool:
+    """The padded twin, with the image processor and the card of the checkpoint it is a twin of; False if there is none.
+
+    Before anything is sent: what has no stock form is published all the same.
+    """
+    if not isinstance(model, models.OFBViTForImageClassification):
+        return False
+    try:
+        twin = pad_to_stock(model)
+    except ValueError as error:
+        logger.warning(f"there is no branch `{STOCK_REVISION}` for this model: {error}")
+        return False
+    twin.save_pretrained(folder)
     if (main / PREPROCESSOR).is_file():
         AutoImageProcessor.from_pretrained(main).save_pretrained(folder)
     shutil.copyfile(main / CARD, folder / CARD)
+    return True
 
 
 def _commit(api: HfApi, repo_id: str, folder: Path, message: str, revision: str | None, create_pr: bool) -> CommitInfo:
