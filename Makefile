@@ -10,7 +10,7 @@ demo: $(VENV)/.installed  ## search, prune, finetune and evaluate a small ViT on
 		recipes/search_deit.py --overwrite_output_dir
 
 test: $(VENV)/.installed  ## the whole test suite
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed  ## style
 	$(BIN)/ruff format --check .

@@ -13,12 +13,12 @@ from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 from ofb_hf import OFBTrainer
 from ofb_hf.data import AugmentationArguments, DataArguments, ImageStream, align_labels
-from ofb_hf.workflow.inputs import load
+from ofb_hf.workflow.inputs import load, load_teacher
 
 
-def table(labels, names):
-    """A parquet file of pictures 0, 1, ... with these class indices."""
-    images = [{"bytes": picture(number), "path": None} for number in range(len(labels))]
+def table(labels, names, without=None):
+    """A parquet file of pictures 0, 1, ... with these class indices, one row without an image."""
+    images = [None if number == without else {"bytes": picture(number), "path": None} for number in range(len(labels))]
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     file = io.BytesIO()
     Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(file)
@@ -91,6 +91,20 @@ def test_a_cropped_evaluation_is_that_of_the_saved_image_processor(images, check
         pixels = torch.as_tensor(saved(image)["pixel_values"][0])
         assert torch.equal(inputs.eval[index]["pixel_values"], pixels)
         assert not torch.equal(plain.eval[index]["pixel_values"], pixels)
+
+
+def test_a_teacher_may_be_the_model_itself_however_it_is_evaluated(images, checkpoint):
+    _, inputs = load(str(checkpoint), DataArguments(data_dir=str(images), eval_crop_pct=0.5), seed=0)
+    assert load_teacher(str(checkpoint), inputs).config.num_labels == 3
+
+
+def test_rows_without_an_image_are_named(tmp_path):
+    names = ["cat", "dog", "emu"]
+    files = {"train.parquet": table([0, 1, 2], names), "test.parquet": table([0, 1, 2], names, without=1)}
+    folder = write(tmp_path, files)
+    model = saved_model(tmp_path / "model", ["cat", "dog", "emu"])
+    with pytest.raises(ValueError, match=r"1 of 3 images to evaluate on cannot be decoded: row 1 "):
+        load(model, DataArguments(data_dir=str(folder)), seed=0)
 
 
 def test_repeated_augmentation_reaches_the_stream(tmp_path):

@@ -387,8 +387,10 @@ def test_readme_is_true(tmp_path):
     ]
     ours = [name for name in imported if name in ofb_hf.__all__]
     assert set(ours) == {"OFBTrainer", "OFBTrainingArguments", "ViTBiMaskConfig", "count_macs"}
-    command = [sys.executable, str(ROOT / "recipes" / "search_deit.py"), "--help"]
-    help_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    help_text = ""
+    for recipe in ("search_deit.py", "publish.py"):
+        command = [sys.executable, str(ROOT / "recipes" / recipe), "--help"]
+        help_text += subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for flag in re.findall(r"--(\w+)", readme):
         assert f"--{flag}" in help_text, flag
     for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):

@@ -10,10 +10,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Of fewer images a share says little, and of more it still varies: in the middle of an epoch a run is stopped by four
-# standard deviations above the limit.
+# A share of few images says little, and of more it still varies. After every image a run of days is judged millions of
+# times, and must not stop by chance; a part of an epoch is judged once.
 ENOUGH_SEEN = 100
-DEVIATIONS = 4
+AT_ANY_TIME, ONCE = 8.0, 4.0  # standard deviations above the limit
 NAMED = 5
 
 
@@ -104,20 +104,19 @@ class BadImages:
             logger.warning(f"{name} cannot be decoded ({why}); another image takes its place.")
         seen, bad = map(sum, zip(*self._view.tolist(), strict=True))
         if seen >= ENOUGH_SEEN:
-            self.require_few(seen, bad, clearly=True)
+            self.require_few(seen, bad, AT_ANY_TIME)
 
-    def require_few(self, seen: int, bad: int, clearly: bool) -> None:
+    def require_few(self, seen: int, bad: int, deviations: float = 0.0) -> None:
         """Judges counts.
 
         Args:
-            clearly: allow for chance; False where the images of a whole epoch were counted.
+            deviations: how much to allow for chance, in standard deviations; 0 where all images were counted.
 
         Raises:
             TooManyBadImagesError: if too many are bad.
         """
         allowed = self.max_share * seen
-        if clearly:
-            allowed += DEVIATIONS * math.sqrt(allowed)
+        allowed += deviations * math.sqrt(allowed)
         if bad > allowed:
             raise TooManyBadImagesError(
                 f"{bad} of {seen} images of this epoch cannot be decoded: {bad / seen:.1%}, and max_bad_share is "

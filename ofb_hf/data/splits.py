@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Image
 
-from .decoding import decode_image
+from .decoding import to_rgb
 
 SPLIT_SEED = 0
 
@@ -87,14 +87,14 @@ def require_decodable(dataset: Dataset, image_column: str) -> None:
     Raises:
         ValueError: naming images that cannot be decoded.
     """
-    rows = dataset.with_format(None).select_columns([image_column]).cast_column(image_column, Image(decode=False))
+    rows = dataset.with_format(None).select_columns([image_column])
 
     def problem(index: int) -> str | None:
-        stored = rows[index][image_column]
         try:
-            decode_image(stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes())
-        except Exception as error:  # decoders raise what they like
-            return f"row {index} ({Path(stored['path'] or '').name}): {type(error).__name__}: {error}"
+            to_rgb(rows[index][image_column])
+        except Exception as error:  # decoders raise what they like; an empty row has no attributes
+            stored = rows.cast_column(image_column, Image(decode=False))[index][image_column] or {}
+            return f"row {index} ({Path(stored.get('path') or '').name}): {type(error).__name__}: {error}"
         return None
 
     with ThreadPoolExecutor() as pool:

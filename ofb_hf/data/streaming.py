@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from transformers.utils import logging
 
 from .blocks import Row, Source, read_patiently
-from .decoding import BadImages, TooManyBadImagesError, decode_image
+from .decoding import ONCE, BadImages, TooManyBadImagesError, decode_image
 from .epochs import EpochPlan, Share
 
 logger = logging.get_logger(__name__)
@@ -95,7 +95,7 @@ class ImageStream(Dataset):
     def __init__(self, split: StreamedSplit, transform: Callable[[Image.Image], Tensor], seed: int, repeats: int = 1):
         self.split, self.transform, self.seed, self.repeats, self.epoch = split, transform, seed, repeats, 0
         self.bad_images: BadImages | None = None
-        self._num_parts = 1
+        self._num_expected = 0
 
     def __len__(self) -> int:
         return len(self.split)
@@ -121,9 +121,9 @@ class ImageStream(Dataset):
         seen, bad = over_all_ranks(self.bad_images.counts.sum(0)).tolist()
         if not bad:
             return None
-        # An epoch that was interrupted or resumed says as much as a part of one. Rounding takes up to one image each.
-        whole = seen * self.repeats + self._num_parts * self.repeats >= len(self)
-        self.bad_images.require_few(seen, bad, clearly=not whole)
+        # What was interrupted or resumed, and one of several parts of the images, says only so much about all of them.
+        is_everything = self.repeats == 1 and seen >= self._num_expected
+        self.bad_images.require_few(seen, bad, 0.0 if is_everything else ONCE)
         message = f"{bad} of {seen} images of epoch {self.epoch} could not be decoded; others took their places."
         logger.warning(message)
         return message
@@ -161,7 +161,7 @@ class ImageStream(Dataset):
                 "files): several read the same one, each for its own rows. More blocks or fewer workers load faster."
             )
         self.bad_images = BadImages(share.workers, self.split.max_bad_share)
-        self._num_parts = share.workers * world_size
+        self._num_expected = num_batches * batch_size * world_size if drop_last else len(self)
         return DataLoader(
             _RankBatches(self, share),
             batch_sampler=_BatchNumbers(self, num_batches),

@@ -21,6 +21,7 @@ from ..data import (
     DataArguments,
     ImageData,
     ImageStream,
+    ImageTransform,
     SeededImages,
     StreamedSplit,
     align_labels,
@@ -166,18 +167,23 @@ def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | 
     names = [model.config.id2label[index] for index in range(min(num_labels, model.config.num_labels))]
     if names != inputs.data.label_names and sorted(names) == sorted(inputs.data.label_names):
         raise ValueError(f"the teacher {name_or_path} numbers the labels differently: {names[:5]}...")
-    for field in ("image_mean", "image_std", "size"):
-        ours, wanted = getattr(processor, field), getattr(theirs, field)
-        if dict(ours) != dict(wanted) if field == "size" else list(ours) != list(wanted):
+    for what, ours, wanted in zip(("mean", "std", "size"), _batch_of(processor), _batch_of(theirs), strict=True):
+        if ours != wanted:
             raise ValueError(
-                f"the teacher {name_or_path} expects {field} {wanted}, but the model gets {ours}; student and teacher "
-                "see the same batch, so choose a teacher with the same preprocessing."
+                f"the teacher {name_or_path} expects images of {what} {wanted}, but the model gets {ours}; student and "
+                "teacher see the same batch, so choose a teacher with the same preprocessing."
             )
     if model.config.num_labels != num_labels:
         raise ValueError(
             f"the teacher {name_or_path} classifies {model.config.num_labels} labels, but the data has {num_labels}."
         )
     return model
+
+
+def _batch_of(processor: Any) -> tuple[list[float], list[float], tuple[int, int]]:
+    """What batches look like that are made as an image processor says: mean, standard deviation, (height, width)."""
+    transform = ImageTransform(processor)
+    return list(processor.image_mean), list(processor.image_std), (transform.height, transform.width)
 
 
 def _load(name_or_path: str) -> PreTrainedModel:
