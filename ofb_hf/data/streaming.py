@@ -150,7 +150,8 @@ class ImageStream(Dataset):
 
         Raises:
             ValueError: if there are too few examples. While iterating: for rows without a known label.
-            TooManyBadImagesError: while iterating, for more than `max_bad_share` of undecodable images.
+            TooManyBadImagesError: while iterating, for clearly more than `max_bad_share` of undecodable images;
+                `end_epoch` judges whole epochs.
             StreamBrokenError: while iterating, if the network fails for half an hour.
         """
         share = Share(batch_size, rank, world_size, max(1, num_workers), drop_last)
