@@ -142,6 +142,11 @@ def _describe_vit(config: ViTConfig) -> Architecture:
     )
 
 
+def vit_query_parameters(layer: int) -> tuple[str, ...]:
+    """The tensors that make a ViT layer's queries out of its tokens."""
+    return tuple(slot.parameter for slot in _linear(f"vit.layers.{layer}.attention.q_proj", 0))
+
+
 def _dense_vit_layer_sizes(config: ViTConfig, layer: int) -> dict[str, int]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {

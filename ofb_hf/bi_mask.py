@@ -43,8 +43,7 @@ class BiMask(nn.Module):
         self.name, self.kind, self.is_grid = space.name, space.kind, space.is_grid
         self.normalize_importance = normalize_importance
         self.importance_logits = nn.Parameter(torch.zeros(space.unit_shape))
-        self.alpha = nn.Parameter(torch.zeros(space.candidate_shape))
-        self.register_buffer("active_candidates", torch.ones(space.candidate_shape, dtype=torch.bool))
+        self._add_choice(space)
         self.register_buffer("alive", torch.ones(space.unit_shape, dtype=torch.bool))
         self.dense_head_dim = space.head_dim
         self.register_buffer("unit_ids", torch.arange(space.num_units).reshape(space.unit_shape))
@@ -52,6 +51,10 @@ class BiMask(nn.Module):
         self._candidate_axes = len(axes)
         for axis, sizes in enumerate(axes):
             self.register_buffer(f"candidate_sizes_{axis}", torch.tensor(sizes))
+
+    def _add_choice(self, space: SubmoduleSpace) -> None:
+        self.alpha = nn.Parameter(torch.zeros(space.candidate_shape))
+        self.register_buffer("active_candidates", torch.ones(space.candidate_shape, dtype=torch.bool))
 
     def extra_repr(self) -> str:
         return f"{self.name}, units={tuple(self.alive.shape)}, candidates={tuple(self.alpha.shape)}"
@@ -135,7 +138,7 @@ class BiMask(nn.Module):
         return torch.zeros_like(within).index_copy(0, rank[0], within)
 
     @torch.no_grad()
-    def fit_alpha_(self, floor: float = 0.05) -> None:
+    def fit_alpha_(self, floor: float = 0.05, curve: Tensor | None = None) -> None:
         """Sets alpha so that the sparsity staircase follows the importance curve as closely as the candidates allow.
 
         A stair's height is the mean importance of the ranks it spans (1 for those that every candidate keeps), and a
@@ -143,8 +146,9 @@ class BiMask(nn.Module):
 
         Args:
             floor: probability shared evenly by all active candidates, so that none starts without a chance.
+            curve: importance by rank, shaped like the units; `importance_by_rank` if not given.
         """
-        stairs = self.importance_by_rank()
+        stairs = self.importance_by_rank() if curve is None else curve
         for axis, sizes in enumerate(self.candidate_axes):
             sums = stairs.cumsum(axis).index_select(axis, sizes - 1)
             stairs = sums.diff(dim=axis, prepend=torch.zeros_like(sums.narrow(axis, 0, 1)))
@@ -254,3 +258,35 @@ class BiMask(nn.Module):
         plan |= dict.fromkeys(("alpha", "active_candidates"), candidates)
         plan |= {f"candidate_sizes_{axis}": ((0, indices),) for axis, indices in candidates}
         return plan
+
+
+class TiedBiMask(BiMask):
+    """A bi-mask that keeps as many units as another one does: importance of its own, candidates and alpha of a leader.
+
+    Args:
+        space: as of the leader, but for the name.
+        leader: the bi-mask that owns `alpha` and `active_candidates`.
+        normalize_importance: as in `BiMask`.
+    """
+
+    def __init__(self, space: SubmoduleSpace, leader: BiMask, normalize_importance: bool = False):
+        super().__init__(space, normalize_importance)
+        self._leader = (leader,)  # in a tuple: it is no part of this module
+
+    def _add_choice(self, space: SubmoduleSpace) -> None:
+        pass
+
+    @property
+    def alpha(self) -> nn.Parameter:
+        """The leader's, (K,) or (K_heads, K_dims)."""
+        return self._leader[0].alpha
+
+    @property
+    def active_candidates(self) -> Tensor:
+        """The leader's, bool, shaped like alpha."""
+        return self._leader[0].active_candidates
+
+    def shrink_plan(self) -> dict[str, tuple[tuple[int, Tensor], ...]]:
+        """As of any bi-mask, without the tensors that the leader owns."""
+        plan = super().shrink_plan()
+        return {name: entries for name, entries in plan.items() if name not in ("alpha", "active_candidates")}

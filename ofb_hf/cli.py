@@ -1,4 +1,4 @@
-"""`ofb-hf`: search, finetune, evaluate, publish, verify from the command line. The recipes are the same functions."""
+"""`ofb-hf`: search, finetune, evaluate, publish, verify, export. The recipes are the same functions."""
 
 import json
 import sys
@@ -12,11 +12,13 @@ from . import hub
 from .architectures import FAMILIES
 from .configuration import BiMaskConfig
 from .data import AugmentationArguments, DataArguments
+from .export import ExportError
 from .training_args import OFBTrainingArguments
+from .workflow import export as export_workflow
 from .workflow import finetune as finetune_workflow
 from .workflow import search as search_workflow
 from .workflow import verify as verify_workflow
-from .workflow.arguments import FinetuneArguments, ModelArguments, PublishArguments, parse
+from .workflow.arguments import ExportArguments, FinetuneArguments, ModelArguments, PublishArguments, parse
 from .workflow.report import text_table
 
 T = TypeVar("T")
@@ -47,6 +49,14 @@ tokens, names and folders of this machine before anything is sent; --dry_run sho
 VERIFY = """Load a checkpoint, count and evaluate it again, and compare with what its card says.
 
     ofb-hf verify OWNER/NAME --data_dir PHOTOS"""
+
+EXPORT = """Write a classifier for another runtime, and compare what that computes with what PyTorch computes.
+
+    ofb-hf export OWNER/NAME --format onnx --output_dir out
+
+The file takes `pixel_values` (B, C, H, W) in float32, for any B, and gives `logits`; the image processor, which says
+how pixels are prepared, is written beside it. Nothing is left
+behind if logits differ by more than 1e-5 of the largest."""
 
 EVALUATE = """Measure an image classifier: top-1, top-5, MACs, parameters, file size, images per second. Prints JSON."""
 
@@ -107,7 +117,21 @@ def verify(argv: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-COMMANDS = {"search": search, "finetune": finetune, "evaluate": evaluate, "publish": publish, "verify": verify}
+def export(argv: list[str] | None = None) -> None:
+    """Entry of `ofb-hf export`. Prints what was written and how well it agrees."""
+    (wanted,) = _in_words(lambda: parse([ExportArguments], _leading("--model_name_or_path", argv), EXPORT))
+    done = _in_words(lambda: export_workflow.run_export(wanted))
+    sys.stdout.write(f"exported: {done.path} ({done.size:,} bytes); logits differ by {done.difference:.1e} at most\n")
+
+
+COMMANDS = {
+    "search": search,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "publish": publish,
+    "verify": verify,
+    "export": export,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -131,7 +155,7 @@ def _in_words(prepare: Callable[[], T]) -> T:
     """Turns what a user can mend before anything has started into one line on stderr and exit status 2."""
     try:
         return prepare()
-    except (ValueError, OSError, ImportError, hub.PublishError) as error:
+    except (ValueError, OSError, ImportError, hub.PublishError, ExportError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
 

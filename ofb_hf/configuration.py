@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,6 +100,11 @@ class BiMaskConfig:
     head_candidates: list[int] | None = _field(None, "Numbers of heads to choose from; every full one included.")
     head_dim_candidates: list[int] | None = _field(None, "Channels per head to choose from; every full one included.")
     mlp_candidates: list[int] | None = _field(None, "MLP widths to choose from; every full one included.")
+    uniform_across_layers: bool = _field(
+        False,
+        "Tie the sizes of all attentions, and of all MLPs, that are equally large in the dense model: one choice for "
+        "all of them, importance of each its own. A ViT then loads as a stock checkpoint without padding.",
+    )
     multiple_of: int | None = _field(None, "Channel counts are multiples of this where the dense size is. Preset.")
     smallest_share: float | None = _field(None, "Smallest residual width as a share of the full one. Preset.")
     prune_during_search: bool = _field(True, "Remove units physically while searching; False cuts once, at the end.")
@@ -235,7 +241,8 @@ class BiMaskConfig:
         }
         searched = [submodule for submodule in architecture.submodules if wanted[submodule.kind]]
         self._check_candidates(searched)
-        return SearchSpace(tuple(map(self._submodule_space, searched)))
+        spaces = map(self._submodule_space, searched)
+        return SearchSpace(tuple(_tie_layers(spaces) if self.uniform_across_layers else spaces))
 
     def _check_candidates(self, searched: list[Submodule]) -> None:
         places = {"embedding": ["embedding_candidates"], "attention": ["head_candidates", "head_dim_candidates"]}
@@ -349,6 +356,15 @@ class SwinBiMaskConfig(BiMaskConfig):
 
 
 CONFIG_CLASSES: tuple[type[BiMaskConfig], ...] = (ViTBiMaskConfig, SwinBiMaskConfig)
+
+
+def _tie_layers(spaces: Iterable[SubmoduleSpace]) -> Iterator[SubmoduleSpace]:
+    """The spaces, each tied to the first of its kind and size; residual widths stay their own."""
+    first: dict[tuple[str, tuple[int, ...]], str] = {}
+    for space in spaces:
+        leader = first.setdefault((space.kind, space.unit_shape), space.name)
+        tied = leader != space.name and space.kind != "embedding"
+        yield replace(space, tied_to=leader) if tied else space
 
 
 def _up_to(full: int, sizes: list[int] | None) -> list[int]:

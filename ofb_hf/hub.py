@@ -192,18 +192,10 @@ def _describe_weights(folder: Path, model: PreTrainedModel, source: dict[str, An
 
 
 def _stage_stock(model: PreTrainedModel, main: Path, folder: Path) -> bool:
-    """The padded twin, with the image processor and the card of the checkpoint it is a twin of; False if there is none.
-
-    Before anything is sent: what has no stock form is published all the same.
-    """
+    """The stock twin, with the image processor and the card of what it is a twin of; False if there is none."""
     if not isinstance(model, models.OFBViTForImageClassification):
         return False
-    try:
-        twin = pad_to_stock(model)
-    except ValueError as error:
-        logger.warning(f"there is no branch `{STOCK_REVISION}` for this model: {error}")
-        return False
-    twin.save_pretrained(folder)
+    pad_to_stock(model).save_pretrained(folder)
     if (main / PREPROCESSOR).is_file():
         AutoImageProcessor.from_pretrained(main).save_pretrained(folder)
     shutil.copyfile(main / CARD, folder / CARD)

@@ -51,11 +51,13 @@ def final_results(results: dict[str, Any]) -> dict[str, Any]:
 def card_data(results: dict[str, Any]) -> ModelCardData:
     """The metadata that the Hub reads, measured accuracy as a model-index included."""
     final, source, data = final_results(results), results["source"]["model"], results["data"]
+    license = results["source"].get("license")
     on_hub = {"dataset_type": data, "dataset_name": data, "task_type": "image-classification"}
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["ofb", "pruning", "vision-transformer"],
+        license=license,
         base_model=source if "/" in source else None,
         datasets=[data] if "/" in data else None,
         model_name=f"OFB {source}",

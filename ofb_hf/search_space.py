@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -30,6 +30,7 @@ class SubmoduleSpace:
         candidate_sizes: ascending numbers of units of a plain axis, the last one is `num_units`.
         num_heads, head_dim: the full grid, heads times channels per head.
         head_candidates, dim_candidates: ascending numbers of heads and of channels per head, the last is the full one.
+        tied_to: an earlier submodule with the same candidates, whose choice this one follows.
 
     Raises:
         ValueError: for a space that is neither, and for candidates that are not ascending or miss the full size.
@@ -43,6 +44,7 @@ class SubmoduleSpace:
     head_dim: int | None = None
     head_candidates: tuple[int, ...] = ()
     dim_candidates: tuple[int, ...] = ()
+    tied_to: str | None = None
 
     def __post_init__(self):
         for field in ("candidate_sizes", "head_candidates", "dim_candidates"):
@@ -94,6 +96,17 @@ class SearchSpace:
         names = [submodule.name for submodule in self.submodules]
         if len(set(names)) != len(names):
             raise ValueError(f"submodule names must differ, got {names}.")
+        leaders: dict[str, SubmoduleSpace] = {}
+        for submodule in self.submodules:
+            if submodule.tied_to is None:
+                leaders[submodule.name] = submodule
+                continue
+            leader = leaders.get(submodule.tied_to)
+            if leader is None or replace(submodule, name=leader.name, tied_to=None) != leader:
+                raise ValueError(
+                    f"submodule {submodule.name!r} is tied to {submodule.tied_to!r}, which must come before it, be "
+                    "tied to nothing itself, and have the same units and candidates."
+                )
 
     def __iter__(self) -> Iterator[SubmoduleSpace]:
         return iter(self.submodules)
@@ -110,7 +123,7 @@ class SearchSpace:
     @property
     def num_candidates(self) -> int:
         """Architecture logits of the whole space (DeiT-S: 353, DeiT-B: 621 with the paper's candidates)."""
-        return sum(math.prod(submodule.candidate_shape) for submodule in self)
+        return sum(math.prod(submodule.candidate_shape) for submodule in self if submodule.tied_to is None)
 
     @property
     def num_units(self) -> int:

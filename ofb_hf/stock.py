@@ -1,10 +1,10 @@
-"""A compressed ViT as a checkpoint of the stock class: padded with zeros to equal widths, for those without us."""
+"""A compressed ViT as a checkpoint of the stock class, for those without us: padded with zeros where widths differ."""
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from .architectures import describe
+from .architectures import describe, vit_query_parameters
 from .models import OFBViTForImageClassification
 from .surgery import Entries, unit_group_plan
 
@@ -16,8 +16,10 @@ NOT_STOCK += ("model_type", "architectures", "transformers_version", "auto_map",
 def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
     """A stock ViT classifier that computes what `model` does.
 
-    Every attention gets the most heads of all layers and the dense model's channels per head, which keeps the scale of
-    its logits; every MLP the largest width. What is added is zero, and adds nothing; it costs its MACs all the same.
+    Every attention gets the most heads and the most channels per head of all layers, every MLP the largest width. What
+    is added is zero, and adds nothing; it costs its MACs all the same. Where all layers are equally wide (a search with
+    `uniform_across_layers=True`), nothing is added. Stock heads scale their logits by their own width, ours by that of
+    the dense model's: the difference goes into the queries.
 
     Args:
         model: an `OFBViTForImageClassification`.
@@ -27,7 +29,6 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
 
     Raises:
         TypeError: for other classes; stock Swin has no place for our widths.
-        ValueError: for an `attention_scale` that no width of a head can give.
     """
     if not isinstance(model, OFBViTForImageClassification):
         raise TypeError(
@@ -37,18 +38,16 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
     config, layers = model.config, range(model.config.num_hidden_layers)
     sizes = [config.layer_sizes(layer) for layer in layers]
     widest = {name: max(size[name] for size in sizes) for name in sizes[0]}
-    scales = {config.attention_scale or size["head_dim"] ** -0.5 for size in sizes}
-    implied = round(max(scales) ** -2)
-    if len(scales) > 1 or implied < widest["head_dim"] or abs(implied**-0.5 - max(scales)) > 1e-6:
-        raise ValueError(
-            f"the attention logits are scaled by {sorted(scales)}, which stock heads of at least {widest['head_dim']} "
-            "channels do not do; publish this model with its own class."
-        )
-    widest["head_dim"] = implied
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_STOCK}
     stock = ViTConfig(**(fields | widest), attn_implementation=config._attn_implementation)
     padded = ViTForImageClassification(stock).to(model.dtype)
-    padded.load_state_dict(_scatter(model, padded))
+    state = _scatter(model, padded)
+    for layer, size in zip(layers, sizes, strict=True):
+        scale = size["head_dim"] ** -0.5 if config.attention_scale is None else config.attention_scale
+        for name in vit_query_parameters(layer):
+            if name in state:  # the bias may not be
+                state[name] = state[name] * (scale * widest["head_dim"] ** 0.5)
+    padded.load_state_dict(state)
     padded.config.dtype = config.dtype
     return padded.eval()
 

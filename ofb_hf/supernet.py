@@ -10,7 +10,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .architectures import describe, family_of, require_classifier
-from .bi_mask import BiMask
+from .bi_mask import BiMask, TiedBiMask
+from .candidates import candidate_options
 from .configuration import BiMaskConfig, default_config
 from .flops import ExpectedCost, count_macs, evaluate_terms
 from .losses import one_hot_loss
@@ -21,11 +22,6 @@ from .settlement import Option, Settlement, settle
 from .surgery import Entries, slice_model, slice_tensors_, unit_group_plan
 from .unit_groups import Architecture, Slot, Submodule, Term, heads_of, quantities
 
-# Kept importance, weighted by its share of the dense cost, counts this many times a nat of candidate probability
-# when the settlement compares candidates (found by experiment: docs/ARCHITECTURE.md).
-IMPORTANCE_SCORE = 400.0
-# A softmax that has made up its mind must not outvote the budget: log-probabilities below this count as this.
-LOWEST_LOG_PROBABILITY = -5.0
 # L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit elsewhere.
 IMPORTANCE_PENALTY = {"attention": 2e-4, "mlp": 5e-5, "embedding": 5e-5}
 TIGHTNESS = 0.98
@@ -67,7 +63,11 @@ class Supernet(nn.Module):
             raise ValueError(
                 f"{name} is {value:,}, more than the {self.dense_cost:,} of the model itself; nothing would be removed."
             )
-        self.bi_masks = nn.ModuleList([BiMask(space, config.normalize_importance) for space in self.space])
+        self.bi_masks = nn.ModuleList()
+        for space in self.space:
+            leader = () if space.tied_to is None else (self.named_masks[space.tied_to],)
+            mask_class = TiedBiMask if leader else BiMask
+            self.bi_masks.append(mask_class(space, *leader, normalize_importance=config.normalize_importance))
         self.pmim_decoder = None
         self.pmim_window = config.pmim_window or window_for_patch(architecture.token_size)
         if config.pmim:
@@ -106,14 +106,27 @@ class Supernet(nn.Module):
         return {mask.name: mask for mask in self.bi_masks}
 
     @property
+    def leaders(self) -> dict[str, str]:
+        """Submodule name -> the submodule whose choice it follows; its own name unless it is tied."""
+        return {space.name: space.tied_to or space.name for space in self.space}
+
+    @property
+    def groups(self) -> list[list[BiMask]]:
+        """The bi-masks that choose together, the one that owns the choice first."""
+        groups: dict[str, list[BiMask]] = {}
+        for mask in self.bi_masks:
+            groups.setdefault(self.leaders[mask.name], []).append(mask)
+        return list(groups.values())
+
+    @property
     def num_active_candidates(self) -> int:
-        """Candidates still in the race, over all submodules."""
-        return int(torch.stack([mask.active_candidates.sum() for mask in self.bi_masks]).sum())
+        """Candidates still in the race, over all submodules that choose for themselves."""
+        return int(torch.stack([leader.active_candidates.sum() for leader, *_ in self.groups]).sum())
 
     @property
     def is_settled(self) -> bool:
         """Whether every submodule has one candidate left."""
-        return self.num_active_candidates == len(self.bi_masks)
+        return self.num_active_candidates == len(self.groups)
 
     @property
     def is_fresh(self) -> bool:
@@ -223,32 +236,22 @@ class Supernet(nn.Module):
         """The published L1 penalty on importance scores (arXiv:2403.15835, its code)."""
         return torch.stack([IMPORTANCE_PENALTY[mask.kind] * mask.importance().sum() for mask in self.bi_masks]).sum()
 
-    @torch.no_grad()
     def options(self) -> dict[str, list[Option]]:
-        """Every active candidate with its score: kept importance in proportion to cost, plus log-probability."""
-        dense, terms = quantities(self.dense_sizes), self.terms
-        options = {}
-        for mask in self.bi_masks:
-            touched = tuple(term for term in terms if {mask.name, heads_of(mask.name)} & set(term.factors))
-            unit_share = evaluate_terms(touched, dense) / dense[mask.name] / self.dense_cost
-            score = IMPORTANCE_SCORE * unit_share * _kept_importance(mask)
-            score = score + mask.candidate_probs().log().clamp(min=LOWEST_LOG_PROBABILITY)
-            axes = [sizes.tolist() for sizes in mask.candidate_axes]
-            chosen, scores = mask.active_candidates.nonzero().tolist(), score[mask.active_candidates].tolist()
-            options[mask.name] = [
-                Option(tuple(axis[i] for axis, i in zip(axes, index, strict=True)), value)
-                for index, value in zip(chosen, scores, strict=True)
-            ]
-        return options
+        """Every active candidate of every submodule that chooses, with its score."""
+        return candidate_options(self.groups, self.terms, self.dense_sizes)
 
     def settlement(self) -> Settlement:
-        """The best choice within the budget as things stand.
+        """The best choice within the budget as things stand, for every searched submodule.
 
         Raises:
             UnreachableBudgetError: naming the smallest possible cost.
         """
         fixed = quantities({name: size for name, size in self.dense_sizes.items() if name not in self.named_masks})
-        return settle(self.options(), self.terms, fixed, self.target, TIGHTNESS)
+        follows = self.leaders | {heads_of(name): heads_of(leader) for name, leader in self.leaders.items()}
+        terms = [replace(term, factors=tuple(follows.get(f, f) for f in term.factors)) for term in self.terms]
+        settlement = settle(self.options(), tuple(terms), fixed, self.target, TIGHTNESS)
+        choice = {name: settlement.choice[leader] for name, leader in self.leaders.items()}
+        return replace(settlement, choice=choice)
 
     def settle_(self) -> SubnetSpec:
         """Makes the final choice in every submodule and returns it; the units left out are exactly 0 from now on."""
@@ -265,13 +268,20 @@ class Supernet(nn.Module):
         """
         best = self.settlement().choice
         retired = 0
-        for mask in self.bi_masks:
-            weak = mask.weak_candidates(self.bi_mask_config.retire_threshold)
-            weak[mask.index_of(best[mask.name].size)] = False
+        for leader, *tied in self.groups:
+            weak = leader.weak_candidates(self.bi_mask_config.retire_threshold)
+            weak[leader.index_of(best[leader.name].size)] = False
             if weak.any():
-                mask.retire_(weak)
+                for mask in (leader, *tied):
+                    mask.retire_(weak)
                 retired += int(weak.sum())
         return retired
+
+    def fit_alpha_(self) -> None:
+        """Fits every alpha to the importance curve of its submodule, or to the mean of those tied together."""
+        for leader, *tied in self.groups:
+            curves = [mask.importance_by_rank() for mask in (leader, *tied)]
+            leader.fit_alpha_(curve=torch.stack(curves).mean(0))
 
     @torch.no_grad()
     def shrink_(self) -> tuple[dict[nn.Parameter, nn.Parameter], dict[str, Entries]]:
@@ -423,11 +433,3 @@ def _living_units(mask: BiMask) -> tuple[int, ...] | dict[int, tuple[int, ...]]:
     """Living units as indices into the network as it is now, in the form of `SubnetSpec.kept`."""
     units = [indices.tolist() for indices in mask.alive_units()]
     return dict(zip(units[0], map(tuple, units[1]), strict=True)) if mask.is_grid else tuple(units[0])
-
-
-def _kept_importance(mask: BiMask) -> Tensor:
-    """Importance that each candidate would keep, shaped like alpha."""
-    total = mask.importance_by_rank()
-    for axis, sizes in enumerate(mask.candidate_axes):
-        total = total.cumsum(axis).index_select(axis, sizes - 1)
-    return total

@@ -153,8 +153,7 @@ class OFBTrainer(DistillationTrainer):
         masks = self.supernet.bi_masks
 
         def fit() -> list[Tensor]:
-            for mask in masks:
-                mask.fit_alpha_()
+            self.supernet.fit_alpha_()
             return [mask.alpha.cpu() for mask in masks]
 
         for mask, alpha in zip(masks, decided_by_rank_0(fit), strict=True):

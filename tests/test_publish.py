@@ -81,9 +81,6 @@ def outcomes(hub, output, tmp_path_factory):
     better = shutil.copytree(output, tmp_path_factory.mktemp("better") / "half")
     (better / "README.md").write_text((output / "README.md").read_text() + "\nBetter.\n")
     cases += [["pr", str(better), "lab/half", "hf_write", {"create_pr": True, "commit_message": "Better"}]]
-    odd = tmp_path_factory.mktemp("odd") / "model"
-    non_uniform_vit().save_pretrained(odd)
-    cases += [["odd", str(odd), "lab/odd", "hf_write", {}]]
     cases += [["branch", str(output), "lab/half", "hf_write", {"revision": "v2", "private": True}]]
     cases += [[name, str(output), f"lab/{name}", "hf_write", {}] for name in FAULTS]
     cases += [[token, str(output), f"lab/{token[3:]}", token, {}] for token in REFUSED]
@@ -149,13 +146,6 @@ def test_pull_requests_and_branches(hub, outcomes):
     assert outcomes["pr"]["pr"].endswith("/discussions/1")
     assert repository.at("refs/pr/1").message.startswith("Better")
     assert set(repository.references) >= {"main", "stock", "v2", "refs/pr/1"}
-
-
-def test_what_has_no_stock_form_is_published_without(hub, outcomes):
-    """Its attention logits are scaled as no stock head does it."""
-    assert "error" not in outcomes["odd"]
-    assert "stock" not in hub.repositories["lab/odd"].references
-    assert "modeling_ofb_vit.py" in hub.repositories["lab/odd"].files
 
 
 DOORS = {

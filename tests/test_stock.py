@@ -76,5 +76,9 @@ def test_dense_models_are_padded_by_nothing():
 def test_what_has_no_stock_form_is_refused():
     with pytest.raises(TypeError, match="got a OFBSwinForImageClassification; only OFBViT"):
         pad_to_stock(non_uniform_swin())
-    with pytest.raises(ValueError, match=r"scaled by \[0\.37\], which stock heads of at least 11 channels do not do"):
-        pad_to_stock(non_uniform_vit())
+
+
+def test_any_scale_of_the_attention_has_a_stock_form():
+    model = non_uniform_vit()
+    assert model.config.attention_scale == 0.37
+    assert_same(model, pad_to_stock(model))

@@ -15,6 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..data import DataArguments
+from ..export import FORMATS
 from ..models.shapes import SHAPES
 from ..training_args import OFBTrainingArguments
 
@@ -103,6 +104,25 @@ class PublishArguments:
             raise ValueError("--dry_run writes what would be published; say where with --output_dir.")
         if self.repo_id is None and not self.dry_run:
             raise ValueError("--repo_id is missing; give OWNER/NAME, or --dry_run.")
+
+
+@dataclass
+class ExportArguments:
+    """What to export, how, and where to."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata=_help("A Hub name or folder with an image classifier, stock or ours.")
+    )
+    format: str = field(default="onnx", metadata=_help("onnx: model.onnx; torch: model.pt2 of torch.export."))
+    output_dir: str | None = field(default=None, metadata=_help("A new folder for the exported file."))
+
+    def __post_init__(self):
+        if self.model_name_or_path is None:
+            raise ValueError("--model_name_or_path is missing; give a Hub name or a folder with an image classifier.")
+        if self.format not in FORMATS:
+            raise ValueError(f"--format is {self.format!r}; known formats are {', '.join(FORMATS)}.")
+        if self.output_dir is None:
+            raise ValueError("--output_dir is missing; give a folder for the exported file.")
 
 
 def parse(

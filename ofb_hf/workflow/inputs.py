@@ -142,7 +142,7 @@ def load_classifier(name_or_path: str, label_names: list[str], seed: int) -> Pre
     if name_or_path in SHAPES:
         torch.manual_seed(seed)
         return AutoModelForImageClassification.from_config(SHAPES[name_or_path].config(label_names))
-    model = _load(name_or_path)
+    model = load_checkpoint(name_or_path)
     require_classifier(model)
     if model.config.num_labels != len(label_names):
         raise ValueError(
@@ -162,7 +162,7 @@ def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | 
     """
     if name_or_path is None:
         return None
-    model, processor = _load(name_or_path), inputs.processor
+    model, processor = load_checkpoint(name_or_path), inputs.processor
     theirs, num_labels = load_image_processor(name_or_path), len(inputs.data.label_names)
     names = [model.config.id2label[index] for index in range(min(num_labels, model.config.num_labels))]
     if names != inputs.data.label_names and sorted(names) == sorted(inputs.data.label_names):
@@ -186,7 +186,12 @@ def _batch_of(processor: Any) -> tuple[list[float], list[float], tuple[int, int]
     return list(processor.image_mean), list(processor.image_std), (transform.height, transform.width)
 
 
-def _load(name_or_path: str) -> PreTrainedModel:
+def load_checkpoint(name_or_path: str) -> PreTrainedModel:
+    """An image classifier, stock or ours, from the Hub or a folder.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
     try:
         return AutoModelForImageClassification.from_pretrained(name_or_path)
     except (OSError, KeyError) as error:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.utils import logging
 
@@ -242,10 +244,24 @@ def write_output(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetS
 
 
 def _source(walk: Walk) -> dict[str, str | None]:
-    """The dense parent: its name, without folders of this machine, and its commit on the Hub."""
+    """The dense parent: its name, without folders of this machine, its commit on the Hub, and its licence."""
     name = walk.model_args.model_name_or_path
     revision = getattr(walk.dense.config, "_commit_hash", None)
-    return {"model": Path(name).name if Path(name).exists() else name, "revision": revision}
+    is_local = Path(name).exists()
+    return {"model": Path(name).name if is_local else name, "revision": revision, "license": _license(name)}
+
+
+def _license(name_or_path: str) -> str | None:
+    """The licence in the card of a model, None without a card, and where it cannot be read."""
+    if name_or_path in SHAPES:
+        return None
+    folder = Path(name_or_path)
+    try:
+        card = folder / "README.md" if folder.is_dir() else hf_hub_download(name_or_path, "README.md")
+        return ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except (OSError, HFValidationError) as error:
+        logger.info(f"no licence is known of {name_or_path}: {error}")
+        return None
 
 
 def _save_with_processor(model: PreTrainedModel, processor: Any, folder: Path) -> None:
