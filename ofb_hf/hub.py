@@ -11,15 +11,16 @@ from typing import Any
 
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResultEntry, HfApi, eval_result_entries_to_yaml
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from . import models
 from ._version import __version__
 from .flops import count_macs, count_params
-from .leaks import require_no_leaks
+from .leaks import require_no_leaks, require_no_token
 from .model_card import final_results, plain_card
 from .network import patiently
 from .stock import pad_to_stock
@@ -81,10 +82,11 @@ def publish(
         raise ValueError(f"output_dir {output_dir} is not empty; give a new folder.")
     with tempfile.TemporaryDirectory() as temporary:
         folder, twin = Path(temporary) / "main", Path(temporary) / STOCK_REVISION
-        loaded = _stage(model, folder)
+        secrets = {token} if token else set()
+        loaded = _stage(model, folder, secrets)
         with_twin = stock and not create_pr and revision is None and _stage_stock(loaded, folder, twin)
         owner = {repo_id.partition("/")[0]} if repo_id else set()
-        require_no_leaks(folder, owner)
+        require_no_leaks(folder, owner, secrets)
         if output_dir is not None:
             shutil.copytree(folder, output_dir, dirs_exist_ok=True)
         if repo_id is None:
@@ -119,7 +121,7 @@ def require_write_access(repo_id: str | None, token: str | None = None) -> None:
         )
 
 
-def _stage(model: PreTrainedModel | str | Path, folder: Path) -> PreTrainedModel:
+def _stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) -> PreTrainedModel:
     """Fills a folder with everything that is published; returns the classifier in it."""
     folder.mkdir()
     if isinstance(model, PreTrainedModel):
@@ -129,10 +131,11 @@ def _stage(model: PreTrainedModel | str | Path, folder: Path) -> PreTrainedModel
         for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME):
             if not (source / name).is_file():
                 raise ValueError(f"{source} has no {name}; give the output folder of a search, or a model.")
+        if (source / TRAINING_ARGS_NAME).is_file():
+            require_no_token(source / TRAINING_ARGS_NAME, secrets)
         for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME, *OPTIONAL):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-    (folder / "training_args.bin").unlink(missing_ok=True)
     loaded = AutoModelForImageClassification.from_pretrained(folder)
     classes = next((row for row in models.REGISTERED if type(loaded) is row[2]), None)
     if classes is None:
@@ -210,9 +213,15 @@ def _commit(api: HfApi, repo_id: str, folder: Path, message: str, revision: str 
     def commit() -> CommitInfo:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
-        return api.create_commit(
-            repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr or None
-        )
+        try:
+            return api.create_commit(
+                repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr or None
+            )
+        except ConnectionError as error:
+            if "xet-write-token" not in str(error) or "404" not in str(error):
+                raise
+        # Out here, where the error above is not in its context: asking again would not help.
+        raise ValueError(f"{api.endpoint} does not take uploads through Xet; set HF_HUB_DISABLE_XET=1")
 
     # A commit whose answer was lost has landed: done again, it changes nothing. A pull request would be a second one.
     return commit() if create_pr else patiently(commit, f"committing to {repo_id}")
@@ -232,8 +241,6 @@ def _refusals_in_words(api: HfApi, repo_id: str, revision: str | None) -> Iterat
 
 
 def _reason(error: Exception, repo_id: str, endpoint: str) -> str:
-    if "xet" in str(error).lower():
-        return f"{endpoint} does not take uploads through Xet. Set HF_HUB_DISABLE_XET=1 and try again."
     status = getattr(getattr(error, "response", None), "status_code", None)
     words = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     known = {
@@ -252,6 +259,8 @@ def _state(api: HfApi, repo_id: str, revision: str | None) -> str:
     where = f"{repo_id} ({revision or 'main'})"
     try:
         commit = api.repo_info(repo_id, revision=revision).sha
+    except RepositoryNotFoundError:
+        return f"There is no {repo_id} on the Hub, or none that your account may see."
     except Exception:  # whatever failed before may fail again; then nothing is known
         return f"What is in {where} now could not be found out."
     return f"{where} is at commit {commit[:8]}."

@@ -40,17 +40,21 @@ class Leak:
         return f"{self.file}{self.place}: {self.what}"
 
 
-def require_no_leaks(folder: Path, public_names: set[str] = frozenset()) -> None:
+def require_no_leaks(folder: Path, public_names: set[str] = frozenset(), secrets: set[str] = frozenset()) -> None:
     """Reads every file of a folder.
 
     Args:
         public_names: names that may occur, such as that of the account that is published to.
+        secrets: what must not occur besides the secrets of this machine.
 
     Raises:
         LeakError: naming files, lines and what was found there.
     """
     leaks = [
-        leak for path in sorted(folder.rglob("*")) if path.is_file() for leak in _leaks_in(path, folder, public_names)
+        leak
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        for leak in _leaks_in(path, folder, public_names, secrets | _secrets())
     ]
     if leaks:
         more = f" And {len(leaks) - 10} more." if len(leaks) > 10 else ""
@@ -61,11 +65,25 @@ def require_no_leaks(folder: Path, public_names: set[str] = frozenset()) -> None
         )
 
 
-def _leaks_in(path: Path, folder: Path, public_names: set[str]) -> list[Leak]:
+def require_no_token(path: Path, secrets: set[str] = frozenset()) -> None:
+    """Looks for access tokens in a file of any kind that is not published itself, but lies beside what is.
+
+    Raises:
+        LeakError: naming the file.
+    """
+    content, anywhere = path.read_bytes(), TOKENS.pattern.removeprefix(r"\b").encode()
+    if re.search(anywhere, content) or any(secret.encode() in content for secret in secrets | _secrets()):
+        raise LeakError(
+            f"not published: {path.name} holds an access token. The file itself would have stayed here, but whoever "
+            "gets this folder gets the token: delete the file, and revoke the token if the folder was shared."
+        )
+
+
+def _leaks_in(path: Path, folder: Path, public_names: set[str], secrets: set[str]) -> list[Leak]:
     name = path.relative_to(folder).as_posix()
     if path.suffix in PICKLES:
         return [Leak(name, "", "a file that may hold pickled code")]
-    return [Leak(name, place, what) for place, text in _texts(path) for what in _findings(text, public_names)]
+    return [Leak(name, place, what) for place, text in _texts(path) for what in _findings(text, public_names, secrets)]
 
 
 def _texts(path: Path) -> list[tuple[str, str]]:
@@ -81,11 +99,11 @@ def _texts(path: Path) -> list[tuple[str, str]]:
     return [(f", line {number}", line) for number, line in enumerate(lines, start=1)]
 
 
-def _findings(text: str, public_names: set[str]) -> list[str]:
+def _findings(text: str, public_names: set[str], secrets: set[str]) -> list[str]:
     found = []
     if TOKENS.search(text):
         found.append("an access token")
-    elif any(secret in text for secret in _secrets()):
+    elif any(secret in text for secret in secrets):
         found.append("the value of a secret of this machine")
     if match := PATHS.search(text):
         found.append(f"a folder of a machine ({match[0][:60]})")

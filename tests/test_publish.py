@@ -18,6 +18,7 @@ from huggingface_hub import parse_eval_result_entries
 from runs import walk
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 from ofb_hf import SubnetSpec, cli, count_macs, publish
 from ofb_hf.leaks import LeakError
@@ -30,19 +31,30 @@ PUBLISHED = {
     *("modeling_ofb_vit.py", "preprocessor_config.json", "search.png", "search_history.jsonl", "subnet.json"),
 }
 # What goes wrong with which request, how often, and what comes of it: success, or words.
+REQUESTS = {
+    "create": "/repos/create",
+    "card": "/validate-yaml",
+    "preupload": "/preupload/",
+    "batch": "/objects/batch",
+    "put": "/objects/lab",
+    "verify": "/verify",
+    "commit": "/commit/",
+    "branch": "/branch/",
+}
+DOWN = "5 attempts in a row failed"
 FAULTS: dict[str, tuple[str, Any, int, str | None]] = {
-    "create-503": ("/repos/create", 503, 2, None),
-    "create-429": ("/repos/create", (429, 1), 1, None),
+    f"{kind}-{status}": (part, (status, 1) if status == 429 else status, 2, None)
+    for kind, part in REQUESTS.items()
+    for status in (500, 503, 429)
+}
+FAULTS |= {
+    f"{kind}-down": (REQUESTS[kind], 503, 999, DOWN) for kind in ("create", "preupload", "batch", "put", "commit")
+}
+FAULTS |= {
     "create-lose": ("/repos/create", "lose", 1, None),
-    "preupload-500": ("/preupload/", 500, 1, None),
-    "batch-503": ("/objects/batch", 503, 1, None),
     "put-cut": ("/objects/lab", "cut upload", 1, None),
-    "commit-503": ("/commit/", 503, 2, None),
-    "commit-429": ("/commit/", (429, 1), 1, None),
     "commit-lose": ("/commit/", "lose", 1, None),
     "commit-cut": ("/commit/", "cut upload", 1, None),
-    "branch-503": ("/branch/", 503, 1, None),
-    "commit-down": ("/commit/", 503, 99, r"5 attempts in a row failed.*503"),
     "commit-conflict": ("/commit/", 412, 1, "somebody else changed lab/commit-conflict"),
 }
 REFUSED = {
@@ -89,6 +101,7 @@ def outcomes(hub, output, tmp_path_factory):
     def fault(path: str) -> Any:
         if "/models/case/" in path:
             current[0] = path.rpartition("/")[2]
+            return None
         part, what, _, _ = FAULTS.get(current[0], ("nothing", None, 0, None))
         if part not in path or left.get(current[0], 0) == 0:
             return None
@@ -109,7 +122,7 @@ def outcomes(hub, output, tmp_path_factory):
     assert process.returncode == 0, process.stderr[-4000:]
     assert digest(output) == before
     lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
-    return {line["name"]: line for line in lines}
+    return {line["name"]: line | {"faults left": left.get(line["name"])} for line in lines}
 
 
 def test_one_commit_holds_everything_and_a_second_one_nothing(hub, output, outcomes):
@@ -200,20 +213,22 @@ def cli_model(folder):
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_end_in_success_or_in_a_sentence(hub, outcomes, name):
     *_, words = FAULTS[name]
-    outcome, repository = outcomes[name], hub.repositories[f"lab/{name}"]
-    published = [commit for commit in repository.commits if commit.revision == "main" and commit.parent]
+    outcome, repository = outcomes[name], hub.repositories.get(f"lab/{name}")
+    commits = repository.commits if repository is not None else []
+    published = [commit for commit in commits if commit.revision == "main" and commit.parent]
     if words is None:
         assert "error" not in outcome, outcome
+        assert outcome["faults left"] == 0, "the request that was to fail was never made"
         assert len(published) == 1
         assert set(repository.files) - {".gitattributes"} == PUBLISHED
         assert "stock" in repository.references
     else:
         assert outcome["error"] == "PublishError"
-        pattern = rf"^not published: .*{words}.*\(main\) is at commit \w{{8}}.*run the same"
-        assert re.search(pattern, outcome["message"])
+        state = rf"lab/{name} \(main\) is at commit \w{{8}}" if repository else f"There is no lab/{name} on the Hub"
+        assert re.search(rf"^not published: .*{words}.*{state}.*run the same", outcome["message"])
         assert "\n" not in outcome["message"]
         assert not published
-        assert "config.json" not in repository.files
+        assert "config.json" not in (repository.files if repository else {})
 
 
 @pytest.mark.parametrize("token", REFUSED)
@@ -221,6 +236,21 @@ def test_tokens_that_may_not_write_are_refused_in_words(hub, outcomes, token):
     assert outcomes[token]["error"] == "PublishError"
     assert REFUSED[token] in outcomes[token]["message"]
     assert f"lab/{token[3:]}" not in hub.repositories
+
+
+def test_a_hub_without_xet_is_told_in_words_how_to_go_on(hub, output, tmp_path):
+    """What happens by default: nobody has set HF_HUB_DISABLE_XET."""
+    hub.fault = lambda path: None
+    environment = hub.environment(tmp_path / "hf", token="hf_write")
+    del environment["HF_HUB_DISABLE_XET"]
+    command = [sys.executable, "-c", "from ofb_hf.cli import main; main()", "publish", str(output)]
+    command += ["--repo_id", "lab/xet"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert process.returncode == 2
+    (line,) = [line for line in process.stderr.splitlines() if line.startswith("error:")]
+    assert "does not take uploads through Xet; set HF_HUB_DISABLE_XET=1." in line
+    assert "attempt" not in process.stderr
+    assert [commit.message for commit in hub.repositories["lab/xet"].commits] == ["initial commit"]
 
 
 @pytest.mark.slow
@@ -295,6 +325,32 @@ def test_nothing_with_a_token_in_it_is_published(output, tmp_path, name):
     with pytest.raises(LeakError, match=f"{name}.*an access token"):
         publish(copy, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_token_in_training_arguments_is_found_and_the_push_refused(hub, output, tmp_path):
+    """The Trainer of transformers pickles its arguments, tokens included, beside what it saves."""
+    hub.fault = lambda path: None
+    copy, token = shutil.copytree(output, tmp_path / "copy"), "hf_" + "Ab9" * 12
+    torch.save(TrainingArguments("out", hub_token=token, use_cpu=True), copy / "training_args.bin")
+    command = [sys.executable, "-c", "from ofb_hf.cli import main; main()", "publish", str(copy)]
+    environment = hub.environment(tmp_path / "hf", token="hf_write")
+    command += ["--repo_id", "lab/arguments"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert process.returncode == 2
+    assert "training_args.bin holds an access token" in process.stderr
+    assert token not in process.stderr + process.stdout
+    assert "lab/arguments" not in hub.repositories
+
+    torch.save(TrainingArguments("out", use_cpu=True), copy / "training_args.bin")
+    publish(copy, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out" / "training_args.bin").exists()
+
+
+def test_the_token_that_publishes_is_looked_for_whatever_it_looks_like(output, tmp_path):
+    copy = shutil.copytree(output, tmp_path / "copy")
+    (copy / "README.md").write_text((copy / "README.md").read_text() + "\nan-odd-token\n")
+    with pytest.raises(LeakError, match=r"README\.md, line \d+: the value of a secret"):
+        publish(copy, output_dir=tmp_path / "out", token="an-odd-token")
 
 
 def test_a_dry_run_lists_what_would_be_sent(output, tmp_path, capsys):

@@ -8,7 +8,6 @@ from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub import ModelCard, hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.utils import logging
 
@@ -257,9 +256,9 @@ def _license(name_or_path: str) -> str | None:
         return None
     folder = Path(name_or_path)
     try:
-        card = folder / "README.md" if folder.is_dir() else hf_hub_download(name_or_path, "README.md")
-        return ModelCard.load(card, ignore_metadata_errors=True).data.license
-    except (OSError, HFValidationError) as error:
+        card = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(name_or_path, "README.md"))
+        return ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+    except OSError as error:
         logger.info(f"no licence is known of {name_or_path}: {error}")
         return None
 

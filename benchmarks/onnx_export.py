@@ -1,0 +1,91 @@
+"""What ONNX Runtime makes of dense and compressed models: agreement, file size, images per second against PyTorch.
+
+Shapes get random weights, and a compressed one is what the search space offers at half of the MACs (no training: neither
+speed nor agreement depends on it). Contestants take turns; medians over the rounds, ratios within a round.
+
+    python benchmarks/onnx_export.py --shapes deit_tiny swin_tiny --batch 8
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import onnxruntime
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageClassification
+
+from ofb_hf import compress, count_macs, install_bi_masks
+from ofb_hf.configuration import default_config
+from ofb_hf.export import export_onnx
+from ofb_hf.models.shapes import SHAPES
+
+HEAD = ("model", "GMACs", "difference", "ONNX MiB", "torch img/s", "onnxruntime img/s", "ratio", "(lowest, highest)")
+
+
+def contestants(shape: str, share: float) -> dict[str, torch.nn.Module]:
+    """The dense model of a shape, and a compressed one at a share of its MACs."""
+    torch.manual_seed(0)
+    dense = AutoModelForImageClassification.from_config(SHAPES[shape].config(list(map(str, range(1000))))).eval()
+    config = default_config(dense.config, target_macs=share, multiple_of=16)
+    return {f"{shape}, dense": dense, f"{shape}, {share} of the MACs": compress(install_bi_masks(dense, config)).eval()}
+
+
+def rate(run: Callable[[Tensor], object], images: Tensor, seconds: float) -> float:
+    """Images per second of one turn."""
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or not count:
+        run(images)
+        count += len(images)
+    return count / (time.perf_counter() - began)
+
+
+def measure(name: str, model: torch.nn.Module, batch: int, rounds: int, seconds: float) -> list[str]:
+    """A row of the table."""
+    size = model.config.image_size
+    images = torch.randn(batch, 3, size, size)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        done = export_onnx(model, folder)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(done.path, options, providers=["CPUExecutionProvider"])
+        turns = []
+        for _ in range(rounds + 1):  # the first warms up
+            ours = rate(model, images, seconds)
+            turns.append((ours, rate(lambda x: session.run(None, {"pixel_values": x.numpy()}), images, seconds)))
+    pytorch, onnx = zip(*turns[1:], strict=True)
+    ratios = [b / a for a, b in turns[1:]]
+    return [
+        name,
+        f"{count_macs(model) / 1e9:.3f}",
+        f"{done.difference:.1e}",
+        f"{done.size / 2**20:.1f}",
+        f"{statistics.median(pytorch):.1f}",
+        f"{statistics.median(onnx):.1f}",
+        f"{statistics.median(ratios):.2f}",
+        f"({min(ratios):.2f}, {max(ratios):.2f})",
+    ]
+
+
+def main() -> None:
+    """Prints one table for all shapes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["deit_tiny", "swin_tiny"])
+    parser.add_argument("--share", type=float, default=0.5, help="MACs of the compressed models")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn")
+    wanted = parser.parse_args()
+    sys.stdout.write(f"| {' | '.join(HEAD)} |\n| --- {'| ---: ' * (len(HEAD) - 1)}|\n")
+    for shape in wanted.shapes:
+        for name, model in contestants(shape, wanted.share).items():
+            row = measure(name, model, wanted.batch, wanted.rounds, wanted.seconds)
+            sys.stdout.write(f"| {' | '.join(row)} |\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
