@@ -1,7 +1,7 @@
 """What ONNX Runtime makes of dense and compressed models: agreement, file size, images per second against PyTorch.
 
-Shapes get random weights, and a compressed one is what the search space offers at half of the MACs (no training: neither
-speed nor agreement depends on it). Contestants take turns; medians over the rounds, ratios within a round.
+Shapes get random weights, and a compressed one is what the search space offers at half of the MACs (neither speed
+nor agreement depend on training). Contestants take turns; medians over the rounds, ratios within a round.
 
     python benchmarks/onnx_export.py --shapes deit_tiny swin_tiny --batch 8
 """
