@@ -101,8 +101,10 @@ def publish(argv: list[str] | None = None) -> None:
     repo_id = None if wanted.dry_run else wanted.repo_id
     done = _in_words(lambda: hub.publish(wanted.model_dir, repo_id, **options))
     if isinstance(done, Path):
-        sizes = [f"{path.stat().st_size:>12,}  {path.name}" for path in sorted(done.iterdir())]
-        sys.stdout.write("\n".join([f"would be published to {wanted.repo_id or 'a repository'}:", *sizes, ""]))
+        files = sorted(path for path in done.rglob("*") if path.is_file())
+        lines = [f"{path.stat().st_size:>12,}  {path.relative_to(done).as_posix()}" for path in files]
+        where = f"{wanted.repo_id or 'a repository'} (what is in {hub.STOCK_REVISION}/, to the branch of that name)"
+        sys.stdout.write("\n".join([f"would be published to {where}:", *lines, ""]))
     else:
         sys.stdout.write(f"published: {done.pr_url or done.commit_url}\n")
 

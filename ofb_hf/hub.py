@@ -1,38 +1,23 @@
-"""Publishing: a folder that says everything about a checkpoint and nothing about the machine, in one commit."""
+"""Publishing: one commit for a checkpoint, one for its stock twin, and one sentence for whatever goes wrong."""
 
-import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResultEntry, HfApi, eval_result_entries_to_yaml
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers import PreTrainedModel
 
-from . import models
 from ._version import __version__
-from .flops import count_macs, count_params
-from .leaks import require_no_leaks, require_no_token
-from .model_card import final_results, plain_card
+from .leaks import require_no_leaks
 from .network import patiently
-from .stock import pad_to_stock
+from .staging import is_ours, stage, stage_stock
 
-logger = logging.get_logger(__name__)
-
-CARD, RESULTS, SUBNET, PREPROCESSOR = "README.md", "eval_results.json", "subnet.json", "preprocessor_config.json"
-# What of a search's output folder is published, where it is there; everything else stays.
-OPTIONAL = (PREPROCESSOR, SUBNET, CARD, RESULTS, "search_history.jsonl", "search.png")
 STOCK_REVISION = "stock"
-EVALUATIONS = ".eval_results"
-AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageClassification")
+RETRY = "Publish again when it is up; what is there already is not sent twice."
 
 
 class PublishError(RuntimeError):
@@ -55,50 +40,62 @@ def publish(
 
     One commit holds `config.json` (whose `auto_map` names the code), `model.safetensors`, the model's two code files,
     and what a search leaves beside them: image processor, subnet, results, history, picture, card. Publishing the same
-    again changes nothing. A ViT also goes to the branch `stock`, padded to a checkpoint of transformers' own class.
+    again changes nothing; what an earlier checkpoint left there goes. A ViT also goes to the branch `stock`, as a
+    checkpoint of transformers' own class, padded with zeros where its layers differ in width.
 
     Args:
         model: an output folder of a search or of `save_pretrained`, or a model.
         repo_id: `owner/name`; made if it is not there. None: only write `output_dir`.
-        output_dir: where to write what is, or would be, published; must be empty or absent.
+        output_dir: where to write what is, or would be, published, the stock twin in its subfolder `stock`; must be
+            empty or absent.
         private: whether a repository that is made now is private.
-        revision: branch to commit to, made if it is not there; `main` by default.
+        revision: branch to commit to, made if it is not there; `main` by default. Its stock twin is left out.
         commit_message: of the commit.
         create_pr: open a pull request instead of committing to the branch. Its stock twin is left out.
-        stock: also publish the padded twin of a ViT.
+        stock: also publish the stock twin of a ViT.
         token: access token; by default the one of `hf auth login` or HF_TOKEN.
 
     Returns:
         The commit, or `output_dir` if there is no `repo_id`.
 
     Raises:
-        ValueError: for a folder that holds no classifier of ours, and for an `output_dir` that is not empty.
+        ValueError: for a folder that holds no classifier of ours, a `repo_id` that is not owner/name, and an
+            `output_dir` that is not empty.
         LeakError: if a file holds a token, the name of an account or machine, or a folder of this machine.
         PublishError: if the Hub refuses, or cannot be reached; says what is on the Hub now.
     """
     if repo_id is None and output_dir is None:
         raise ValueError("neither repo_id nor output_dir is given; say where the checkpoint is to go.")
+    if repo_id is not None and repo_id.count("/") != 1:
+        raise ValueError(f"repo_id is {repo_id!r}; give OWNER/NAME.")
     if output_dir is not None and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
         raise ValueError(f"output_dir {output_dir} is not empty; give a new folder.")
     with tempfile.TemporaryDirectory() as temporary:
         folder, twin = Path(temporary) / "main", Path(temporary) / STOCK_REVISION
         secrets = {token} if token else set()
-        loaded = _stage(model, folder, secrets)
-        with_twin = stock and not create_pr and revision is None and _stage_stock(loaded, folder, twin)
+        loaded = stage(model, folder, secrets)
+        with_twin = stock and not create_pr and revision is None and stage_stock(loaded, folder, twin)
         owner = {repo_id.partition("/")[0]} if repo_id else set()
-        require_no_leaks(folder, owner, secrets)
+        require_no_leaks(Path(temporary), owner, secrets)
         if output_dir is not None:
             shutil.copytree(folder, output_dir, dirs_exist_ok=True)
+            if with_twin:
+                shutil.copytree(twin, Path(output_dir) / STOCK_REVISION)
         if repo_id is None:
             return Path(output_dir)
         api = HfApi(token=token)
         message = commit_message or f"Publish {loaded.config.model_type} with ofb-hf {__version__}"
-        with _refusals_in_words(api, repo_id, revision):
-            patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making {repo_id}")
+        with _refusals_in_words(api, repo_id, revision, create_pr):
+            _make_repository(api, repo_id, private)
+            if revision is not None:
+                _make_branch(api, repo_id, revision)
             commit = _commit(api, repo_id, folder, message, revision, create_pr)
         if with_twin:
-            with _refusals_in_words(api, repo_id, STOCK_REVISION):
-                _commit(api, repo_id, twin, f"{message}, padded to a stock ViT", STOCK_REVISION, create_pr=False)
+            with _refusals_in_words(api, repo_id, STOCK_REVISION, published=commit):
+                # From the first commit: the branch is to hold the twin, and nothing of the checkpoint with our code.
+                start = patiently(lambda: api.list_repo_commits(repo_id), f"looking at {repo_id}", advice=RETRY)[-1]
+                _make_branch(api, repo_id, STOCK_REVISION, start.commit_id)
+                _commit(api, repo_id, twin, f"{message}, as a stock ViT", STOCK_REVISION, create_pr=False)
     return commit
 
 
@@ -106,113 +103,50 @@ def require_write_access(repo_id: str | None, token: str | None = None) -> None:
     """Finds out before a long run whether its result can be published.
 
     Raises:
-        ValueError: without a `repo_id` of the form owner/name, or a token that may write.
+        ValueError: without a `repo_id` of the form owner/name, or a token that may write there.
     """
     if repo_id is None or repo_id.count("/") != 1:
         raise ValueError(f"hub_model_id is {repo_id!r}; --push_to_hub needs the repository to push to, OWNER/NAME.")
-    api = HfApi(token=token)
+    api, owner = HfApi(token=token), repo_id.partition("/")[0]
     try:
-        account = patiently(api.whoami, "asking the Hub who you are")
+        account = patiently(api.whoami, "asking the Hub who you are", advice=RETRY)
     except (HfHubHTTPError, httpx.RequestError, OSError, ValueError) as error:  # ValueError: there is no token
         raise ValueError(f"--push_to_hub: {_reason(error, repo_id, api.endpoint)} Nothing was started.") from error
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(
             f"--push_to_hub: your token may only read. Take one with write access to {repo_id}. Nothing was started."
         )
-
-
-def _stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) -> PreTrainedModel:
-    """Fills a folder with everything that is published; returns the classifier in it."""
-    folder.mkdir()
-    if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder)
-    else:
-        source = Path(model)
-        for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME):
-            if not (source / name).is_file():
-                raise ValueError(f"{source} has no {name}; give the output folder of a search, or a model.")
-        if (source / TRAINING_ARGS_NAME).is_file():
-            require_no_token(source / TRAINING_ARGS_NAME, secrets)
-        for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME, *OPTIONAL):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-    loaded = AutoModelForImageClassification.from_pretrained(folder)
-    classes = next((row for row in models.REGISTERED if type(loaded) is row[2]), None)
-    if classes is None:
-        ours = ", ".join(row[2].__name__ for row in models.REGISTERED)
+    owners = [account["name"], *(organization["name"] for organization in account.get("orgs", []))]
+    if owner.lower() not in map(str.lower, owners):
         raise ValueError(
-            f"the classifier is a {type(loaded).__name__}; publish takes {ours}. Others have their own push_to_hub."
+            f"--push_to_hub: {repo_id} belongs to {owner}, and your account is {owners[0]}, of the organizations "
+            f"{owners[1:]}. Nothing was started."
         )
-    _add_code(folder, classes)
-    results = json.loads((folder / RESULTS).read_text(encoding="utf-8")) if (folder / RESULTS).is_file() else {}
-    _describe_weights(folder, loaded, results.get("source", {}))
-    if "/" in results.get("data", ""):
-        _add_evaluation(folder, results)
-    if not (folder / CARD).is_file():
-        (folder / CARD).write_text(plain_card(count_macs(loaded), count_params(loaded)), encoding="utf-8")
-    return loaded
 
 
-def _add_code(folder: Path, classes: tuple[type, ...]) -> None:
-    """The two files that define the model, and the entries of the config by which transformers finds them."""
-    auto_map = {}
-    for auto, cls in zip(AUTO_CLASSES, classes, strict=True):
-        file = Path(models.__file__).with_name(f"{cls.__module__.rpartition('.')[2]}.py")
-        shutil.copyfile(file, folder / file.name)
-        auto_map[auto] = f"{file.stem}.{cls.__name__}"
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    config["auto_map"] = auto_map
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> None:
+    def make() -> None:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+
+    patiently(make, f"making {repo_id}", advice=RETRY)
 
 
-def _add_evaluation(folder: Path, results: dict[str, Any]) -> None:
-    """Top-1 in the format in which the Hub collects results by data set, for data that is on the Hub."""
-    data, final = results["data"], final_results(results)
-    notes = f"top-1 in percent on {final['num_examples']:,} images"
-    entry = EvalResultEntry(data, "image-classification", final["top1"], notes=notes)
-    file = folder / EVALUATIONS / f"{data.replace('/', '--')}.yaml"
-    file.parent.mkdir()
-    file.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
+def _make_branch(api: HfApi, repo_id: str, name: str, start: str | None = None) -> None:
+    def make() -> None:
+        api.create_branch(repo_id, branch=name, revision=start, exist_ok=True)
 
-
-def _describe_weights(folder: Path, model: PreTrainedModel, source: dict[str, Any]) -> None:
-    """Writes into the header of the weights what they are; the tensors stay as they are, byte for byte."""
-    file, subnet = folder / SAFE_WEIGHTS_NAME, folder / SUBNET
-    content = file.read_bytes()
-    begin = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:begin])
-    metadata = header.pop("__metadata__", {}) | {"format": "pt", "ofb_hf_version": __version__}
-    metadata |= {"macs": str(count_macs(model)), "params": str(count_params(model))}
-    metadata |= {f"source_{key}": str(value) for key, value in source.items() if value is not None}
-    if subnet.is_file():
-        metadata["subnet_sha256"] = hashlib.sha256(subnet.read_bytes()).hexdigest()
-    # Not by safetensors' own function: it orders these entries by chance, and publishing again would change the file.
-    words = json.dumps({"__metadata__": dict(sorted(metadata.items()))} | header, separators=(",", ":")).encode()
-    words += b" " * (-len(words) % 8)
-    aside = file.with_name(f"new-{file.name}")
-    aside.write_bytes(len(words).to_bytes(8, "little") + words + content[begin:])
-    aside.replace(file)  # not into the file itself, which the loaded model may have mapped into its memory
-
-
-def _stage_stock(model: PreTrainedModel, main: Path, folder: Path) -> bool:
-    """The stock twin, with the image processor and the card of what it is a twin of; False if there is none."""
-    if not isinstance(model, models.OFBViTForImageClassification):
-        return False
-    pad_to_stock(model).save_pretrained(folder)
-    if (main / PREPROCESSOR).is_file():
-        AutoImageProcessor.from_pretrained(main).save_pretrained(folder)
-    shutil.copyfile(main / CARD, folder / CARD)
-    return True
+    patiently(make, f"making the branch {name}", advice=RETRY)
 
 
 def _commit(api: HfApi, repo_id: str, folder: Path, message: str, revision: str | None, create_pr: bool) -> CommitInfo:
-    """One commit with all files of a folder. Those that are there already are not sent again."""
-    if revision is not None:
-        patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), f"making the branch {revision}")
+    """One commit with all files of a folder. Those that are there already are not sent again, and those that another
+    checkpoint of ours left there go."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
     def commit() -> CommitInfo:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
+        there = api.list_repo_files(repo_id, revision=revision)
+        operations = [CommitOperationAdd(name, str(files[name])) for name in sorted(files)]
+        operations += [CommitOperationDelete(name) for name in there if is_ours(name) and name not in files]
         try:
             return api.create_commit(
                 repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr or None
@@ -224,25 +158,34 @@ def _commit(api: HfApi, repo_id: str, folder: Path, message: str, revision: str 
         raise ValueError(f"{api.endpoint} does not take uploads through Xet; set HF_HUB_DISABLE_XET=1")
 
     # A commit whose answer was lost has landed: done again, it changes nothing. A pull request would be a second one.
-    return commit() if create_pr else patiently(commit, f"committing to {repo_id}")
+    return commit() if create_pr else patiently(commit, f"committing to {repo_id}", advice=RETRY)
 
 
 @contextmanager
-def _refusals_in_words(api: HfApi, repo_id: str, revision: str | None) -> Iterator[None]:
+def _refusals_in_words(
+    api: HfApi, repo_id: str, revision: str | None, create_pr: bool = False, published: CommitInfo | None = None
+) -> Iterator[None]:
     """Turns what the client raises into one sentence: why, what is on the Hub now, and what to do."""
     try:
         yield
     except (HfHubHTTPError, HFValidationError, httpx.RequestError, OSError, RuntimeError, ValueError) as error:
         reason = _reason(error, repo_id, api.endpoint)
+        if published is not None:
+            said = (
+                f"published to {repo_id} (main) at commit {published.oid[:8]}, but without its stock twin: {reason} "
+                f"What is on the branch `{revision}` is not this checkpoint."
+            )
+        else:
+            said = f"not published: {reason} {_state(api, repo_id, revision)}"
+        also = " Look first whether a pull request was opened all the same." if create_pr else ""
         raise PublishError(
-            f"not published: {reason} {_state(api, repo_id, revision)} The files are where they were; run the same "
-            "command again (what is there already is not sent twice)."
+            f"{said} The files are where they were; run the same command again (what is there already is not sent "
+            f"twice).{also}"
         ) from error
 
 
 def _reason(error: Exception, repo_id: str, endpoint: str) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    words = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    response = getattr(error, "response", None)
     known = {
         401: f"the Hub does not accept your token. Make one that may write at {endpoint}/settings/tokens, then run "
         "`hf auth login`, or set HF_TOKEN.",
@@ -251,7 +194,11 @@ def _reason(error: Exception, repo_id: str, endpoint: str) -> str:
         409: f"somebody else changed {repo_id} at the same time.",
         412: f"somebody else changed {repo_id} at the same time.",
     }
-    return known.get(status, f"{words.rstrip('.')}.")
+    if response is not None and response.status_code in known:
+        return known[response.status_code]
+    words = getattr(error, "server_message", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    status = f" (status {response.status_code})" if response is not None else ""
+    return f"{words.strip().rstrip('.')}{status}."
 
 
 def _state(api: HfApi, repo_id: str, revision: str | None) -> str:

@@ -11,13 +11,18 @@ from huggingface_hub import get_token
 from PIL import Image
 
 TOKENS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
-    r"|AKIA[0-9A-Z]{16}|sk-[\w-]{20,}|xox[abpr]-[\w-]{10,})"
+    r"hf_(?:[a-z]+_)?[A-Za-z0-9.-]{16,}|api_org_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|glpat-[\w-]{16,}|npm_[A-Za-z0-9]{30,}|AIza[\w-]{30,}|AKIA[0-9A-Z]{16}|\bsk-[\w-]{20,}|xox[abpr]-[\w-]{10,}"
 )
-# A path of at least two folders that does not continue something: no part of an address, a tag, or a fraction.
-PATHS = re.compile(r"(?<![\w.:/<)\]*~-])/(?:[\w.+@-]+/)+[\w.+@-]*|\b[A-Za-z]:\\\\?[\w.]+\\|~/[\w.]")
+PATHS = re.compile(
+    # Where people and machines keep their files, whatever stands before it but an address.
+    r"(?<![\w.])/(?:home|Users|root|mnt|scratch|tmp|workspace|content|kaggle|data\d*)/[\w.+@/-]+|file:/+[\w.]"
+    # Any path of at least three names that does not continue something: no part of an address, a tag, or a fraction.
+    r"|(?<![\w.:/<)\]*~-])/(?:[\w.+@-]+/){2,}[\w.+@-]*"
+    r"|\b[A-Za-z]:[\\/]+[\w.]+[\\/]|\\\\[\w.-]+\\[\w.$-]+|~/[\w.]"
+)
 # Names of variables whose values are secrets, as services call them.
-SECRET_VARIABLES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY")
+SECRET_VARIABLES = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)(?:_|$)")
 # Names of accounts and machines that say nothing about anybody.
 IMPERSONAL = {"root", "user", "admin", "runner", "ubuntu", "localhost", "jovyan"}
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -71,8 +76,10 @@ def require_no_token(path: Path, secrets: set[str] = frozenset()) -> None:
     Raises:
         LeakError: naming the file.
     """
-    content, anywhere = path.read_bytes(), TOKENS.pattern.removeprefix(r"\b").encode()
-    if re.search(anywhere, content) or any(secret.encode() in content for secret in secrets | _secrets()):
+    content = path.read_bytes()
+    if re.search(TOKENS.pattern.encode(), content) or any(
+        secret.encode() in content for secret in secrets | _secrets()
+    ):
         raise LeakError(
             f"not published: {path.name} holds an access token. The file itself would have stayed here, but whoever "
             "gets this folder gets the token: delete the file, and revoke the token if the folder was shared."
@@ -83,7 +90,8 @@ def _leaks_in(path: Path, folder: Path, public_names: set[str], secrets: set[str
     name = path.relative_to(folder).as_posix()
     if path.suffix in PICKLES:
         return [Leak(name, "", "a file that may hold pickled code")]
-    return [Leak(name, place, what) for place, text in _texts(path) for what in _findings(text, public_names, secrets)]
+    findings = ((place, what) for place, text in _texts(path) for what in _findings(text, public_names, secrets))
+    return [Leak(name, place, what) for place, what in findings]
 
 
 def _texts(path: Path) -> list[tuple[str, str]]:
@@ -107,11 +115,18 @@ def _findings(text: str, public_names: set[str], secrets: set[str]) -> list[str]
         found.append("the value of a secret of this machine")
     if match := PATHS.search(text):
         found.append(f"a folder of a machine ({match[0][:60]})")
-    for kind, name in (("account", getpass.getuser()), ("machine", platform.node())):
+    for kind, name in (("account", _account()), ("machine", platform.node())):
         personal = len(name) > 2 and name.lower() not in IMPERSONAL | {public.lower() for public in public_names}
         if personal and re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
             found.append(f"the name of the {kind} ({name})")
     return found
+
+
+def _account() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container's user need not have a name
+        return ""
 
 
 def _secrets() -> set[str]:

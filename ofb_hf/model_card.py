@@ -1,5 +1,6 @@
 """The README of a checkpoint: what it is, what was measured on it, how it was made."""
 
+import json
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -10,6 +11,12 @@ from .search_space import SubnetSpec
 
 TEMPLATES = Path(__file__).with_name("templates")
 BUDGETS = {"target_macs": "MACs", "target_params": "parameters"}
+# Names of licences that the Hub knows, of those that models come under; it refuses a card with any other.
+LICENSES = {
+    *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "unlicense", "artistic-2.0", "afl-3.0"),
+    *("gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-3.0", "agpl-3.0", "cc", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"),
+    *("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "openrail", "other", "unknown"),
+}
 MEASURED = {"top1": ("accuracy", "top-1 %"), "top5": ("top_5_accuracy", "top-5 %")}
 
 
@@ -36,7 +43,8 @@ def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str) -> str:
         budget=f"at most {results[budget]:,} {BUDGETS[budget]}",
         command=results["command"],
         seed=results["seed"],
-        minutes=f"{results['seconds'] / 60:.0f}",
+        steps=", ".join(f"{count:,} steps of {phase}" for phase, count in results["steps"].items()),
+        time="in several sittings" if results["seconds"] is None else f"{results['seconds'] / 60:.1f} minutes",
         commit=results["commit"] or "of a release",
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         widths="\n".join(f"- `{name}`: {_width(size)}" for name, size in subnet.sizes.items()),
@@ -52,12 +60,14 @@ def card_data(results: dict[str, Any]) -> ModelCardData:
     """The metadata that the Hub reads, measured accuracy as a model-index included."""
     final, source, data = final_results(results), results["source"]["model"], results["data"]
     license = results["source"].get("license")
+    known = license is None or license in LICENSES
     on_hub = {"dataset_type": data, "dataset_name": data, "task_type": "image-classification"}
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["ofb", "pruning", "vision-transformer"],
-        license=license,
+        license=license if known else "other",
+        license_name=None if known else license,
         base_model=source if "/" in source else None,
         datasets=[data] if "/" in data else None,
         model_name=f"OFB {source}",
@@ -66,6 +76,30 @@ def card_data(results: dict[str, Any]) -> ModelCardData:
             for key, (kind, name) in MEASURED.items()
         ],
     )
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of an `eval_results.json`.
+
+    Raises:
+        ValueError: for anything else, naming the file and what is missing in it.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    final = (results.get("finetuned") or results.get("searched")) if isinstance(results, dict) else None
+    if not isinstance(final, dict):
+        raise ValueError(f"{path} has no results: neither 'finetuned' nor 'searched' is in it.")
+    if missing := [key for key in (*MEASURED, "num_examples", "macs", "params") if not _is_number(final.get(key))]:
+        raise ValueError(f"{path} has no numbers for {missing} in its final results.")
+    if not isinstance(results.get("data", ""), str) or not isinstance(results.get("source", {}), dict):
+        raise ValueError(f"{path}: 'data' is a name and 'source' is {{'model', 'revision'}}; remove them if unknown.")
+    return results
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def plain_card(macs: int, params: int) -> str:
@@ -81,7 +115,8 @@ def plain_card(macs: int, params: int) -> str:
 def _lost(classes: dict[str, list[float]]) -> str:
     if not classes:
         return "No class lost more than 10 points of top-1 against the dense model."
-    rows = [f"| {name} | {before:.1f} | {after:.1f} |" for name, (before, after) in classes.items()]
+    escaped = {name.replace("|", "\\|"): tops for name, tops in classes.items()}
+    rows = [f"| {name} | {before:.1f} | {after:.1f} |" for name, (before, after) in escaped.items()]
     head = "Classes that lost more than 10 points of top-1 against the dense model:"
     return "\n".join([head, "", "| class | dense | this model |", "| --- | ---: | ---: |", *rows])
 

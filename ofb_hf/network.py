@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 WAITS_AT_START = (1, 2, 4, 8)
 WAITS_IN_A_RUN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300, 300)
 TEMPORARY = (408, 429)
+CONTINUE = "--resume_from_checkpoint auto continues an interrupted training."
 
 
 class StreamBrokenError(ConnectionError):
@@ -49,8 +50,14 @@ def is_network_fault(error: BaseException) -> bool:
     return any(_is_fault(cause) for cause in causes)
 
 
-def patiently(action: Callable[[], Result], what: str, waits: tuple[float, ...] = WAITS_AT_START) -> Result:
+def patiently(
+    action: Callable[[], Result], what: str, waits: tuple[float, ...] = WAITS_AT_START, advice: str = CONTINUE
+) -> Result:
     """The result of an action, repeated after network faults.
+
+    Args:
+        what: is being done, for messages; advice: what to do when it fails for good.
+        waits: seconds between attempts.
 
     Raises:
         StreamBrokenError: when it still fails after the last of `waits` (seconds).
@@ -60,10 +67,10 @@ def patiently(action: Callable[[], Result], what: str, waits: tuple[float, ...] 
         try:
             return action()
         except Exception as error:
-            attempt = wait_or_give_up(error, attempt, what, waits)
+            attempt = wait_or_give_up(error, attempt, what, waits, advice)
 
 
-def wait_or_give_up(error: Exception, attempt: int, what: str, waits: tuple[float, ...]) -> int:
+def wait_or_give_up(error: Exception, attempt: int, what: str, waits: tuple[float, ...], advice: str = CONTINUE) -> int:
     """Waits after a failed attempt, the first being 0, and returns the number of the next.
 
     Raises:
@@ -74,7 +81,7 @@ def wait_or_give_up(error: Exception, attempt: int, what: str, waits: tuple[floa
     if attempt == len(waits):
         raise StreamBrokenError(
             f"{what}: {attempt + 1} attempts in a row failed, the last one with {_brief(error)}. Check the network and "
-            "the server; --resume_from_checkpoint auto continues an interrupted training."
+            f"the server. {advice}"
         ) from error
     # Not everybody at once: all workers lose their connections in the same moment.
     seconds = waits[attempt] * SystemRandom().uniform(1, 1.25)

@@ -1,5 +1,6 @@
 """What may be chosen and what was chosen, as plain data: standard library only, JSON in and out."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -79,6 +80,12 @@ class SubmoduleSpace:
     def unit_shape(self) -> tuple[int, ...]:
         """(U,) for a plain axis, (H, D) for a grid."""
         return (self.num_heads, self.head_dim) if self.is_grid else (self.num_units,)
+
+    @property
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Every candidate, (U',) or (heads, channels per head), ascending."""
+        axes = (self.head_candidates, self.dim_candidates) if self.is_grid else (self.candidate_sizes,)
+        return list(itertools.product(*axes))
 
     @property
     def candidate_shape(self) -> tuple[int, ...]:

@@ -16,6 +16,8 @@ import numpy as np
 from .unit_groups import Term, quantities
 
 BINS = 2048
+# How much of the budget a choice is to use, where the space is fine enough.
+TIGHTNESS = 0.98
 # Up to this many combinations of residual widths are all tried; beyond, the search starts where a relaxation points.
 MAX_COMBINATIONS = 64
 # In a coarse space it may end below the band although something lies in it: up to so many are all tried after all.
@@ -54,7 +56,7 @@ def settle(
     terms: tuple[Term, ...],
     fixed: dict[str, int],
     target: int,
-    tightness: float = 0.98,
+    tightness: float = TIGHTNESS,
 ) -> Settlement:
     """The best-scoring choice whose cost lies in [tightness * target, target].
 

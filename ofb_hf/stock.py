@@ -16,16 +16,17 @@ NOT_STOCK += ("model_type", "architectures", "transformers_version", "auto_map",
 def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
     """A stock ViT classifier that computes what `model` does.
 
-    Every attention gets the most heads and the most channels per head of all layers, every MLP the largest width. What
-    is added is zero, and adds nothing; it costs its MACs all the same. Where all layers are equally wide (a search with
-    `uniform_across_layers=True`), nothing is added. Stock heads scale their logits by their own width, ours by that of
-    the dense model's: the difference goes into the queries.
+    Every attention gets the most heads of all layers, every MLP the largest width. What is added is zero, and adds
+    nothing; it costs its MACs all the same. Where all layers are equally wide (a search of a model with equal layers
+    and `uniform_across_layers=True`), nothing is added. Stock heads scale their logits by their own width, ours by that
+    of the dense model's heads: padded heads get that width, others have the difference multiplied into their queries.
 
     Args:
         model: an `OFBViTForImageClassification`.
 
     Returns:
-        A `ViTForImageClassification` in eval mode, with the dtype of `model`, on the CPU. Logits equal up to rounding.
+        A `ViTForImageClassification` in eval mode, with the dtype of `model`, on the CPU. Logits equal up to rounding,
+        which is once more that of `model`'s dtype where queries are multiplied.
 
     Raises:
         TypeError: for other classes; stock Swin has no place for our widths.
@@ -38,6 +39,9 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
     config, layers = model.config, range(model.config.num_hidden_layers)
     sizes = [config.layer_sizes(layer) for layer in layers]
     widest = {name: max(size[name] for size in sizes) for name in sizes[0]}
+    implied = round(config.attention_scale**-2) if config.attention_scale else 0
+    if any(size != widest for size in sizes) and implied > widest["head_dim"]:
+        widest["head_dim"] = implied  # there is padding anyway, and with this width queries stay as they are
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_STOCK}
     stock = ViTConfig(**(fields | widest), attn_implementation=config._attn_implementation)
     padded = ViTForImageClassification(stock).to(model.dtype)

@@ -18,13 +18,12 @@ from .losses import one_hot_loss
 from .masked_layers import GateStore, apply_gate, gate_parameters_, mask_norm_
 from .pmim import PMIMDecoder, window_for_patch
 from .search_space import SubnetSpec
-from .settlement import Option, Settlement, settle
+from .settlement import TIGHTNESS, Option, Settlement, settle
 from .surgery import Entries, slice_model, slice_tensors_, unit_group_plan
 from .unit_groups import Architecture, Slot, Submodule, Term, heads_of, quantities
 
 # L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit elsewhere.
 IMPORTANCE_PENALTY = {"attention": 2e-4, "mlp": 5e-5, "embedding": 5e-5}
-TIGHTNESS = 0.98
 
 
 @dataclass

@@ -222,6 +222,17 @@ def list_references(call: Call, name: str) -> dict:
     return {"branches": branches, "converts": [], "tags": [], "pullRequests": requests}
 
 
+def list_commits(call: Call, name: str, revision: str) -> list[dict]:
+    """GET /api/models/{repo}/commits/{revision}, the newest first"""
+    repository = call.repository(name)
+    commits, commit = [], repository.at(revision)
+    while commit is not None:
+        row = {"id": commit.sha, "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+        commits.append(row | {"title": commit.message, "message": commit.description})
+        commit = repository.at(commit.parent) if commit.parent else None
+    return commits
+
+
 def ask_upload_modes(call: Call, name: str, revision: str) -> dict:
     """POST /api/models/{repo}/preupload/{revision}: beside git or in it, and what is there now."""
     token = call.signed_in()
@@ -327,6 +338,7 @@ ROUTES: list[tuple[str, str, Callable[..., dict]]] = [
     ("POST", "/api/repos/create", create_repository),
     ("POST", "/api/validate-yaml", validate_card),
     ("GET", f"/api/models/{NAME}/refs", list_references),
+    ("GET", f"/api/models/{NAME}/commits/([^/]+)", list_commits),
     ("POST", f"/api/models/{NAME}/branch/([^/]+)", create_branch),
     ("POST", f"/api/models/{NAME}/preupload/([^/]+)", ask_upload_modes),
     ("POST", f"/api/models/{NAME}/commit/([^/]+)", commit),
@@ -336,7 +348,7 @@ ROUTES: list[tuple[str, str, Callable[..., dict]]] = [
 ]
 
 
-def answer(call: Call, command: str, path: str) -> dict | None:
+def answer(call: Call, command: str, path: str) -> dict | list | None:
     """Does what a request asks for; None for all that is not listed above.
 
     Args:

@@ -19,6 +19,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr("platform.node", lambda: "gpu-box-7")
     (tmp_path / "README.md").write_text(
         "# A model\n\nImages/s and top-1/top-5: see [docs](docs/a.md), https://a.co/b/c.\n"
+        "Labels are those of https://storage.googleapis.com/openimages/web: /m/01g317, and so on.\n"
     )
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "ofb_vit", "ratio": "1/2", "hf_version": 3}))
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", {"format": "pt"})
@@ -41,6 +42,14 @@ def test_what_is_harmless_passes(folder):
         ("--data_dir=/gpfs/lab/x", "a folder of a machine"),
         (r"C:\Users\me\x", "a folder of a machine"),
         (r"C:\\Users\\me\\x", "a folder of a machine"),
+        ("C:/Users/me/x", "a folder of a machine"),
+        (r"\\server\share\me", "a folder of a machine"),
+        ("file:///home/me/data", "a folder of a machine"),
+        ("dir:/home/me/data", "a folder of a machine"),
+        ("</home/me/x>", "a folder of a machine"),
+        ("hf_oauth_" + "eyJ" * 9, "an access token"),
+        ("x_hf_" + "Ab9" * 12, "an access token"),
+        ("glpat-" + "Ab9_" * 5, "an access token"),
         ("~/photos", "a folder of a machine"),
         ("made by mallory", r"the name of the account \(mallory\)"),
         ("on gpu-box-7, 8 GPUs", r"the name of the machine \(gpu-box-7\)"),
@@ -80,6 +89,20 @@ def test_secrets_of_this_machine_are_known_whatever_they_look_like(folder, monke
     with pytest.raises(LeakError, match="the value of a secret") as refusal:
         require_no_leaks(folder)
     assert "ordinary" not in str(refusal.value)
+
+
+def test_other_variables_are_no_secrets(folder, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_CONFIG", "transformers")
+    (folder / "README.md").write_text("made with transformers")
+    require_no_leaks(folder)
+
+
+def test_a_user_without_a_name_can_publish(folder, monkeypatch):
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    require_no_leaks(folder)
 
 
 def test_the_account_that_is_published_to_may_be_named(folder, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 import yaml
 from factories import non_uniform_swin, non_uniform_vit, tiny_images
 from hub_server import HubServer, Repository, Token
+from hub_uploads import Commit
 from huggingface_hub import parse_eval_result_entries
 from runs import walk
 from safetensors import safe_open
@@ -40,6 +41,7 @@ REQUESTS = {
     "verify": "/verify",
     "commit": "/commit/",
     "branch": "/branch/",
+    "commits": "/commits/",
 }
 DOWN = "5 attempts in a row failed"
 FAULTS: dict[str, tuple[str, Any, int, str | None]] = {
@@ -50,6 +52,9 @@ FAULTS: dict[str, tuple[str, Any, int, str | None]] = {
 FAULTS |= {
     f"{kind}-down": (REQUESTS[kind], 503, 999, DOWN) for kind in ("create", "preupload", "batch", "put", "commit")
 }
+# After the commit to main: it stays, and what is said has to say so.
+TWIN_FAULTS = {"branch": "/branch/", "commits": "/commits/", "stock": "/commit/stock"}
+FAULTS |= {f"{kind}-down": (part, 503, 999, DOWN) for kind, part in TWIN_FAULTS.items()}
 FAULTS |= {
     "create-lose": ("/repos/create", "lose", 1, None),
     "put-cut": ("/objects/lab", "cut upload", 1, None),
@@ -154,6 +159,32 @@ def test_the_weights_say_what_they_are(hub, output, outcomes, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
 
 
+def test_the_stock_branch_holds_a_stock_model_and_no_code(hub, outcomes):
+    files = hub.repositories["lab/half"].at("stock").files
+    assert set(files) == {".gitattributes", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert json.loads(files["config.json"])["model_type"] == "vit"
+
+
+def test_what_another_checkpoint_left_goes_and_what_is_not_ours_stays(hub, output, tmp_path):
+    hub.fault = lambda path: None
+    non_uniform_swin().save_pretrained(tmp_path / "swin")
+    cases = [["a", str(output), "lab/turn", "hf_write", {}], ["b", str(tmp_path / "swin"), "lab/turn", "hf_write", {}]]
+    environment = hub.environment(tmp_path / "hf")
+    hub.repositories.update({"case/a": Repository({}), "case/b": Repository({})})
+    for case in cases:
+        command = [sys.executable, str(TESTS / "publish_process.py"), json.dumps([case])]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        assert process.returncode == 0 and '"oid"' in process.stdout, process.stderr[-2000:]
+        repository = hub.repositories["lab/turn"]
+        if case[0] == "a":
+            head = repository.at("main")
+            repository.add(Commit("5" * 40, head.files | {"NOTES.md": b"mine"}, "notes", "", "main", head.sha))
+    code = {"configuration_ofb_swin.py", "modeling_ofb_swin.py"}
+    assert (
+        set(repository.files) == {".gitattributes", "NOTES.md", "README.md", "config.json", "model.safetensors"} | code
+    )
+
+
 def test_pull_requests_and_branches(hub, outcomes):
     repository = hub.repositories["lab/half"]
     assert outcomes["pr"]["pr"].endswith("/discussions/1")
@@ -222,6 +253,15 @@ def test_faults_end_in_success_or_in_a_sentence(hub, outcomes, name):
         assert len(published) == 1
         assert set(repository.files) - {".gitattributes"} == PUBLISHED
         assert "stock" in repository.references
+    elif name.removesuffix("-down") in TWIN_FAULTS:
+        assert outcome["error"] == "PublishError"
+        said = (
+            rf"^published to lab/{name} \(main\) at commit \w{{8}}, but without its stock twin: .*{words}.*run the same"
+        )
+        assert re.search(said, outcome["message"])
+        assert len(published) == 1
+        assert set(repository.files) - {".gitattributes"} == PUBLISHED
+        assert "stock" not in repository.references or set(repository.at("stock").files) == {".gitattributes"}
     else:
         assert outcome["error"] == "PublishError"
         state = rf"lab/{name} \(main\) is at commit \w{{8}}" if repository else f"There is no lab/{name} on the Hub"
@@ -254,7 +294,14 @@ def test_a_hub_without_xet_is_told_in_words_how_to_go_on(hub, output, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("token", "words"), [("hf_write", None), ("hf_read", "your token may only read")])
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        ("hf_write", None),
+        ("hf_read", "your token may only read"),
+        ("hf_other", "belongs to lab, and your account is bob"),
+    ],
+)
 def test_a_search_publishes_its_result_or_says_at_once_that_it_cannot(hub, checkpoint, images, tmp_path, token, words):
     hub.fault = lambda path: None
     output = tmp_path / "out"
@@ -296,11 +343,8 @@ def test_a_model_is_written_to_a_folder_with_a_card_that_claims_nothing(tmp_path
     assert publish(model, output_dir=tmp_path / "out") == tmp_path / "out"
     family = model.config.model_type.removeprefix("ofb_")
     code = {f"configuration_ofb_{family}.py", f"modeling_ofb_{family}.py"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    } | code
+    names = {path.name for path in (tmp_path / "out").iterdir()} - {"stock"}
+    assert names == {"README.md", "config.json", "model.safetensors"} | code
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{count_macs(model):,} multiply-accumulates" in card
     assert "Nothing was measured" in card
@@ -353,12 +397,29 @@ def test_the_token_that_publishes_is_looked_for_whatever_it_looks_like(output, t
         publish(copy, output_dir=tmp_path / "out", token="an-odd-token")
 
 
+def test_an_incomplete_checkpoint_is_not_published(output, tmp_path):
+    copy = shutil.copytree(output, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["vit.layers.0.mlp.fc1.bias"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of its tensors are missing, such as vit\.layers\.0\.mlp\.fc1\.bias"):
+        publish(copy, output_dir=tmp_path / "out")
+    (copy / "model.safetensors").write_bytes((output / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot load an image classifier"):
+        publish(copy, output_dir=tmp_path / "out")
+
+
 def test_a_dry_run_lists_what_would_be_sent(output, tmp_path, capsys):
     cli.publish([str(output), "--repo_id", "lab/half", "--dry_run", "--output_dir", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert "would be published to lab/half" in said
-    assert {path.name for path in (tmp_path / "out").iterdir()} == PUBLISHED
-    assert all(name in said for name in PUBLISHED)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == PUBLISHED | {"stock"}
+    twin = {f"stock/{name}" for name in ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")}
+    files = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*") if path.is_file()
+    }
+    assert files == PUBLISHED | twin
+    assert [line.split()[-1] for line in said.splitlines()[1:]] == sorted(files, key=lambda name: tmp_path / name)
     assert SubnetSpec.from_json((tmp_path / "out" / "subnet.json").read_text()).sizes
 
 

@@ -29,6 +29,7 @@ from ofb_hf.model_card import render_card
 from ofb_hf.workflow.arguments import DEMO_CONFIG, FinetuneArguments, ModelArguments, command_line, parse
 from ofb_hf.workflow.inputs import load
 from ofb_hf.workflow.measure import images_per_second, lost_classes
+from ofb_hf.workflow.search import license_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,6 +87,8 @@ def test_card_repeats_the_measured_numbers(finished):
     }  # fmt: skip
     assert results["source"]["model"] in card
     assert results["seconds"] >= 1
+    assert results["steps"] == {"search": 16, "finetune": 3}
+    assert "16 steps of search, 3 steps of finetune" in card
     assert results["commit"] is None or results["commit"] in card
 
 
@@ -97,6 +100,55 @@ def test_classes_that_lost_much_are_named(finished):
     card = render_card(results | {"lost_classes": {"red": [75.0, 50.0]}}, SubnetSpec({}), "")
     assert "| red | 75.0 | 50.0 |" in card
     assert "No class lost" in render_card(results | {"lost_classes": {}}, SubnetSpec({}), "")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("eval_results.json", None, '{"top1": 1}', "has no results"),
+        ("eval_results.json", None, "[]", "has no results"),
+        ("eval_results.json", None, "{", "is no JSON"),
+        ("README.md", r"value: [\d.]+", "value: 0.0 %", "has no numbers for"),
+        ("README.md", "^---\n", "---\na: b: c\n", "cannot be read"),
+    ],
+)
+def test_cards_that_cannot_be_read_are_refused_in_words(finished, images, tmp_path, capsys, name, old, new, message):
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    text = (copy / name).read_text()
+    (copy / name).write_text(new if old is None else re.sub(old, new, text))
+    with pytest.raises(SystemExit) as verdict:
+        cli.verify([str(copy), "--data_dir", str(images), "--use_cpu", "--report_to", "none"])
+    assert verdict.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        (None, None),
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("no metadata", None),
+        ("---\nlicense: {name: mit}\n---\n", None),
+        ("---\nlicense: mit\ndescription: fast: and small\n---\n", None),
+        ("---\nhello world\n---\n", None),
+        ("---\nlicense: mit\ntags: 5\neval_results: 3\n---\n", None),
+        (b"---\nlicense: mit\n---\nna\xefve", None),
+    ],
+)
+def test_the_licence_of_the_source_is_kept_where_it_can_be_read(tmp_path, card, license):
+    if card is not None:
+        (tmp_path / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
+    assert license_of(str(tmp_path)) == license
+
+
+def test_licences_that_the_hub_does_not_know_are_called_other(finished):
+    _, results = finished
+    for license, stated in (("mit", {"license": "mit"}), ("mine", {"license": "other", "license_name": "mine"})):
+        card = render_card(
+            results | {"source": {"model": "a", "revision": None, "license": license}}, SubnetSpec({}), ""
+        )
+        data = ModelCard(card).data.to_dict()
+        assert {key: value for key, value in data.items() if key.startswith("license")} == stated
 
 
 def test_a_card_is_verified_and_a_lie_is_found(finished, images, tmp_path, capsys):
@@ -111,6 +163,18 @@ def test_a_card_is_verified_and_a_lie_is_found(finished, images, tmp_path, capsy
         cli.verify(words)
     assert verdict.value.code == 1
     assert re.search(r"top1 +README.md .*differs", capsys.readouterr().out)
+    row = f"| after finetuning | {top1:.2f} |"
+    assert row in card
+    (copy / "README.md").write_text(card.replace(row, f"| after finetuning | {top1 + 0.2:.2f} |"))
+    with pytest.raises(SystemExit) as verdict:
+        cli.verify(words)
+    assert verdict.value.code == 1
+    assert re.search(r"row 'after finetuning' +README.md .*differs", capsys.readouterr().out)
+    (copy / "README.md").write_text(card)
+    with pytest.raises(SystemExit) as verdict:
+        cli.verify([*words, "--max_eval_samples", "2"])
+    assert verdict.value.code == 1
+    assert re.search(r"num_examples +eval_results.json .*differs", capsys.readouterr().out)
     (copy / "README.md").unlink()
     with pytest.raises(SystemExit) as verdict:
         cli.verify(words)
@@ -154,6 +218,7 @@ def test_search_on_a_parameter_budget_without_finetuning(checkpoint, images, tmp
     results = walk(checkpoint, images, tmp_path / "out", "--target_params", "0.6", "--finetune_max_steps", "0")
     assert results["target_macs"] is None
     said = {"seed", "versions", "command", "commit", "hardware", "seconds", "source", "data", "lost_classes"}
+    said |= {"steps"}
     assert set(results) == {"target_macs", "target_params", "dense", "searched"} | said
     assert results["searched"]["params"] <= results["target_params"] <= 0.6 * results["dense"]["params"]
 

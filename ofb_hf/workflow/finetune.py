@@ -79,7 +79,7 @@ def run(job: Finetuning) -> dict[str, Any]:
                 output.write_aside(done, job.model.save_pretrained)
         models = {"dense": job.before, "finetuned": job.model}
         results, _ = measure(models, job.inputs.eval, job.args)
-        results |= provenance(job.args.seed)
+        results |= provenance(job.args.seed, job.args.device)
         if is_main:
             job.model.save_pretrained(job.folder)
             job.inputs.processor.save_pretrained(job.folder)

@@ -14,6 +14,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..architectures import require_classifier
+from ..checkpoints import load_complete_classifier
 from ..consistency import decided_by_rank_0
 from ..data import (
     AugmentationArguments,
@@ -91,13 +92,7 @@ def load(
         in_batches,
     )
     pixel_values = inputs.eval[0]["pixel_values"][None]
-    size = model.config.image_size
-    if list(pixel_values.shape[-2:]) != ([size, size] if isinstance(size, int) else list(size)):
-        raise ValueError(
-            f"{name_or_path} cannot take the images that its image processor makes: they have "
-            f"{list(pixel_values.shape[-2:])} pixels, and image_size is {size}, for which its cost is counted. Make "
-            "preprocessor_config.json and config.json agree."
-        )
+    require_same_size(name_or_path, model, tuple(pixel_values.shape[-2:]))
     try:
         with torch.no_grad():
             model.eval()(pixel_values=pixel_values)
@@ -107,6 +102,16 @@ def load(
             "preprocessor_config.json and config.json have to agree (images come as RGB)."
         ) from error
     return model.train(), inputs
+
+
+def require_same_size(name: str, model: PreTrainedModel, shape: tuple[int, int]) -> None:
+    """Raises ValueError unless the images of an image processor, (height, width), have the size of the model's."""
+    size = model.config.image_size
+    if list(shape) != ([size, size] if isinstance(size, int) else list(size)):
+        raise ValueError(
+            f"{name} cannot take the images that its image processor makes: they have {list(shape)} pixels, and "
+            f"image_size is {size}, for which its cost is counted. Make preprocessor_config.json and config.json agree."
+        )
 
 
 def _in_the_models_order(data: ImageData, model: PreTrainedModel, name: str) -> ImageData:
@@ -142,7 +147,7 @@ def load_classifier(name_or_path: str, label_names: list[str], seed: int) -> Pre
     if name_or_path in SHAPES:
         torch.manual_seed(seed)
         return AutoModelForImageClassification.from_config(SHAPES[name_or_path].config(label_names))
-    model = load_checkpoint(name_or_path)
+    model = load_complete_classifier(name_or_path)
     require_classifier(model)
     if model.config.num_labels != len(label_names):
         raise ValueError(
@@ -162,7 +167,7 @@ def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | 
     """
     if name_or_path is None:
         return None
-    model, processor = load_checkpoint(name_or_path), inputs.processor
+    model, processor = load_complete_classifier(name_or_path), inputs.processor
     theirs, num_labels = load_image_processor(name_or_path), len(inputs.data.label_names)
     names = [model.config.id2label[index] for index in range(min(num_labels, model.config.num_labels))]
     if names != inputs.data.label_names and sorted(names) == sorted(inputs.data.label_names):
@@ -180,25 +185,15 @@ def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | 
     return model
 
 
+def image_shape(processor: Any) -> tuple[int, int]:
+    """Height and width of what an image processor makes."""
+    transform = ImageTransform(processor)
+    return transform.height, transform.width
+
+
 def _batch_of(processor: Any) -> tuple[list[float], list[float], tuple[int, int]]:
     """What batches look like that are made as an image processor says: mean, standard deviation, (height, width)."""
-    transform = ImageTransform(processor)
-    return list(processor.image_mean), list(processor.image_std), (transform.height, transform.width)
-
-
-def load_checkpoint(name_or_path: str) -> PreTrainedModel:
-    """An image classifier, stock or ours, from the Hub or a folder.
-
-    Raises:
-        ValueError: if it cannot be loaded.
-    """
-    try:
-        return AutoModelForImageClassification.from_pretrained(name_or_path)
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            f"cannot load an image classifier from {name_or_path!r}: {error}. Give a Hub name, a folder written by "
-            f"save_pretrained, or one of {sorted(SHAPES)}."
-        ) from error
+    return list(processor.image_mean), list(processor.image_std), image_shape(processor)
 
 
 def load_image_processor(name_or_path: str) -> Any:

@@ -51,7 +51,7 @@ def lost_classes(before: list[float], after: list[float], names: list[str]) -> d
     return dict(sorted(losses.items(), key=lambda item: item[1][1] - item[1][0]))
 
 
-def provenance(seed: int) -> dict[str, Any]:
+def provenance(seed: int, device: torch.device) -> dict[str, Any]:
     """What produced the numbers: {"seed", "versions", "command", "commit", "hardware"}."""
     versions = {"python": platform.python_version(), "ofb-hf": __version__}
     versions |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
@@ -60,7 +60,7 @@ def provenance(seed: int) -> dict[str, Any]:
         "versions": versions,
         "command": command_line(),
         "commit": _commit(),
-        "hardware": hardware(),
+        "hardware": hardware(device),
     }
 
 
@@ -76,10 +76,10 @@ def _commit() -> str | None:
         return None
 
 
-def hardware() -> str:
+def hardware(device: torch.device) -> str:
     """What speed is measured on, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import PartialState
 from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.utils import httpx
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.utils import logging
 
@@ -50,6 +52,7 @@ class Walk:
     dense: PreTrainedModel
     teacher: PreTrainedModel | None
     target: int
+    license: str | None
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -111,7 +114,7 @@ def prepare(
     config = default_config(dense.config, **config.to_dict())
     target = install_bi_masks(dense, config).target
     teacher = load_teacher(model_args.teacher_name_or_path, inputs)
-    return Walk(model_args, finetune_args, args, config, settings, inputs, dense, teacher, target)
+    return Walk(model_args, finetune_args, args, config, settings, inputs, dense, teacher, target, license_of(name))
 
 
 def run_settings(
@@ -198,7 +201,9 @@ def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -
     """Evaluates, measures, writes the output folder and prints the summary."""
     results: dict[str, Any] = {"target_macs": None, "target_params": None, walk.config.budget[0]: walk.target}
     measured, by_class = measure(models, walk.inputs.eval, phase_arguments(walk.args, "search"))
-    results |= measured | provenance(walk.args.seed) | {"seconds": round(time.monotonic() - walk.began)}
+    results |= measured | provenance(walk.args.seed, walk.args.device)
+    results["seconds"] = None if walk.resuming else round(time.monotonic() - walk.began)
+    results["steps"] = {row["phase"]: row["step"] for row in read_history(walk.folder / HISTORY_FILE)}
     results |= {"source": _source(walk), "data": walk.inputs.data.name}
     results["lost_classes"] = lost_classes(by_class["dense"], [*by_class.values()][-1], walk.inputs.data.label_names)
     if walk.is_main:
@@ -247,20 +252,23 @@ def _source(walk: Walk) -> dict[str, str | None]:
     name = walk.model_args.model_name_or_path
     revision = getattr(walk.dense.config, "_commit_hash", None)
     is_local = Path(name).exists()
-    return {"model": Path(name).name if is_local else name, "revision": revision, "license": _license(name)}
+    return {"model": Path(name).resolve().name if is_local else name, "revision": revision, "license": walk.license}
 
 
-def _license(name_or_path: str) -> str | None:
-    """The licence in the card of a model, None without a card, and where it cannot be read."""
+def license_of(name_or_path: str) -> str | None:
+    """The licence in the card of a model; None without a card, and where none can be read from it."""
     if name_or_path in SHAPES:
         return None
     folder = Path(name_or_path)
     try:
         card = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(name_or_path, "README.md"))
-        return ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
-    except OSError as error:
-        logger.info(f"no licence is known of {name_or_path}: {error}")
+        stated = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, TypeError, yaml.YAMLError, httpx.RequestError) as error:
+        logger.warning(f"the card of {name_or_path} cannot be read, so ours will name no licence: {error}")
+        return None
+    return stated if isinstance(stated, str) else None
 
 
 def _save_with_processor(model: PreTrainedModel, processor: Any, folder: Path) -> None:

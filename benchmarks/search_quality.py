@@ -1,0 +1,259 @@
+"""Does the search choose better than chance? One backbone, one data set, equal epochs, several seeds, many contestants.
+
+    ours, paper       a search with that preset: some epochs of search, the rest finetuning
+    uniform           the same share of every width, units by magnitude
+    random            random sizes and units (as many draws as --num_random)
+    l1, taylor        one-shot pruning by magnitude, and by first-order importance on the training data
+    torch_pruning     that library's own importance and pruner, if it is installed
+    scratch           the sizes of `uniform`, trained from random weights
+    dense             the dense model itself, trained for the same extra epochs
+
+All of them start from the same dense checkpoint (but for `scratch`), end under the same budget, train for the same
+number of epochs in all, and learn from the same teacher, the dense checkpoint. Every finished contestant is a line of
+results.jsonl; run the command again to go on after an interruption.
+
+    python benchmarks/search_quality.py --model vit-cifar10 --data_dir cifar10 --output_dir runs/quality --quick
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from search_quality_report import write_report
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging
+
+from ofb_hf import OFBTrainer, OFBTrainingArguments, baselines, compress, count_macs, count_params
+from ofb_hf.architectures import family_of
+from ofb_hf.configuration import BiMaskConfig, default_config
+from ofb_hf.data import DataArguments
+from ofb_hf.distillation import DistillationTrainer
+from ofb_hf.surgery import slice_model
+from ofb_hf.workflow.inputs import Inputs, load
+from ofb_hf.workflow.measure import METRICS, evaluate_classifier, provenance
+
+QUICK = {"max_train_samples": 5000, "search_epochs": 3.0, "finetune_epochs": 3.0, "num_random": 8}
+TAYLOR_BATCHES = 16
+
+
+@dataclass
+class Settings:
+    """What all contestants share; a results file belongs to one of these."""
+
+    model: str
+    data_dir: str
+    search_epochs: float = 10.0
+    finetune_epochs: float = 20.0
+    dense_epochs: float = 0.0
+    batch_size: int = 128
+    learning_rate: float = 5e-4
+    dense_learning_rate: float = 1e-3
+    teacher_share: float = 0.5
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    num_random: int = 8
+
+
+@dataclass
+class Job:
+    """One contestant's run."""
+
+    settings: Settings
+    dense: PreTrainedModel
+    inputs: Inputs
+    config: BiMaskConfig
+    seed: int
+
+    def arguments(self, folder: str, epochs: float, learning_rate: float) -> OFBTrainingArguments:
+        """Cosine schedule, 5 % warm-up, nothing saved."""
+        rows = len(self.inputs.train)
+        steps = max(1, round(epochs * rows / self.settings.batch_size))
+        return OFBTrainingArguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=self.settings.batch_size,
+            per_device_eval_batch_size=250,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, steps // 20),
+            weight_decay=0.05,
+            seed=self.seed,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_steps=10**6,
+            bf16=torch.cuda.is_available(),
+        )
+
+    def top1(self, model: PreTrainedModel) -> float:
+        """Accuracy on the evaluation images, in percent."""
+        with tempfile.TemporaryDirectory() as folder:
+            return evaluate_classifier(model, self.inputs.eval, self.arguments(folder, 1, 0.0))[0]["top1"]
+
+    def finetune(self, model: PreTrainedModel, epochs: float, learning_rate: float | None = None) -> None:
+        """Trains in place, with the dense checkpoint as teacher."""
+        with tempfile.TemporaryDirectory() as folder:
+            args = self.arguments(folder, epochs, learning_rate or self.settings.learning_rate)
+            teacher = {"teacher": self.dense, "distillation_weight": self.settings.teacher_share}
+            trainer = DistillationTrainer(model, args, train_dataset=self.inputs.train, **teacher, **METRICS)
+            trainer.train()
+
+    def ours(self) -> PreTrainedModel:
+        """The dense checkpoint in our own class, to be sliced."""
+        return family_of(self.dense.config).from_dense(self.dense)
+
+    def search(self) -> PreTrainedModel:
+        """A compressed model after the epochs of the search."""
+        with tempfile.TemporaryDirectory() as folder:
+            args = self.arguments(folder, self.settings.search_epochs, self.settings.learning_rate)
+            trainer = OFBTrainer(self.dense, args, self.config, train_dataset=self.inputs.train)
+            trainer.train()
+            return compress(trainer.supernet)
+
+
+def searched(job: Job) -> tuple[PreTrainedModel, float]:
+    return job.search(), job.settings.finetune_epochs
+
+
+def one_shot(choose: Callable[[Job], Any]) -> Callable[[Job], tuple[PreTrainedModel, float]]:
+    """A contestant that chooses without training, and has all epochs left."""
+
+    def prune(job: Job) -> tuple[PreTrainedModel, float]:
+        small = slice_model(job.ours(), choose(job))
+        return small, job.settings.search_epochs + job.settings.finetune_epochs
+
+    return prune
+
+
+def taylor(job: Job) -> Any:
+    loader = DataLoader(job.inputs.train, job.settings.batch_size, shuffle=True)
+    batches = (batch for batch, _ in zip(loader, range(TAYLOR_BATCHES), strict=False))
+    return baselines.pruned_subnet(job.dense, job.config, baselines.taylor_scores(job.dense, batches))
+
+
+def uniform(job: Job) -> Any:
+    return baselines.uniform_subnet(job.dense, job.config, baselines.magnitude_scores(job.dense))
+
+
+def scratch(job: Job) -> tuple[PreTrainedModel, float]:
+    small, epochs = one_shot(uniform)(job)
+    set_seed(job.seed)
+    return type(small)(small.config).to(small.device), epochs
+
+
+def torch_pruning(job: Job) -> tuple[PreTrainedModel, float]:
+    from torch_pruning_contestant import prune
+
+    return prune(job.dense, job.config), job.settings.search_epochs + job.settings.finetune_epochs
+
+
+CONTESTANTS: dict[str, Callable[[Job], tuple[PreTrainedModel, float]]] = {
+    "ours": searched,
+    "uniform": one_shot(uniform),
+    "l1": one_shot(lambda job: baselines.pruned_subnet(job.dense, job.config, baselines.magnitude_scores(job.dense))),
+    "taylor": one_shot(taylor),
+    "random": one_shot(lambda job: baselines.random_subnet(job.dense, job.config, job.seed)),
+    "paper": searched,
+    "torch_pruning": torch_pruning,
+    "scratch": scratch,
+}
+
+
+def run(name: str, job: Job) -> dict[str, Any]:
+    """Trains one contestant and measures it."""
+    began = time.time()
+    set_seed(job.seed)
+    if name == "dense":
+        small, epochs = job.ours(), job.settings.search_epochs + job.settings.finetune_epochs
+    else:
+        small, epochs = CONTESTANTS[name](job)
+    cut = job.top1(small)
+    job.finetune(small, epochs, job.settings.dense_learning_rate if name == "scratch" else None)
+    sizes = {s.name: list(s.shape) for s in family_of(small.config).describe(small.config).submodules}
+    return {
+        "top1": job.top1(small),
+        "top1_cut": cut,
+        "macs": count_macs(small),
+        "share": round(count_macs(small) / count_macs(job.dense), 4),
+        "params": count_params(small),
+        "seconds": round(time.time() - began),
+        "sizes": sizes,
+    }
+
+
+def plan(settings: Settings, budgets: list[float], seeds: list[int], names: list[str]) -> list[tuple[str, float, int]]:
+    """Every (contestant, budget, seed), those that say most first."""
+    runs = [("dense", 1.0, seed) for seed in seeds if "dense" in names]
+    for budget in budgets:
+        for seed in seeds:
+            runs += [(name, budget, seed) for name in CONTESTANTS if name in names and name != "random"]
+        if "random" in names:
+            runs += [("random", budget, seed) for seed in range(settings.num_random)]
+    return runs
+
+
+def dense_model(settings: Settings, folder: Path) -> tuple[PreTrainedModel, Inputs]:
+    """The checkpoint that all start from; trained on this data first if that is asked for, once."""
+    data = DataArguments(data_dir=settings.data_dir, max_train_samples=settings.max_train_samples)
+    data.max_eval_samples = settings.max_eval_samples
+    trained = folder / "dense"
+    model, inputs = load(str(trained) if trained.is_dir() else settings.model, data, seed=0)
+    if settings.dense_epochs and not trained.is_dir():
+        job = Job(settings, model, inputs, default_config(model.config), seed=0)
+        with tempfile.TemporaryDirectory() as aside:
+            args = job.arguments(aside, settings.dense_epochs, settings.dense_learning_rate)
+            DistillationTrainer(model, args, train_dataset=inputs.train, **METRICS).train()
+        model.save_pretrained(trained)
+        inputs.processor.save_pretrained(trained)
+    return model.eval(), inputs
+
+
+def main() -> None:
+    """Runs what is missing and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, field in Settings.__dataclass_fields__.items():
+        required = name in ("model", "data_dir")
+        kind = {"str": str, "float": float}.get(str(getattr(field.type, "__name__", field.type)), int)
+        parser.add_argument(f"--{name}", type=kind, required=required, default=None)
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.3], help="shares of the dense MACs")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--contestants", nargs="+", choices=["dense", *CONTESTANTS], default=["dense", *CONTESTANTS])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help=f"small enough for a CPU: {QUICK}")
+    wanted = parser.parse_args()
+    given = {name: getattr(wanted, name) for name in Settings.__dataclass_fields__ if getattr(wanted, name) is not None}
+    settings = Settings(**((QUICK if wanted.quick else {}) | given))
+    logging.set_verbosity_error()
+    wanted.output_dir.mkdir(parents=True, exist_ok=True)
+    about, results = wanted.output_dir / "settings.json", wanted.output_dir / "results.jsonl"
+    if about.is_file() and json.loads(about.read_text()) != asdict(settings):
+        parser.error(f"{wanted.output_dir} holds results of other settings; give another --output_dir.")
+    about.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    dense, inputs = dense_model(settings, wanted.output_dir)
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    done = {(row["contestant"], row["budget"], row["seed"]) for row in rows}
+    for name, budget, seed in plan(settings, wanted.budgets, wanted.seeds, wanted.contestants):
+        if (name, budget, seed) in done:
+            continue
+        preset = "paper" if name == "paper" else "ours"
+        job = Job(settings, dense, inputs, default_config(dense.config, target_macs=budget, preset=preset), seed)
+        row = {"contestant": name, "budget": budget, "seed": seed} | run(name, job)
+        row |= provenance(seed, dense.device)
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        sys.stdout.write(f"{name:14} {budget:.2f} seed {seed}: {row['top1_cut']:.2f} -> {row['top1']:.2f}\n")
+        sys.stdout.flush()
+        write_report(wanted.output_dir)
+    sys.stdout.write(write_report(wanted.output_dir))
+
+
+if __name__ == "__main__":
+    main()
