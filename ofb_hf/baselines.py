@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .architectures import describe, require_classifier
+from .candidates import kept_scores
 from .configuration import BiMaskConfig
 from .flops import evaluate_terms
 from .search_space import Kept, SubmoduleSpace, SubnetSpec
@@ -79,7 +80,7 @@ def pruned_subnet(model: PreTrainedModel, config: BiMaskConfig, scores: Scores) 
     Raises:
         UnreachableBudgetError: if no subnet fits the budget, naming the smallest possible value.
     """
-    return _choose(model, config, scores, lambda space, size: float(_kept_scores(scores[space.name], size).sum()))
+    return _choose(model, config, scores, lambda space, size: float(kept_scores(scores[space.name], size).sum()))
 
 
 def uniform_subnet(model: PreTrainedModel, config: BiMaskConfig, scores: Scores) -> SubnetSpec:
@@ -147,12 +148,6 @@ def _choose(
     fixed = quantities({name: size for name, size in sizes.items() if name not in options})
     choice = settle(options, terms, fixed, target, TIGHTNESS).choice
     return SubnetSpec({name: _best_units(scores[name], option.size) for name, option in choice.items()})
-
-
-def _kept_scores(score: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The scores of the units that are kept: the best ones, on a grid the best channels of the best heads."""
-    best = score.sort(dim=-1, descending=True).values[..., : size[-1]]
-    return best if len(size) == 1 else best[best.sum(1).argsort(descending=True)[: size[0]]]
 
 
 def _best_units(score: Tensor, size: tuple[int, ...]) -> Kept:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from .search_space import SubmoduleSpace
 
+# Importance is estimated between sigmoid(-4) = 0.02 and sigmoid(4) = 0.98: nothing is out of the race for good.
+IMPORTANCE_LIMIT = 4.0
+
 
 def _rank(score: Tensor) -> Tensor:
     """Position of every entry of the last axis when sorted from largest to smallest; ties keep their order."""
@@ -36,6 +39,7 @@ class BiMask(nn.Module):
         active_candidates: bool buffer shaped like alpha; False = retired, for good.
         alive: bool buffer shaped like the units; False = beyond the largest active size along an axis, for good.
         unit_ids: int buffer shaped like the units: flat index of each unit in the dense parent.
+        first_order: float buffer shaped like the units: sum of squared gradients that were observed.
     """
 
     def __init__(self, space: SubmoduleSpace, normalize_importance: bool = False):
@@ -45,6 +49,7 @@ class BiMask(nn.Module):
         self.importance_logits = nn.Parameter(torch.zeros(space.unit_shape))
         self._add_choice(space)
         self.register_buffer("alive", torch.ones(space.unit_shape, dtype=torch.bool))
+        self.register_buffer("first_order", torch.zeros(space.unit_shape))
         self.dense_head_dim = space.head_dim
         self.register_buffer("unit_ids", torch.arange(space.num_units).reshape(space.unit_shape))
         axes = (space.head_candidates, space.dim_candidates) if self.is_grid else (space.candidate_sizes,)
@@ -136,6 +141,34 @@ class BiMask(nn.Module):
             return torch.zeros_like(importance).scatter(0, rank[0], importance)
         within = torch.zeros_like(importance).scatter(1, rank[1], importance)
         return torch.zeros_like(within).index_copy(0, rank[0], within)
+
+    @torch.no_grad()
+    def observe_gradient_(self) -> None:
+        """Adds the square of the last gradient of every importance logit to `first_order`.
+
+        While all logits are equal this is, up to a common factor, the first-order estimate of the squared change of the
+        loss when a unit is removed (arXiv:1906.10771, eq. 8). A step whose gradient overflowed (fp16) does not count.
+        """
+        if self.importance_logits.grad is not None:
+            observed = self.importance_logits.grad.to(self.first_order.dtype).square()
+            self.first_order += observed.nan_to_num(posinf=0.0)
+
+    @torch.no_grad()
+    def estimate_importance_(self, num_kept: int) -> None:
+        """Sets importance from `first_order`: above 1/2 for as many units as are to be kept, below for the others.
+
+        The logit of a unit is how many times e its first-order score exceeds that of the last unit that is kept, so
+        importance says by how much a unit is worth its place; cut off at +-4.
+
+        Args:
+            num_kept: units to keep, between 1 and all of them.
+        """
+        scores = self.first_order.double()
+        scores = scores.clamp(min=max(scores.max().item() * 1e-12, torch.finfo(scores.dtype).tiny)).log()
+        ordered = scores.flatten().sort(descending=True).values
+        below = ordered[num_kept] if num_kept < len(ordered) else ordered[-1] - 2 * IMPORTANCE_LIMIT
+        edge = (ordered[num_kept - 1] + below) / 2
+        self.importance_logits.copy_((scores - edge).clamp(-IMPORTANCE_LIMIT, IMPORTANCE_LIMIT))
 
     @torch.no_grad()
     def fit_alpha_(self, floor: float = 0.05, curve: Tensor | None = None) -> None:
@@ -254,7 +287,7 @@ class BiMask(nn.Module):
             (axis, torch.arange(sizes.tolist().index(largest) + 1, device=sizes.device))
             for axis, (sizes, largest) in enumerate(zip(self.candidate_axes, self.largest_size(), strict=True))
         )
-        plan = dict.fromkeys(("importance_logits", "alive", "unit_ids"), units)
+        plan = dict.fromkeys(("importance_logits", "alive", "unit_ids", "first_order"), units)
         plan |= dict.fromkeys(("alpha", "active_candidates"), candidates)
         plan |= {f"candidate_sizes_{axis}": ((0, indices),) for axis, indices in candidates}
         return plan

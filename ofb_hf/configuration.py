@@ -20,26 +20,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "multiple_of": 8,
         "smallest_share": 0.25,
         "importance_init_mean": 1.5,
-        "importance_init_std": 0.05,
+        "importance_init_std": 0.0,
         "alpha_init": "zeros",
         "normalize_importance": True,
         "flops_weight": 5.0,
         "dual_step": 0.2,
-        "budget_ramp": 0.3,
+        "budget_ramp": 0.0,
         "importance_penalty": 0.0,
         "one_hot_weight": 0.2,
-        "one_hot_begin": 0.5,
-        "one_hot_end": 0.75,
-        "importance_learning_rate": 0.1,
+        "one_hot_begin": 0.15,
+        "one_hot_end": 0.3,
+        "importance_learning_rate": 0.0,
         "architecture_learning_rate": 0.01,
         "architecture_weight_decay": 0.0,
         "masks_follow_schedule": False,
-        "distillation_weight": 1.0,
-        "retire_begin": 0.5,
-        "settle_at": 0.75,
-        "importance_hold": 0.3,
+        "distillation_weight": 0.5,
+        "retire_begin": 0.2,
+        "settle_at": 0.35,
+        "importance_from": "first_order",
+        "importance_hold": 0.05,
         "hold_learning_rate": 0.0,
-        "warmup": 0.2,
+        "pmim_until_settled": True,
+        "warmup": 0.1,
     },
     "paper": {
         "multiple_of": 1,
@@ -62,8 +64,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "distillation_weight": 0.0,
         "retire_begin": 0.0,
         "settle_at": 1.0,
+        "importance_from": "descent",
         "importance_hold": 0.0,
         "hold_learning_rate": 1.0,
+        "pmim_until_settled": False,
         "warmup": 0.2,
     },
 }
@@ -111,15 +115,20 @@ class BiMaskConfig:
 
     importance_start: float = _field(0.99, "lambda, the weight of the importance score, at step 0 (paper's code).")
     importance_end: float = _field(0.1, "lambda after the warm-up (paper's code).")
+    importance_from: str | None = _field(
+        None,
+        "How importance is learned in that phase: 'first_order' observes gradients of the given network and ranks its "
+        "units by them; 'descent' moves importance under a budget that presses on the bi-mask. Preset.",
+    )
     importance_hold: float | None = _field(
         None,
-        "Share of the steps before lambda starts to fall. Meanwhile importance is learned alone: the budget presses on "
-        "the bi-mask and alpha rests; at the end alpha is fitted to the importance curve. 0 = no such phase. Preset.",
+        "Share of the steps before lambda starts to fall. Meanwhile importance is learned alone and alpha rests; then "
+        "alpha is fitted to the importance curve. 0 = no such phase. Preset.",
     )
     hold_learning_rate: float | None = _field(
         None,
-        "Factor on the weights' learning rate in that phase: importance is learned on the given function, before the "
-        "weights make up for small gates or wake useless units. Preset.",
+        "Factor on the weights' learning rate in that phase. Below 1, importance is learned before the weights make up "
+        "for small gates or wake useless units. Preset.",
     )
     warmup: float | None = _field(None, "Share of the steps over which lambda and the keep ratio move. Preset.")
     importance_init_mean: float | None = _field(None, "Mean of the initial importance logits. Preset.")
@@ -154,6 +163,9 @@ class BiMaskConfig:
     pmim: bool = _field(True, "Progressive masked image modelling as an auxiliary loss.")
     keep_ratio_start: float = _field(0.95, "Share of patches left visible at step 0 (paper's code).")
     keep_ratio_end: float = _field(0.75, "Share of patches left visible after the warm-up (paper's code).")
+    pmim_until_settled: bool | None = _field(
+        None, "Hide patches only while the network may shrink: after the importance phase, until the choice. Preset."
+    )
     pmim_window: int | None = _field(None, "Normalisation window in pixels, odd; 47 at 16-pixel patches if not given.")
     pmim_weight: float = _field(1.0, "The reconstruction loss counts this many times the classification loss.")
     pmim_max_ratio: float = _field(10.0, "Upper bound of classification / reconstruction loss in that weight.")
@@ -201,6 +213,8 @@ class BiMaskConfig:
         for name in ("multiple_of", "retire_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.importance_from not in ("first_order", "descent"):
+            raise ValueError(f"importance_from is {self.importance_from!r}; allowed are 'first_order' and 'descent'.")
         if self.alpha_init not in ("zeros", "uniform"):
             raise ValueError(f"alpha_init is {self.alpha_init!r}; allowed are 'zeros' and 'uniform'.")
         if self.pmim_window is not None and (self.pmim_window < 3 or self.pmim_window % 2 == 0):
@@ -280,7 +294,8 @@ class BiMaskConfig:
             sizes = sizes or self._channel_sizes(units, self.smallest_share, max(step, 1))
         else:
             step = units // (8 if self.preset == "paper" else 16)
-            sizes = _up_to(units, self.mlp_candidates) or self._channel_sizes(units, 0.25, max(step, 1))
+            smallest = 1 / 4 if self.preset == "paper" else 1 / 16
+            sizes = _up_to(units, self.mlp_candidates) or self._channel_sizes(units, smallest, max(step, 1))
         return SubmoduleSpace(submodule.name, submodule.kind, units, tuple(sizes))
 
     def _head_sizes(self, heads: int) -> list[int]:

@@ -38,3 +38,8 @@ def one_hot_weight(step: float, begin_step: float, end_step: float, final: float
 def is_retirement_step(step: int, every: int, begin_step: float = 0) -> bool:
     """Whether weak candidates retire after optimizer step `step` (1-based): every `every` steps once begun."""
     return step > begin_step and step % every == 0
+
+
+def settlement_step(share: float, total: int) -> int:
+    """The optimizer step (1-based) after which the final choice is made, at least the first and at most the last."""
+    return min(total, max(1, round(share * total)))

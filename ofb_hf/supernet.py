@@ -11,13 +11,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .architectures import describe, family_of, require_classifier
 from .bi_mask import BiMask, TiedBiMask
-from .candidates import candidate_options
+from .candidates import candidate_options, first_order_options, search_scores
 from .configuration import BiMaskConfig, default_config
 from .flops import ExpectedCost, count_macs, evaluate_terms
 from .losses import one_hot_loss
 from .masked_layers import GateStore, apply_gate, gate_parameters_, mask_norm_
 from .pmim import PMIMDecoder, window_for_patch
-from .search_space import SubnetSpec
+from .search_space import Kept, SubnetSpec
 from .settlement import TIGHTNESS, Option, Settlement, settle
 from .surgery import Entries, slice_model, slice_tensors_, unit_group_plan
 from .unit_groups import Architecture, Slot, Submodule, Term, heads_of, quantities
@@ -237,10 +237,13 @@ class Supernet(nn.Module):
 
     def options(self) -> dict[str, list[Option]]:
         """Every active candidate of every submodule that chooses, with its score."""
-        return candidate_options(self.groups, self.terms, self.dense_sizes)
+        return candidate_options(self.groups, lambda mask: search_scores(mask, self.terms, self.dense_sizes))
 
-    def settlement(self) -> Settlement:
+    def settlement(self, options: dict[str, list[Option]] | None = None) -> Settlement:
         """The best choice within the budget as things stand, for every searched submodule.
+
+        Args:
+            options: with other scores than those of `options`.
 
         Raises:
             UnreachableBudgetError: naming the smallest possible cost.
@@ -248,7 +251,7 @@ class Supernet(nn.Module):
         fixed = quantities({name: size for name, size in self.dense_sizes.items() if name not in self.named_masks})
         follows = self.leaders | {heads_of(name): heads_of(leader) for name, leader in self.leaders.items()}
         terms = [replace(term, factors=tuple(follows.get(f, f) for f in term.factors)) for term in self.terms]
-        settlement = settle(self.options(), tuple(terms), fixed, self.target, TIGHTNESS)
+        settlement = settle(options or self.options(), tuple(terms), fixed, self.target, TIGHTNESS)
         choice = {name: settlement.choice[leader] for name, leader in self.leaders.items()}
         return replace(settlement, choice=choice)
 
@@ -275,6 +278,19 @@ class Supernet(nn.Module):
                     mask.retire_(weak)
                 retired += int(weak.sum())
         return retired
+
+    def observe_gradients_(self) -> None:
+        """Lets every bi-mask take note of its gradients; between a backward pass and the optimizer's step."""
+        for mask in self.bi_masks:
+            mask.observe_gradient_()
+
+    def estimate_importance_(self) -> None:
+        """Sets importance from the gradients that were observed: high for the units that the best choice within the
+        budget keeps, if each unit is worth its first-order score. Without any observation importance stays."""
+        if options := first_order_options(self.groups):
+            choice = self.settlement(options).choice
+            for mask in self.bi_masks:
+                mask.estimate_importance_(choice[mask.name].units)
 
     def fit_alpha_(self) -> None:
         """Fits every alpha to the importance curve of its submodule, or to the mean of those tied together."""
@@ -424,11 +440,11 @@ def compress(supernet: Supernet) -> PreTrainedModel:
     return settled.fold()
 
 
-def _all_units(shape: tuple[int, ...]) -> tuple[int, ...] | dict[int, tuple[int, ...]]:
+def _all_units(shape: tuple[int, ...]) -> Kept:
     return tuple(range(shape[0])) if len(shape) == 1 else {h: tuple(range(shape[1])) for h in range(shape[0])}
 
 
-def _living_units(mask: BiMask) -> tuple[int, ...] | dict[int, tuple[int, ...]]:
+def _living_units(mask: BiMask) -> Kept:
     """Living units as indices into the network as it is now, in the form of `SubnetSpec.kept`."""
     units = [indices.tolist() for indices in mask.alive_units()]
     return dict(zip(units[0], map(tuple, units[1]), strict=True)) if mask.is_grid else tuple(units[0])

@@ -107,10 +107,10 @@ class OFBTrainer(DistillationTrainer):
         expected = supernet.expected_cost(sizes)
         parts["expected_macs"] = supernet.expected_macs(sizes)
         parts["flops"] = flops_loss(expected, now["target"], supernet.dense_cost)
-        if now["importance_phase"]:
+        if now["importance_phase"] and config.importance_from == "descent":
             gap = (expected - now["target"]) / supernet.dense_cost
             loss = loss + budget_loss(gap, supernet.multiplier, config.flops_weight)
-        else:
+        elif not now["importance_phase"]:
             loss = loss + config.flops_weight * parts["flops"]
         parts["one_hot"] = supernet.one_hot_loss()
         loss = loss + now["one_hot_weight"] * parts["one_hot"]
@@ -119,7 +119,8 @@ class OFBTrainer(DistillationTrainer):
         return outputs, parts, loss
 
     def _hide_tokens(self, batch_size: int) -> Tensor | None:
-        if self.supernet.pmim_decoder is None or self._schedule["keep_ratio"] >= 1:
+        # Nothing hidden is a mask like any other: the same graph to compile, and every parameter takes part under DDP.
+        if self.supernet.pmim_decoder is None:
             return None
         rows, columns = self.supernet.dense_architecture.token_grid
         masked = mask_patches(batch_size, rows * columns, self._schedule["keep_ratio"], self.generator)
@@ -129,13 +130,15 @@ class OFBTrainer(DistillationTrainer):
         """Sets everything that follows the global step; the step about to run is `state.global_step`."""
         config, supernet = self.bi_mask_config, self.supernet
         step, total = self.state.global_step, self.state.max_steps
-        hold, warmup = round(config.importance_hold * total), config.warmup * total
+        hold, warmup = self._hold_steps(total), config.warmup * total
+        shrinks = hold <= step < schedule.settlement_step(config.settle_at, total)
+        hides = supernet.pmim_decoder is not None and (shrinks or not config.pmim_until_settled)
         lam = schedule.importance_weight(step - hold, warmup, config.importance_start, config.importance_end)
         keep = schedule.keep_ratio(step, warmup, config.keep_ratio_start, config.keep_ratio_end)
         share = schedule.budget_share(step, config.budget_ramp * total, supernet.target / supernet.dense_cost)
         self._schedule = {
             "lam": lam,
-            "keep_ratio": keep if supernet.pmim_decoder is not None else 1.0,
+            "keep_ratio": keep if hides else 1.0,
             "target": share * supernet.dense_cost,
             "importance_phase": step < hold,
             "one_hot_weight": schedule.one_hot_weight(
@@ -143,29 +146,43 @@ class OFBTrainer(DistillationTrainer):
             ),
         }
         if hold and step == hold:
-            self._fit_alpha()
+            self._hand_over()
         supernet.lam.fill_(lam)
         supernet.refresh_liveness()
         self._pmim_sums.zero_()
 
+    def _hold_steps(self, total: int) -> float:
+        """Steps of the importance phase; at least one where there has to be something to observe."""
+        hold, observes = self.bi_mask_config.importance_hold, self.bi_mask_config.importance_from == "first_order"
+        return max(1, round(hold * total)) if hold and observes else round(hold * total)
+
     @torch.no_grad()
-    def _fit_alpha(self) -> None:
+    def _hand_over(self) -> None:
+        """Ends the importance phase: importance as it was observed, alpha as importance suggests."""
         masks = self.supernet.bi_masks
 
-        def fit() -> list[Tensor]:
+        def decide() -> list[tuple[Tensor, Tensor]]:
+            if self.bi_mask_config.importance_from == "first_order":
+                self.supernet.estimate_importance_()
             self.supernet.fit_alpha_()
-            return [mask.alpha.cpu() for mask in masks]
+            return [(mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks]
 
-        for mask, alpha in zip(masks, decided_by_rank_0(fit), strict=True):
+        for mask, (importance, alpha) in zip(masks, decided_by_rank_0(decide), strict=True):
+            mask.importance_logits.copy_(importance)
             mask.alpha.copy_(alpha)
             self.optimizer.state.pop(mask.alpha, None)  # its momentum is of the time when alpha rested
+
+    def observe_gradients(self) -> None:
+        """Takes note of the gradients of a step of the importance phase, before the optimizer uses them."""
+        if self._schedule["importance_phase"] and self.bi_mask_config.importance_from == "first_order":
+            self.supernet.observe_gradients_()
 
     @torch.no_grad()
     def end_search_step(self) -> None:
         """Updates the budget multiplier; at their steps, retires candidates or settles, and shrinks."""
         supernet, config = self.supernet, self.bi_mask_config
         step, total = self.state.global_step, self.state.max_steps
-        if self._schedule["importance_phase"]:
+        if self._schedule["importance_phase"] and config.importance_from == "descent":
             supernet.refresh_gates()
             expected = supernet.expected_cost(supernet.sizes("bi_mask"))
             gap = (expected - self._schedule["target"]) / supernet.dense_cost
@@ -175,10 +192,10 @@ class OFBTrainer(DistillationTrainer):
             ratio = (task / pmim.clamp(min=1e-8)).clamp(max=config.pmim_max_ratio)
             supernet.pmim_ratio.copy_(torch.where(pmim > 0, ratio, supernet.pmim_ratio))
 
-        settlement_step = min(total, max(1, round(config.settle_at * total)))
+        last = schedule.settlement_step(config.settle_at, total)
         every, begin = max(1, total // config.retire_events), config.retire_begin * total
-        settles = step == settlement_step
-        retires = step < settlement_step and schedule.is_retirement_step(step, every, begin)
+        settles = step == last
+        retires = step < last and schedule.is_retirement_step(step, every, begin)
         if settles or retires:
             self._decide(supernet.settle_ if settles else supernet.retire_candidates)
         if step == total or (config.prune_during_search and (settles or retires)):
@@ -276,14 +293,15 @@ class OFBTrainer(DistillationTrainer):
                 num_training_steps=num_training_steps,
                 scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
             )
-            hold = self.bi_mask_config.importance_hold * num_training_steps
+            hold, observes = self._hold_steps(num_training_steps), self.bi_mask_config.importance_from == "first_order"
             follow, constant = reference.lr_lambdas[0], lambda step: 1.0
             masks = follow if self.bi_mask_config.masks_follow_schedule else constant
             held = self.bi_mask_config.hold_learning_rate
             factors = {
                 "weights": lambda step: follow(step) * (held if step < hold else 1.0),
                 "pmim_decoder": follow,
-                "importance": masks,
+                # Gradients are comparable, and the function is the given one, as long as importance rests.
+                "importance": lambda step: 0.0 if observes and step < hold else masks(step),
                 # While importance leads alone, alpha would only follow the budget: it sees no units worth keeping yet.
                 "architecture": lambda step: 0.0 if step < hold else masks(step),
             }

@@ -94,7 +94,7 @@ def test_secrets_of_this_machine_are_known_whatever_they_look_like(folder, monke
 def test_other_variables_are_no_secrets(folder, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_CONFIG", "transformers")
     (folder / "README.md").write_text("made with transformers")
-    require_no_leaks(folder)
+    assert require_no_leaks(folder) is None
 
 
 def test_a_user_without_a_name_can_publish(folder, monkeypatch):
@@ -102,7 +102,7 @@ def test_a_user_without_a_name_can_publish(folder, monkeypatch):
         raise KeyError("getpwuid(): uid not found: 54321")
 
     monkeypatch.setattr("getpass.getuser", nobody)
-    require_no_leaks(folder)
+    assert require_no_leaks(folder) is None
 
 
 def test_the_account_that_is_published_to_may_be_named(folder, monkeypatch):

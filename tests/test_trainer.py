@@ -268,14 +268,17 @@ def test_a_compiled_search_is_the_eager_one(tmp_path, family):
 def test_many_shrinks_do_not_exhaust_the_compiler(tmp_path):
     """torch gives up, and runs eagerly, once it has compiled a function for eight shapes."""
     sizes = Sizes()
-    trainer = searcher(tmp_path, callbacks=[sizes], max_steps=24, torch_compile=True, torch_compile_backend="eager")
+    config = search_config(target_macs=0.6, settle_at=0.9)
+    settings = {"max_steps": 24, "torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = searcher(tmp_path, config, callbacks=[sizes], **settings)
 
     class RetiresOne(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             masks = [mask for mask in trainer.supernet.bi_masks if mask.active_candidates.sum() > 1]
             if masks and state.global_step < 20:
                 mask = masks[state.global_step % len(masks)]
-                mask.retire_(mask.candidate_sizes == mask.candidate_sizes[mask.active_candidates].max())
+                largest = mask.candidate_sizes.where(mask.active_candidates, torch.tensor(0)).argmax()
+                mask.retire_(torch.arange(mask.alpha.numel()).reshape(mask.alpha.shape) == largest)
                 trainer.shrink()
 
     trainer.add_callback(RetiresOne())

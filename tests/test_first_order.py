@@ -1,0 +1,122 @@
+"""Importance from first-order information: what is observed, how it ranks units, and that data decides."""
+
+import pytest
+import torch
+from factories import FAMILIES, search_config, tiny_images, tiny_model, tiny_supernet
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import searcher
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from ofb_hf import SubmoduleSpace, baselines, count_macs, install_bi_masks, read_subnet
+from ofb_hf.bi_mask import IMPORTANCE_LIMIT, BiMask
+from ofb_hf.candidates import first_order_options
+
+both_families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@both_families
+def test_what_is_observed_is_the_taylor_score_of_every_unit(family):
+    """Found in another way: from weights and their gradients, without any mask."""
+    model = tiny_model(family, dtype=torch.float64).eval()
+    supernet = install_bi_masks(model, search_config(family, importance_start=1.0)).eval()
+    images, labels = tiny_images(count=4, size=model.config.image_size, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    supernet.lam.fill_(1.0)
+    F.cross_entropy(supernet(images).logits, labels).backward()
+    supernet.observe_gradients_()
+    expected = baselines.taylor_scores(model, [{"pixel_values": images, "labels": labels}])
+    for name, mask in supernet.named_masks.items():
+        found, wanted = mask.first_order.double() / mask.first_order.max(), expected[name] / expected[name].max()
+        torch.testing.assert_close(found, wanted.double(), rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_squares_of_steps_add_up_and_overflows_do_not_count():
+    mask = BiMask(SubmoduleSpace("a", "mlp", num_units=3, candidate_sizes=(1, 3)))
+    mask.observe_gradient_()
+    assert mask.first_order.tolist() == [0, 0, 0]
+    for gradient in ([1.0, -2.0, 0.0], [3.0, float("inf"), 0.5], [0.0, float("nan"), 0.0]):
+        mask.importance_logits.grad = torch.tensor(gradient)
+        mask.observe_gradient_()
+    assert mask.first_order.tolist() == [10.0, 4.0, 0.25]
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=30), st.data())
+def test_as_many_units_are_important_as_are_to_be_kept(scores, data):
+    count = data.draw(st.integers(1, len(scores)))
+    mask = BiMask(SubmoduleSpace("a", "mlp", num_units=len(scores), candidate_sizes=(1, len(scores))))
+    mask.first_order.copy_(torch.tensor(scores))
+    mask.estimate_importance_(count)
+    logits = mask.importance_logits.detach()
+    assert bool(logits.isfinite().all())
+    assert logits.abs().max() <= IMPORTANCE_LIMIT
+    order = mask.first_order.argsort(descending=True, stable=True)
+    kept, rest = logits[order[:count]], logits[order[count:]]
+    assert bool((kept >= 0).all())
+    assert bool((rest <= 0).all())
+    assert bool((logits[order].diff() <= 0).all())
+
+
+@both_families
+def test_without_observations_importance_stays(family):
+    supernet = tiny_supernet(family=family)
+    before = [mask.importance_logits.detach().clone() for mask in supernet.bi_masks]
+    supernet.estimate_importance_()
+    assert first_order_options(supernet.groups) == {}
+    assert all(torch.equal(a, mask.importance_logits) for a, mask in zip(before, supernet.bi_masks, strict=True))
+
+
+@both_families
+def test_what_is_observed_decides_which_units_stay(family):
+    """The best units of every submodule are made known, all others look useless: exactly these are kept."""
+    supernet = install_bi_masks(tiny_model(family), search_config(family, target_macs=0.5))
+    generator = torch.Generator().manual_seed(0)
+    for mask in supernet.bi_masks:
+        mask.first_order.copy_(torch.rand(mask.first_order.shape, generator=generator).double() ** 6)
+    wanted = baselines.pruned_subnet(
+        tiny_model(family),
+        supernet.bi_mask_config,
+        {mask.name: mask.first_order for mask in supernet.bi_masks},
+    )
+    supernet.estimate_importance_()
+    supernet.fit_alpha_()
+    found = read_subnet(supernet)
+    assert count_macs(tiny_model(family), found) <= supernet.target
+    shared = total = 0
+    for name, mask in supernet.named_masks.items():
+        sets = [_flat(subnet.kept[name], mask.dense_head_dim) for subnet in (wanted, found)]
+        shared, total = shared + len(sets[0] & sets[1]), total + len(sets[0] | sets[1])
+    assert shared / total > 0.9
+
+
+def _flat(kept, head_dim):
+    """Kept units of one submodule as a set of flat indices."""
+    return {h * head_dim + c for h, channels in kept.items() for c in channels} if isinstance(kept, dict) else set(kept)
+
+
+def test_the_first_phase_observes_and_changes_nothing_else(tmp_path):
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen[state.global_step] = {k: v.detach().clone() for k, v in trainer.supernet.state_dict().items()}
+
+    config = search_config(importance_hold=0.25, target_macs=0.6)
+    trainer = searcher(tmp_path, config, callbacks=[Look()], max_steps=12)
+    start = {name: tensor.clone() for name, tensor in trainer.supernet.state_dict().items()}
+    trainer.train()
+    still = [name for name in start if name.startswith("model.") and "mask_token" not in name]
+    still += [name for name in start if name.endswith((".importance_logits", ".alpha"))]
+    for name in still:
+        assert torch.equal(seen[3][name], start[name]), name
+    observed = [name for name in start if name.endswith(".first_order")]
+    assert all(bool((seen[3][name] > seen[1][name]).any()) for name in observed)
+    assert all(torch.equal(seen[4][name], seen[3][name]) for name in observed)
+    logits = [name for name in start if name.endswith(".importance_logits")]
+    assert all(not torch.equal(seen[4][name], start[name]) for name in logits)
+
+
+@pytest.mark.parametrize("value", ["gradient", ""])
+def test_another_source_of_importance_is_refused(value):
+    with pytest.raises(ValueError, match=f"importance_from is '{value}'; allowed are"):
+        search_config(importance_from=value)
