@@ -132,8 +132,10 @@ def tiny_images(
 
 
 def search_config(family: str = "vit", **overrides: Any) -> BiMaskConfig:
-    """A search over awkward candidates; overrides are config fields."""
-    return SEARCHES[family](**(AWKWARD[family] | overrides))
+    """A search over awkward candidates, each of its phases long enough to look at; overrides are config fields."""
+    phases = {"importance_hold": 0.3, "warmup": 0.2, "one_hot_begin": 0.5, "one_hot_end": 0.75}
+    phases |= {"retire_begin": 0.5, "settle_at": 0.75}
+    return SEARCHES[family](**(AWKWARD[family] | (phases if "preset" not in overrides else {}) | overrides))
 
 
 def tiny_supernet(seed: int = 0, dtype: torch.dtype = torch.float32, family: str = "vit", **overrides: Any) -> Supernet:
