@@ -144,3 +144,17 @@ def test_what_cannot_be_exported_is_refused_in_one_line(checkpoint, tmp_path, ca
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_processor_for_other_images_is_refused(checkpoint, tmp_path, capsys):
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(checkpoint)
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(checkpoint), "--output_dir", str(tmp_path / "out")])
+    assert "they have [32, 32] pixels, and image_size is 16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_config_beside_an_export_says_what_was_exported(checkpoint, tmp_path):
+    non_uniform_vit().to(torch.float16).save_pretrained(checkpoint)
+    cli.main(["export", str(checkpoint), "--format", "torch", "--output_dir", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
