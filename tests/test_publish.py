@@ -121,7 +121,7 @@ def outcomes(hub, output, tmp_path_factory):
         env=hub.environment(tmp_path_factory.mktemp("hf")),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
     assert process.returncode == 0, process.stderr[-4000:]
@@ -173,7 +173,7 @@ def test_what_another_checkpoint_left_goes_and_what_is_not_ours_stays(hub, outpu
     hub.repositories.update({"case/a": Repository({}), "case/b": Repository({})})
     for case in cases:
         command = [sys.executable, str(TESTS / "publish_process.py"), json.dumps([case])]
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert '"oid"' in process.stdout, process.stderr[-2000:]
         repository = hub.repositories["lab/turn"]
         if case[0] == "a":
@@ -285,7 +285,7 @@ def test_a_hub_without_xet_is_told_in_words_how_to_go_on(hub, output, tmp_path):
     del environment["HF_HUB_DISABLE_XET"]
     command = [sys.executable, "-c", "from ofb_hf.cli import main; main()", "publish", str(output)]
     command += ["--repo_id", "lab/xet"]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert process.returncode == 2
     (line,) = [line for line in process.stderr.splitlines() if line.startswith("error:")]
     assert "does not take uploads through Xet; set HF_HUB_DISABLE_XET=1." in line
@@ -379,7 +379,7 @@ def test_a_token_in_training_arguments_is_found_and_the_push_refused(hub, output
     command = [sys.executable, "-c", "from ofb_hf.cli import main; main()", "publish", str(copy)]
     environment = hub.environment(tmp_path / "hf", token="hf_write")
     command += ["--repo_id", "lab/arguments"]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert process.returncode == 2
     assert "training_args.bin holds an access token" in process.stderr
     assert token not in process.stderr + process.stdout
