@@ -69,7 +69,8 @@ class OFBTrainer(DistillationTrainer):
         supernet = model if isinstance(model, Supernet) else install_bi_masks(model, bi_mask_config)
         weight = args.distillation_weight
         if weight is None:
-            weight = 1.0 if teacher is not None else supernet.bi_mask_config.distillation_weight
+            # Not all of it: a dense model that learns from itself has no gradient, and nothing could be observed.
+            weight = supernet.bi_mask_config.distillation_weight or float(teacher is not None)
         if teacher is None and weight > 0:
             if not supernet.is_fresh:
                 raise ValueError(
@@ -151,7 +152,7 @@ class OFBTrainer(DistillationTrainer):
         supernet.refresh_liveness()
         self._pmim_sums.zero_()
 
-    def _hold_steps(self, total: int) -> float:
+    def _hold_steps(self, total: int) -> int:
         """Steps of the importance phase; at least one where there has to be something to observe."""
         hold, observes = self.bi_mask_config.importance_hold, self.bi_mask_config.importance_from == "first_order"
         return max(1, round(hold * total)) if hold and observes else round(hold * total)

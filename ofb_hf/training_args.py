@@ -26,7 +26,7 @@ class OFBTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Share of distillation in the classification loss, 0 = labels only, 1 = teacher only. "
-            "By default 1 with a teacher (0 in a search with preset 'paper')."
+            "By default 0.5 in a search (preset 'paper': 0, or 1 with a teacher), and 1 elsewhere with a teacher."
         },
     )
     distillation_type: str = field(default="soft", metadata={"help": "'soft' (KL) or 'hard' (teacher's arg max)."})

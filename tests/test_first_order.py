@@ -1,15 +1,17 @@
 """Importance from first-order information: what is observed, how it ranks units, and that data decides."""
 
+import copy
+
 import pytest
 import torch
 from factories import FAMILIES, search_config, tiny_images, tiny_model, tiny_supernet
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import searcher
+from runs import arguments, searcher
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from ofb_hf import SubmoduleSpace, baselines, count_macs, install_bi_masks, read_subnet
+from ofb_hf import OFBTrainer, SubmoduleSpace, baselines, count_macs, install_bi_masks, read_subnet
 from ofb_hf.bi_mask import IMPORTANCE_LIMIT, BiMask
 from ofb_hf.candidates import first_order_options
 
@@ -120,3 +122,9 @@ def test_the_first_phase_observes_and_changes_nothing_else(tmp_path):
 def test_another_source_of_importance_is_refused(value):
     with pytest.raises(ValueError, match=f"importance_from is '{value}'; allowed are"):
         search_config(importance_from=value)
+
+
+def test_a_dense_model_as_its_own_teacher_leaves_something_to_observe(tmp_path):
+    model = tiny_model("vit")
+    named = OFBTrainer(model, arguments(tmp_path), search_config(), teacher=copy.deepcopy(model))
+    assert named.distillation_weight == searcher(tmp_path, model=model).distillation_weight == 0.5
