@@ -10,15 +10,22 @@ import torch
 
 from . import hub
 from .architectures import FAMILIES
-from .configuration import BiMaskConfig
 from .data import AugmentationArguments, DataArguments
 from .export import ExportError
 from .training_args import OFBTrainingArguments
 from .workflow import export as export_workflow
+from .workflow import family as family_workflow
 from .workflow import finetune as finetune_workflow
 from .workflow import search as search_workflow
 from .workflow import verify as verify_workflow
-from .workflow.arguments import ExportArguments, FinetuneArguments, ModelArguments, PublishArguments, parse
+from .workflow.arguments import (
+    ExportArguments,
+    FinetuneArguments,
+    ModelArguments,
+    PublishArguments,
+    SearchArguments,
+    parse,
+)
 from .workflow.report import text_table
 
 T = TypeVar("T")
@@ -32,6 +39,8 @@ Otherwise name a model and data, and a budget:
 
     accelerate launch recipes/search_deit.py --model_name_or_path facebook/deit-small-patch16-224 \\
         --data_dir PHOTOS --target_macs 0.5 --num_train_epochs 20 --finetune_epochs 30 --output_dir runs/half
+
+Several budgets (--target_macs 0.7,0.5,0.35) give a family of models from one search, each in a folder of its own.
 
 PHOTOS is a folder with one subfolder per class, or with parquet shards. --num_train_epochs, --learning_rate and all
 other training flags govern the search; finetuning has its own --finetune_* flags. --config FILE.yaml reads settings
@@ -69,9 +78,10 @@ def search(argv: list[str] | None = None, **demo: Any) -> dict[str, Any]:
         demo: settings of the demonstration, which runs when neither model nor data are named.
     """
     classes = [ModelArguments, DataArguments, AugmentationArguments]
-    classes += [BiMaskConfig, FinetuneArguments, OFBTrainingArguments]
+    classes += [SearchArguments, FinetuneArguments, OFBTrainingArguments]
     walk = _in_words(lambda: search_workflow.prepare(*parse(classes, argv, SEARCH, demo)))
-    results = _closing_processes(lambda: search_workflow.run(walk))
+    run = search_workflow.run if len(walk.targets) == 1 else family_workflow.run
+    results = _closing_processes(lambda: run(walk))
     if walk.args.push_to_hub:
         _in_words(lambda: search_workflow.push(walk))
     return results

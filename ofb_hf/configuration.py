@@ -258,22 +258,30 @@ class BiMaskConfig:
         spaces = map(self._submodule_space, searched)
         return SearchSpace(tuple(_tie_layers(spaces) if self.uniform_across_layers else spaces))
 
+    def fitted_to(self, model_config: PreTrainedConfig, **changes: Any) -> "BiMaskConfig":
+        """The same search of a network that was cut from the one this config is for: lists without what is gone.
+
+        Args:
+            model_config: of the smaller network.
+            changes: other fields to set, the budget for example.
+        """
+        largest = {
+            name: max(full.values()) for name, full in _full_sizes(describe(model_config).submodules).items() if full
+        }
+        lists = {name: _up_to(size, getattr(self, name)) or None for name, size in largest.items()}
+        return replace(self, **lists | changes)
+
     def _check_candidates(self, searched: list[Submodule]) -> None:
-        places = {"embedding": ["embedding_candidates"], "attention": ["head_candidates", "head_dim_candidates"]}
-        for kind, names in (places | {"mlp": ["mlp_candidates"]}).items():
-            for axis, name in enumerate(names):
-                full = {s.name: s.shape[axis] for s in searched if s.kind == kind}
-                given = getattr(self, name) or []
-                if full and any(size > max(full.values()) for size in given):
-                    raise ValueError(
-                        f"{name} is {given}, but the largest full size in this model is {max(full.values())}."
-                    )
-                missing = [submodule for submodule, size in full.items() if size not in given]
-                if given and missing:
-                    raise ValueError(
-                        f"{name} is {given}, but the full size of {missing[0]!r} is {full[missing[0]]}; the full size "
-                        "of every submodule must be among its candidates, so that the dense model is in the space."
-                    )
+        for name, full in _full_sizes(searched).items():
+            given = getattr(self, name) or []
+            if full and any(size > max(full.values()) for size in given):
+                raise ValueError(f"{name} is {given}, but the largest full size in this model is {max(full.values())}.")
+            missing = [submodule for submodule, size in full.items() if size not in given]
+            if given and missing:
+                raise ValueError(
+                    f"{name} is {given}, but the full size of {missing[0]!r} is {full[missing[0]]}; the full size "
+                    "of every submodule must be among its candidates, so that the dense model is in the space."
+                )
 
     def _submodule_space(self, submodule: Submodule) -> SubmoduleSpace:
         if submodule.kind == "attention":
@@ -380,6 +388,18 @@ def _tie_layers(spaces: Iterable[SubmoduleSpace]) -> Iterator[SubmoduleSpace]:
         leader = first.setdefault((space.kind, space.unit_shape), space.name)
         tied = leader != space.name and space.kind != "embedding"
         yield replace(space, tied_to=leader) if tied else space
+
+
+def _full_sizes(submodules: Iterable[Submodule]) -> dict[str, dict[str, int]]:
+    """For each field with candidates the submodules it is about, and how large they are along that axis."""
+    axes = {"embedding": ["embedding_candidates"], "mlp": ["mlp_candidates"]}
+    axes["attention"] = ["head_candidates", "head_dim_candidates"]
+    submodules = list(submodules)
+    return {
+        name: {s.name: s.shape[axis] for s in submodules if s.kind == kind}
+        for kind, names in axes.items()
+        for axis, name in enumerate(names)
+    }
 
 
 def _up_to(full: int, sizes: list[int] | None) -> list[int]:

@@ -40,6 +40,33 @@ def plot_search(
     pyplot.close(figure)
 
 
+def plot_family(results: dict[str, dict[str, Any]], path: str | Path) -> None:
+    """Draws accuracy over MACs of the models of a family, right after the search and finetuned, and of the dense one.
+
+    Args:
+        results: budget -> content of its `eval_results.json`, the largest first.
+        path: PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    members = list(results.values())
+    figure, axes = pyplot.subplots(figsize=(6.5, 4.6), layout="constrained")
+    for stage, color in (("searched", "tab:orange"), ("finetuned", "tab:blue")):
+        rows = [member[stage] for member in members if member.get(stage)]
+        if rows:
+            macs, top1 = [row["macs"] / 1e6 for row in rows], [row["top1"] for row in rows]
+            axes.plot(macs, top1, marker="o", label=stage, color=color)
+    dense = members[0]["dense"]
+    axes.plot(dense["macs"] / 1e6, dense["top1"], marker="s", label="dense", color="0.3", linestyle="")
+    axes.set(title="Accuracy over cost", xlabel="MMACs of one image", ylabel="top-1 (%)", xlim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
+    pyplot.close(figure)
+
+
 def _draw_cost(axes: Any, rows: list[dict[str, Any]], target: float, budget: str) -> None:
     steps = [row["step"] for row in rows]
     name = "macs" if budget == "target_macs" else "params"

@@ -186,6 +186,25 @@ class SubnetSpec:
         kept = self.kept[name]
         return (len(kept), len(next(iter(kept.values())))) if isinstance(kept, dict) else len(kept)
 
+    def within(self, parent: "SubnetSpec") -> "SubnetSpec":
+        """The same units, counted as those of the network that `parent` was cut from.
+
+        Args:
+            parent: the cut that came before; this subnet's indices count what it kept.
+        """
+        kept: dict[str, Kept] = {}
+        for name, units in self.kept.items():
+            before = parent.kept[name]
+            if isinstance(units, dict):
+                heads = list(before)
+                kept[name] = {
+                    heads[head]: tuple(before[heads[head]][channel] for channel in channels)
+                    for head, channels in units.items()
+                }
+            else:
+                kept[name] = tuple(before[unit] for unit in units)
+        return SubnetSpec(kept)
+
     @property
     def sizes(self) -> dict[str, int | tuple[int, int]]:
         """`size` of every submodule."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from factories import search_config, tiny_model
 
@@ -100,3 +101,13 @@ def walk(checkpoint: Path, images: Path, output: Path, *flags: str) -> dict[str,
     """The search command on a checkpoint and a folder of images: 16 steps, and 3 of finetuning."""
     settings = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
     return cli.search([*settings, *QUICK, "--max_steps", "16", "--finetune_max_steps", "3", *flags])
+
+
+def refused(capsys, *arguments: Any) -> str:
+    """What `walk` says on its last line when it refuses to start."""
+    with pytest.raises(SystemExit) as stop:
+        walk(*arguments)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    return message

@@ -15,16 +15,23 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 from ofb_hf import OFBTrainingArguments, install_bi_masks
 from ofb_hf.callbacks import read_history
 from ofb_hf.cli import SEARCH
-from ofb_hf.configuration import BiMaskConfig, default_config
+from ofb_hf.configuration import default_config
 from ofb_hf.data import AugmentationArguments, DataArguments
 from ofb_hf.models.shapes import SHAPES
-from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments, parse
+from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments, SearchArguments, parse
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 SHAPE_OF = {"facebook/deit-small-patch16-224": "deit_small", "facebook/deit-base-patch16-224": "deit_base"}
 SHAPE_OF |= {"microsoft/swin-tiny-patch4-window7-224": "swin_tiny"}
-CLASSES = [ModelArguments, DataArguments, AugmentationArguments, BiMaskConfig, FinetuneArguments, OFBTrainingArguments]
+CLASSES = [
+    ModelArguments,
+    DataArguments,
+    AugmentationArguments,
+    SearchArguments,
+    FinetuneArguments,
+    OFBTrainingArguments,
+]
 IMAGENET = [f"class {number}" for number in range(1000)]
 
 

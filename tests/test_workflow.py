@@ -17,7 +17,7 @@ import yaml
 from factories import tiny_vit
 from huggingface_hub import ModelCard
 from PIL import Image
-from runs import PRODUCT, QUICK, walk
+from runs import PRODUCT, QUICK, refused, walk
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
@@ -316,15 +316,6 @@ def test_wheel_holds_what_the_commands_need(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {str(path.relative_to(ROOT)) for path in tracked} <= names
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        walk(*arguments)
-    assert stop.value.code == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: ")
-    return message
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from ..configuration import BiMaskConfig
 from ..data import DataArguments
 from ..export import FORMATS
 from ..models.shapes import SHAPES
 from ..training_args import OFBTrainingArguments
+from .output import SEARCH_PHASES
 
 # Training arguments that decide the result of a run, beside batch sizes and precision. Those that only say how it is
 # watched, saved or fed may change when it is resumed.
@@ -54,6 +56,51 @@ class ModelArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata=_help("Start over in a folder that already holds a run; its files are replaced.")
     )
+
+
+@dataclass
+class SearchArguments(BiMaskConfig):
+    """What to search, for one budget or several of one kind.
+
+    Attributes:
+        budgets: the numbers that were given for `target_macs` or `target_params`; a `BiMaskConfig` has one of them.
+    """
+
+    target_macs: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "Budget in MACs: at most 1 = share of the dense model, above 1 = absolute. 0.5 if no target is given. "
+            "Several (0.7,0.5,0.35) give a family: each model is searched on from the one before, and the epochs of "
+            "the search are shared out evenly."
+        ),
+    )
+    target_params: list[str] | None = field(
+        default=None, metadata=_help("Budget in parameters instead, likewise. Give one target, not both.")
+    )
+
+    def __post_init__(self):
+        given = {name: _numbers(name, getattr(self, name)) for name in ("target_macs", "target_params")}
+        for name, budgets in given.items():
+            setattr(self, name, budgets[0] if budgets else None)
+        super().__post_init__()
+        self.budgets = given[self.budget[0]] or [self.budget[1]]
+        self.by_budget()  # refuses each budget that is none
+
+    def by_budget(self) -> dict[str, dict[str, Any]]:
+        """For each budget its subfolder of the output, and the fields of a `BiMaskConfig`.
+
+        Raises:
+            ValueError: for a budget that is no share and no count.
+        """
+        name = self.budget[0]
+        return {f"{name}-{b:g}": BiMaskConfig(**self.to_dict() | {name: b}).to_dict() for b in self.budgets}
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Subfolders of the output folder with checkpoints."""
+        if len(self.budgets) == 1:
+            return SEARCH_PHASES
+        return SEARCH_PHASES[0], *(f"{folder}/{phase}" for folder in self.by_budget() for phase in SEARCH_PHASES[1:])
 
 
 @dataclass
@@ -185,6 +232,16 @@ def _words(settings: dict[str, Any]) -> list[str]:
         else:
             words += [str(item) for item in (value if isinstance(value, list) else [value])]
     return words
+
+
+def _numbers(name: str, words: list[Any] | float | None) -> list[float]:
+    """The budgets in the words of a flag: apart from each other by commas or spaces."""
+    words = words if isinstance(words, list) else [] if words is None else [words]
+    numbers = [number for word in words for number in str(word).split(",")]
+    try:
+        return [float(number) for number in numbers]
+    except ValueError:
+        raise ValueError(f"{name} is {', '.join(numbers)}; give numbers, as 0.5 or 0.7,0.5,0.35.") from None
 
 
 def training_settings(args: OFBTrainingArguments, data_args: DataArguments) -> dict[str, Any]:

@@ -23,6 +23,7 @@ WORLD_SIZE = "num_processes"
 # How a total batch is spread, which may change together with the number of processes.
 SPREAD = (WORLD_SIZE, "per_device_train_batch_size", "gradient_accumulation_steps")
 SEARCH_PHASES = ("dense_training", "search", "finetune")
+FAMILY, FAMILY_PICTURE = "family.json", "family.png"  # of a run with several budgets
 RESULT = "model"  # in the folder of a phase, once it is finished
 PRODUCT = (
     "config.json",
@@ -130,10 +131,11 @@ def begin(args: OFBTrainingArguments, settings: dict[str, Any]) -> None:
     folder, resuming = Path(args.output_dir), args.resume_from_checkpoint is not None
     folder.mkdir(parents=True, exist_ok=True)
     if not resuming and (folder / SETTINGS_FILE).is_file():
-        for name in ("dense", RESULT, *SEARCH_PHASES, *PRODUCT):
+        for name in ("dense", RESULT, *SEARCH_PHASES, *PRODUCT, FAMILY, FAMILY_PICTURE):
             remove(folder / name)
-        for checkpoint in folder.glob("checkpoint-*"):
-            remove(checkpoint)
+        for pattern in ("checkpoint-*", "target_*"):
+            for path in folder.glob(pattern):
+                remove(path)
     write_json(folder / SETTINGS_FILE, settings)
     mark_failed(folder, "it is running, or it was killed.")
 

@@ -25,6 +25,20 @@ def results_rows(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def family_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Header, the dense model, and the final stage of every budget, as text.
+
+    Args:
+        results: budget -> its `eval_results.json`, the largest first.
+    """
+    rows: list[list[str]] = []
+    for budget, member in results.items():
+        header, dense, *_, last = results_rows(member)
+        rows = rows or [["budget", *header[1:]], dense]
+        rows.append([budget, *last[1:]])
+    return rows
+
+
 def text_table(rows: list[list[str]]) -> str:
     """Aligned columns, the first to the left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from ..supernet import install_bi_masks
 from ..trainer import OFBTrainer, check_search_arguments
 from ..training_args import OFBTrainingArguments
 from . import output
-from .arguments import FinetuneArguments, ModelArguments, changed, phase_arguments, training_settings
+from .arguments import FinetuneArguments, ModelArguments, SearchArguments, changed, phase_arguments, training_settings
 from .inputs import Inputs, load, load_teacher
 from .measure import METRICS, lost_classes, measure, provenance
 from .report import markdown_table, results_rows, text_table
@@ -41,7 +43,13 @@ SUBNET_FILE = "subnet.json"
 
 @dataclass
 class Walk:
-    """Everything the phases of one run share."""
+    """Everything the phases of one run share.
+
+    Attributes:
+        dense: the model to make smaller, the reference of all measurements.
+        targets: subfolder -> budget in MACs or parameters, the largest first; `config` asks for the first one.
+        start, start_subnet: what the search begins with where that is not `dense`, and its units as units of `dense`.
+    """
 
     model_args: ModelArguments
     finetune_args: FinetuneArguments
@@ -51,14 +59,21 @@ class Walk:
     inputs: Inputs
     dense: PreTrainedModel
     teacher: PreTrainedModel | None
-    target: int
+    targets: dict[str, int]
     license: str | None
+    start: PreTrainedModel | None = None
+    start_subnet: SubnetSpec | None = None
     began: float = field(default_factory=time.monotonic)
 
     @property
     def folder(self) -> Path:
         """The output folder."""
         return Path(self.args.output_dir)
+
+    @property
+    def target(self) -> int:
+        """The largest budget."""
+        return next(iter(self.targets.values()))
 
     @property
     def is_main(self) -> bool:
@@ -76,24 +91,36 @@ def run(walk: Walk) -> dict[str, Any]:
 
     A failure on the way leaves `FAILED.txt` there, and checkpoints to resume from.
     """
+    with output_of(walk):
+        train_dense(walk)
+        results, _, _ = meet_budget(walk)
+    return results
+
+
+@contextmanager
+def output_of(walk: Walk) -> Iterator[None]:
+    """The output folder is that of an unfinished run until the block ends well."""
     PartialState().wait_for_everyone()  # all ranks have looked at the folder before one of them writes to it
     if walk.is_main:
         output.begin(walk.args, walk.settings)
     with output.marked_if_failed(walk.folder, walk.is_main):
-        if walk.model_args.dense_epochs:
-            train_dense(walk)
-        searched, subnet = search(walk)
-        models = {"dense": walk.dense, "searched": searched}
-        if walk.finetune_args.is_wanted:
-            models["finetuned"] = finetune(walk, searched)
-        return finish(walk, models, subnet)
+        yield
+
+
+def meet_budget(walk: Walk) -> tuple[dict[str, Any], PreTrainedModel, SubnetSpec]:
+    """Searches, finetunes, measures, writes. Returns results, the model before finetuning, and its units."""
+    searched, subnet = search(walk)
+    models = {"dense": walk.dense, "searched": searched}
+    if walk.finetune_args.is_wanted:
+        models["finetuned"] = finetune(walk, searched)
+    return finish(walk, models, subnet), searched, subnet
 
 
 def prepare(
     model_args: ModelArguments,
     data_args: DataArguments,
     augmentation_args: AugmentationArguments,
-    config: BiMaskConfig,
+    config: SearchArguments,
     finetune_args: FinetuneArguments,
     args: OFBTrainingArguments,
 ) -> Walk:
@@ -106,22 +133,29 @@ def prepare(
     if name is None:
         raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(SHAPES)}.")
     check_search_arguments(changed(args, push_to_hub=False))  # it is the finished folder that is pushed
+    if args.push_to_hub and len(config.budgets) > 1:
+        raise ValueError("push_to_hub cannot go with several budgets; publish each finished folder (ofb-hf publish).")
     if args.push_to_hub:
         decided_by_rank_0(lambda: require_write_access(args.hub_model_id, args.hub_token))
     settings = run_settings(model_args, data_args, config, args) | asdict(augmentation_args) | asdict(finetune_args)
-    output.check_free(args, settings, model_args.overwrite_output_dir, output.SEARCH_PHASES)
+    output.check_free(args, settings, model_args.overwrite_output_dir, config.phases)
     dense, inputs = load(name, data_args, args.seed, augmentation_args)
-    config = default_config(dense.config, **config.to_dict())
-    target = install_bi_masks(dense, config).target
+    configs = {name: default_config(dense.config, **values) for name, values in config.by_budget().items()}
+    costs = {name: install_bi_masks(dense, one).target for name, one in configs.items()}
+    targets = dict(sorted(costs.items(), key=lambda item: -item[1]))
+    if len(set(targets.values())) < len(config.budgets):
+        raise ValueError(f"{config.budget[0]} is {config.budgets}, with the same budget twice; give each once.")
+    first = configs[next(iter(targets))]
     teacher = load_teacher(model_args.teacher_name_or_path, inputs)
-    return Walk(model_args, finetune_args, args, config, settings, inputs, dense, teacher, target, license_of(name))
+    shared = model_args, finetune_args, args, first, settings, inputs, dense, teacher, targets
+    return Walk(*shared, license_of(model_args.model_name_or_path))
 
 
 def run_settings(
-    model_args: ModelArguments, data_args: DataArguments, config: BiMaskConfig, args: OFBTrainingArguments
+    model_args: ModelArguments, data_args: DataArguments, config: SearchArguments, args: OFBTrainingArguments
 ) -> dict[str, Any]:
     """What defines the result of a search; a resumed run must agree with it."""
-    settings = asdict(data_args) | config.to_dict()
+    settings = asdict(data_args) | config.to_dict() | {config.budget[0]: config.budgets}
     settings |= {name: getattr(model_args, name) for name in ("model_name_or_path", "teacher_name_or_path")}
     settings |= {name: getattr(model_args, name) for name in ("dense_epochs", "dense_learning_rate")}
     return settings | training_settings(args, data_args)
@@ -129,6 +163,8 @@ def run_settings(
 
 def train_dense(walk: Walk) -> None:
     """Trains the dense model where it starts from random weights; keeps it for a resumed run."""
+    if not walk.model_args.dense_epochs:
+        return
     done = walk.folder / "dense_training" / output.RESULT
     if walk.resuming and _is_done(done):
         walk.dense = type(walk.dense).from_pretrained(done)
@@ -153,15 +189,15 @@ def search(walk: Walk) -> tuple[PreTrainedModel, SubnetSpec]:
         subnet = SubnetSpec.from_json((done / SUBNET_FILE).read_text(encoding="utf-8"))
         return AutoModelForImageClassification.from_pretrained(done), subnet
     set_seed(walk.args.seed)
-    trainer = OFBTrainer(
-        walk.dense,
-        phase_arguments(walk.args, "search"),
-        walk.config,
-        teacher=walk.teacher,
-        **_datasets(walk),
-    )
+    start, teacher = walk.dense, walk.teacher
+    if walk.start is not None:
+        start, teacher = walk.start, walk.teacher or walk.dense
+    args = phase_arguments(walk.args, "search")
+    trainer = OFBTrainer(start, args, walk.config, teacher=teacher, **_datasets(walk))
     _train(trainer, walk, "search")
     small, subnet = trainer.compress(), trainer.read_subnet()
+    if walk.start_subnet is not None:
+        subnet = subnet.within(walk.start_subnet)
 
     def write(folder: Path) -> None:
         small.save_pretrained(folder)
@@ -239,9 +275,7 @@ def write_output(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetS
     sizes = describe(walk.dense.config).sizes
     plot_search(history, subnet, sizes, walk.target, walk.config.budget[0], aside / "search.png")
     if walk.model_args.keep_dense:
-        output.write_aside(
-            folder / "dense", lambda path: _save_with_processor(models["dense"], walk.inputs.processor, path)
-        )
+        save_dense(walk)
     for path in aside.iterdir():
         path.replace(folder / path.name)
     aside.rmdir()
@@ -271,9 +305,14 @@ def license_of(name_or_path: str) -> str | None:
     return stated if isinstance(stated, str) else None
 
 
-def _save_with_processor(model: PreTrainedModel, processor: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+def save_dense(walk: Walk) -> None:
+    """Keeps the dense model, with its image processor, in the folder `dense`."""
+
+    def write(folder: Path) -> None:
+        walk.dense.save_pretrained(folder)
+        walk.inputs.processor.save_pretrained(folder)
+
+    output.write_aside(walk.folder / "dense", write)
 
 
 def _datasets(walk: Walk) -> dict[str, Any]:

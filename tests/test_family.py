@@ -1,0 +1,160 @@
+"""Several budgets in one run: nested models, each in a complete folder, each within its budget, resumable."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from runs import PRODUCT, refused, walk
+from transformers import AutoModelForImageClassification
+
+from ofb_hf import SubnetSpec, cli, count_macs
+from ofb_hf.callbacks import read_history
+from ofb_hf.models import OFBViTForImageClassification
+from ofb_hf.surgery import slice_model
+from ofb_hf.workflow import search as workflow
+
+BUDGETS = {"target_macs-0.8": 0.8, "target_macs-0.6": 0.6, "target_macs-0.4": 0.4}
+FLAGS = ["--target_macs", "0.6,0.8,0.4", "--keep_dense", "--max_steps", "48"]
+
+
+@pytest.fixture(scope="module")
+def family(checkpoint, images, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "family"
+    return output, walk(checkpoint, images, output, *FLAGS)
+
+
+def subnet_of(folder):
+    return SubnetSpec.from_json((folder / "subnet.json").read_text())
+
+
+def test_every_member_is_complete_and_within_its_budget(family):
+    output, results = family
+    assert list(results) == list(BUDGETS)
+    assert json.loads((output / "family.json").read_text()) == results
+    with Image.open(output / "family.png") as picture:
+        assert len(picture.convert("L").getcolors(256)) > 10
+    assert not (output / "FAILED.txt").exists()
+    dense = AutoModelForImageClassification.from_pretrained(output / "dense")
+    for name, share in BUDGETS.items():
+        assert {path.name for path in (output / name).iterdir()} >= PRODUCT
+        assert not (output / name / "FAILED.txt").exists()
+        model = AutoModelForImageClassification.from_pretrained(output / name)
+        target = int(share * count_macs(dense))
+        assert results[name]["target_macs"] == target
+        assert results[name]["finetuned"]["macs"] == count_macs(model) == count_macs(dense, subnet_of(output / name))
+        assert 0.9 * target <= count_macs(model) <= target
+        assert results[name]["steps"] == {"search": 16, "finetune": 3}
+        assert results[name]["dense"]["top1"] == results["target_macs-0.8"]["dense"]["top1"]
+
+
+def test_each_member_keeps_some_of_the_units_of_the_one_before(family):
+    output, _ = family
+    larger, *others = (subnet_of(output / name) for name in BUDGETS)
+    for smaller in others:
+        for name, kept in smaller.kept.items():
+            assert set(kept) <= set(larger.kept[name]), name
+            if isinstance(kept, dict):
+                assert all(set(channels) <= set(larger.kept[name][head]) for head, channels in kept.items()), name
+        assert smaller != larger
+        larger = smaller
+
+
+def test_a_family_is_resumed_where_it_stopped(family, checkpoint, images, tmp_path, monkeypatch):
+    """Stopped in the finetuning of the second member: what was done is not done again."""
+    output, finetune = tmp_path / "family", workflow.finetune
+
+    def interrupted(walk, searched):
+        if walk.folder.name == "target_macs-0.6":
+            raise RuntimeError("the power went")
+        return finetune(walk, searched)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "finetune", interrupted)
+        with pytest.raises(RuntimeError, match="power"):
+            walk(checkpoint, images, output, *FLAGS)
+    assert "the power went" in (output / "FAILED.txt").read_text()
+    assert "the power went" in (output / "target_macs-0.6" / "FAILED.txt").read_text()
+    done = output / "target_macs-0.6" / "search" / "model" / "model.safetensors"
+    before = done.stat().st_mtime_ns
+    walk(checkpoint, images, output, *FLAGS, "--resume_from_checkpoint", "auto")
+    assert done.stat().st_mtime_ns == before
+    assert not list(output.rglob("FAILED.txt"))
+    for name in BUDGETS:
+        file = f"{name}/model.safetensors"
+        assert (output / file).read_bytes() == (family[0] / file).read_bytes(), file
+        phases = [row["phase"] for row in read_history(output / name / "search_history.jsonl")]
+        assert phases == ["search"] * 16 + ["finetune"] * 3
+
+
+def test_starting_over_removes_the_members_of_the_last_run(family, checkpoint, images, tmp_path):
+    output = shutil.copytree(family[0], tmp_path / "copy")
+    walk(checkpoint, images, output, "--target_macs", "0.5", "--overwrite_output_dir")
+    assert not list(output.glob("target_*"))
+    assert not (output / "family.json").exists()
+
+
+def test_given_candidates_and_dense_training_go_with_a_family(checkpoint, images, tmp_path):
+    flags = ["--target_params", "0.8", "0.5", "--mlp_candidates", "8", "16", "32", "72", "--dense_epochs", "1"]
+    results = walk(checkpoint, images, tmp_path / "out", *flags, "--finetune_max_steps", "0")
+    assert list(results) == ["target_params-0.8", "target_params-0.5"]
+    for name in results:
+        sizes = subnet_of(tmp_path / "out" / name).sizes
+        assert all(size in (8, 16, 32, 72) for name, size in sizes.items() if name.endswith("mlp"))
+        assert results[name]["searched"]["params"] <= results[name]["target_params"]
+        assert "finetuned" not in results[name]
+
+
+def test_units_of_a_cut_of_a_cut_are_counted_in_the_first_network():
+    parent = SubnetSpec({"embeddings": (1, 4, 6), "layers.0.attention": {0: (2, 3), 2: (0, 5)}})
+    child = SubnetSpec({"embeddings": (0, 2), "layers.0.attention": {1: (1,)}})
+    assert child.within(parent) == SubnetSpec({"embeddings": (1, 6), "layers.0.attention": {2: (5,)}})
+
+
+def test_cutting_twice_is_cutting_once(family):
+    output, _ = family
+    dense = AutoModelForImageClassification.from_pretrained(output / "dense")
+    larger, smaller = subnet_of(output / "target_macs-0.8"), subnet_of(output / "target_macs-0.4")
+    ours = OFBViTForImageClassification.from_dense(dense)
+    relative = {name: _relative(units, larger.kept[name]) for name, units in smaller.kept.items()}
+    twice = slice_model(slice_model(ours, larger), SubnetSpec(relative))
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(twice.eval()(pixels).logits, slice_model(ours, smaller).eval()(pixels).logits)
+
+
+def _relative(units, parent):
+    if isinstance(units, dict):
+        heads = list(parent)
+        return {heads.index(h): tuple(parent[h].index(c) for c in channels) for h, channels in units.items()}
+    return tuple(parent.index(unit) for unit in units)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target_macs", "0.5,half"], "target_macs is 0.5, half; give numbers"),
+        (["--target_macs", "0.5,0"], "target_macs is 0.0; give a share"),
+        (["--target_macs", "0.5", "0.5"], "the same budget twice"),
+        (["--target_macs", "0.5,0.01"], "below the smallest subnet"),
+        (["--target_macs", "0.5,0.4", "--push_to_hub", "--hub_model_id", "a/b"], "publish each finished folder"),
+        (["--target_macs", "0.5,0.4", "--resume_from_checkpoint", "x/checkpoint-1"], "no complete checkpoint"),
+    ],
+)
+def test_impossible_families_are_refused_before_anything_starts(checkpoint, images, tmp_path, capsys, flags, message):
+    assert re.search(message, refused(capsys, checkpoint, images, tmp_path / "out", *flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_set_of_budgets_is_another_run(family, checkpoint, images, capsys):
+    flags = ["--target_macs", "0.8,0.6", "--resume_from_checkpoint", "auto", "--max_steps", "48"]
+    assert "target_macs" in refused(capsys, checkpoint, images, family[0], *flags)
+
+
+def test_help_teaches_families(capsys):
+    with pytest.raises(SystemExit):
+        cli.search(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0.7,0.5,0.35" in said
