@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from .search_space import SubmoduleSpace
 
-# Importance is estimated between sigmoid(-4) = 0.02 and sigmoid(4) = 0.98: nothing is out of the race for good.
-IMPORTANCE_LIMIT = 4.0
+# Importance is estimated between sigmoid(-4) = 0.02 and sigmoid(4) = 0.98: nothing is out of the race for good. It
+# rises that steeply around the last unit that is kept (docs/LOG.md).
+IMPORTANCE_LIMIT, SHARPNESS = 4.0, 4.0
 
 
 def _rank(score: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ class BiMask(nn.Module):
         active_candidates: bool buffer shaped like alpha; False = retired, for good.
         alive: bool buffer shaped like the units; False = beyond the largest active size along an axis, for good.
         unit_ids: int buffer shaped like the units: flat index of each unit in the dense parent.
-        first_order: float buffer shaped like the units: sum of squared gradients that were observed.
+        first_order: float buffer shaped like the units: sum of the `squared_gradient`s that were observed.
     """
 
     def __init__(self, space: SubmoduleSpace, normalize_importance: bool = False):
@@ -143,22 +144,27 @@ class BiMask(nn.Module):
         return torch.zeros_like(within).index_copy(0, rank[0], within)
 
     @torch.no_grad()
-    def observe_gradient_(self) -> None:
-        """Adds the square of the last gradient of every importance logit to `first_order`.
+    def squared_gradient(self, scale: float = 1.0) -> Tensor:
+        """Square of the last gradient of every importance logit, shaped like the units; to be added to `first_order`.
 
         While all logits are equal this is, up to a common factor, the first-order estimate of the squared change of the
-        loss when a unit is removed (arXiv:1906.10771, eq. 8). A step whose gradient overflowed (fp16) does not count.
+        loss when a unit is removed (arXiv:1906.10771, eq. 8). What is not finite (an overflow of fp16) counts as 0.
+
+        Args:
+            scale: of the loss, divided out.
         """
-        if self.importance_logits.grad is not None:
-            observed = self.importance_logits.grad.to(self.first_order.dtype).square()
-            self.first_order += observed.nan_to_num(posinf=0.0)
+        gradient = self.importance_logits.grad
+        if gradient is None:
+            return torch.zeros_like(self.first_order)
+        return (gradient.to(self.first_order.dtype) / scale).square().nan_to_num(posinf=0.0)
 
     @torch.no_grad()
     def estimate_importance_(self, num_kept: int) -> None:
         """Sets importance from `first_order`: above 1/2 for as many units as are to be kept, below for the others.
 
-        The logit of a unit is how many times e its first-order score exceeds that of the last unit that is kept, so
-        importance says by how much a unit is worth its place; cut off at +-4.
+        The logit of a unit is the logarithm of how much its first-order score exceeds that of the last unit that is
+        kept, times 4 and cut off at +-4: importance says by how much a unit is worth its place, and most units that
+        are kept have a value close to 1, so that the function is not scaled first and mended afterwards.
 
         Args:
             num_kept: units to keep, between 1 and all of them.
@@ -168,7 +174,7 @@ class BiMask(nn.Module):
         ordered = scores.flatten().sort(descending=True).values
         below = ordered[num_kept] if num_kept < len(ordered) else ordered[-1] - 2 * IMPORTANCE_LIMIT
         edge = (ordered[num_kept - 1] + below) / 2
-        self.importance_logits.copy_((scores - edge).clamp(-IMPORTANCE_LIMIT, IMPORTANCE_LIMIT))
+        self.importance_logits.copy_((SHARPNESS * (scores - edge)).clamp(-IMPORTANCE_LIMIT, IMPORTANCE_LIMIT))
 
     @torch.no_grad()
     def fit_alpha_(self, floor: float = 0.05, curve: Tensor | None = None) -> None:

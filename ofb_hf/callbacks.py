@@ -44,12 +44,6 @@ class SearchCallback(TrainerCallback):
         """Sets lambda, keep ratio, budget and one-hot weight for this step."""
         self.trainer.begin_search_step()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
-        """Looks at gradients that are complete: accumulated, and averaged over the ranks."""
-        self.trainer.observe_gradients()
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Decides and cuts. Gradients are gone here, and a checkpoint of this step includes the cut."""
         self.trainer.end_search_step()

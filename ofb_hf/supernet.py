@@ -279,11 +279,6 @@ class Supernet(nn.Module):
                 retired += int(weak.sum())
         return retired
 
-    def observe_gradients_(self) -> None:
-        """Lets every bi-mask take note of its gradients; between a backward pass and the optimizer's step."""
-        for mask in self.bi_masks:
-            mask.observe_gradient_()
-
     def estimate_importance_(self) -> None:
         """Sets importance from the gradients that were observed: high for the units that the best choice within the
         budget keeps, if each unit is worth its first-order score. Without any observation importance stays."""

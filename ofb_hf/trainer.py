@@ -30,6 +30,9 @@ from .surgery import rebuild_ddp_, slice_optimizer_
 from .training_args import OFBTrainingArguments
 
 BI_MASK_CONFIG_FILE = "bi_mask_config.json"
+# Gradients of a few images each rank units better than as many of large batches, and of more images no better
+# (docs/LOG.md).
+OBSERVED_TOGETHER, OBSERVED_IMAGES = 8, 4096
 
 
 class OFBTrainer(DistillationTrainer):
@@ -83,6 +86,7 @@ class OFBTrainer(DistillationTrainer):
         self.add_callback(SearchCallback(self))
         self._pmim_sums = torch.zeros(2, device=args.device)
         self._schedule: dict[str, float] = {}
+        self._unobserved = 0  # images whose gradients are added up and not observed yet
 
     def training_losses(
         self, model: nn.Module, pixel_values: Tensor, labels: Tensor
@@ -152,10 +156,17 @@ class OFBTrainer(DistillationTrainer):
         supernet.refresh_liveness()
         self._pmim_sums.zero_()
 
+    @property
+    def _observes(self) -> bool:
+        return self.bi_mask_config.importance_from == "first_order"
+
     def _hold_steps(self, total: int) -> int:
-        """Steps of the importance phase; at least one where there has to be something to observe."""
-        hold, observes = self.bi_mask_config.importance_hold, self.bi_mask_config.importance_from == "first_order"
-        return max(1, round(hold * total)) if hold and observes else round(hold * total)
+        """Steps of the importance phase; at least one where there has to be something to observe, and not too many."""
+        hold, args = self.bi_mask_config.importance_hold, self.args
+        if not self._observes or not hold:
+            return round(hold * total)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return min(max(1, round(hold * total)), math.ceil(OBSERVED_IMAGES / batch))
 
     @torch.no_grad()
     def _hand_over(self) -> None:
@@ -163,7 +174,7 @@ class OFBTrainer(DistillationTrainer):
         masks = self.supernet.bi_masks
 
         def decide() -> list[tuple[Tensor, Tensor]]:
-            if self.bi_mask_config.importance_from == "first_order":
+            if self._observes:
                 self.supernet.estimate_importance_()
             self.supernet.fit_alpha_()
             return [(mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks]
@@ -173,10 +184,31 @@ class OFBTrainer(DistillationTrainer):
             mask.alpha.copy_(alpha)
             self.optimizer.state.pop(mask.alpha, None)  # its momentum is of the time when alpha rested
 
-    def observe_gradients(self) -> None:
-        """Takes note of the gradients of a step of the importance phase, before the optimizer uses them."""
-        if self._schedule["importance_phase"] and self.bi_mask_config.importance_from == "first_order":
-            self.supernet.observe_gradients_()
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One forward and backward pass, or many small ones where gradients are only observed."""
+        if not (self._observes and self._schedule["importance_phase"]):
+            return super().training_step(model, inputs, num_items_in_batch)
+        masks, parts = self.supernet.bi_masks, max(1, len(inputs["pixel_values"]) // OBSERVED_TOGETHER)
+        observed = torch.zeros(sum(mask.first_order.numel() for mask in masks), device=self.args.device)
+        scaler, losses = self.accelerator.scaler, []
+        chunks = [inputs[name].tensor_split(parts) for name in ("pixel_values", "labels")]
+        for images, labels in zip(*chunks, strict=True):
+            # The bare network: ranks add up what they saw afterwards, and nothing is compiled for such small batches.
+            part = {"pixel_values": images, "labels": labels}
+            losses.append(super().training_step(self.supernet, part, num_items_in_batch))
+            self._unobserved += len(images)
+            if self._unobserved < OBSERVED_TOGETHER and not self.accelerator.sync_gradients:
+                continue  # micro-batches smaller than that are looked at together
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            observed += torch.cat([mask.squared_gradient(scale).flatten() for mask in masks])
+            self.supernet.zero_grad(set_to_none=False)  # so that the optimizer, and a scaler, find that nothing moves
+            self._unobserved = 0
+        observed = self.accelerator.reduce(observed)
+        for mask, squares in zip(masks, observed.split([m.first_order.numel() for m in masks]), strict=True):
+            mask.first_order += squares.view_as(mask.first_order)
+        return torch.stack(losses).mean()
 
     @torch.no_grad()
     def end_search_step(self) -> None:
@@ -294,7 +326,7 @@ class OFBTrainer(DistillationTrainer):
                 num_training_steps=num_training_steps,
                 scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
             )
-            hold, observes = self._hold_steps(num_training_steps), self.bi_mask_config.importance_from == "first_order"
+            hold, observes = self._hold_steps(num_training_steps), self._observes
             follow, constant = reference.lr_lambdas[0], lambda step: 1.0
             masks = follow if self.bi_mask_config.masks_follow_schedule else constant
             held = self.bi_mask_config.hold_learning_rate

@@ -26,21 +26,18 @@ def test_what_is_observed_is_the_taylor_score_of_every_unit(family):
     images, labels = tiny_images(count=4, size=model.config.image_size, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
     supernet.lam.fill_(1.0)
     F.cross_entropy(supernet(images).logits, labels).backward()
-    supernet.observe_gradients_()
     expected = baselines.taylor_scores(model, [{"pixel_values": images, "labels": labels}])
     for name, mask in supernet.named_masks.items():
-        found, wanted = mask.first_order.double() / mask.first_order.max(), expected[name] / expected[name].max()
+        squares = mask.squared_gradient()
+        found, wanted = squares.double() / squares.max(), expected[name] / expected[name].max()
         torch.testing.assert_close(found, wanted.double(), rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_squares_of_steps_add_up_and_overflows_do_not_count():
+def test_overflows_do_not_count_and_the_scale_of_the_loss_is_divided_out():
     mask = BiMask(SubmoduleSpace("a", "mlp", num_units=3, candidate_sizes=(1, 3)))
-    mask.observe_gradient_()
-    assert mask.first_order.tolist() == [0, 0, 0]
-    for gradient in ([1.0, -2.0, 0.0], [3.0, float("inf"), 0.5], [0.0, float("nan"), 0.0]):
-        mask.importance_logits.grad = torch.tensor(gradient)
-        mask.observe_gradient_()
-    assert mask.first_order.tolist() == [10.0, 4.0, 0.25]
+    assert mask.squared_gradient().tolist() == [0, 0, 0]
+    mask.importance_logits.grad = torch.tensor([-8.0, float("inf"), float("nan")])
+    assert mask.squared_gradient(scale=4.0).tolist() == [4.0, 0.0, 0.0]
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=30), st.data())
