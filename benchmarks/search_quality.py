@@ -40,7 +40,7 @@ from ofb_hf.surgery import slice_model
 from ofb_hf.workflow.inputs import Inputs, load
 from ofb_hf.workflow.measure import METRICS, evaluate_classifier, provenance
 
-QUICK = {"max_train_samples": 5000, "search_epochs": 3.0, "finetune_epochs": 3.0, "num_random": 8}
+QUICK = {"max_train_samples": 5000, "search_epochs": 1.0, "finetune_epochs": 1.0, "num_random": 8}
 TAYLOR_BATCHES = 16
 
 

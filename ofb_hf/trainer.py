@@ -32,7 +32,7 @@ from .training_args import OFBTrainingArguments
 BI_MASK_CONFIG_FILE = "bi_mask_config.json"
 # Gradients of a few images each rank units better than as many of large batches, and of more images no better
 # (docs/LOG.md).
-OBSERVED_TOGETHER, OBSERVED_IMAGES = 8, 4096
+OBSERVED_TOGETHER, OBSERVED_IMAGES = 8, 2048
 
 
 class OFBTrainer(DistillationTrainer):
