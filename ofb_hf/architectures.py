@@ -2,6 +2,7 @@
 module paths."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from transformers import (
@@ -103,9 +104,10 @@ def _block_params(width: str, attention: str, mlp: str, qkv_bias: bool) -> list[
 def _describe_vit(config: ViTConfig) -> Architecture:
     image_size, patch = _pair(config.image_size), _square_patch(config)
     grid = (image_size[0] // patch, image_size[1] // patch)
-    patches, pixels = grid[0] * grid[1], config.num_channels * patch**2
-    tokens = patches + 1
-    layer_sizes = OFBViTConfig.layer_sizes if isinstance(config, OFBViTConfig) else _dense_vit_layer_sizes
+    pixels, tokens, layers = config.num_channels * patch**2, grid[0] * grid[1] + 1, range(config.num_hidden_layers)
+    is_ours = isinstance(config, OFBViTConfig)
+    layer_sizes = OFBViTConfig.layer_sizes if is_ours else _dense_vit_layer_sizes
+    counts = [config.token_counts(layer) if is_ours else (tokens,) * 3 for layer in layers]
 
     residual = [
         *_linear("vit.embeddings.patch_embeddings.projection", 0, gated=True),
@@ -115,20 +117,18 @@ def _describe_vit(config: ViTConfig) -> Architecture:
     ]
     norms = ["vit.layernorm"]
     submodules: list[Submodule] = []
-    macs = [Term(patches * pixels, ("embeddings",)), Term(config.num_labels, ("embeddings",))]
     params = [Term(pixels + 1 + 1 + tokens + 2 + config.num_labels, ("embeddings",)), Term(config.num_labels)]
-    for layer in range(config.num_hidden_layers):
+    for layer in layers:
         path, name = f"vit.layers.{layer}", f"layers.{layer}"
         attention, mlp = _block_submodules(path, name, layer_sizes(config, layer))
         submodules += [attention, mlp]
         residual += _block_residual_slots(path)
         norms += [f"{path}.{norm}" for norm in BLOCK_NORMS]
-        macs += _block_macs("embeddings", attention.name, mlp.name, tokens, tokens, tokens)
         params += _block_params("embeddings", attention.name, mlp.name, config.qkv_bias)
     embedding = Submodule("embeddings", "embedding", (config.hidden_size,), tuple(residual), tuple(norms))
     return Architecture(
         submodules=(embedding, *submodules),
-        macs=tuple(macs),
+        macs=tuple(term for term in vit_mac_terms(config, counts) if term.coefficient),
         params=tuple(params),
         patch_grid=grid,
         patch_size=patch,
@@ -140,6 +140,25 @@ def _describe_vit(config: ViTConfig) -> Architecture:
         embeddings="vit.embeddings",
         activation=config.hidden_act,
     )
+
+
+def vit_mac_terms(config: ViTConfig, counts: Sequence[tuple[int, int, int]]) -> list[Term]:
+    """MACs of a ViT classifier whose blocks drop and merge tokens between attention and MLP.
+
+    Args:
+        config: for everything but the token counts.
+        counts: of every layer, tokens that enter it, that are left after dropping, and after merging, class token
+            included. Scalar tensors give coefficients to differentiate.
+    """
+    patch, (height, width) = _square_patch(config), _pair(config.image_size)
+    patches, residual = (height // patch) * (width // patch), "embeddings"
+    terms = [Term(patches * config.num_channels * patch**2, (residual,)), Term(config.num_labels, (residual,))]
+    for layer, (before, kept, merged) in enumerate(counts):
+        attention, mlp = f"layers.{layer}.attention", f"layers.{layer}.mlp"
+        terms += _block_macs(residual, attention, mlp, tokens=merged, attending=before, window=before)
+        terms.append(Term(before * (merged < before), (attention,)))  # the class token's row of the map, once more
+        terms.append(Term(2 * (kept - merged) * (merged - 1), (residual,)))  # similarities, and sums of what is merged
+    return terms
 
 
 def vit_query_parameters(layer: int) -> tuple[str, ...]:
@@ -172,6 +191,12 @@ def _common_scale(field: str, head_dims: list[int], scale_field: str) -> float:
 
 def _pin_vit(config: OFBViTConfig) -> None:
     """Writes down what the stock config derives from widths, so that it survives when widths change."""
+    if config.token_schedule is not None:
+        raise UnsupportedArchitectureError(
+            "the model has a token_schedule, and widths cannot be searched on top of it: masked images are repainted "
+            "from all tokens, and heads that are switched off would still vote on which tokens stay. Search widths "
+            "first (load the model with token_schedule=None), then tokens."
+        )
     if config.attention_scale is None:
         head_dims = [config.layer_sizes(layer)["head_dim"] for layer in range(config.num_hidden_layers)]
         config.attention_scale = _common_scale("head_dim_per_layer", head_dims, "attention_scale")

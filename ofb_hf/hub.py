@@ -41,7 +41,8 @@ def publish(
     One commit holds `config.json` (whose `auto_map` names the code), `model.safetensors`, the model's two code files,
     and what a search leaves beside them: image processor, subnet, results, history, picture, card. Publishing the same
     again changes nothing; what an earlier checkpoint left there goes. A ViT also goes to the branch `stock`, as a
-    checkpoint of transformers' own class, padded with zeros where its layers differ in width.
+    checkpoint of transformers' own class, padded with zeros where its layers differ in width, unless it has a token
+    schedule, which that class would not follow.
 
     Args:
         model: an output folder of a search or of `save_pretrained`, or a model.

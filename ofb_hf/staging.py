@@ -18,7 +18,7 @@ from .checkpoints import load_complete_classifier
 from .flops import count_macs, count_params
 from .leaks import require_no_token
 from .model_card import final_results, plain_card, read_results
-from .stock import pad_to_stock
+from .stock import has_stock_twin, pad_to_stock
 
 CARD, RESULTS, SUBNET, PREPROCESSOR = "README.md", "eval_results.json", "subnet.json", "preprocessor_config.json"
 # What of a search's output folder is published, where it is there; everything else stays.
@@ -87,7 +87,7 @@ def stage_stock(model: PreTrainedModel, main: Path, folder: Path) -> bool:
     Returns:
         Whether there is such a twin; else there is no folder either.
     """
-    if not isinstance(model, models.OFBViTForImageClassification):
+    if not has_stock_twin(model):
         return False
     pad_to_stock(model).save_pretrained(folder)
     if (main / PREPROCESSOR).is_file():

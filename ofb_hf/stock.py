@@ -10,7 +10,7 @@ from .surgery import Entries, unit_group_plan
 
 # Fields that only our config has, and those that from_pretrained derives.
 NOT_STOCK = ("num_attention_heads_per_layer", "head_dim_per_layer", "intermediate_size_per_layer", "attention_scale")
-NOT_STOCK += ("model_type", "architectures", "transformers_version", "auto_map", "dtype")
+NOT_STOCK += ("token_schedule", "model_type", "architectures", "transformers_version", "auto_map", "dtype")
 
 
 def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
@@ -30,11 +30,17 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
 
     Raises:
         TypeError: for other classes; stock Swin has no place for our widths.
+        ValueError: for a model with a `token_schedule`, which a stock model would not follow.
     """
     if not isinstance(model, OFBViTForImageClassification):
         raise TypeError(
             f"got a {type(model).__name__}; only OFBViTForImageClassification can be padded to a stock checkpoint. "
             "Load others with ofb_hf, or with trust_remote_code=True."
+        )
+    if not has_stock_twin(model):
+        raise ValueError(
+            "the model has a token_schedule, which transformers' own class would not follow: it would keep all tokens "
+            "and cost more. Load it with ofb_hf, or with trust_remote_code=True."
         )
     config, layers = model.config, range(model.config.num_hidden_layers)
     sizes = [config.layer_sizes(layer) for layer in layers]
@@ -54,6 +60,11 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
     padded.load_state_dict(state)
     padded.config.dtype = config.dtype
     return padded.eval()
+
+
+def has_stock_twin(model: PreTrainedModel) -> bool:
+    """Whether `pad_to_stock` takes the model."""
+    return isinstance(model, OFBViTForImageClassification) and model.config.token_schedule is None
 
 
 def _scatter(model: PreTrainedModel, padded: PreTrainedModel) -> dict[str, Tensor]:

@@ -64,6 +64,11 @@ class OFBSwinConfig(SwinConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if getattr(self, "token_schedule", None) is not None:
+            raise ValueError(
+                "token_schedule is given, but Swin has no class token to rank patches by, and its windows need the "
+                "whole grid; leave it out, or take a ViT."
+            )
         self._check_list("hidden_size_per_stage", self.hidden_size_per_stage, len(self.depths), "stage")
         self._check_list("attention_scale_per_stage", self.attention_scale_per_stage, len(self.depths), "stage")
         for field in ("num_heads_per_block", "head_dim_per_block", "intermediate_size_per_block"):

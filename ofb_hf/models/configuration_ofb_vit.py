@@ -18,10 +18,15 @@ class OFBViTConfig(ViTConfig):
         attention_scale (`float`, *optional*):
             Factor on the attention logits. A compressed model keeps `dense_head_dim ** -0.5`, whatever its
             heads were narrowed to; `None` derives it from the head's width as the stock model does.
+        token_schedule (`list[list[int]]`, *optional*):
+            For each layer `[kept after dropping, kept after merging]`: at most so many tokens, the class token
+            included, go on to its MLP and to the next layer. Tokens never come back, so an entry above an earlier
+            one means that one; the running minimum is what is stored. `None` keeps all tokens everywhere.
 
     Raises:
-        ValueError: for a list whose length is not `num_hidden_layers`, for a width below 1, and for more heads
-            than `num_attention_heads`. The message names the field, the layer and the value.
+        ValueError: for a list whose length is not `num_hidden_layers`, for a width below 1, for more heads than
+            `num_attention_heads`, and for token counts that are no pair, below 2 (the class token and a patch) or
+            above the tokens of an image. The message names the field, the layer and the value.
 
     Example:
 
@@ -39,6 +44,22 @@ class OFBViTConfig(ViTConfig):
     head_dim_per_layer: list[int] | None = None
     intermediate_size_per_layer: list[int] | None = None
     attention_scale: float | None = None
+    token_schedule: list[list[int]] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image at `image_size`, class token included."""
+        (height, width), (rows, columns) = (
+            (size, size) if isinstance(size, int) else size for size in (self.image_size, self.patch_size)
+        )
+        return (height // rows) * (width // columns) + 1
+
+    def token_counts(self, layer: int) -> tuple[int, int, int]:
+        """Tokens that enter a layer, those left after dropping, and those left after merging; class token included."""
+        if self.token_schedule is None:
+            return (self.num_tokens,) * 3
+        schedule = self._checked_schedule(self.token_schedule)  # `from_pretrained` may have put in another one
+        return schedule[layer - 1][1] if layer else self.num_tokens, *schedule[layer]
 
     def layer_sizes(self, layer: int) -> dict[str, int]:
         """Widths of one layer: `num_attention_heads`, `head_dim` and `intermediate_size`."""
@@ -67,6 +88,27 @@ class OFBViTConfig(ViTConfig):
                 )
         if self.attention_scale is not None and not self.attention_scale > 0:
             raise ValueError(f"attention_scale is {self.attention_scale}; it must be positive or None.")
+        if self.token_schedule is not None:
+            self.token_schedule = self._checked_schedule(self.token_schedule)
+
+    def _checked_schedule(self, schedule: list[list[int]]) -> list[list[int]]:
+        """The schedule that is meant: its running minimum."""
+        if len(schedule) != self.num_hidden_layers:
+            raise ValueError(
+                f"token_schedule has {len(schedule)} entries, but num_hidden_layers is {self.num_hidden_layers}; give "
+                "[kept after dropping, kept after merging] for each layer."
+            )
+        left, meant = self.num_tokens, []
+        for layer, counts in enumerate(schedule):
+            if len(counts) != 2 or not all(2 <= count <= self.num_tokens for count in counts):
+                raise ValueError(
+                    f"token_schedule[{layer}] is {counts}; give [kept after dropping, kept after merging], each from 2 "
+                    f"(the class token and one patch) to the {self.num_tokens} tokens of an image."
+                )
+            kept = min(left, counts[0])
+            left = min(kept, counts[1])
+            meant.append([kept, left])
+        return meant
 
     def _check_sizes(self, field: str, sizes: list[int] | None) -> None:
         if sizes is None:

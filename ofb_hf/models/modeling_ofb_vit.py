@@ -2,14 +2,130 @@
 
 Parameters, forward passes and outputs are those of transformers' ViT; only the sizes of the linear layers differ.
 With no width lists in the config the model equals the stock one bit for bit.
+
+With a `token_schedule`, blocks hand fewer tokens on than they got. Between attention and MLP, patch tokens are ranked
+by the attention that the class token pays them; the last ones are dropped, the next ones merged into those that are
+most similar to them (DiffRate, arXiv:2305.17997). How many is fixed, so all shapes are static.
 """
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import ViTForImageClassification, ViTModel, ViTPreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTLayer, ViTMLP, ViTPooler
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import (
+    ViTAttention,
+    ViTEmbeddings,
+    ViTLayer,
+    ViTMLP,
+    ViTPooler,
+    eager_attention_forward,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ofb_vit import OFBViTConfig
+
+# Attention kernels that take an additive bias, which is how merged tokens count for more than one.
+BIASED_ATTENTION = ("eager", "sdpa")
+
+
+def class_attention(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """Attention of the class token to each patch token, averaged over heads: one row of the map, not the map.
+
+    Args:
+        query, key: (B, heads, N, channels per head), class token first.
+        scaling: factor on the logits; bias: (B, 1, 1, N), added to them.
+
+    Returns:
+        (B, N - 1), in float32 or the inputs' wider type.
+    """
+    logits = query[:, :, :1] @ key.mT * scaling
+    if bias is not None:
+        logits = logits + bias
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.softmax(-1, dtype=wide)[:, :, 0, 1:].mean(1)
+
+
+def rank_tokens(importance: Tensor, count: int) -> Tensor:
+    """Indices (B, count) of the class token and of the most important patch tokens, in falling order.
+
+    Args:
+        importance: of the patch tokens, (B, N - 1).
+        count: tokens to choose, class token included.
+    """
+    patches = importance.topk(count - 1).indices + 1
+    return F.pad(patches, (1, 0))  # the class token is number 0
+
+
+def match_tokens(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """For each token from number `count` on, the most similar patch token before it.
+
+    Args:
+        tokens: (B, N, C), class token first; `count` is 2 to N - 1.
+
+    Returns:
+        Cosine similarity (B, N - count), and the number of the match (B, N - count), 1 to count - 1. The class token
+        is no match.
+    """
+    directions = F.normalize(tokens.detach(), dim=-1)
+    similarity, match = (directions[:, count:] @ directions[:, 1:count].mT).max(-1)
+    return similarity, match + 1
+
+
+def merge_tokens(tokens: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Merges each token from number `count` on into its match.
+
+    Features become the mean of all tokens that meet; sizes add up, those that come in weighted by their similarity
+    (DiffRate's published code). Deviation: a negative similarity counts as 0, so a size never falls below 1.
+
+    Args:
+        tokens: (B, N, C), most important first; sizes: (B, N), how many patches each stands for.
+
+    Returns:
+        Tokens (B, count, C) and sizes (B, count).
+    """
+    similarity, match = match_tokens(tokens, count)
+    # A product with a 0/1 matrix is deterministic on every device, which scattered sums are not.
+    joins = match[..., None] == torch.arange(1, count, device=match.device)  # (B, N - count, count - 1)
+    weights = joins.to(tokens.dtype)
+    patches = tokens[:, 1:count] + weights.mT @ tokens[:, count:]
+    patches = patches / (1 + weights.sum(1))[..., None]
+    gained = (joins * (sizes[:, count:] * similarity.to(sizes.dtype).clamp(min=0))[..., None]).sum(1)
+    sizes = torch.cat([sizes[:, :1], sizes[:, 1:count] + gained], 1)
+    return torch.cat([tokens[:, :1], patches.to(tokens.dtype)], 1), sizes
+
+
+class TokenReduction(nn.Module):
+    """Drops and merges the patch tokens of one layer.
+
+    Args:
+        kept, merged: tokens left after dropping and after merging, at most; class token included.
+    """
+
+    def __init__(self, kept: int, merged: int):
+        super().__init__()
+        self.kept, self.merged = kept, merged
+
+    def forward(self, tokens: Tensor, sizes: Tensor | None, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, C), sizes (B, N) or None for all 1, importance (B, N - 1) -> fewer tokens and their sizes."""
+        kept = min(self.kept, tokens.shape[1])
+        chosen = rank_tokens(importance.detach(), kept)
+        tokens = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+        if sizes is not None:
+            sizes = sizes.gather(1, chosen)
+        if self.merged >= kept:
+            return tokens, sizes
+        if sizes is None:
+            sizes = torch.ones_like(chosen, dtype=importance.dtype)
+        return merge_tokens(tokens, sizes, self.merged)
+
+    def extra_repr(self) -> str:
+        """Shown when the model is printed."""
+        return f"kept={self.kept}, merged={self.merged}"
 
 
 class OFBViTAttention(ViTAttention):
@@ -30,6 +146,21 @@ class OFBViTAttention(ViTAttention):
         self.k_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=True)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, with_importance: bool = False, **kwargs
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As the stock attention; the third output is the importance of the patches (B, N - 1), where asked for."""
+        split = (*hidden_states.shape[:-1], -1, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (project(hidden_states).view(split).transpose(1, 2) for project in projections)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        importance = class_attention(query, key, self.scaling, attention_mask) if with_importance else None
+        return self.o_proj(output.reshape(*split[:2], -1).contiguous()), weights, importance
 
 
 class OFBViTMLP(ViTMLP):
@@ -54,6 +185,31 @@ class OFBViTLayer(ViTLayer):
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = OFBViTMLP(config, layer)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        before, kept, merged = config.token_counts(layer)
+        self.reduction = TokenReduction(kept, merged) if merged < before else None
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, sizes: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """One block.
+
+        Args:
+            hidden_states: (B, N, C).
+            attention_mask: as for the stock block.
+            sizes: (B, N), how many patches each token stands for; None before the first merging.
+
+        Returns:
+            Tokens and their sizes; fewer than came in where the schedule says so.
+        """
+        if sizes is not None:  # proportional attention: a token of n patches is attended to n times (arXiv:2210.09461)
+            attention_mask = sizes.log().to(hidden_states.dtype)[:, None, None]
+        attended, _, importance = self.attention(
+            self.layernorm_before(hidden_states), attention_mask, with_importance=self.reduction is not None, **kwargs
+        )
+        hidden_states = self.dropout(attended) + hidden_states
+        if self.reduction is not None:
+            hidden_states, sizes = self.reduction(hidden_states, sizes, importance)
+        return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states, sizes
 
 
 class OFBViTPreTrainedModel(ViTPreTrainedModel):
@@ -66,6 +222,9 @@ class OFBViTPreTrainedModel(ViTPreTrainedModel):
 
 class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
     """ViT encoder with per-layer widths. Inputs and outputs as `transformers.ViTModel`.
+
+    With a `token_schedule`, `last_hidden_state`, `hidden_states` and `attentions` have as many tokens as are left at
+    their place: the class token first, then patches in falling order of importance, not in the order of the image.
 
     There is no pooling layer unless asked for: a classifier's checkpoint holds none, and
     `AutoModel.from_pretrained(classifier_checkpoint)` should load clean.
@@ -81,6 +240,51 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """As `transformers.ViTModel.forward`.
+
+        Raises:
+            ValueError: with a `token_schedule`, for an `attention_mask`, and for attention without additive bias.
+        """
+        self._check_schedule(attention_mask)
+        hidden_states = self.embeddings(
+            pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype),
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        sizes = None
+        for layer in self.layers:
+            hidden_states, sizes = layer(hidden_states, attention_mask, sizes, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        pooled = self.pooler(hidden_states) if self.pooler is not None else None
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def _check_schedule(self, attention_mask: Tensor | None) -> None:
+        if self.config.token_schedule is None:
+            return
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask is given, but token_schedule moves and removes tokens, which it would no longer fit; "
+                "leave it out, or load the model with token_schedule=None."
+            )
+        if self.config._attn_implementation not in BIASED_ATTENTION:
+            raise ValueError(
+                f"attn_implementation is {self.config._attn_implementation!r}, which takes no additive bias; with a "
+                f"token_schedule it is one of {list(BIASED_ATTENTION)}."
+            )
 
 
 class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassification):
@@ -107,18 +311,22 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
         self.post_init()
 
     @classmethod
-    def from_dense(cls, model: ViTForImageClassification) -> "OFBViTForImageClassification":
-        """Copies a stock ViT classifier into this class; `model` is left as it is.
+    def from_dense(
+        cls, model: ViTForImageClassification, token_schedule: list[list[int]] | None = None
+    ) -> "OFBViTForImageClassification":
+        """Copies a stock ViT classifier, or one of ours, into this class; `model` is left as it is.
 
         Args:
             model: any `ViTForImageClassification`, also one loaded from a checkpoint with old key names.
+            token_schedule: as in `OFBViTConfig`; by default that of `model`, if it has one.
 
         Returns:
-            A model with the same weights, dtype, device, attention implementation and training mode, whose logits
-            equal those of `model` bit for bit.
+            A model with the same weights, dtype, device, attention implementation and training mode. Without a
+            schedule, and with one that keeps all tokens, its logits equal those of `model` bit for bit.
 
         Raises:
             TypeError: if `model` is no ViT classifier.
+            ValueError: for a schedule that `OFBViTConfig` refuses.
         """
         if not isinstance(model, ViTForImageClassification):
             raise TypeError(
@@ -128,6 +336,8 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
         fields = model.config.to_dict()
         for key in ("model_type", "architectures", "transformers_version", "dtype"):
             fields.pop(key, None)
+        if token_schedule is not None:
+            fields["token_schedule"] = token_schedule
         config = OFBViTConfig(**fields, attn_implementation=model.config._attn_implementation)
         copy = cls(config)
         copy.load_state_dict(model.state_dict(), strict=True)
