@@ -1,4 +1,4 @@
-"""`ofb-hf`: search, finetune, evaluate, publish, verify, export. The recipes are the same functions."""
+"""`ofb-hf`: search, search-tokens, finetune, evaluate, publish, verify, export. The recipes are the same functions."""
 
 import json
 import sys
@@ -12,11 +12,13 @@ from . import hub
 from .architectures import FAMILIES
 from .data import AugmentationArguments, DataArguments
 from .export import ExportError
+from .learned_tokens import TokenSearchConfig
 from .training_args import OFBTrainingArguments
 from .workflow import export as export_workflow
 from .workflow import family as family_workflow
 from .workflow import finetune as finetune_workflow
 from .workflow import search as search_workflow
+from .workflow import tokens as tokens_workflow
 from .workflow import verify as verify_workflow
 from .workflow.arguments import (
     ExportArguments,
@@ -24,6 +26,7 @@ from .workflow.arguments import (
     ModelArguments,
     PublishArguments,
     SearchArguments,
+    TokenPhaseArguments,
     parse,
 )
 from .workflow.report import text_table
@@ -59,6 +62,17 @@ VERIFY = """Load a checkpoint, count and evaluate it again, and compare with wha
 
     ofb-hf verify OWNER/NAME --data_dir PHOTOS"""
 
+SEARCH_TOKENS = """Learn how many patch tokens each layer of a ViT drops and merges, under a budget; its weights rest.
+
+Takes any ViT classifier, also one that `ofb-hf search` made narrower. Without a model and data this runs on handwritten
+digits. Otherwise:
+
+    accelerate launch recipes/search_tokens.py --model_name_or_path facebook/deit-small-patch16-224 \\
+        --data_dir PHOTOS --target_macs 0.6 --num_train_epochs 3 --output_dir runs/tokens
+
+Published schedules of DeiT-T/S/B need no search: ofb_hf.tokens.published_schedule. --finetune_epochs trains the weights
+afterwards, with the tokens that are left. tokens.png shows what becomes of some images."""
+
 EXPORT = """Write a classifier for another runtime, and compare what that computes with what PyTorch computes.
 
     ofb-hf export OWNER/NAME --format onnx --output_dir out
@@ -66,6 +80,8 @@ EXPORT = """Write a classifier for another runtime, and compare what that comput
 The file takes `pixel_values` (B, C, H, W) in float32, for any B, and gives `logits`; the image processor, which says
 how pixels are prepared, is written beside it. Nothing is left
 behind if logits differ by more than 1e-5 of the largest."""
+
+TOKEN_DEMO = {"target_macs": 0.7, "num_train_epochs": 10, "token_learning_rate": 0.1, "finetune_epochs": 0}
 
 EVALUATE = """Measure an image classifier: top-1, top-5, MACs, parameters, file size, images per second. Prints JSON."""
 
@@ -82,6 +98,17 @@ def search(argv: list[str] | None = None, **demo: Any) -> dict[str, Any]:
     walk = _in_words(lambda: search_workflow.prepare(*parse(classes, argv, SEARCH, demo)))
     run = search_workflow.run if len(walk.targets) == 1 else family_workflow.run
     results = _closing_processes(lambda: run(walk))
+    if walk.args.push_to_hub:
+        _in_words(lambda: search_workflow.push(walk))
+    return results
+
+
+def search_tokens(argv: list[str] | None = None) -> dict[str, Any]:
+    """Entry of `recipes/search_tokens.py` and `ofb-hf search-tokens`. Returns the results."""
+    classes = [ModelArguments, DataArguments, AugmentationArguments]
+    classes += [TokenSearchConfig, TokenPhaseArguments, OFBTrainingArguments]
+    walk = _in_words(lambda: tokens_workflow.prepare(*parse(classes, argv, SEARCH_TOKENS, TOKEN_DEMO)))
+    results = _closing_processes(lambda: tokens_workflow.run(walk))
     if walk.args.push_to_hub:
         _in_words(lambda: search_workflow.push(walk))
     return results
@@ -138,6 +165,7 @@ def export(argv: list[str] | None = None) -> None:
 
 COMMANDS = {
     "search": search,
+    "search-tokens": search_tokens,
     "finetune": finetune,
     "evaluate": evaluate,
     "publish": publish,

@@ -28,9 +28,23 @@ def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str) -> str:
         subnet: what was kept.
         table: results as a Markdown table.
     """
+    widths = "\n".join(f"- `{name}`: {_width(size)}" for name, size in subnet.sizes.items())
+    return _filled("model_card.md", results, table, widths=widths)
+
+
+def render_token_card(results: dict[str, Any], table: str) -> str:
+    """The card of a model with a learned token schedule, which is in `results`; arguments as for `render_card`."""
+    rows = [f"| {layer} | {kept} | {merged} |" for layer, (kept, merged) in enumerate(results["token_schedule"])]
+    schedule = "\n".join(["| layer | after dropping | after merging |", "| ---: | ---: | ---: |", *rows])
+    tuned = "Its weights were finetuned." if results.get("finetuned") else "Its weights are those of the parent."
+    return _filled("token_card.md", results, table, schedule=schedule, weights=tuned)
+
+
+def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> str:
+    """A template with everything in it that all cards say."""
     final, source = final_results(results), results["source"]
     budget = next(name for name in BUDGETS if results[name] is not None)
-    return Template((TEMPLATES / "model_card.md").read_text(encoding="utf-8")).substitute(
+    return Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(
         metadata=card_data(results).to_yaml(),
         title=f"OFB {source['model']}",
         source=source["model"] + (f" (revision {source['revision']})" if source["revision"] else ""),
@@ -47,7 +61,7 @@ def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str) -> str:
         time="in several sittings" if results["seconds"] is None else f"{results['seconds'] / 60:.1f} minutes",
         commit=results["commit"] or "of a release",
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        widths="\n".join(f"- `{name}`: {_width(size)}" for name, size in subnet.sizes.items()),
+        **more,
     )
 
 

@@ -26,7 +26,7 @@ SCHEDULE = [[17, 15], [12, 7], [7, 2]]
 
 def scheduled_vit(schedule=None, **options) -> OFBViTForImageClassification:
     """Three layers with 17 tokens; by default all of merging only, both, and merging down to the smallest."""
-    model = tiny_vit(num_hidden_layers=3, **options)
+    model = tiny_vit(**({"num_hidden_layers": 3} | options))
     return OFBViTForImageClassification.from_dense(model, token_schedule=schedule or SCHEDULE).eval()
 
 

@@ -127,6 +127,21 @@ class FinetuneArguments:
 
 
 @dataclass
+class TokenPhaseArguments(FinetuneArguments):
+    """What follows the search for tokens: by default nothing is trained, and a picture is drawn."""
+
+    finetune_epochs: float = field(default=0.0, metadata=_help("Epochs after the search; 0 = no finetuning."))
+    token_pictures: int = field(
+        default=4, metadata=_help("Images of the evaluation split in tokens.png, which shows what became of them.")
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.token_pictures < 0:
+            raise ValueError(f"token_pictures is {self.token_pictures}; it is a number of images, 0 for no picture.")
+
+
+@dataclass
 class PublishArguments:
     """What to publish, and where."""
 

@@ -24,6 +24,7 @@ WORLD_SIZE = "num_processes"
 SPREAD = (WORLD_SIZE, "per_device_train_batch_size", "gradient_accumulation_steps")
 SEARCH_PHASES = ("dense_training", "search", "finetune")
 FAMILY, FAMILY_PICTURE = "family.json", "family.png"  # of a run with several budgets
+TOKEN_PICTURE = "tokens.png"  # shows images of the data, so it is not published
 RESULT = "model"  # in the folder of a phase, once it is finished
 PRODUCT = (
     "config.json",
@@ -32,6 +33,7 @@ PRODUCT = (
     "subnet.json",
     HISTORY_FILE,
     "search.png",
+    TOKEN_PICTURE,
     "README.md",
     "eval_results.json",
 )

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..consistency import decided_by_rank_0
 from ..data import AugmentationArguments, DataArguments
 from ..distillation import DistillationTrainer
 from ..hub import publish, require_write_access
+from ..learned_tokens import TokenSearchConfig
 from ..model_card import render_card
 from ..models.shapes import SHAPES
 from ..plots import plot_search
@@ -54,7 +55,7 @@ class Walk:
     model_args: ModelArguments
     finetune_args: FinetuneArguments
     args: OFBTrainingArguments
-    config: BiMaskConfig
+    config: BiMaskConfig | TokenSearchConfig
     settings: dict[str, Any]
     inputs: Inputs
     dense: PreTrainedModel
@@ -138,6 +139,7 @@ def prepare(
     if args.push_to_hub:
         decided_by_rank_0(lambda: require_write_access(args.hub_model_id, args.hub_token))
     settings = run_settings(model_args, data_args, config, args) | asdict(augmentation_args) | asdict(finetune_args)
+    settings |= {config.budget[0]: config.budgets}
     output.check_free(args, settings, model_args.overwrite_output_dir, config.phases)
     dense, inputs = load(name, data_args, args.seed, augmentation_args)
     configs = {name: default_config(dense.config, **values) for name, values in config.by_budget().items()}
@@ -152,10 +154,13 @@ def prepare(
 
 
 def run_settings(
-    model_args: ModelArguments, data_args: DataArguments, config: SearchArguments, args: OFBTrainingArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    config: BiMaskConfig | TokenSearchConfig,
+    args: OFBTrainingArguments,
 ) -> dict[str, Any]:
     """What defines the result of a search; a resumed run must agree with it."""
-    settings = asdict(data_args) | config.to_dict() | {config.budget[0]: config.budgets}
+    settings = asdict(data_args) | config.to_dict()
     settings |= {name: getattr(model_args, name) for name in ("model_name_or_path", "teacher_name_or_path")}
     settings |= {name: getattr(model_args, name) for name in ("dense_epochs", "dense_learning_rate")}
     return settings | training_settings(args, data_args)
@@ -166,7 +171,7 @@ def train_dense(walk: Walk) -> None:
     if not walk.model_args.dense_epochs:
         return
     done = walk.folder / "dense_training" / output.RESULT
-    if walk.resuming and _is_done(done):
+    if walk.resuming and is_done(done):
         walk.dense = type(walk.dense).from_pretrained(done)
         return
     args = phase_arguments(
@@ -177,7 +182,7 @@ def train_dense(walk: Walk) -> None:
         learning_rate=walk.model_args.dense_learning_rate,
         distillation_weight=None,
     )
-    _train(DistillationTrainer(walk.dense, args, **_datasets(walk)), walk, "dense")
+    run_phase(DistillationTrainer(walk.dense, args, **datasets(walk)), walk, "dense")
     if walk.is_main:
         output.write_aside(done, walk.dense.save_pretrained)
 
@@ -185,7 +190,7 @@ def train_dense(walk: Walk) -> None:
 def search(walk: Walk) -> tuple[PreTrainedModel, SubnetSpec]:
     """The search itself, or its result where a resumed run finds it done."""
     done = walk.folder / "search" / output.RESULT
-    if walk.resuming and _is_done(done):
+    if walk.resuming and is_done(done):
         subnet = SubnetSpec.from_json((done / SUBNET_FILE).read_text(encoding="utf-8"))
         return AutoModelForImageClassification.from_pretrained(done), subnet
     set_seed(walk.args.seed)
@@ -193,8 +198,8 @@ def search(walk: Walk) -> tuple[PreTrainedModel, SubnetSpec]:
     if walk.start is not None:
         start, teacher = walk.start, walk.teacher or walk.dense
     args = phase_arguments(walk.args, "search")
-    trainer = OFBTrainer(start, args, walk.config, teacher=teacher, **_datasets(walk))
-    _train(trainer, walk, "search")
+    trainer = OFBTrainer(start, args, walk.config, teacher=teacher, **datasets(walk))
+    run_phase(trainer, walk, "search")
     small, subnet = trainer.compress(), trainer.read_subnet()
     if walk.start_subnet is not None:
         subnet = subnet.within(walk.start_subnet)
@@ -211,7 +216,7 @@ def search(walk: Walk) -> tuple[PreTrainedModel, SubnetSpec]:
 def finetune(walk: Walk, searched: PreTrainedModel) -> PreTrainedModel:
     """Finetunes a copy of the searched model with the dense model, or the given one, as teacher."""
     done = walk.folder / "finetune" / output.RESULT
-    if walk.resuming and _is_done(done):
+    if walk.resuming and is_done(done):
         return AutoModelForImageClassification.from_pretrained(done)
     wanted = walk.finetune_args
     args = phase_arguments(
@@ -226,8 +231,8 @@ def finetune(walk: Walk, searched: PreTrainedModel) -> PreTrainedModel:
     model = type(searched)(searched.config)
     model.load_state_dict(searched.state_dict())
     teacher = walk.teacher or walk.dense
-    trainer = DistillationTrainer(model.train(), args, teacher=teacher, **_datasets(walk))
-    _train(trainer, walk, "finetune")
+    trainer = DistillationTrainer(model.train(), args, teacher=teacher, **datasets(walk))
+    run_phase(trainer, walk, "finetune")
     if walk.is_main:
         output.write_aside(done, model.save_pretrained)
     return model
@@ -236,15 +241,20 @@ def finetune(walk: Walk, searched: PreTrainedModel) -> PreTrainedModel:
 def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -> dict[str, Any]:
     """Evaluates, measures, writes the output folder and prints the summary."""
     results: dict[str, Any] = {"target_macs": None, "target_params": None, walk.config.budget[0]: walk.target}
-    measured, by_class = measure(models, walk.inputs.eval, phase_arguments(walk.args, "search"))
-    results |= measured | provenance(walk.args.seed, walk.args.device)
+    results |= measured(walk, models)
+    final = models.get("finetuned", models["searched"])
+    write_output(walk, final, results, lambda folder: _write_extras(walk, subnet, results, folder))
+    return results
+
+
+def measured(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
+    """What `eval_results.json` says of any run: the models, and what made them."""
+    results, by_class = measure(models, walk.inputs.eval, phase_arguments(walk.args, "search"))
+    results |= provenance(walk.args.seed, walk.args.device)
     results["seconds"] = None if walk.resuming else round(time.monotonic() - walk.began)
     results["steps"] = {row["phase"]: row["step"] for row in read_history(walk.folder / HISTORY_FILE)}
     results |= {"source": _source(walk), "data": walk.inputs.data.name}
     results["lost_classes"] = lost_classes(by_class["dense"], [*by_class.values()][-1], walk.inputs.data.label_names)
-    if walk.is_main:
-        write_output(walk, models, subnet, results)
-        logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), walk.folder)
     return results
 
 
@@ -260,25 +270,40 @@ def push(walk: Walk) -> None:
         logger.warning(f"published: {commit.commit_url}")
 
 
-def write_output(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec, results: dict[str, Any]) -> None:
-    """Puts the product into the output folder, each file written aside and renamed."""
-    folder, final = walk.folder, models.get("finetuned", models["searched"])
+def write_output(
+    walk: Walk, final: PreTrainedModel, results: dict[str, Any], write_extras: Callable[[Path], None]
+) -> None:
+    """Puts the product into the output folder, each file written aside and renamed, and prints the summary.
+
+    Args:
+        final: the model to keep.
+        results: content of `eval_results.json`.
+        write_extras: writes what else belongs to the product into a folder.
+    """
+    if not walk.is_main:
+        return
+    folder = walk.folder
     aside = folder / f"{ASIDE}-output"
     output.remove(aside)
     final.save_pretrained(aside)
     walk.inputs.processor.save_pretrained(aside)
-    (aside / SUBNET_FILE).write_text(subnet.to_json(), encoding="utf-8")
-    card = render_card(results, subnet, markdown_table(results_rows(results)))
-    (aside / "README.md").write_text(card, encoding="utf-8")
     (aside / "eval_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    history = read_history(folder / HISTORY_FILE)
-    sizes = describe(walk.dense.config).sizes
-    plot_search(history, subnet, sizes, walk.target, walk.config.budget[0], aside / "search.png")
+    write_extras(aside)
     if walk.model_args.keep_dense:
         save_dense(walk)
     for path in aside.iterdir():
         path.replace(folder / path.name)
     aside.rmdir()
+    logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), folder)
+
+
+def _write_extras(walk: Walk, subnet: SubnetSpec, results: dict[str, Any], folder: Path) -> None:
+    """Kept units, card and picture."""
+    (folder / SUBNET_FILE).write_text(subnet.to_json(), encoding="utf-8")
+    card = render_card(results, subnet, markdown_table(results_rows(results)))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    history, sizes = read_history(walk.folder / HISTORY_FILE), describe(walk.dense.config).sizes
+    plot_search(history, subnet, sizes, walk.target, walk.config.budget[0], folder / "search.png")
 
 
 def _source(walk: Walk) -> dict[str, str | None]:
@@ -315,13 +340,15 @@ def save_dense(walk: Walk) -> None:
     output.write_aside(walk.folder / "dense", write)
 
 
-def _datasets(walk: Walk) -> dict[str, Any]:
+def datasets(walk: Walk) -> dict[str, Any]:
+    """What every trainer of a walk gets besides model and arguments."""
     inputs = walk.inputs
     datasets = {"train_dataset": inputs.train, "eval_dataset": inputs.eval}
     return datasets | {"batch_augmentation": inputs.batch_augmentation} | METRICS
 
 
-def _train(trainer: DistillationTrainer, walk: Walk, phase: str) -> None:
+def run_phase(trainer: DistillationTrainer, walk: Walk, phase: str) -> None:
+    """Trains from the start, or from where an interrupted run was, and keeps the history."""
     trainer.add_callback(HistoryCallback(walk.folder / HISTORY_FILE, phase))
     wanted = walk.args.resume_from_checkpoint
     if wanted not in (None, "auto") and Path(wanted).resolve().parent != Path(trainer.args.output_dir).resolve():
@@ -329,6 +356,6 @@ def _train(trainer: DistillationTrainer, walk: Walk, phase: str) -> None:
     trainer.train(resume_from_checkpoint=wanted)
 
 
-def _is_done(result: Path) -> bool:
+def is_done(result: Path) -> bool:
     """Whether the result of a phase is there, as rank 0 sees it: no rank may train while others do not."""
     return decided_by_rank_0(result.is_dir)

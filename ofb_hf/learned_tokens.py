@@ -1,0 +1,214 @@
+"""Learning how many tokens each layer keeps, with the weights at rest (DiffRate, arXiv:2305.17997).
+
+Every layer has two counts, kept after dropping and kept after merging, each the expectation over candidates under a
+softmax whose logits learn. Meanwhile no token is removed, only hidden, so that the loss can say what another one would
+be worth.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, ViTConfig
+
+from .architectures import UnsupportedArchitectureError, describe, vit_mac_terms
+from .flops import evaluate_terms
+from .models import OFBViTForImageClassification
+from .models.modeling_ofb_vit import TokenReduction
+from .settlement import UnreachableBudgetError
+from .tokens import SMALLEST, full_schedule, num_tokens, require_class_token, schedule_macs
+from .unit_groups import quantities
+
+# Size of a token that is hidden: its attention is multiplied by this, as in the published code's masked softmax.
+HIDDEN = 1e-6
+
+
+@dataclass
+class TokenSearchConfig:
+    """How tokens are searched.
+
+    Raises:
+        ValueError: for values out of range, naming them.
+    """
+
+    target_macs: float = field(
+        default=0.7, metadata={"help": "Budget: up to 1 a share of the model's MACs, above 1 MACs of one image."}
+    )
+    token_granularity: int = field(
+        default=1, metadata={"help": "Gap between candidate token counts (ours; DiffRate's default is 4)."}
+    )
+    token_learning_rate: float = field(
+        default=0.01, metadata={"help": "Learning rate of the rates' logits, which are all that learns (DiffRate)."}
+    )
+    token_macs_weight: float = field(
+        default=100.0,
+        metadata={"help": "Weight of the squared relative gap to the budget (DiffRate's 5 per GMAC, for DeiT-S)."},
+    )
+
+    def __post_init__(self):
+        if not self.target_macs > 0:
+            raise ValueError(f"target_macs is {self.target_macs}; give a share up to 1, or a number of MACs above 1.")
+        if self.token_granularity < 1:
+            raise ValueError(f"token_granularity is {self.token_granularity}; it is a gap of at least 1 token.")
+        for name in ("token_learning_rate", "token_macs_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name."""
+        return asdict(self)
+
+    def target(self, config: ViTConfig) -> int:
+        """The budget in MACs for a model that keeps all its tokens.
+
+        Raises:
+            ValueError: for a budget above what the model costs.
+            UnreachableBudgetError: for one below the smallest schedule, naming what that costs.
+        """
+        dense = schedule_macs(config, full_schedule(config))
+        target = int(self.target_macs * dense) if self.target_macs <= 1 else int(self.target_macs)
+        if target > dense:
+            raise ValueError(f"target_macs is {target:,}, more than the {dense:,} of the model with all its tokens.")
+        smallest = schedule_macs(config, full_schedule(config)[:1] + [SMALLEST] * (config.num_hidden_layers - 1))
+        if smallest > target:
+            raise UnreachableBudgetError(
+                f"target_macs is {target:,}, below the smallest token schedule, which costs {smallest:,}; raise it to "
+                "at least that, or make the model narrower first."
+            )
+        return target
+
+
+class LearnedCount(nn.Module):
+    """How many tokens to keep, as an expectation over candidates (DiffRate's differentiable discrete proxy, 3.2).
+
+    Args:
+        tokens: N, the largest candidate; class token included.
+        granularity: gap between candidates.
+
+    Attributes:
+        logits: (K,), 0 at the start. candidates: (K,) token counts, falling from N, all at least 2.
+    """
+
+    def __init__(self, tokens: int, granularity: int = 1):
+        super().__init__()
+        candidates = torch.arange(tokens, 1, -granularity)
+        self.logits = nn.Parameter(torch.zeros(len(candidates)))
+        self.register_buffer("candidates", candidates.float(), persistent=False)
+
+    def expected(self) -> Tensor:
+        """The expected count, a scalar."""
+        return (self.logits.softmax(0) * self.candidates).sum()
+
+    def forward(self) -> Tensor:
+        """The expected count, rounded up; its gradient is that of the expectation (straight-through)."""
+        expected = self.expected()
+        # Rounding errors of the sum must not count as a token.
+        return expected + (torch.ceil(expected - 1e-3) - expected).detach()
+
+    def survival(self) -> Tensor:
+        """Probability that the token of rank r = 0 ... N - 1 is kept: that of all candidates above r. (N,)"""
+        ranks = torch.arange(int(self.candidates[0]), device=self.logits.device)
+        return ((self.candidates[None] > ranks[:, None]) * self.logits.softmax(0)).sum(1)
+
+
+class LearnedReduction(nn.Module):
+    """Takes the place of a layer's `TokenReduction` while its counts are learned.
+
+    Tokens that are dropped or merged away stay in place with a size of almost nothing: proportional attention makes
+    nobody look at them, and passes on what that costs or gains. Their features go on, and are read by none.
+    """
+
+    def __init__(self, tokens: int, granularity: int = 1):
+        super().__init__()
+        self.kept, self.merged = LearnedCount(tokens, granularity), LearnedCount(tokens, granularity)
+
+    def forward(self, tokens: Tensor, sizes: Tensor | None, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """As `TokenReduction.forward`, but all N tokens come out."""
+        sizes = torch.ones_like(F.pad(importance, (1, 0))) if sizes is None else sizes
+        lives = sizes.detach() > 0.5
+        ranks = importance.detach().masked_fill(~lives[:, 1:], -1).argsort(1, descending=True).argsort(1) + 1
+        ranks = F.pad(ranks, (1, 0))
+        stays, absorbs = ranks < self.kept(), ranks < self.merged()
+        leaves = lives & stays & ~absorbs
+        tokens, gained = _merge_in_place(tokens, sizes.detach(), leaves, lives & stays & absorbs)
+        # Each token is hidden by one mask only: behind two, neither count would hear what it is worth.
+        dropping, merging = _mask(stays, self.kept.survival()[ranks]), _mask(~leaves, self.merged.survival()[ranks])
+        return tokens, ((sizes + gained) * dropping * merging).clamp(min=HIDDEN)
+
+
+def _mask(hard: Tensor, soft: Tensor) -> Tensor:
+    """1 where `hard`, almost 0 elsewhere, with the gradient of `soft` (DiffRate, 3.3)."""
+    return soft + (hard.to(soft.dtype).clamp(min=HIDDEN) - soft).detach()
+
+
+def _merge_in_place(tokens: Tensor, sizes: Tensor, leave: Tensor, absorb: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge_tokens` by masks.
+
+    Args:
+        tokens: (B, N, C); sizes: (B, N).
+        leave: (B, N) bool, tokens to merge away; absorb: (B, N) bool, tokens to merge them into.
+
+    Returns:
+        Tokens (B, N, C), and what their sizes gain (B, N).
+    """
+    directions = F.normalize(tokens.detach(), dim=-1)
+    targets = absorb.clone()
+    targets[:, 0] = False  # nothing is merged into the class token
+    similarity, match = (directions @ directions.mT).masked_fill(~targets[:, None], -2).max(-1)
+    joins = F.one_hot(match, tokens.shape[1]).to(tokens.dtype) * leave[..., None]
+    gained = (joins * (sizes * similarity.to(sizes.dtype).clamp(min=0))[..., None]).sum(1)
+    return ((tokens + joins.mT @ tokens) / (1 + joins.sum(1))[..., None]).to(tokens.dtype), gained
+
+
+def install_learned_counts(model: PreTrainedModel, granularity: int = 1) -> OFBViTForImageClassification:
+    """A copy of a classifier in which every layer but two learns how many tokens to keep, and nothing else learns.
+
+    The first keeps all tokens: its class token has not seen the image yet (as in DiffRate). The last keeps one patch:
+    nobody reads the others (the published schedules learned that, down to their smallest candidate).
+
+    Args:
+        model: a ViT classifier, stock or ours; a schedule that it has does not count.
+
+    Raises:
+        UnsupportedArchitectureError: for models without a class token, and for those of fewer than three layers.
+    """
+    require_class_token(model)
+    if (layers := model.config.num_hidden_layers) < 3:
+        raise UnsupportedArchitectureError(
+            f"num_hidden_layers is {layers}; the first layer keeps all tokens and the last one patch, so tokens are "
+            "searched in models of at least 3 layers. Give a token_schedule by hand."
+        )
+    ours = OFBViTForImageClassification.from_dense(model, token_schedule=full_schedule(model.config))
+    ours.requires_grad_(False)
+    for layer in ours.vit.layers[1:]:
+        layer.reduction = TokenReduction(*SMALLEST)
+    for layer in ours.vit.layers[1:-1]:
+        layer.reduction = LearnedReduction(num_tokens(model.config), granularity).to(model.device)
+    return ours
+
+
+def expected_macs(model: OFBViTForImageClassification) -> Tensor:
+    """MACs under the counts as they are now, rounded up; a scalar to differentiate.
+
+    As in the published code, the count of a layer passes its gradient to both of its proxies, and to no other layer's.
+    """
+    config = model.config
+    before = model.classifier.weight.new_tensor(num_tokens(config), dtype=torch.float32)
+    counts = [(before, before, before)]
+    for layer in model.vit.layers[1:-1]:
+        kept, merged = layer.reduction.kept(), layer.reduction.merged()
+        after_dropping = torch.minimum(before, kept)
+        left = torch.minimum(after_dropping, merged).detach() + (kept - kept.detach()) + (merged - merged.detach())
+        counts.append((before, after_dropping.detach(), left))
+        before = left
+    counts.append((before, *SMALLEST))
+    return evaluate_terms(vit_mac_terms(config, counts), quantities(describe(config).sizes))
+
+
+def read_expected_counts(model: OFBViTForImageClassification) -> list[list[float]]:
+    """Learned (kept, merged) of every layer between the first and the last, as expectations."""
+    reductions = [layer.reduction for layer in model.vit.layers[1:-1]]
+    return [[r.kept.expected().item(), r.merged.expected().item()] for r in reductions]

@@ -1,0 +1,99 @@
+"""The run in which token counts are learned: a classifier's weights rest, and only the logits of the counts move."""
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .distillation import DistillationTrainer
+from .learned_tokens import TokenSearchConfig, expected_macs, install_learned_counts, read_expected_counts
+from .losses import flops_loss
+from .models import OFBViTForImageClassification
+from .tokens import Schedule, full_schedule, schedule_macs, settle_schedule
+from .training_args import OFBTrainingArguments
+
+
+class TokenTrainer(DistillationTrainer):
+    """Learns a token schedule for a ViT classifier under a budget (DiffRate, arXiv:2305.17997).
+
+    Args:
+        model: a ViT classifier, stock or ours, of any widths. It is copied, and its weights never change.
+        args: `OFBTrainingArguments`; `learning_rate` and `weight_decay` are for weights, and do not count here.
+        config: the budget, and how the counts learn.
+        teacher: classifier to learn from; by default `model` itself, with all its tokens. `distillation_weight` is its
+            share of the loss: 0.5 unless `args` says otherwise.
+        kwargs: as for `DistillationTrainer`.
+
+    Raises:
+        UnsupportedArchitectureError: for models without a class token.
+        ValueError: for a budget out of reach, naming the smallest possible value.
+
+    Example:
+
+    ```python
+    trainer = TokenTrainer(model, OFBTrainingArguments("out", num_train_epochs=3), TokenSearchConfig(target_macs=0.7),
+                           train_dataset=train, eval_dataset=test)
+    trainer.train()
+    fast = trainer.scheduled()
+    ```"""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: OFBTrainingArguments,
+        config: TokenSearchConfig | None = None,
+        teacher: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ):
+        self.token_config = config or TokenSearchConfig()
+        learner = install_learned_counts(model, self.token_config.token_granularity)
+        self.target = self.token_config.target(learner.config)
+        self.dense_macs = schedule_macs(learner.config, full_schedule(learner.config))
+        if teacher is None and args.distillation_weight != 0:
+            teacher = OFBViTForImageClassification.from_dense(model, token_schedule=full_schedule(learner.config))
+        super().__init__(learner.train(model.training), args, teacher, distillation_weight=0.5, **kwargs)
+
+    def training_losses(
+        self, model: nn.Module, pixel_values: Tensor, labels: Tensor
+    ) -> tuple[Any, dict[str, Tensor], Tensor]:
+        """Classification and budget losses of one micro-batch."""
+        outputs, parts, loss = super().training_losses(model, pixel_values, labels)
+        parts["expected_macs"] = expected_macs(self.learner)
+        parts["flops"] = flops_loss(parts["expected_macs"], self.target, self.dense_macs)
+        return outputs, parts, loss + self.token_config.token_macs_weight * parts["flops"]
+
+    @property
+    def learner(self) -> OFBViTForImageClassification:
+        """The classifier whose counts learn."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def schedule(self) -> Schedule:
+        """The whole counts that the learned ones stand for now; its MACs are at most the budget."""
+        return settle_schedule(self.learner.config, read_expected_counts(self.learner), self.target)
+
+    def scheduled(self) -> OFBViTForImageClassification:
+        """A classifier with the weights as they were, and the schedule as it is now."""
+        learner = self.learner
+        config = type(learner.config).from_dict(learner.config.to_dict() | {"token_schedule": self.schedule()})
+        config._attn_implementation = learner.config._attn_implementation
+        result = OFBViTForImageClassification(config).to(learner.device, learner.dtype)
+        state = learner.state_dict()
+        result.load_state_dict({name: state[name] for name in result.state_dict()})
+        return result.train(learner.training)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the logits, without weight decay."""
+        if self.optimizer is None:
+            logits = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            args, rate = self.args, self.token_config.token_learning_rate
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = torch.optim.AdamW(logits, rate, betas, args.adam_epsilon, weight_decay=0.0)
+        return self.optimizer
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        # Not by from_pretrained, which would build the model from its config, without learned counts.
+        self.learner.load_state_dict(safetensors.torch.load_file(checkpoint / SAFE_WEIGHTS_NAME))

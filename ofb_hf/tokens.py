@@ -1,0 +1,245 @@
+"""Token schedules: published ones (DiffRate, arXiv:2305.17997), fixed-rate ones, and whole counts near learned ones.
+
+A schedule says for each layer how many tokens are left after dropping and after merging, class token included. What a
+model does with it is in `models/`; how one is learned, in `learned_tokens.py`.
+"""
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+from transformers import ViTConfig
+
+from .architectures import UnsupportedArchitectureError, describe, vit_mac_terms
+from .flops import evaluate_terms
+from .settlement import UnreachableBudgetError
+from .unit_groups import quantities
+
+Schedule = list[list[int]]
+
+SMALLEST = [2, 2]  # the class token and one patch
+# How near a schedule is brought to its budget before single tokens are counted, in tokens per layer.
+FINENESS = 1 / 64
+
+# compression_rate.json of github.com/OpenGVLab/DiffRate (commit b380acf): hidden size -> GMACs by its own formula ->
+# tokens kept after dropping, and after merging. For DeiT-T/S/B at 224 pixels.
+PUBLISHED: dict[int, dict[float, tuple[list[int], list[int]]]] = {
+    192: {
+        0.6: (
+            [197, 196, 180, 157, 130, 107, 86, 73, 63, 51, 40, 3],
+            [197, 187, 167, 139, 114, 90, 76, 66, 57, 45, 37, 3],
+        ),
+        0.7: (
+            [197, 196, 194, 180, 150, 123, 98, 82, 68, 60, 52, 3],
+            [197, 196, 192, 158, 133, 103, 88, 72, 64, 58, 49, 3],
+        ),
+        0.8: (
+            [197, 197, 196, 186, 166, 147, 117, 103, 92, 80, 74, 3],
+            [197, 196, 190, 172, 154, 125, 107, 96, 84, 78, 70, 3],
+        ),
+        0.9: (
+            [197, 197, 196, 190, 182, 166, 141, 125, 113, 105, 99, 3],
+            [197, 196, 194, 188, 172, 147, 129, 115, 107, 103, 96, 3],
+        ),
+        1.0: (
+            [197, 197, 196, 194, 188, 184, 178, 164, 156, 137, 129, 21],
+            [197, 197, 196, 190, 186, 154, 148, 156, 145, 135, 125, 21],
+        ),
+    },
+    384: {
+        2.3: (
+            [197, 192, 168, 143, 121, 105, 92, 74, 62, 45, 33, 3],
+            [197, 180, 156, 127, 109, 98, 80, 66, 52, 37, 31, 3],
+        ),
+        2.5: (
+            [197, 192, 174, 156, 131, 115, 111, 99, 76, 50, 39, 3],
+            [197, 186, 160, 133, 119, 107, 96, 82, 66, 43, 37, 3],
+        ),
+        2.7: (
+            [197, 196, 182, 160, 141, 127, 115, 105, 88, 66, 49, 3],
+            [197, 188, 170, 147, 131, 119, 109, 96, 76, 54, 45, 3],
+        ),
+        2.9: (
+            [197, 196, 190, 168, 150, 139, 129, 117, 99, 78, 58, 3],
+            [197, 194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 3],
+        ),
+        3.1: (
+            [197, 197, 194, 180, 160, 147, 137, 129, 115, 92, 76, 3],
+            [197, 196, 186, 164, 150, 141, 133, 121, 103, 78, 68, 3],
+        ),
+    },
+    768: {
+        8.7: (
+            [197, 192, 172, 156, 131, 107, 90, 72, 56, 33, 17, 3],
+            [197, 178, 162, 141, 115, 96, 78, 60, 47, 21, 13, 3],
+        ),
+        10.0: (
+            [197, 194, 182, 168, 148, 129, 113, 101, 82, 49, 25, 3],
+            [197, 186, 174, 156, 137, 117, 105, 90, 66, 31, 19, 3],
+        ),
+        10.4: (
+            [197, 196, 188, 174, 156, 141, 121, 103, 90, 58, 25, 3],
+            [197, 190, 184, 164, 145, 131, 107, 94, 74, 31, 21, 3],
+        ),
+        11.5: (
+            [197, 197, 197, 188, 170, 154, 139, 123, 107, 72, 43, 3],
+            [197, 197, 192, 178, 158, 145, 127, 111, 94, 50, 35, 3],
+        ),
+        12.5: (
+            [197, 197, 196, 192, 184, 170, 154, 139, 129, 94, 58, 3],
+            [197, 196, 194, 190, 176, 160, 145, 131, 115, 68, 47, 3],
+        ),
+    },
+}
+
+
+def require_class_token(model: nn.Module) -> None:
+    """Raises `UnsupportedArchitectureError` unless tokens of the model can be ranked by its class token."""
+    if getattr(getattr(model, "config", None), "model_type", None) not in ("vit", "ofb_vit"):
+        raise UnsupportedArchitectureError(
+            f"got a {type(model).__name__}; tokens are ranked by the attention of a class token, which among the "
+            "supported families only ViT has. (Swin has none, and its windows need the whole grid.)"
+        )
+
+
+def num_tokens(config: ViTConfig) -> int:
+    """Tokens of one image, class token included."""
+    return math.prod(describe(config).patch_grid) + 1
+
+
+def full_schedule(config: ViTConfig) -> Schedule:
+    """The schedule that keeps all tokens."""
+    return [[num_tokens(config)] * 2 for _ in range(config.num_hidden_layers)]
+
+
+def schedule_macs(config: ViTConfig, schedule: Schedule) -> int:
+    """Exact MACs of a model under a schedule whose counts do not rise; `count_macs` of the model that obeys it."""
+    return _mac_counter(config)(schedule)
+
+
+def _mac_counter(config: ViTConfig) -> Callable[[Schedule], int]:
+    """`schedule_macs` for many schedules of one model."""
+    tokens, amounts = num_tokens(config), quantities(describe(config).sizes)
+
+    def count(schedule: Schedule) -> int:
+        entering = [tokens, *(merged for _, merged in schedule)]
+        counts = [(before, *after) for before, after in zip(entering, schedule, strict=False)]
+        return evaluate_terms(vit_mac_terms(config, counts), amounts)
+
+    return count
+
+
+def published_schedule(config: ViTConfig, gmacs: float) -> Schedule:
+    """A schedule that DiffRate's authors learned for DeiT-T/S/B, for use without any training.
+
+    Args:
+        config: of a model with the shape of DeiT-T/S/B at 224 pixels (12 layers of 192, 384 or 768 channels, 197
+            tokens), stock or ours.
+        gmacs: which one, by its published cost.
+
+    Raises:
+        ValueError: for other shapes, and for a cost for which none was published.
+
+    Example:
+
+    ```python
+    >>> from ofb_hf.models.shapes import SHAPES
+    >>> from ofb_hf.tokens import published_schedule
+
+    >>> published_schedule(SHAPES["deit_small"].config(["cat", "dog"]), 2.9)[:3]
+    [[197, 197], [196, 194], [190, 176]]
+    ```"""
+    shape = (config.num_hidden_layers, num_tokens(config), config.hidden_size)
+    if shape[:2] != (12, 197) or shape[2] not in PUBLISHED:
+        raise ValueError(
+            f"(layers, tokens, channels) are {shape}; schedules were published for 12 layers, 197 tokens and "
+            f"{sorted(PUBLISHED)} channels. Learn one for this model: ofb-hf search-tokens."
+        )
+    known = PUBLISHED[config.hidden_size]
+    if gmacs not in known:
+        raise ValueError(f"gmacs is {gmacs}; for {config.hidden_size} channels there are {sorted(known)}.")
+    return [[kept, merged] for kept, merged in zip(*known[gmacs], strict=True)]
+
+
+def fixed_rate_schedule(config: ViTConfig, target: int, merge: bool = True) -> Schedule:
+    """As many tokens fewer in every layer but the first, by merging (ToMe, arXiv:2210.09461) or dropping.
+
+    Args:
+        target: budget in MACs; the schedule is the largest of its kind that fits.
+
+    Raises:
+        UnreachableBudgetError: where none fits.
+    """
+
+    tokens = num_tokens(config)
+
+    def at(rate: float) -> Schedule:
+        schedule = [[tokens, tokens]]
+        for layer in range(1, config.num_hidden_layers):
+            left = max(2, round(tokens - rate * layer))
+            schedule.append([schedule[-1][1] if merge else left, left])
+        return schedule
+
+    return at(_smallest_rate(_mac_counter(config), target, at, 0.0, float(tokens)))
+
+
+def settle_schedule(config: ViTConfig, expected: list[list[float]], target: int) -> Schedule:
+    """Whole counts near learned ones, whose MACs are at most the budget, and as near to it as one token allows.
+
+    Args:
+        expected: learned (kept, merged), as expectations, of every layer but the first, which keeps all tokens, and the
+            last, which keeps one patch.
+        target: budget in MACs.
+
+    Raises:
+        UnreachableBudgetError: where no schedule fits.
+    """
+    tokens, macs = num_tokens(config), _mac_counter(config)
+
+    def at(removed: float) -> Schedule:
+        schedule = [[tokens, tokens]]
+        for counts in expected:
+            kept, merged = (max(2, math.floor(count - removed + 0.5)) for count in counts)
+            kept = min(schedule[-1][1], kept)
+            schedule.append([kept, min(kept, merged)])
+        return [*schedule, SMALLEST]
+
+    removed = _smallest_rate(macs, target, at, -float(tokens), float(tokens))
+    wanted = [[count - removed for count in counts] for counts in expected]
+    return _filled(macs, at(removed), wanted, target)
+
+
+def _smallest_rate(
+    macs: Callable[[Schedule], int], target: int, at: Callable[[float], Schedule], low: float, high: float
+) -> float:
+    """Where the schedules between two rates begin to fit; the schedule of what is returned does."""
+    if macs(at(high)) > target:
+        raise UnreachableBudgetError(f"no token schedule of this kind costs at most {target:,} MACs; raise the budget.")
+    if macs(at(low)) <= target:
+        return low
+    while high - low > FINENESS:
+        middle = (low + high) / 2
+        low, high = (low, middle) if macs(at(middle)) <= target else (middle, high)
+    return high
+
+
+def _filled(macs: Callable[[Schedule], int], schedule: Schedule, wanted: list[list[float]], target: int) -> Schedule:
+    """Gives single tokens back while the budget allows it, first where rounding took most.
+
+    Args:
+        wanted: of every layer but first and last; no count rises above the whole number after it.
+    """
+    while True:
+        options = []
+        for layer, counts in enumerate(wanted, 1):
+            for place in (0, 1):
+                more = [list(pair) for pair in schedule]
+                more[layer][place] += 1
+                falls = more[layer - 1][1] >= more[layer][0] >= more[layer][1]
+                missing = counts[place] - schedule[layer][place]
+                if falls and missing > -1 and macs(more) <= target:
+                    options.append((missing, layer, place))
+        if not options:
+            return schedule
+        _, layer, place = max(options)
+        schedule[layer][place] += 1

@@ -1,0 +1,103 @@
+"""Learn how many tokens each layer keeps, finetune if asked to, evaluate, write down: one run."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
+
+from ..callbacks import HISTORY_FILE, read_history
+from ..consistency import decided_by_rank_0
+from ..data import AugmentationArguments, DataArguments
+from ..hub import require_write_access
+from ..learned_tokens import TokenSearchConfig
+from ..model_card import render_token_card
+from ..models.shapes import SHAPES
+from ..token_pictures import draw_tokens, plot_token_search
+from ..token_trainer import TokenTrainer
+from ..tokens import require_class_token
+from ..trainer import check_search_arguments
+from ..training_args import OFBTrainingArguments
+from . import output, search
+from .arguments import ModelArguments, TokenPhaseArguments, changed, phase_arguments
+from .inputs import load, load_teacher
+from .report import markdown_table, results_rows
+from .search import Walk
+
+
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    config: TokenSearchConfig,
+    phase_args: TokenPhaseArguments,
+    args: OFBTrainingArguments,
+) -> Walk:
+    """Loads model and data and checks that they, and the budget, go together. Touches nothing.
+
+    Raises:
+        ValueError: for whatever cannot work, in words.
+    """
+    name = model_args.model_name_or_path
+    if name is None:
+        raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(SHAPES)}.")
+    check_search_arguments(changed(args, push_to_hub=False))  # it is the finished folder that is pushed
+    if args.push_to_hub:
+        decided_by_rank_0(lambda: require_write_access(args.hub_model_id, args.hub_token))
+    settings = search.run_settings(model_args, data_args, config, args)
+    settings |= asdict(augmentation_args) | asdict(phase_args)
+    output.check_free(args, settings, model_args.overwrite_output_dir, output.SEARCH_PHASES)
+    dense, inputs = load(name, data_args, args.seed, augmentation_args)
+    require_class_token(dense)
+    targets = {"": config.target(dense.config)}
+    teacher, licence = load_teacher(model_args.teacher_name_or_path, inputs), search.license_of(name)
+    return Walk(model_args, phase_args, args, config, settings, inputs, dense, teacher, targets, licence)
+
+
+def run(walk: Walk) -> dict[str, Any]:
+    """Runs the walk and fills its output folder. Returns the content of `eval_results.json`.
+
+    A failure on the way leaves `FAILED.txt` there, and checkpoints to resume from.
+    """
+    with search.output_of(walk):
+        search.train_dense(walk)
+        models = {"dense": walk.dense, "searched": search_tokens(walk)}
+        if walk.finetune_args.is_wanted:
+            models["finetuned"] = search.finetune(walk, models["searched"])
+        return finish(walk, models)
+
+
+def search_tokens(walk: Walk) -> PreTrainedModel:
+    """The model with its learned schedule, or with the one that a resumed run finds."""
+    done = walk.folder / "search" / output.RESULT
+    if walk.resuming and search.is_done(done):
+        return AutoModelForImageClassification.from_pretrained(done)
+    set_seed(walk.args.seed)
+    args = phase_arguments(walk.args, "search")
+    trainer = TokenTrainer(walk.dense, args, walk.config, teacher=walk.teacher, **search.datasets(walk))
+    search.run_phase(trainer, walk, "search")
+    scheduled = trainer.scheduled()
+    if walk.is_main:
+        output.write_aside(done, scheduled.save_pretrained)
+    return scheduled
+
+
+def finish(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
+    """Evaluates, measures, writes the output folder and prints the summary."""
+    results = {"target_macs": walk.target, "target_params": None} | search.measured(walk, models)
+    results["token_schedule"] = models["searched"].config.token_schedule
+    final = models.get("finetuned", models["searched"])
+    search.write_output(walk, final, results, lambda folder: _write_extras(walk, final, results, folder))
+    return results
+
+
+def _write_extras(walk: Walk, final: PreTrainedModel, results: dict[str, Any], folder: Path) -> None:
+    """Card and pictures."""
+    (folder / "README.md").write_text(render_token_card(results, markdown_table(results_rows(results))), "utf-8")
+    history, processor = read_history(walk.folder / HISTORY_FILE), walk.inputs.processor
+    plot_token_search(history, results["token_schedule"], walk.target, folder / "search.png")
+    if count := min(walk.finetune_args.token_pictures, len(walk.inputs.eval)):
+        rows = [index * len(walk.inputs.eval) // count for index in range(count)]
+        images = torch.stack([walk.inputs.eval[row]["pixel_values"] for row in rows])
+        draw_tokens(final, images, processor.image_mean, processor.image_std, folder / output.TOKEN_PICTURE)

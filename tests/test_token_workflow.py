@@ -1,0 +1,148 @@
+"""`ofb-hf search-tokens` from checkpoint to output folder, and the picture of what becomes of patches."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from factories import tiny_images, tiny_vit
+from PIL import Image
+from runs import PRODUCT, QUICK
+from test_token_reduction import scheduled_vit
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+
+from ofb_hf import cli, count_macs, publish
+from ofb_hf.architectures import UnsupportedArchitectureError
+from ofb_hf.token_pictures import DROPPED, draw_tokens, paint_tokens, trace_tokens
+
+SETTINGS = ["--target_macs", "0.75", "--token_learning_rate", "0.3", "--max_steps", "8", *QUICK]
+
+
+def search_tokens(checkpoint, images, output, *flags):
+    """The command on a checkpoint and a folder of images."""
+    places = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
+    return cli.search_tokens([*places, *SETTINGS, *flags])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A stock ViT of four layers and its image processor."""
+    folder, names = tmp_path_factory.mktemp("checkpoint") / "vit", ["blue", "green", "red"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    tiny_vit(num_hidden_layers=4, **labels).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def output(checkpoint, images, tmp_path_factory):
+    """The output folder of a search for tokens without finetuning."""
+    folder = tmp_path_factory.mktemp("tokens") / "out"
+    search_tokens(checkpoint, images, folder)
+    return folder
+
+
+def test_the_output_folder_is_complete_and_within_budget(checkpoint, output):
+    results = json.loads((output / "eval_results.json").read_text())
+    assert PRODUCT - {"subnet.json"} | {"tokens.png"} <= {path.name for path in output.iterdir()}
+    assert not (output / "FAILED.txt").exists()
+    dense = AutoModelForImageClassification.from_pretrained(checkpoint)
+    model = AutoModelForImageClassification.from_pretrained(output)
+    assert results["target_macs"] == int(0.75 * count_macs(dense))
+    assert results["searched"]["macs"] == count_macs(model) <= results["target_macs"]
+    assert model.config.token_schedule == results["token_schedule"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+    card = (output / "README.md").read_text()
+    kept, merged = model.config.token_schedule[1]
+    assert f"| 1 | {kept} | {merged} |" in card
+    assert "those of the parent" in card
+    rows = [json.loads(line) for line in (output / "search_history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["phase"] == "search"] == list(range(1, 9))
+    assert all(row["expected_macs"] > 0 for row in rows)
+    with Image.open(output / "tokens.png") as picture:
+        assert picture.width > 100
+
+
+def test_what_is_published_leaves_the_pictures_of_the_data_out(output, tmp_path):
+    folder = publish(output, output_dir=tmp_path / "published")
+    names = {path.name for path in folder.iterdir()}
+    assert "modeling_ofb_vit.py" in names
+    assert not names & {"tokens.png", "stock", "subnet.json"}
+
+
+def test_it_goes_on_to_finetuning_and_can_be_resumed(checkpoint, images, output, tmp_path):
+    folder = tmp_path / "out"
+    flags = ["--finetune_max_steps", "2", "--token_pictures", "0"]
+    results = search_tokens(checkpoint, images, folder, *flags)
+    assert results["finetuned"]["macs"] == results["searched"]["macs"]
+    assert not (folder / "tokens.png").exists()
+    again = search_tokens(checkpoint, images, folder, *flags, "--resume_from_checkpoint", "auto")
+    assert again["token_schedule"] == results["token_schedule"]
+    assert again["finetuned"]["top1"] == results["finetuned"]["top1"]
+    assert results["token_schedule"] == json.loads((output / "eval_results.json").read_text())["token_schedule"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target_macs", "0.01"], "below the smallest token schedule"),
+        (["--token_pictures", "-1"], "token_pictures is -1"),
+        (["--token_granularity", "0"], "token_granularity is 0"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_written(checkpoint, images, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        search_tokens(checkpoint, images, tmp_path / "out", *flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_swin_is_refused_in_words(swin_checkpoint, images, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        search_tokens(swin_checkpoint, images, tmp_path / "out")
+    assert "class token" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_patches_are_traced_to_where_they_are():
+    model = scheduled_vit()  # 17 tokens: 15 by merging 2; 12 and then 7; 2 by merging 5
+    traced = trace_tokens(model, tiny_images(3))
+    patches = torch.arange(16)
+    for places, dropped, left in zip(traced, (0, 3, 3), (14, 6, 1), strict=True):
+        for place in places:
+            assert len(place[place >= 0].unique()) == left
+            assert (place == DROPPED).sum() >= dropped  # a token that is dropped takes along what was merged into it
+            alive = place >= 0
+            assert (place[place[alive]] == place[alive]).all()  # whoever takes in others is where it was
+    for earlier, later in itertools.pairwise(traced):
+        assert ((later == DROPPED) | (earlier != DROPPED)).all()
+        gone = (earlier != patches) & (earlier != DROPPED)
+        assert (later[gone] == later.gather(1, earlier.clamp(min=0))[gone]).all()
+
+
+def test_patches_with_equal_content_are_merged_with_each_other():
+    model = scheduled_vit([[17, 17], [17, 2], [2, 2]])
+    places = trace_tokens(model, tiny_images())[1]
+    assert all(len(place.unique()) == 1 for place in places)
+
+
+def test_painting_shows_all_three_fates():
+    image = torch.rand(3, 8, 8)
+    painted = paint_tokens(image, torch.tensor([0, DROPPED, 2, 2]), patch_size=4)
+    assert torch.equal(painted[:, :4, :4], image[:, :4, :4])
+    torch.testing.assert_close(painted[:, :4, 4:], 0.25 * image[:, :4, 4:])
+    mean = image[:, 4:].mean((1, 2), keepdim=True)
+    torch.testing.assert_close(painted[:, 4:], mean.expand(3, 4, 8))
+
+
+def test_pictures_need_a_schedule(tmp_path):
+    draw_tokens(scheduled_vit(), tiny_images(2), [0.5] * 3, [0.5] * 3, tmp_path / "tokens.png")
+    with Image.open(tmp_path / "tokens.png") as picture:
+        assert picture.format == "PNG"
+    with pytest.raises(ValueError, match="no token_schedule"):
+        trace_tokens(tiny_vit(), tiny_images())
+    with pytest.raises(UnsupportedArchitectureError, match="class token"):
+        trace_tokens(torch.nn.Linear(1, 1), tiny_images())

@@ -1,0 +1,267 @@
+"""Where token schedules come from: published, fixed-rate, and learned; and that budgets hold to the integer."""
+
+import itertools
+
+import pytest
+import torch
+from factories import randomize_weights_, tiny_images, tiny_swin, tiny_vit, vit_config
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import arguments, rows
+from test_token_reduction import SCHEDULE, scheduled_vit
+
+from ofb_hf import OFBViTConfig, OFBViTForImageClassification, count_macs
+from ofb_hf.architectures import UnsupportedArchitectureError
+from ofb_hf.learned_tokens import (
+    LearnedCount,
+    TokenSearchConfig,
+    expected_macs,
+    install_learned_counts,
+    read_expected_counts,
+)
+from ofb_hf.models.shapes import SHAPES
+from ofb_hf.settlement import UnreachableBudgetError
+from ofb_hf.token_trainer import TokenTrainer
+from ofb_hf.tokens import (
+    PUBLISHED,
+    fixed_rate_schedule,
+    full_schedule,
+    published_schedule,
+    schedule_macs,
+    settle_schedule,
+)
+
+DEIT = {"deit_tiny": 192, "deit_small": 384, "deit_base": 768}
+# GMACs of the published schedules by the published formula, recomputed from the lists; and by our exact count, which
+# knows 196 patches in the embedding, and adds the class token's row and the similarities.
+RECOMPUTED = {
+    "deit_tiny": {
+        0.6: (0.6549, 0.6594),
+        0.7: (0.7266, 0.7306),
+        0.8: (0.8088, 0.8132),
+        0.9: (0.9021, 0.9059),
+        1.0: (1.0036, 1.0068),
+    },
+    "deit_small": {
+        2.3: (2.3272, 2.3353),
+        2.5: (2.5047, 2.5140),
+        2.7: (2.7092, 2.7178),
+        2.9: (2.9053, 2.9137),
+        3.1: (3.1080, 3.1167),
+    },
+    "deit_base": {
+        8.7: (8.7306, 8.7484),
+        10.0: (9.9856, 10.0031),
+        10.4: (10.4345, 10.4514),
+        11.5: (11.5172, 11.5350),
+        12.5: (12.5229, 12.5391),
+    },
+}
+CASES = [(shape, gmacs) for shape, known in RECOMPUTED.items() for gmacs in known]
+
+
+def deit_config(shape: str):
+    """The config of a DeiT with 1000 classes."""
+    return SHAPES[shape].config([str(label) for label in range(1000)])
+
+
+def published_formula(width: int, schedule) -> float:
+    """GMACs as the published code counts them: 197 tokens in the patch embedding, no more than matrices of weights and
+    the attention map."""
+    tokens, macs = 197, 197 * width * 3 * 16**2 + width * 1000
+    for counts in schedule:
+        macs += 4 * tokens * width**2 + 2 * tokens**2 * width
+        tokens = min(tokens, *counts)
+        macs += 8 * tokens * width**2
+    return macs / 1e9
+
+
+# -------------------------------------------------------------------------------------------------- published schedules
+
+
+@pytest.mark.parametrize(("shape", "gmacs"), CASES)
+def test_published_schedules_cost_what_was_recomputed(shape, gmacs):
+    schedule, (by_formula, exact) = published_schedule(deit_config(shape), gmacs), RECOMPUTED[shape][gmacs]
+    assert round(published_formula(DEIT[shape], schedule), 4) == by_formula
+    fields = {k: v for k, v in deit_config(shape).to_dict().items() if k != "model_type"}
+    config = OFBViTConfig(**fields, token_schedule=schedule)
+    assert round(count_macs(config) / 1e9, 4) == exact
+    assert count_macs(config) == schedule_macs(deit_config(shape), config.token_schedule)
+
+
+def test_every_published_schedule_is_there():
+    assert {width: set(known) for width, known in PUBLISHED.items()} == {
+        DEIT[shape]: set(known) for shape, known in RECOMPUTED.items()
+    }
+
+
+def test_schedules_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"gmacs is 4\.6.*\[2\.3, 2\.5, 2\.7, 2\.9, 3\.1\]"):
+        published_schedule(deit_config("deit_small"), 4.6)
+    with pytest.raises(ValueError, match=r"\(2, 17, 40\).*12 layers, 197 tokens and \[192, 384, 768\]"):
+        published_schedule(vit_config(), 2.9)
+
+
+# ------------------------------------------------------------------------------------------------------ whole counts
+
+
+@given(st.floats(0.5, 0.8), st.data())
+def test_settled_schedules_hold_the_budget_and_use_it(share, data):
+    config = vit_config(image_size=32, num_hidden_layers=4)  # 65 tokens
+    target = int(share * count_macs(config))
+    count = st.floats(2, 65)
+    expected = [[data.draw(count), data.draw(count)] for _ in range(2)]
+    schedule = settle_schedule(config, expected, target)
+    assert OFBViTForImageClassification(
+        OFBViTConfig(**fields_of(config), token_schedule=schedule)
+    ).config.token_schedule
+    assert (schedule[0], schedule[3]) == ([65, 65], [2, 2])
+    assert 0.98 * target <= schedule_macs(config, schedule) <= target
+
+
+def fields_of(config):
+    """The fields of a stock config, as ours takes them."""
+    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_fixed_rates_take_as_many_tokens_in_every_layer(merge):
+    config = vit_config(image_size=32, num_hidden_layers=4)
+    schedule = fixed_rate_schedule(config, int(0.8 * count_macs(config)), merge)
+    left = [after for _, after in schedule]
+    steps = [a - b for a, b in itertools.pairwise(left)]
+    assert max(steps) - min(steps) <= 1
+    assert all((kept == after) != merge for kept, after in schedule[1:])
+    assert 0.95 <= schedule_macs(config, schedule) / (0.8 * count_macs(config)) <= 1
+
+
+def test_budgets_out_of_reach_are_refused():
+    config = vit_config(num_hidden_layers=3)
+    smallest = schedule_macs(config, [[17, 17], [2, 2], [2, 2]])
+    assert TokenSearchConfig(target_macs=smallest).target(config) == smallest
+    with pytest.raises(UnreachableBudgetError, match=f"{smallest - 1:,}.*{smallest:,}"):
+        TokenSearchConfig(target_macs=smallest - 1).target(config)
+    with pytest.raises(ValueError, match="more than the"):
+        TokenSearchConfig(target_macs=count_macs(config) + 1).target(config)
+    for field in ("target_macs", "token_granularity", "token_learning_rate", "token_macs_weight"):
+        with pytest.raises(ValueError, match=f"{field} is 0"):
+            TokenSearchConfig(**{field: 0})
+    with pytest.raises(UnreachableBudgetError, match="no token schedule"):
+        fixed_rate_schedule(config, 1000)
+
+
+# ------------------------------------------------------------------------------------------------------ learned counts
+
+
+@pytest.mark.parametrize(("granularity", "candidates", "count"), [(1, 196, 100), (2, 98, 100), (4, 49, 101)])
+def test_counts_start_where_the_published_proxy_starts(granularity, candidates, count):
+    learned = LearnedCount(197, granularity)
+    assert learned.logits.shape == (candidates,)
+    assert learned().item() == count
+    survival = learned.survival().detach()
+    assert survival[0] == pytest.approx(1)
+    assert (survival.diff() <= 1e-6).all()
+    if granularity == 4:
+        assert survival[5].item() == pytest.approx(48 / 49)
+    assert survival.sum().item() == pytest.approx(learned.expected().item(), rel=1e-4)
+
+
+def test_rounding_up_passes_the_gradient_of_the_expectation():
+    learned = LearnedCount(17)
+    torch.nn.init.normal_(learned.logits)
+    (through,) = torch.autograd.grad(learned(), learned.logits)
+    (expected,) = torch.autograd.grad(learned.expected(), learned.logits)
+    torch.testing.assert_close(through, expected)
+    assert learned().item() == learned().round().item() >= learned.expected().item()
+
+
+def decided(schedule, **options):
+    """A model whose learned counts are all but certain of a schedule."""
+    learner = install_learned_counts(tiny_vit(num_hidden_layers=4, **options))
+    for layer, counts in zip(learner.vit.layers[1:-1], schedule[1:-1], strict=True):
+        for proxy, count in zip((layer.reduction.kept, layer.reduction.merged), counts, strict=True):
+            proxy.logits.data[proxy.candidates == count] = 60.0
+    return learner
+
+
+@given(st.lists(st.integers(2, 17), min_size=4, max_size=4), st.integers(0, 1000))
+def test_hidden_tokens_count_as_removed_ones(counts, seed):
+    """What is learned with all tokens in place holds for the model from which they are gone."""
+    kept, merged, later, last = counts
+    schedule = [[17, 17], [kept, merged], [later, last], [2, 2]]
+    learner, images = decided(schedule, seed=seed, dtype=torch.float64), tiny_images(2, seed=seed, dtype=torch.float64)
+    model = scheduled_vit(schedule, num_hidden_layers=4, seed=seed, dtype=torch.float64)
+    torch.testing.assert_close(learner(images).logits, model(images).logits, rtol=0, atol=1e-3)
+    assert expected_macs(learner).item() == pytest.approx(count_macs(model), rel=1e-6)
+    exact = schedule_macs(model.config, model.config.token_schedule)
+    assert exact == count_macs(model)
+
+
+def test_loss_and_cost_reach_every_count_and_no_weight():
+    learner, images = install_learned_counts(tiny_vit(num_hidden_layers=4)).train(), tiny_images(4)
+    learning = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    assert len(learning) == 4
+    assert all(name.endswith(".logits") for name in learning)
+    for loss in (learner(images, labels=torch.arange(4) % 3).loss, expected_macs(learner)):
+        gradients = torch.autograd.grad(loss, list(learning.values()))
+        assert all(gradient.abs().sum() > 0 for gradient in gradients)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_models_without_a_class_token_are_refused():
+    with pytest.raises(UnsupportedArchitectureError, match=r"SwinForImageClassification.*class token"):
+        install_learned_counts(tiny_swin())
+    with pytest.raises(UnsupportedArchitectureError, match="num_hidden_layers is 2"):
+        install_learned_counts(tiny_vit())
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def token_trainer(folder, model=None, callbacks=None, **changes):
+    """A short search for the token counts of a tiny model."""
+    config = TokenSearchConfig(target_macs=0.7, token_learning_rate=0.3)
+    model = model if model is not None else tiny_vit(num_hidden_layers=4)
+    return TokenTrainer(
+        model, arguments(folder, **changes), config, train_dataset=rows(), eval_dataset=rows(8), callbacks=callbacks
+    )
+
+
+def test_training_moves_the_counts_to_the_budget_and_nothing_else(tmp_path):
+    model = tiny_vit(num_hidden_layers=4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = token_trainer(tmp_path, model)
+    start = read_expected_counts(trainer.learner)
+    trainer.train()
+    assert read_expected_counts(trainer.learner) != start
+    assert abs(expected_macs(trainer.learner).item() / trainer.target - 1) < 0.1
+    result = trainer.scheduled()
+    assert result.config.token_schedule == trainer.schedule()
+    assert 0.95 * trainer.target <= count_macs(result) <= trainer.target  # a token of a model this small is 2 %
+    state = result.state_dict()
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
+    whole = token_trainer(tmp_path / "whole")
+    whole.train()
+    first = token_trainer(tmp_path / "parts", save_strategy="steps", save_steps=12)
+    first.train()
+    again = token_trainer(tmp_path / "parts")
+    again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-12"))
+    ours, theirs = again.learner.state_dict(), whole.learner.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_tokens_are_searched_on_top_of_narrow_layers_and_an_old_schedule(tmp_path):
+    config = OFBViTConfig(
+        **fields_of(vit_config(num_hidden_layers=3)), intermediate_size_per_layer=[9, 30, 72], token_schedule=SCHEDULE
+    )
+    model = OFBViTForImageClassification(config)
+    randomize_weights_(model)
+    trainer = token_trainer(tmp_path, model, max_steps=2)
+    result = trainer.scheduled()
+    assert trainer.dense_macs == schedule_macs(config, full_schedule(config)) > count_macs(model)
+    assert count_macs(result) <= trainer.target == int(0.7 * trainer.dense_macs)
+    assert result.config.intermediate_size_per_layer == [9, 30, 72]
