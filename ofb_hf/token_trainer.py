@@ -16,13 +16,16 @@ from .models import OFBViTForImageClassification
 from .tokens import Schedule, full_schedule, schedule_macs, settle_schedule
 from .training_args import OFBTrainingArguments
 
+# The pull of the budget is strong at first: remembered for long, it would keep all later steps small.
+BETAS = (0.9, 0.9)
+
 
 class TokenTrainer(DistillationTrainer):
     """Learns a token schedule for a ViT classifier under a budget (DiffRate, arXiv:2305.17997).
 
     Args:
         model: a ViT classifier, stock or ours, of any widths. It is copied, and its weights never change.
-        args: `OFBTrainingArguments`; `learning_rate` and `weight_decay` are for weights, and do not count here.
+        args: `OFBTrainingArguments`; learning rate, betas and decay in it are for weights, and do not count here.
         config: the budget, and how the counts learn.
         teacher: classifier to learn from; by default `model` itself, with all its tokens. `distillation_weight` is its
             share of the loss: 0.5 unless `args` says otherwise.
@@ -89,9 +92,8 @@ class TokenTrainer(DistillationTrainer):
         """AdamW over the logits, without weight decay."""
         if self.optimizer is None:
             logits = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            args, rate = self.args, self.token_config.token_learning_rate
-            betas = (args.adam_beta1, args.adam_beta2)
-            self.optimizer = torch.optim.AdamW(logits, rate, betas, args.adam_epsilon, weight_decay=0.0)
+            rate = self.token_config.token_learning_rate
+            self.optimizer = torch.optim.AdamW(logits, rate, BETAS, self.args.adam_epsilon, weight_decay=0.0)
         return self.optimizer
 
     def _load_weights(self, checkpoint: Path) -> None:

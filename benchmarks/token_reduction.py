@@ -1,0 +1,186 @@
+"""Fewer tokens, without any finetuning: learned counts against fixed rates, against chance, and against fewer widths.
+
+    dense             all tokens, all widths
+    learned           counts learned by TokenTrainer (ofb-hf search-tokens), weights untouched
+    fixed merging     as many tokens fewer in every layer, merged (ToMe's schedule, our ranking)
+    fixed dropping    the same by dropping the patches that the class token attends to least
+    random dropping   as many tokens in every layer as learned, but any
+    widths            one-shot first-order pruning of heads and MLP channels, all tokens
+    both              widths first, then learned counts
+
+All are held to the same budgets and evaluated on the same images; `both` to a budget of its own. Speed is measured in
+turns, so read it as ratios to dense.
+
+    python benchmarks/token_reduction.py --model vit-cifar10 --data_dir cifar10 --output_dir runs/tokens --steps 100
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, set_seed
+
+from ofb_hf import OFBTrainingArguments, OFBViTForImageClassification, baselines, count_macs
+from ofb_hf.configuration import default_config
+from ofb_hf.data import DataArguments
+from ofb_hf.learned_tokens import TokenSearchConfig
+from ofb_hf.models.modeling_ofb_vit import TokenReduction
+from ofb_hf.surgery import slice_model
+from ofb_hf.token_trainer import TokenTrainer
+from ofb_hf.tokens import fixed_rate_schedule
+from ofb_hf.workflow.inputs import Inputs, load
+from ofb_hf.workflow.measure import images_per_second, provenance
+from ofb_hf.workflow.report import markdown_table
+
+TAYLOR_BATCHES = 8
+WIDTH_SHARE = 0.7  # of `both`, the rest is done by tokens
+
+
+class RandomReduction(TokenReduction):
+    """Keeps patches by chance."""
+
+    def forward(self, tokens: Tensor, sizes: Tensor | None, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `TokenReduction.forward`."""
+        return super().forward(tokens, sizes, torch.rand_like(importance))
+
+
+def learned(model: PreTrainedModel, inputs: Inputs, target: float, options: argparse.Namespace) -> PreTrainedModel:
+    """The model with learned counts. `target` as `TokenSearchConfig.target_macs`."""
+    settings = {"max_steps": options.steps, "per_device_train_batch_size": options.batch_size, "use_cpu": options.cpu}
+    settings |= {"lr_scheduler_type": "cosine", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    args = OFBTrainingArguments(str(options.output_dir), seed=options.seed, **settings)
+    trainer = TokenTrainer(model, args, TokenSearchConfig(target_macs=target), train_dataset=inputs.train)
+    trainer.train()
+    return trainer.scheduled().eval()
+
+
+def narrowed(model: PreTrainedModel, inputs: Inputs, share: float, options: argparse.Namespace) -> PreTrainedModel:
+    """The model with fewer heads and MLP channels, pruned in one shot."""
+    rows = torch.randperm(len(inputs.train), generator=torch.Generator().manual_seed(options.seed))
+    loader = DataLoader(inputs.train, options.batch_size, sampler=rows[: TAYLOR_BATCHES * options.batch_size].tolist())
+    config = default_config(model.config, target_macs=share, search_embedding=False)
+    subnet = baselines.pruned_subnet(model, config, baselines.taylor_scores(model, loader))
+    return slice_model(OFBViTForImageClassification.from_dense(model), subnet).eval()
+
+
+def randomized(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with as many tokens left in every layer, chosen by chance."""
+    schedule = [[merged, merged] for _, merged in model.config.token_schedule]
+    model = OFBViTForImageClassification.from_dense(model, schedule)
+    for layer in model.vit.layers:
+        if layer.reduction is not None:
+            layer.reduction = RandomReduction(layer.reduction.kept, layer.reduction.merged)
+    return model
+
+
+@torch.inference_mode()
+def top1(model: PreTrainedModel, images: DataLoader) -> float:
+    """Accuracy in percent."""
+    hits = [
+        model(batch["pixel_values"].to(model.device)).logits.argmax(-1).cpu() == batch["labels"] for batch in images
+    ]
+    return 100 * torch.cat(hits).float().mean().item()
+
+
+def contestants(dense: PreTrainedModel, inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
+    """Name -> (model, seconds that it took to make)."""
+    models: dict[str, Any] = {"dense": (dense, 0.0)}
+
+    def add(name: str, make: Any) -> None:
+        set_seed(options.seed)
+        began = time.perf_counter()
+        models[name] = make().eval(), time.perf_counter() - began
+
+    full, scheduled = count_macs(dense), OFBViTForImageClassification.from_dense
+    for share in options.shares:
+        target = int(share * full)
+        add(f"learned, {share}", lambda share=share: learned(dense, inputs, share, options))
+        for name, merge in (("fixed merging", True), ("fixed dropping", False)):
+            schedule = fixed_rate_schedule(dense.config, target, merge)
+            add(f"{name}, {share}", lambda schedule=schedule: scheduled(dense, schedule))
+        add(f"random dropping, {share}", lambda share=share: randomized(models[f"learned, {share}"][0]))
+        add(f"widths, {share}", lambda share=share: narrowed(dense, inputs, share, options))
+    both = int(options.both * full)
+    add(
+        f"both, {options.both}",
+        lambda: learned(narrowed(dense, inputs, WIDTH_SHARE, options), inputs, both, options),
+    )
+    return models
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against MACs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
+    dense = rows[0]
+    for name in dict.fromkeys(row["name"].split(",")[0] for row in rows[1:]):
+        points = [dense, *(row for row in rows if row["name"].split(",")[0] == name)]
+        share = [row["macs"] / dense["macs"] for row in points]
+        axes.plot(share, [row["top1"] for row in points], marker="o", label=name)
+    axes.set(xlabel="MACs, share of dense", ylabel="top-1 % without finetuning", title="Fewer tokens")
+    axes.legend()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5])
+    parser.add_argument("--both", type=float, default=0.35)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--max_eval_samples", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="Do not use an accelerator.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Makes, evaluates and times all contestants, and writes results.json, table.md and plot.png."""
+    options = parse()
+    data = DataArguments(data_dir=options.data_dir, augmentation="light")
+    dense, inputs = load(options.model, data, options.seed)
+    device = torch.device("cpu" if options.cpu or not torch.cuda.is_available() else "cuda")
+    models = contestants(dense.to(device).eval(), inputs, options)
+    step = max(1, len(inputs.eval) // (options.max_eval_samples or len(inputs.eval)))
+    images = DataLoader(Subset(inputs.eval, range(0, len(inputs.eval), step)), 250)
+    batch = torch.stack([inputs.eval[row]["pixel_values"] for row in range(128 if device.type == "cuda" else 32)])
+    speed = images_per_second({name: model for name, (model, _) in models.items()}, batch)
+    rows = [
+        {
+            "name": name,
+            "top1": top1(model, images),
+            "macs": count_macs(model),
+            "images_per_second": speed[name],
+            "seconds": round(seconds),
+            "token_schedule": getattr(model.config, "token_schedule", None),
+        }
+        for name, (model, seconds) in models.items()
+    ]
+    table = [["model, share of the MACs", "top-1 %", "MMACs", "of dense", "speed, of dense", "made in s"]]
+    for row in rows:
+        share, ratio = (row[key] / rows[0][key] for key in ("macs", "images_per_second"))
+        cells = [f"{row['top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{share:.3f}", f"{ratio:.2f}", f"{row['seconds']}"]
+        table.append([row["name"], *cells])
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    results = {"rows": rows, "num_examples": len(images.dataset)} | provenance(options.seed, device)
+    (options.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (options.output_dir / "table.md").write_text(markdown_table(table) + "\n", encoding="utf-8")
+    draw(rows, options.output_dir / "plot.png")
+
+
+if __name__ == "__main__":
+    main()
