@@ -17,6 +17,8 @@ from .models import *  # noqa: F403
 _LAZY = {
     "OFBTrainer": "trainer",
     "DistillationTrainer": "distillation",
+    "TokenSearchConfig": "learned_tokens",
+    "TokenTrainer": "token_trainer",
     "OFBTrainingArguments": "training_args",
     "install_bi_masks": "supernet",
     "read_subnet": "supernet",
@@ -40,8 +42,10 @@ if TYPE_CHECKING:
     from .distillation import DistillationTrainer
     from .flops import count_macs, count_params
     from .hub import publish
+    from .learned_tokens import TokenSearchConfig
     from .search_space import SearchSpace, SubmoduleSpace, SubnetSpec
     from .supernet import compress, install_bi_masks, read_subnet
+    from .token_trainer import TokenTrainer
     from .trainer import OFBTrainer
     from .training_args import OFBTrainingArguments
 
@@ -70,6 +74,8 @@ __all__ = [
     "SearchSpace",
     "SubmoduleSpace",
     "SubnetSpec",
+    "TokenSearchConfig",
+    "TokenTrainer",
     "__version__",
     "compress",
     "count_macs",

@@ -81,7 +81,7 @@ The file takes `pixel_values` (B, C, H, W) in float32, for any B, and gives `log
 how pixels are prepared, is written beside it. Nothing is left
 behind if logits differ by more than 1e-5 of the largest."""
 
-TOKEN_DEMO = {"target_macs": 0.7, "num_train_epochs": 10, "finetune_epochs": 0}
+TOKEN_DEMO = {"output_dir": "runs/demo_tokens", "target_macs": 0.7, "num_train_epochs": 10, "finetune_epochs": 0}
 
 EVALUATE = """Measure an image classifier: top-1, top-5, MACs, parameters, file size, images per second. Prints JSON."""
 

@@ -26,6 +26,8 @@ THIRD_PARTY = {
     "bi_mask.py": {"torch"},
     "losses.py": {"torch"},
     "pmim.py": {"torch"},
+    "tokens.py": {"torch", "transformers"},
+    "learned_tokens.py": {"torch", "transformers"},
     "models": {"torch", "transformers", "huggingface_hub"},
 }
 # What of ours it may import.
@@ -35,6 +37,11 @@ OURS = {
     "bi_mask.py": {"ofb_hf.search_space"},
     "losses.py": set(),
     "pmim.py": set(),
+    "tokens.py": {f"ofb_hf.{name}" for name in ("architectures", "flops", "settlement", "unit_groups")},
+    "learned_tokens.py": {
+        *(f"ofb_hf.{name}" for name in ("architectures", "flops", "settlement", "unit_groups", "tokens")),
+        *("ofb_hf.models", "ofb_hf.models.modeling_ofb_vit"),
+    },
 }
 # Module and parameter paths of a model family, as they appear in strings.
 MODEL_PATHS = re.compile(

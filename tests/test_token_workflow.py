@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +105,17 @@ def test_a_swin_is_refused_in_words(swin_checkpoint, images, tmp_path, capsys):
     with pytest.raises(SystemExit):
         search_tokens(swin_checkpoint, images, tmp_path / "out")
     assert "class token" in capsys.readouterr().err
+
+
+def test_demonstration_path_at_a_tiny_size(tmp_path, monkeypatch):
+    """The recipe itself, in this process."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--dense_epochs 1 --max_steps 6 --max_train_samples 96 --max_eval_samples 24 --disable_tqdm true"
+    monkeypatch.setattr(sys, "argv", ["search_tokens", *flags.split()])
+    runpy.run_path(str(Path(__file__).parent.parent / "recipes" / "search_tokens.py"), run_name="__main__")
+    results = json.loads((tmp_path / "runs" / "demo_tokens" / "eval_results.json").read_text())
+    assert results["searched"]["macs"] <= results["target_macs"] == int(0.7 * results["dense"]["macs"])
+    assert "finetuned" not in results
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

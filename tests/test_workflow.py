@@ -418,7 +418,7 @@ def test_commands_in_cards_name_no_folder_of_the_machine(monkeypatch):
     assert command_line() == f"search_deit.py {said}"
 
 
-@pytest.mark.parametrize("recipe", ["search_deit", "search_swin", "finetune", "evaluate", "publish"])
+@pytest.mark.parametrize("recipe", ["search_deit", "search_swin", "search_tokens", "finetune", "evaluate", "publish"])
 def test_recipes_start_and_teach(recipe, tmp_path):
     """Also from another folder, where evaluate.py must not hide the package of that name."""
     command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--help"]
