@@ -193,18 +193,19 @@ def install_learned_counts(model: PreTrainedModel, granularity: int = 1) -> OFBV
 def expected_macs(model: OFBViTForImageClassification) -> Tensor:
     """MACs under the counts as they are now, rounded up; a scalar to differentiate.
 
-    As in the published code, the count of a layer passes its gradient to both of its proxies, and to no other layer's.
+    As in the published code, a layer feels the price of its count even where an earlier layer left fewer tokens. But of
+    its two counts only the one that binds: tokens that are merged away cost nothing more if fewer are dropped. (The
+    published code presses on both, and so drops what it might have merged for the same price.)
     """
     config = model.config
-    before = model.classifier.weight.new_tensor(num_tokens(config), dtype=torch.float32)
-    counts = [(before, before, before)]
+    left = model.classifier.weight.new_tensor(num_tokens(config), dtype=torch.float32)
+    counts = [(left, left, left)]
     for layer in model.vit.layers[1:-1]:
-        kept, merged = layer.reduction.kept(), layer.reduction.merged()
-        after_dropping = torch.minimum(before, kept)
-        left = torch.minimum(after_dropping, merged).detach() + (kept - kept.detach()) + (merged - merged.detach())
-        counts.append((before, after_dropping.detach(), left))
-        before = left
-    counts.append((before, *SMALLEST))
+        before, own = left, torch.minimum(layer.reduction.kept(), layer.reduction.merged())
+        kept = torch.minimum(before, layer.reduction.kept())
+        left = own + (torch.minimum(before, own) - own).detach()
+        counts.append((before, kept, left))
+    counts.append((left, *SMALLEST))
     return evaluate_terms(vit_mac_terms(config, counts), quantities(describe(config).sizes))
 
 
