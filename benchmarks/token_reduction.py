@@ -4,7 +4,8 @@
     learned           counts learned by TokenTrainer (ofb-hf search-tokens), weights untouched
     fixed merging     as many tokens fewer in every layer, merged (ToMe's schedule, our ranking)
     fixed dropping    the same by dropping the patches that the class token attends to least
-    random dropping   as many tokens in every layer as learned, but any
+    ranked dropping   as many tokens in every layer as learned, by dropping those least attended to
+    random dropping   the same, but any
     widths            one-shot first-order pruning of heads and MLP channels, all tokens
     both              widths first, then learned counts
 
@@ -68,12 +69,12 @@ def narrowed(model: PreTrainedModel, inputs: Inputs, share: float, options: argp
     return slice_model(OFBViTForImageClassification.from_dense(model), subnet).eval()
 
 
-def randomized(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with as many tokens left in every layer, chosen by chance."""
+def dropping(model: PreTrainedModel, by_chance: bool) -> PreTrainedModel:
+    """The model with as many tokens left in every layer, the others dropped."""
     schedule = [[merged, merged] for _, merged in model.config.token_schedule]
     model = OFBViTForImageClassification.from_dense(model, schedule)
     for layer in model.vit.layers:
-        if layer.reduction is not None:
+        if by_chance and layer.reduction is not None:
             layer.reduction = RandomReduction(layer.reduction.kept, layer.reduction.merged)
     return model
 
@@ -103,7 +104,9 @@ def contestants(dense: PreTrainedModel, inputs: Inputs, options: argparse.Namesp
         for name, merge in (("fixed merging", True), ("fixed dropping", False)):
             schedule = fixed_rate_schedule(dense.config, target, merge)
             add(f"{name}, {share}", lambda schedule=schedule: scheduled(dense, schedule))
-        add(f"random dropping, {share}", lambda share=share: randomized(models[f"learned, {share}"][0]))
+        found = models[f"learned, {share}"][0]
+        add(f"ranked dropping, {share}", lambda found=found: dropping(found, by_chance=False))
+        add(f"random dropping, {share}", lambda found=found: dropping(found, by_chance=True))
         add(f"widths, {share}", lambda share=share: narrowed(dense, inputs, share, options))
     both = int(options.both * full)
     add(
