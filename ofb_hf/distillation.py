@@ -62,7 +62,8 @@ class DistillationTrainer(ResumableTrainer):
                 "distillation needs the same labels in the same order."
             )
         self.distillation_weight = 0.0 if teacher is None else weight
-        self.teacher = teacher.eval().requires_grad_(False).to(args.device) if self.distillation_weight else None
+        # Not frozen: it is the user's, who may train it, or search it again, afterwards.
+        self.teacher = teacher.eval().to(args.device) if self.distillation_weight else None
         self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
         if self.average is not None:
             self.add_callback(AverageCallback(self.average))

@@ -7,11 +7,11 @@ import torch
 from factories import FAMILIES, search_config, tiny_images, tiny_model, tiny_supernet
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import arguments, searcher
+from runs import arguments, rows, searcher
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from ofb_hf import OFBTrainer, SubmoduleSpace, baselines, count_macs, install_bi_masks, read_subnet
+from ofb_hf import DistillationTrainer, OFBTrainer, SubmoduleSpace, baselines, count_macs, install_bi_masks, read_subnet
 from ofb_hf.bi_mask import IMPORTANCE_LIMIT, BiMask
 from ofb_hf.candidates import first_order_options
 
@@ -125,3 +125,14 @@ def test_a_dense_model_as_its_own_teacher_leaves_something_to_observe(tmp_path):
     model = tiny_model("vit")
     named = OFBTrainer(model, arguments(tmp_path), search_config(), teacher=copy.deepcopy(model))
     assert named.distillation_weight == searcher(tmp_path, model=model).distillation_weight == 0.5
+
+
+def test_a_model_that_was_a_teacher_can_still_be_trained_and_searched(tmp_path):
+    dense = tiny_model("vit")
+    for _ in range(2):
+        trainer = searcher(tmp_path, model=dense, max_steps=4)
+        trainer.train()
+        assert all(parameter.requires_grad for parameter in trainer.supernet.model.parameters())
+        small = trainer.compress().train()
+        DistillationTrainer(small, arguments(tmp_path, max_steps=1), teacher=dense, train_dataset=rows()).train()
+    assert all(parameter.requires_grad for parameter in dense.parameters())
