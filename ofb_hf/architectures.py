@@ -3,6 +3,7 @@ module paths."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
@@ -18,7 +19,7 @@ from .models.configuration_ofb_swin import OFBSwinConfig
 from .models.configuration_ofb_vit import OFBViTConfig
 from .models.modeling_ofb_swin import OFBSwinForImageClassification
 from .models.modeling_ofb_vit import OFBViTForImageClassification
-from .unit_groups import Architecture, Family, Slot, Submodule, Term, heads_of
+from .unit_groups import Architecture, Family, Slot, Submodule, Term, heads_of, presence_of
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -36,6 +37,9 @@ def _square_patch(config: PreTrainedConfig) -> int:
     return height
 
 
+VIT_LAYERS = "vit.layers"
+
+
 def _linear(path: str, axis: int, gated: bool = False) -> tuple[Slot, ...]:
     """The slots of a linear or convolution layer: its outputs (axis 0, weight and bias) or its inputs (axis 1)."""
     names = ("weight", "bias") if axis == 0 else ("weight",)
@@ -46,7 +50,11 @@ def _norm(path: str, gated: bool = False, tiles: int = 1) -> tuple[Slot, ...]:
     return tuple(Slot(f"{path}.{name}", 0, gated, tiles) for name in ("weight", "bias"))
 
 
-BLOCK_NORMS = ("layernorm_before", "layernorm_after")
+# The norm that belongs to each half of a block, and the layers of that half.
+BLOCK_HALVES = {
+    "attention": ("layernorm_before", ("q_proj", "k_proj", "v_proj", "o_proj", "relative_position_bias")),
+    "mlp": ("layernorm_after", ("fc1", "fc2")),
+}
 
 
 def _block_submodules(path: str, name: str, sizes: dict[str, int], *more: Slot) -> tuple[Submodule, Submodule]:
@@ -57,12 +65,14 @@ def _block_submodules(path: str, name: str, sizes: dict[str, int], *more: Slot) 
         "attention",
         (sizes["num_attention_heads"], sizes["head_dim"]),
         (*rows, *_linear(f"{path}.attention.o_proj", 1), *more),
+        constants=(f"{path}.attention.o_proj.bias",),
     )
     mlp = Submodule(
         f"{name}.mlp",
         "mlp",
         (sizes["intermediate_size"],),
         (*_linear(f"{path}.mlp.fc1", 0, gated=True), *_linear(f"{path}.mlp.fc2", 1)),
+        constants=(f"{path}.mlp.fc2.bias",),
     )
     return attention, mlp
 
@@ -73,7 +83,28 @@ def _block_residual_slots(path: str) -> list[Slot]:
     writers = [f"{path}.attention.o_proj", f"{path}.mlp.fc2"]
     slots = [slot for reader in readers for slot in _linear(reader, 1)]
     slots += [slot for writer in writers for slot in _linear(writer, 0, gated=True)]
-    return slots + [slot for norm in BLOCK_NORMS for slot in _norm(f"{path}.{norm}")]
+    return slots + [slot for norm, _ in BLOCK_HALVES.values() for slot in _norm(f"{path}.{norm}")]
+
+
+def _living_halves(sizes: dict[str, int]) -> list[str]:
+    """The halves of a block that have any width."""
+    widths = {"attention": sizes["num_attention_heads"], "mlp": sizes["intermediate_size"]}
+    return [half for half, width in widths.items() if width]
+
+
+def _block_norms(path: str, sizes: dict[str, int]) -> list[str]:
+    return [f"{path}.{BLOCK_HALVES[half][0]}" for half in _living_halves(sizes)]
+
+
+def _block_attributes(path: str, sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """What the modules of the block at `path` keep beside their weights; a half without width has no layers left."""
+    heads = {name: sizes[name] for name in ("num_attention_heads", "head_dim")}
+    attributes: dict[str, dict[str, Any]] = {path: {}, f"{path}.attention": heads}
+    for half in BLOCK_HALVES.keys() - set(_living_halves(sizes)):
+        norm, layers = BLOCK_HALVES[half]
+        attributes[path][norm] = nn.Identity()
+        attributes[f"{path}.{half}"] = attributes.get(f"{path}.{half}", {}) | dict.fromkeys(layers)
+    return attributes
 
 
 def _block_macs(width: str, attention: str, mlp: str, tokens: int, attending: int, window: int) -> list[Term]:
@@ -97,7 +128,8 @@ def _block_params(width: str, attention: str, mlp: str, qkv_bias: bool) -> list[
         Term(3 * bool(qkv_bias), (attention,)),
         Term(2, (width, mlp)),
         Term(1, (mlp,)),
-        Term(1 + 1 + 2 * 2, (width,)),  # biases of o_proj and fc2, two LayerNorms
+        Term(1 + 2, (width, presence_of(attention))),  # bias of o_proj, LayerNorm
+        Term(1 + 2, (width, presence_of(mlp))),  # bias of fc2, LayerNorm
     ]
 
 
@@ -119,11 +151,11 @@ def _describe_vit(config: ViTConfig) -> Architecture:
     submodules: list[Submodule] = []
     params = [Term(pixels + 1 + 1 + tokens + 2 + config.num_labels, ("embeddings",)), Term(config.num_labels)]
     for layer in layers:
-        path, name = f"vit.layers.{layer}", f"layers.{layer}"
-        attention, mlp = _block_submodules(path, name, layer_sizes(config, layer))
+        path, name, sizes = _vit_layer(layer), f"layers.{layer}", layer_sizes(config, layer)
+        attention, mlp = _block_submodules(path, name, sizes)
         submodules += [attention, mlp]
         residual += _block_residual_slots(path)
-        norms += [f"{path}.{norm}" for norm in BLOCK_NORMS]
+        norms += _block_norms(path, sizes)
         params += _block_params("embeddings", attention.name, mlp.name, config.qkv_bias)
     embedding = Submodule("embeddings", "embedding", (config.hidden_size,), tuple(residual), tuple(norms))
     return Architecture(
@@ -161,9 +193,24 @@ def vit_mac_terms(config: ViTConfig, counts: Sequence[tuple[int, int, int]]) -> 
     return terms
 
 
+def _vit_layer(layer: int) -> str:
+    return f"{VIT_LAYERS}.{layer}"
+
+
 def vit_query_parameters(layer: int) -> tuple[str, ...]:
     """The tensors that make a ViT layer's queries out of its tokens."""
-    return tuple(slot.parameter for slot in _linear(f"vit.layers.{layer}.attention.q_proj", 0))
+    return tuple(slot.parameter for slot in _linear(f"{_vit_layer(layer)}.attention.q_proj", 0))
+
+
+def with_vit_layers(state: dict[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
+    """A ViT's state once only these layers are left, numbered anew."""
+    renamed = {name: tensor for name, tensor in state.items() if not name.startswith(f"{VIT_LAYERS}.")}
+    for new, old in enumerate(layers):
+        path = f"{_vit_layer(old)}."
+        renamed |= {
+            f"{_vit_layer(new)}.{name.removeprefix(path)}": t for name, t in state.items() if name.startswith(path)
+        }
+    return renamed
 
 
 def _dense_vit_layer_sizes(config: ViTConfig, layer: int) -> dict[str, int]:
@@ -176,17 +223,18 @@ def _dense_vit_layer_sizes(config: ViTConfig, layer: int) -> dict[str, int]:
 
 
 def _common_scale(field: str, head_dims: list[int], scale_field: str) -> float:
-    """The factor on the attention logits that heads of this width imply.
+    """The factor on the attention logits that heads of this width imply; those of no width imply none.
 
     Raises:
         UnsupportedArchitectureError: for heads of several widths, whose factors differ.
     """
-    if len(set(head_dims)) > 1:
+    widths = set(head_dims) - {0} or {1}
+    if len(widths) > 1:
         raise UnsupportedArchitectureError(
             f"{field} is {head_dims} and {scale_field} is not given, so each width implies a factor of its own on the "
             f"attention logits, which would change when heads shrink; only models with {scale_field} are supported."
         )
-    return head_dims[0] ** -0.5
+    return widths.pop() ** -0.5
 
 
 def _pin_vit(config: OFBViTConfig) -> None:
@@ -211,14 +259,10 @@ def _resize_vit(config: OFBViTConfig, sizes: dict[str, tuple[int, ...]]) -> None
     config.intermediate_size_per_layer = [sizes[f"layers.{layer}.mlp"][0] for layer in layers]
 
 
-def _vit_attributes(config: OFBViTConfig) -> dict[str, dict[str, int]]:
-    attributes = {}
+def _vit_attributes(config: OFBViTConfig) -> dict[str, dict[str, Any]]:
+    attributes: dict[str, dict[str, Any]] = {}
     for layer in range(config.num_hidden_layers):
-        sizes = config.layer_sizes(layer)
-        attributes[f"vit.layers.{layer}.attention"] = {
-            "num_attention_heads": sizes["num_attention_heads"],
-            "head_dim": sizes["head_dim"],
-        }
+        attributes |= _block_attributes(_vit_layer(layer), config.layer_sizes(layer))
     return attributes
 
 
@@ -273,11 +317,12 @@ def _describe_swin(config: SwinConfig) -> Architecture:
         blocks: list[Submodule] = []
         for block in range(depth):
             at, name = f"{path}.blocks.{block}", f"stages.{stage}.blocks.{block}"
+            sizes = _swin_layer_sizes(config, stage, block)
             table = Slot(f"{at}.attention.relative_position_bias.relative_position_bias_table", 1, per_head=True)
-            attention, mlp = _block_submodules(at, name, _swin_layer_sizes(config, stage, block), table)
+            attention, mlp = _block_submodules(at, name, sizes, table)
             blocks += [attention, mlp]
             slots += _block_residual_slots(at)
-            norms += [f"{at}.{norm}" for norm in BLOCK_NORMS]
+            norms += _block_norms(at, sizes)
             macs += _block_macs(width, attention.name, mlp.name, *_swin_token_counts(config, grids[stage]))
             params += _block_params(width, attention.name, mlp.name, config.qkv_bias)
             params.append(Term((2 * config.window_size - 1) ** 2, (heads_of(attention.name),)))
@@ -367,15 +412,12 @@ def _resize_swin(config: OFBSwinConfig, sizes: dict[str, tuple[int, ...]]) -> No
     config.intermediate_size_per_block = per_block("mlp", 0)
 
 
-def _swin_attributes(config: OFBSwinConfig) -> dict[str, dict[str, int]]:
-    attributes = {"swin": {"num_features": config.hidden_size}}
+def _swin_attributes(config: OFBSwinConfig) -> dict[str, dict[str, Any]]:
+    attributes: dict[str, dict[str, Any]] = {"swin": {"num_features": config.hidden_size}}
     for stage, depth in enumerate(config.depths):
         for block in range(depth):
-            sizes = config.layer_sizes(stage, block)
-            attributes[f"swin.encoder.layers.{stage}.blocks.{block}.attention"] = {
-                "num_attention_heads": sizes["num_attention_heads"],
-                "head_dim": sizes["head_dim"],
-            }
+            path = f"swin.encoder.layers.{stage}.blocks.{block}"
+            attributes |= _block_attributes(path, config.layer_sizes(stage, block))
     return attributes
 
 

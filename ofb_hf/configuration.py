@@ -254,7 +254,7 @@ class BiMaskConfig:
             "attention": self.search_attention,
             "mlp": self.search_mlp,
         }
-        searched = [submodule for submodule in architecture.submodules if wanted[submodule.kind]]
+        searched = [s for s in architecture.submodules if wanted[s.kind] and math.prod(s.shape)]
         self._check_candidates(searched)
         spaces = map(self._submodule_space, searched)
         return SearchSpace(tuple(_tie_layers(spaces) if self.uniform_across_layers else spaces))

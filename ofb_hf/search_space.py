@@ -158,10 +158,11 @@ class SubnetSpec:
     Args:
         kept: submodule name -> sorted unit indices of the dense parent; for attention
             `{head index: sorted channel indices inside that head}`, equally many channels in every kept head.
+            Nothing at all, `()` or `{}`, is the attention or MLP left out.
 
     Raises:
-        ValueError: for an empty submodule, indices that are negative, unsorted or repeated, and for heads that keep
-            different numbers of channels. The message names the submodule.
+        ValueError: for indices that are negative, unsorted or repeated, and for heads that keep none or different
+            numbers of channels. The message names the submodule.
     """
 
     kept: dict[str, Kept]
@@ -170,7 +171,7 @@ class SubnetSpec:
         for name, kept in self.kept.items():
             is_grid = isinstance(kept, dict)
             rows = [list(kept), *kept.values()] if is_grid else [kept]
-            for row in rows:
+            for row in rows if kept else ():
                 if not row or list(row) != sorted(set(row)) or row[0] < 0:
                     raise ValueError(
                         f"kept[{name!r}] holds {list(row)}; expected at least one index, ascending and distinct."
@@ -182,9 +183,9 @@ class SubnetSpec:
                 )
 
     def size(self, name: str) -> int | tuple[int, int]:
-        """Kept units of one submodule: U, or (heads, channels per head) for attention."""
+        """Kept units of one submodule: U, or (heads, channels per head) for attention; 0 or (0, 0) for nothing."""
         kept = self.kept[name]
-        return (len(kept), len(next(iter(kept.values())))) if isinstance(kept, dict) else len(kept)
+        return (len(kept), len(next(iter(kept.values()), ()))) if isinstance(kept, dict) else len(kept)
 
     def within(self, parent: "SubnetSpec") -> "SubnetSpec":
         """The same units, counted as those of the network that `parent` was cut from.

@@ -1,15 +1,18 @@
 """A compressed ViT as a checkpoint of the stock class, for those without us: padded with zeros where widths differ."""
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from .architectures import describe, vit_query_parameters
+from .architectures import describe, vit_query_parameters, with_vit_layers
 from .models import OFBViTForImageClassification
 from .surgery import Entries, unit_group_plan
 
+SIZES = ("num_attention_heads", "head_dim", "intermediate_size")
 # Fields that only our config has, and those that from_pretrained derives.
-NOT_STOCK = ("num_attention_heads_per_layer", "head_dim_per_layer", "intermediate_size_per_layer", "attention_scale")
+NOT_STOCK = (*(f"{name}_per_layer" for name in SIZES), "attention_scale")
 NOT_STOCK += ("token_schedule", "model_type", "architectures", "transformers_version", "auto_map", "dtype")
 
 
@@ -18,8 +21,10 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
 
     Every attention gets the most heads of all layers, every MLP the largest width. What is added is zero, and adds
     nothing; it costs its MACs all the same. Where all layers are equally wide (a search of a model with equal layers
-    and `uniform_across_layers=True`), nothing is added. Stock heads scale their logits by their own width, ours by that
-    of the dense model's heads: padded heads get that width, others have the difference multiplied into their queries.
+    and `uniform_across_layers=True`), nothing is added. Layers without attention and MLP are left out: the stock model
+    has as many fewer, and its hidden states do not repeat what these passed on. Stock heads scale their logits by their
+    own width, ours by that of the dense model's heads: padded heads get that width, others have the difference
+    multiplied into their queries.
 
     Args:
         model: an `OFBViTForImageClassification`.
@@ -42,9 +47,10 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
             "the model has a token_schedule, which transformers' own class would not follow: it would keep all tokens "
             "and cost more. Load it with ofb_hf, or with trust_remote_code=True."
         )
+    model = _without_empty_layers(model)
     config, layers = model.config, range(model.config.num_hidden_layers)
     sizes = [config.layer_sizes(layer) for layer in layers]
-    widest = {name: max(size[name] for size in sizes) for name in sizes[0]}
+    widest = {name: max([1, *(size[name] for size in sizes)]) for name in SIZES}
     implied = round(config.attention_scale**-2) if config.attention_scale else 0
     if any(size != widest for size in sizes) and implied > widest["head_dim"]:
         widest["head_dim"] = implied  # there is padding anyway, and with this width queries stay as they are
@@ -53,7 +59,7 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
     padded = ViTForImageClassification(stock).to(model.dtype)
     state = _scatter(model, padded)
     for layer, size in zip(layers, sizes, strict=True):
-        scale = size["head_dim"] ** -0.5 if config.attention_scale is None else config.attention_scale
+        scale = (size["head_dim"] or 1) ** -0.5 if config.attention_scale is None else config.attention_scale
         for name in vit_query_parameters(layer):
             if name in state:  # the bias may not be
                 state[name] = state[name] * (scale * widest["head_dim"] ** 0.5)
@@ -67,6 +73,21 @@ def has_stock_twin(model: PreTrainedModel) -> bool:
     return isinstance(model, OFBViTForImageClassification) and model.config.token_schedule is None
 
 
+def _without_empty_layers(model: OFBViTForImageClassification) -> OFBViTForImageClassification:
+    """The same model without the layers that have neither attention nor MLP."""
+    config = copy.deepcopy(model.config)
+    sizes = [config.layer_sizes(layer) for layer in range(config.num_hidden_layers)]
+    layers = [layer for layer, size in enumerate(sizes) if any(size.values())]
+    if len(layers) == len(sizes):
+        return model
+    for name in SIZES:
+        setattr(config, f"{name}_per_layer", [sizes[layer][name] for layer in layers])
+    config.num_hidden_layers = len(layers)
+    shorter = OFBViTForImageClassification(config).to(model.dtype)
+    shorter.load_state_dict(with_vit_layers(model.state_dict(), layers))
+    return shorter
+
+
 def _scatter(model: PreTrainedModel, padded: PreTrainedModel) -> dict[str, Tensor]:
     """The weights of `padded`: zeros, and those of `model` at the first units of every submodule."""
     large, small = describe(padded.config), describe(model.config)
@@ -74,11 +95,11 @@ def _scatter(model: PreTrainedModel, padded: PreTrainedModel) -> dict[str, Tenso
     for name, shape in small.sizes.items():
         full = torch.arange(torch.tensor(large.sizes[name]).prod()).reshape(large.sizes[name])
         kept[name] = full[tuple(slice(size) for size in shape)].flatten()
-    state = padded.state_dict()
+    state, ours = padded.state_dict(), model.state_dict()
     plan = unit_group_plan(large.submodules, kept, set(state))
     return {
-        name: _unslice(tensor.cpu(), plan.get(name, ()), state[name].shape)
-        for name, tensor in model.state_dict().items()
+        name: _unslice(ours[name].cpu(), plan.get(name, ()), zero.shape) if name in ours else torch.zeros_like(zero)
+        for name, zero in state.items()
     }
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .architectures import describe, family_of
 from .search_space import SubnetSpec
-from .unit_groups import Submodule
+from .unit_groups import Architecture, Submodule
 
 Entries = tuple[tuple[int, Tensor], ...]
 Plan = dict[str, Entries]
@@ -60,7 +60,7 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     """
     config = copy.deepcopy(model.config)
     family, architecture = family_of(config), describe(config)
-    check_subnet(subnet, architecture.sizes)
+    check_subnet(subnet, architecture)
     kept = {
         name: flat_indices(subnet, name, shape) for name, shape in architecture.sizes.items() if name in subnet.kept
     }
@@ -70,18 +70,23 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     family.pin(config)
     family.resize(config, architecture.sizes | sizes)
     smaller = family.model_class(config).to(device=model.device, dtype=model.dtype)
-    smaller.load_state_dict({name: slice_tensor(tensor, plan.get(name, ())) for name, tensor in state.items()})
+    smaller.load_state_dict({name: slice_tensor(state[name], plan.get(name, ())) for name in smaller.state_dict()})
     return smaller.train(model.training)
 
 
-def check_subnet(subnet: SubnetSpec, sizes: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError, naming submodule and value, unless `subnet` fits a network of these sizes."""
+def check_subnet(subnet: SubnetSpec, architecture: Architecture) -> None:
+    """Raises ValueError, naming submodule and value, unless `subnet` fits a network of this architecture."""
+    sizes, kinds = architecture.sizes, {submodule.name: submodule.kind for submodule in architecture.submodules}
     for name, kept in subnet.kept.items():
         if name not in sizes:
             raise ValueError(f"the subnet has a submodule {name!r}, but the model has {sorted(sizes)}.")
         shape = sizes[name]
         if isinstance(kept, dict) != (len(shape) == 2):
             raise ValueError(f"kept[{name!r}] must be {'{head: channels}' if len(shape) == 2 else 'a list of units'}.")
+        if not kept and kinds[name] == "embedding":
+            raise ValueError(f"kept[{name!r}] is empty; the residual stream needs a channel, keep at least one.")
+        if not kept:
+            continue
         largest = [max(kept), max(max(c) for c in kept.values())] if isinstance(kept, dict) else [max(kept)]
         if any(index >= size for index, size in zip(largest, shape, strict=True)):
             raise ValueError(f"kept[{name!r}] reaches index {largest}, but the model's sizes there are {list(shape)}.")
@@ -91,8 +96,8 @@ def flat_indices(subnet: SubnetSpec, name: str, shape: tuple[int, ...]) -> Tenso
     """Kept units of one submodule as ascending flat indices into its units."""
     kept = subnet.kept[name]
     if isinstance(kept, dict):
-        return torch.tensor([head * shape[1] + channel for head in sorted(kept) for channel in kept[head]])
-    return torch.tensor(kept)
+        kept = [head * shape[1] + channel for head in sorted(kept) for channel in kept[head]]
+    return torch.tensor(kept, dtype=torch.long)
 
 
 def slice_tensors_(module: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:

@@ -56,6 +56,7 @@ class Submodule:
         shape: current units, (U,) or (heads, channels per head).
         slots: every axis of every tensor that runs over the units.
         norms: LayerNorms over the units, whose statistics must skip removed ones.
+        constants: tensors that it adds whichever of its units are kept, and that go with the last one of them.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Submodule:
     shape: tuple[int, ...]
     slots: tuple[Slot, ...]
     norms: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,21 @@ def heads_of(name: str) -> str:
     return f"{name}.heads"
 
 
+def presence_of(name: str) -> str:
+    """The quantity that is 1 as long as a submodule has any unit, and 0 afterwards."""
+    return f"{name}.presence"
+
+
 def quantities(sizes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """What cost terms multiply: the units of every submodule by its name, and then the heads of every attention.
+    """What cost terms multiply: the units of every submodule by its name, the heads of every attention, and whether
+    there is anything left of a submodule.
 
     Args:
         sizes: submodule name -> (U,) or (heads, channels per head).
     """
     units = {name: math.prod(shape) for name, shape in sizes.items()}
-    return units | {heads_of(name): shape[0] for name, shape in sizes.items() if len(shape) == 2}
+    heads = {heads_of(name): shape[0] for name, shape in sizes.items() if len(shape) == 2}
+    return units | heads | {presence_of(name): min(1, count) for name, count in units.items()}
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,8 @@ class Family:
         from_dense: stock classifier -> ours.
         pin: writes into a config what it would otherwise derive from widths that are about to change.
         resize: writes submodule sizes into a config.
-        attributes: config -> {module path: {attribute: value}} of sizes that modules keep beside their weights.
+        attributes: config -> {module path: {attribute: value}} of what modules keep beside their weights: sizes, and
+            what stands in for layers that have no width.
         forward_masked: (model, pixel_values, bool_masked_pos) -> logits (B, classes), patch tokens (B, N, C).
         model_class: our classifier.
         undecayed: how the names of parameters end that weight decay leaves alone, besides vectors.
@@ -141,7 +151,7 @@ class Family:
     from_dense: Callable[[PreTrainedModel], PreTrainedModel]
     pin: Callable[[Any], None]
     resize: Callable[[Any, dict[str, tuple[int, ...]]], None]
-    attributes: Callable[[Any], dict[str, dict[str, int]]]
+    attributes: Callable[[Any], dict[str, dict[str, Any]]]
     forward_masked: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
     model_class: type[PreTrainedModel]
     undecayed: tuple[str, ...]

@@ -186,13 +186,16 @@ def retire_some_(supernet: Supernet, seed: int, share: float = 0.5) -> None:
 
 
 def non_uniform_vit(seed: int = 0, dtype: torch.dtype = torch.float32) -> OFBViTForImageClassification:
-    """One of our models with different widths in every layer and everywhere a scale that no width implies."""
-    stock = vit_config(hidden_size=30, num_hidden_layers=3)
+    """One of our models with different widths in every layer and everywhere a scale that no width implies.
+
+    The fourth layer has no attention, the fifth no MLP, the last one neither.
+    """
+    stock = vit_config(hidden_size=30, num_hidden_layers=6)
     config = OFBViTForImageClassification.config_class(
         **{k: v for k, v in stock.to_dict().items() if k not in ("model_type", "transformers_version")},
-        num_attention_heads_per_layer=[2, 5, 1],
-        head_dim_per_layer=[7, 3, 11],
-        intermediate_size_per_layer=[19, 64, 23],
+        num_attention_heads_per_layer=[2, 5, 1, 0, 3, 0],
+        head_dim_per_layer=[7, 3, 11, 0, 4, 0],
+        intermediate_size_per_layer=[19, 64, 23, 31, 0, 0],
         attention_scale=0.37,
     )
     model = OFBViTForImageClassification._from_config(config, attn_implementation="eager")
@@ -201,14 +204,18 @@ def non_uniform_vit(seed: int = 0, dtype: torch.dtype = torch.float32) -> OFBViT
 
 
 def non_uniform_swin(seed: int = 0, dtype: torch.dtype = torch.float32) -> OFBSwinForImageClassification:
-    """One of our models: three stages of 20, 44 and 70 channels, every block different, scales no width implies."""
-    stock = swin_config(image_size=32, window_size=4, depths=[2, 1, 3], num_heads=[2, 4, 8])
+    """One of our models: three stages of 20, 44 and 70 channels, every block different, scales no width implies.
+
+    The first stage ends with a block without attention, the second with one that is empty; in the last stage the
+    second block has no attention and the third no MLP.
+    """
+    stock = swin_config(image_size=32, window_size=4, depths=[3, 2, 4], num_heads=[2, 4, 8])
     config = OFBSwinForImageClassification.config_class(
         **{k: v for k, v in stock.to_dict().items() if k not in ("model_type", "transformers_version")},
         hidden_size_per_stage=[20, 44, 70],
-        num_heads_per_block=[[2, 1], [3], [8, 5, 1]],
-        head_dim_per_block=[[7, 3], [11], [5, 9, 4]],
-        intermediate_size_per_block=[[19, 64], [23], [31, 90, 12]],
+        num_heads_per_block=[[2, 1, 0], [3, 0], [8, 0, 5, 1]],
+        head_dim_per_block=[[7, 3, 0], [11, 0], [5, 0, 9, 4]],
+        intermediate_size_per_block=[[19, 64, 27], [23, 0], [31, 90, 0, 12]],
         attention_scale_per_stage=[0.37, 0.21, 0.53],
     )
     model = OFBSwinForImageClassification._from_config(config, attn_implementation="eager")

@@ -254,8 +254,9 @@ def test_expected_cost_counts_what_is_not_searched_in_full(family, unsearched, b
 def test_expected_cost_is_differentiable_in_proportion_to_what_a_unit_costs():
     """Gradient of the cost with respect to a submodule's size = MACs of one of its units, the others as they are."""
     supernet = tiny_supernet()
-    names = list(supernet.dense_sizes)
-    sizes = torch.tensor([30.0, 24.0, 50.0, 40.0, 17.0, 3.0, 5.0], requires_grad=True)  # heads cost no MACs
+    names = list(quantities(supernet.dense_sizes))
+    amounts = dict(zip(supernet.dense_sizes, [30.0, 24.0, 50.0, 40.0, 17.0], strict=True))
+    sizes = torch.tensor([amounts.get(name, 3.0) for name in names], requires_grad=True)  # the others cost no MACs
     supernet.expected_macs(sizes).backward()
     tokens, patches, pixels, labels = 17, 16, 48, 3
     e, attention, mlp = 30.0, 24.0 + 40.0, 50.0 + 17.0
@@ -277,16 +278,19 @@ def test_expected_params_of_a_swin_are_differentiable_in_widths_and_heads():
         "stages.1.blocks.0.attention": 21.0,
         "stages.1.blocks.0.attention.heads": 3.0,
         "stages.1.blocks.0.mlp": 50.0,
+        "stages.1.blocks.0.attention.presence": 0.5,
+        "stages.1.blocks.0.mlp.presence": 0.25,
     }
     names = list(quantities(supernet.dense_sizes))
     sizes = torch.tensor([amounts.get(name, 6.0) for name in names], requires_grad=True)
     supernet.expected_cost(sizes).backward()
-    block = 4 * 21 + 2 * 50 + 2 + 4  # weights, biases of o_proj and fc2, two LayerNorms
+    block = 4 * 21 + 2 * 50 + 0.5 * (1 + 2) + 0.25 * (1 + 2)  # weights; biases of o_proj and fc2, LayerNorms
     expected = {
         "stages.1.width": 4 * 13 + block + 2 + 3,  # merging, block, final LayerNorm, classifier
         "stages.1.blocks.0.attention": 4 * 31 + 3,
         "stages.1.blocks.0.attention.heads": (2 * 3 - 1) ** 2,
         "stages.1.blocks.0.mlp": 2 * 31 + 1,
+        "stages.1.blocks.0.attention.presence": 31 + 2 * 31,
     }
     for name, value in expected.items():
         assert sizes.grad[names.index(name)].item() == pytest.approx(value, rel=1e-6), name

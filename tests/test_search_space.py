@@ -17,11 +17,13 @@ from factories import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from invariants import ours
 from transformers import SwinConfig
 
 from ofb_hf import SearchSpace, SubmoduleSpace, SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig
 from ofb_hf.architectures import describe
 from ofb_hf.losses import budget_loss
+from ofb_hf.surgery import slice_model
 
 GRID = {"num_heads": 4, "head_dim": 6, "head_candidates": (2, 4), "dim_candidates": (3, 6)}
 
@@ -29,7 +31,7 @@ GRID = {"num_heads": 4, "head_dim": 6, "head_candidates": (2, 4), "dim_candidate
 @st.composite
 def subnets(draw: st.DrawFn) -> SubnetSpec:
     """Any kept units of an embedding, an attention and an MLP."""
-    indices = st.sets(st.integers(0, 50), min_size=1, max_size=8).map(lambda s: tuple(sorted(s)))
+    indices = st.sets(st.integers(0, 50), max_size=8).map(lambda s: tuple(sorted(s)))
     heads, channels = draw(indices), draw(st.integers(1, 6))
     rows = st.sets(st.integers(0, 30), min_size=channels, max_size=channels).map(lambda s: tuple(sorted(s)))
     attention = {head: draw(rows) for head in heads}
@@ -81,6 +83,17 @@ def test_sizes_of_a_subnet():
     assert subnet.sizes == {"embeddings": 3, "a": (2, 2)}
 
 
+def test_a_submodule_may_be_left_out():
+    subnet = SubnetSpec({"embeddings": (1,), "layers.0.attention": {}, "layers.0.mlp": ()})
+    assert subnet.sizes == {"embeddings": 1, "layers.0.attention": (0, 0), "layers.0.mlp": 0}
+    assert SubnetSpec.from_json(subnet.to_json()) == subnet
+
+
+def test_the_residual_stream_may_not_be_left_out():
+    with pytest.raises(ValueError, match=r"kept\['embeddings'\] is empty; .*at least one"):
+        slice_model(ours("vit"), SubnetSpec({"embeddings": ()}))
+
+
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
@@ -114,11 +127,9 @@ def test_two_submodules_of_one_name_are_refused():
 @pytest.mark.parametrize(
     ("kept", "names"),
     [
-        ({"mlp": ()}, ["'mlp'", "[]"]),
         ({"mlp": (3, 1)}, ["'mlp'", "[3, 1]"]),
         ({"mlp": (1, 1)}, ["'mlp'", "[1, 1]"]),
         ({"mlp": (-1, 2)}, ["'mlp'", "[-1, 2]"]),
-        ({"a": {}}, ["'a'", "[]"]),
         ({"a": {0: ()}}, ["'a'", "[]"]),
         ({"a": {1: (0,), 0: (1,)}}, ["'a'", "[1, 0]"]),
         ({"a": {0: (4, 2)}}, ["'a'", "[4, 2]"]),

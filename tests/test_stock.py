@@ -1,5 +1,6 @@
 """Compressed ViTs as stock checkpoints: the same logits from a class that knows nothing of us."""
 
+import itertools
 import json
 
 import pytest
@@ -18,8 +19,9 @@ from factories import (
 from hypothesis import given
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
-from ofb_hf import OFBViTForImageClassification, install_bi_masks
+from ofb_hf import OFBViTForImageClassification, SubnetSpec, count_params, install_bi_masks
 from ofb_hf.stock import pad_to_stock
+from ofb_hf.surgery import slice_model
 
 
 def compressed(overrides=None, candidates=None, dtype=torch.float32):
@@ -39,7 +41,9 @@ def assert_same(model, stock):
     with torch.no_grad():
         expected, got = (m.eval()(images, output_hidden_states=True) for m in (model, stock))
     torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=TOLERANCE[model.dtype])
-    for ours, theirs in zip(expected.hidden_states, got.hidden_states, strict=True):
+    sizes = [model.config.layer_sizes(layer) for layer in range(model.config.num_hidden_layers)]
+    present = [True, *(any(size.values()) for size in sizes)]
+    for ours, theirs in zip(itertools.compress(expected.hidden_states, present), got.hidden_states, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=10 * TOLERANCE[model.dtype])
 
 
@@ -71,6 +75,18 @@ def test_dense_models_are_padded_by_nothing():
     stock = pad_to_stock(model)
     assert sum(p.numel() for p in stock.parameters()) == sum(p.numel() for p in model.parameters())
     assert_same(model, stock)
+
+
+def test_layers_without_anything_are_left_out_and_the_rest_needs_no_padding():
+    dense = OFBViTForImageClassification.from_dense(tiny_vit(num_hidden_layers=4))
+    gone = {"layers.0.attention": {}, "layers.0.mlp": (), "layers.2.attention": {}, "layers.2.mlp": ()}
+    model = slice_model(dense, SubnetSpec(gone))
+    stock = pad_to_stock(model)
+    assert stock.config.num_hidden_layers == 2
+    assert count_params(stock) == sum(p.numel() for p in stock.parameters()) == count_params(model)
+    assert type(stock) is ViTForImageClassification
+    with torch.no_grad():
+        torch.testing.assert_close(stock(tiny_images()).logits, model(tiny_images()).logits)
 
 
 def test_what_has_no_stock_form_is_refused():

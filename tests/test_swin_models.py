@@ -12,7 +12,11 @@ from ofb_hf import OFBSwinConfig, OFBSwinForImageClassification, OFBSwinModel
 
 # Stages of 20, 44 and 70 channels; per block (heads, channels per head, MLP channels): as in `non_uniform_swin`.
 WIDTHS = [20, 44, 70]
-BLOCKS = [[(2, 7, 19), (1, 3, 64)], [(3, 11, 23)], [(8, 5, 31), (5, 9, 90), (1, 4, 12)]]
+BLOCKS = [
+    [(2, 7, 19), (1, 3, 64), (0, 0, 27)],
+    [(3, 11, 23), (0, 0, 0)],
+    [(8, 5, 31), (0, 0, 90), (5, 9, 0), (1, 4, 12)],
+]
 SCALES = [0.37, 0.21, 0.53]
 LISTS = {
     "hidden_size_per_stage": WIDTHS,
@@ -45,14 +49,14 @@ def config_with(**fields) -> OFBSwinConfig:
         ({"num_heads_per_block": [[2, 1]]}, r"num_heads_per_block has 1 entries, but depths is \[2, 1\]; .*stage, 2"),
         ({"num_heads_per_block": [[2], [4]]}, r"num_heads_per_block\[0\] has 1 entries, .*\[2, 1\]; .*block, 2"),
         ({"num_heads_per_block": [[2, 1], [4, 4]]}, r"num_heads_per_block\[1\] has 2 entries, .* block, 1"),
-        ({"num_heads_per_block": [[2, 0], [4]]}, r"num_heads_per_block\[0\]\[1\] is 0"),
+        ({"num_heads_per_block": [[2, -1], [4]]}, r"num_heads_per_block\[0\]\[1\] is -1; .* at least 0"),
         ({"num_heads_per_block": [[2, 3], [4]]}, r"num_heads_per_block\[0\]\[1\] is 3, but num_heads\[0\] is 2"),
         ({"num_heads_per_block": [[2, 2], [5]]}, r"num_heads_per_block\[1\]\[0\] is 5, but num_heads\[1\] is 4"),
         ({"head_dim_per_block": [[3, 3], [3], [3]]}, r"head_dim_per_block has 3 entries"),
         ({"head_dim_per_block": [[3, 3], []]}, r"head_dim_per_block\[1\] has 0 entries"),
         ({"head_dim_per_block": [[3, 3], [-2]]}, r"head_dim_per_block\[1\]\[0\] is -2"),
         ({"intermediate_size_per_block": [[7, 7, 7], [7]]}, r"intermediate_size_per_block\[0\] has 3 entries"),
-        ({"intermediate_size_per_block": [[0, 7], [7]]}, r"intermediate_size_per_block\[0\]\[0\] is 0"),
+        ({"intermediate_size_per_block": [[-1, 7], [7]]}, r"intermediate_size_per_block\[0\]\[0\] is -1"),
         ({"attention_scale_per_stage": [0.5]}, r"attention_scale_per_stage has 1 entries"),
         ({"attention_scale_per_stage": [0.5, 0.0]}, r"attention_scale_per_stage\[1\] is 0\.0"),
         ({"attention_scale_per_stage": [-0.5, 0.5]}, r"attention_scale_per_stage\[0\] is -0\.5"),
@@ -115,7 +119,7 @@ def test_a_config_survives_json(tmp_path):
         assert {name: getattr(again, name) for name in LISTS} == LISTS
         assert again.to_diff_dict() == OFBSwinConfig.from_dict(config.to_dict()).to_diff_dict()
         assert again.num_heads == [2, 4, 8]
-        assert again.depths == [2, 1, 3]
+        assert again.depths == [3, 2, 4]
 
 
 # ------------------------------------------------------------------------------------------------ non-uniform widths
@@ -131,12 +135,15 @@ def expected_shapes() -> dict[str, tuple[int, ...]]:
     for stage, (width, blocks) in enumerate(zip(WIDTHS, BLOCKS, strict=True)):
         for block, (heads, head_dim, mlp) in enumerate(blocks):
             path = f"swin.encoder.layers.{stage}.blocks.{block}"
-            for letter in "qkv":
-                shapes |= layer(f"{path}.attention.{letter}_proj", heads * head_dim, width)
-            shapes |= layer(f"{path}.attention.o_proj", width, heads * head_dim)
-            shapes[f"{path}.attention.relative_position_bias.relative_position_bias_table"] = (7 * 7, heads)
-            shapes |= layer(f"{path}.mlp.fc1", mlp, width) | layer(f"{path}.mlp.fc2", width, mlp)
-            shapes |= layer(f"{path}.layernorm_before", width) | layer(f"{path}.layernorm_after", width)
+            if heads:
+                for letter in "qkv":
+                    shapes |= layer(f"{path}.attention.{letter}_proj", heads * head_dim, width)
+                shapes |= layer(f"{path}.attention.o_proj", width, heads * head_dim)
+                shapes[f"{path}.attention.relative_position_bias.relative_position_bias_table"] = (7 * 7, heads)
+                shapes |= layer(f"{path}.layernorm_before", width)
+            if mlp:
+                shapes |= layer(f"{path}.mlp.fc1", mlp, width) | layer(f"{path}.mlp.fc2", width, mlp)
+                shapes |= layer(f"{path}.layernorm_after", width)
         if stage < 2:
             path = f"swin.encoder.layers.{stage}.downsample"
             shapes |= layer(f"{path}.norm", 4 * width)
@@ -151,7 +158,7 @@ def test_every_tensor_has_the_widths_of_its_stage_and_block():
 
 def test_states_and_attentions_have_the_widths_of_their_stages():
     """One state after the patch embedding and after every stage, merged for the next one already; one attention map
-    per stage, of its last block, for every window."""
+    per stage, of its last block, for every window; of no heads if that block has no attention."""
     model = non_uniform_swin()
     output = model(images_for(model), output_hidden_states=True, output_attentions=True)
     assert output.logits.shape == (2, 3)
@@ -160,7 +167,7 @@ def test_states_and_attentions_have_the_widths_of_their_stages():
     assert shapes == [(2, 20, 16, 16), (2, 44, 8, 8), (2, 70, 4, 4), (2, 70, 4, 4)]
     for states, reshaped in zip(output.hidden_states, output.reshaped_hidden_states, strict=True):
         assert torch.equal(reshaped.flatten(2).mT, states)
-    assert [tuple(weights.shape) for weights in output.attentions] == [(32, 1, 16, 16), (8, 3, 16, 16), (2, 1, 16, 16)]
+    assert [tuple(weights.shape) for weights in output.attentions] == [(32, 0, 16, 16), (8, 0, 16, 16), (2, 1, 16, 16)]
     for weights in output.attentions:
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
@@ -190,7 +197,7 @@ def test_the_scale_of_a_stage_is_the_scale_on_the_logits_of_its_blocks(scales):
             module.register_forward_hook(lambda module, args, output: seen.append((module, *args, output[1])))
     model(images_for(model))
     assert len(seen) == 6
-    expected = [scales[stage] if scales else dim**-0.5 for stage, row in enumerate(BLOCKS) for _, dim, _ in row]
+    expected = [scales[stage] if scales else dim**-0.5 for stage, row in enumerate(BLOCKS) for _, dim, _ in row if dim]
     for (module, states, mask, weights), scale in zip(seen, expected, strict=True):
         torch.testing.assert_close(weights, attention_weights(module, states, mask, scale))
     assert sum(mask is not None for _, _, mask, _ in seen) == 1  # the second block of the first stage is shifted
@@ -200,7 +207,7 @@ def test_drop_path_grows_with_depth():
     config = OFBSwinConfig(**non_uniform_swin().config.to_dict() | {"drop_path_rate": 0.5})
     model = OFBSwinForImageClassification(config)
     rates = [getattr(b.drop_path, "drop_prob", 0.0) for stage in model.swin.encoder.layers for b in stage.blocks]
-    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert rates == pytest.approx([0.5 * index / 8 for index in range(9)])
 
 
 def test_a_pooled_encoder_and_the_classifier_agree():

@@ -13,9 +13,10 @@ from ofb_hf import OFBViTConfig
         ({"intermediate_size_per_layer": [7]}, "intermediate_size_per_layer has 1 entries, but num_hidden_layers is 2"),
         ({"head_dim_per_layer": [3, 3, 3]}, "head_dim_per_layer has 3 entries, but num_hidden_layers is 2"),
         ({"num_attention_heads_per_layer": []}, "num_attention_heads_per_layer has 0 entries"),
-        ({"intermediate_size_per_layer": [7, 0]}, r"intermediate_size_per_layer\[1\] is 0"),
+        ({"intermediate_size_per_layer": [7, -1]}, r"intermediate_size_per_layer\[1\] is -1"),
         ({"head_dim_per_layer": [-2, 4]}, r"head_dim_per_layer\[0\] is -2"),
-        ({"num_attention_heads_per_layer": [0, 2]}, r"num_attention_heads_per_layer\[0\] is 0"),
+        ({"num_attention_heads_per_layer": [-1, 2]}, r"num_attention_heads_per_layer\[0\] is -1"),
+        ({"hidden_size": 3}, r"hidden_size is 3, but num_attention_heads is 5; .*head_dim_per_layer"),
         (
             {"num_attention_heads_per_layer": [5, 6]},
             r"num_attention_heads_per_layer\[1\] is 6.*num_attention_heads is 5",
@@ -46,16 +47,21 @@ def test_layer_sizes_come_from_the_lists_where_there_are_lists():
 def test_every_layer_has_its_own_widths():
     model = non_uniform_vit()
     state = model.state_dict()
-    shapes = [(2, 7, 19), (5, 3, 64), (1, 11, 23)]
+    shapes = [(2, 7, 19), (5, 3, 64), (1, 11, 23), (0, 0, 31), (3, 4, 0), (0, 0, 0)]
     for layer, (heads, head_dim, mlp) in enumerate(shapes):
         path = f"vit.layers.{layer}"
-        for name in "qkv":
-            assert state[f"{path}.attention.{name}_proj.weight"].shape == (heads * head_dim, 30)
-        assert state[f"{path}.attention.o_proj.weight"].shape == (30, heads * head_dim)
-        assert state[f"{path}.mlp.fc1.weight"].shape == (mlp, 30)
+        if heads:
+            for name in "qkv":
+                assert state[f"{path}.attention.{name}_proj.weight"].shape == (heads * head_dim, 30)
+            assert state[f"{path}.attention.o_proj.weight"].shape == (30, heads * head_dim)
+        if mlp:
+            assert state[f"{path}.mlp.fc1.weight"].shape == (mlp, 30)
+        tensors = [name for name in state if name.startswith(f"{path}.")]
+        assert len(tensors) == (8 + 2 if heads else 0) + (4 + 2 if mlp else 0)
     output = model(tiny_images(), output_hidden_states=True, output_attentions=True)
     assert output.logits.shape == (2, 3)
-    assert [tuple(states.shape) for states in output.hidden_states] == [(2, 17, 30)] * 4
+    assert [tuple(states.shape) for states in output.hidden_states] == [(2, 17, 30)] * 7
+    assert torch.equal(output.hidden_states[6], output.hidden_states[5])
     assert [tuple(weights.shape) for weights in output.attentions] == [(2, heads, 17, 17) for heads, _, _ in shapes]
     for weights in output.attentions:
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))

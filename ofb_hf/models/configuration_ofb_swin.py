@@ -12,18 +12,20 @@ class OFBSwinConfig(SwinConfig):
         hidden_size_per_stage (`list[int]`, *optional*):
             Channels of each stage's residual stream. The first entry is `embed_dim`; the others need not double.
         num_heads_per_block (`list[list[int]]`, *optional*):
-            Heads of each block of each stage, 1 to the stage's `num_heads` (which stays the dense count).
+            Heads of each block of each stage, up to the stage's `num_heads` (which stays the dense count). 0 = the
+            block has no attention, nor the norm before it: tokens pass by.
         head_dim_per_block (`list[list[int]]`, *optional*):
-            Channels of each head of each block; the heads of one block are equally wide.
+            Channels of each head of each block; the heads of one block are equally wide. 0 where there are none.
         intermediate_size_per_block (`list[list[int]]`, *optional*):
-            Hidden width of each block's MLP.
+            Hidden width of each block's MLP. 0 = the block has no MLP, nor the norm before it.
         attention_scale_per_stage (`list[float]`, *optional*):
             Factor on the attention logits. A compressed model keeps `dense_head_dim ** -0.5`, whatever its
             heads were narrowed to; `None` derives it from the head's width as the stock model does.
 
     Raises:
-        ValueError: for a list that does not match `depths`, for a width below 1, for more heads than `num_heads`, and
-            for a first width other than `embed_dim`. The message names the field, the place and the value.
+        ValueError: for a list that does not match `depths`, for a negative width and a stage of width 0, for more
+            heads than `num_heads`, and for a first width other than `embed_dim`. The message names the field, the
+            place and the value.
 
     Example:
 
@@ -50,15 +52,20 @@ class OFBSwinConfig(SwinConfig):
         return self.hidden_size_per_stage[stage]
 
     def layer_sizes(self, stage: int, block: int) -> dict[str, int]:
-        """Widths of one block: `num_attention_heads`, `head_dim` and `intermediate_size`."""
+        """Widths of one block: `num_attention_heads`, `head_dim` and `intermediate_size`.
+
+        No heads, or heads without channels, are both 0: the block has no attention.
+        """
 
         def pick(sizes: list[list[int]] | None, default: int) -> int:
             return default if sizes is None else sizes[stage][block]
 
         width = self.stage_width(stage)
+        heads = pick(self.num_heads_per_block, self.num_heads[stage])
+        head_dim = pick(self.head_dim_per_block, width // self.num_heads[stage])
         return {
-            "num_attention_heads": pick(self.num_heads_per_block, self.num_heads[stage]),
-            "head_dim": pick(self.head_dim_per_block, width // self.num_heads[stage]),
+            "num_attention_heads": heads if head_dim else 0,
+            "head_dim": head_dim if heads else 0,
             "intermediate_size": pick(self.intermediate_size_per_block, int(self.mlp_ratio * width)),
         }
 
@@ -77,13 +84,13 @@ class OFBSwinConfig(SwinConfig):
                 continue
             self._check_list(field, rows, len(self.depths), "stage")
             for stage, row in enumerate(rows):
-                self._check_list(f"{field}[{stage}]", row, self.depths[stage], "block")
+                self._check_list(f"{field}[{stage}]", row, self.depths[stage], "block", smallest=0)
         for stage, row in enumerate(self.num_heads_per_block or []):
             for block, heads in enumerate(row):
                 if heads > self.num_heads[stage]:
                     raise ValueError(
                         f"num_heads_per_block[{stage}][{block}] is {heads}, but num_heads[{stage}] is "
-                        f"{self.num_heads[stage]}; a block has 1 to {self.num_heads[stage]} heads."
+                        f"{self.num_heads[stage]}; a block has 0 to {self.num_heads[stage]} heads."
                     )
         if self.hidden_size_per_stage is not None and self.hidden_size_per_stage[0] != self.embed_dim:
             raise ValueError(
@@ -100,7 +107,7 @@ class OFBSwinConfig(SwinConfig):
         # The stock config puts the doubled width here, which other libraries read as the width of the output.
         self.hidden_size = self.stage_width(len(self.depths) - 1)
 
-    def _check_list(self, field: str, values: list | None, length: int, place: str) -> None:
+    def _check_list(self, field: str, values: list | None, length: int, place: str, smallest: int = 1) -> None:
         if values is None:
             return
         if len(values) != length:
@@ -108,8 +115,8 @@ class OFBSwinConfig(SwinConfig):
                 f"{field} has {len(values)} entries, but depths is {list(self.depths)}; give one per {place}, {length}."
             )
         for index, value in enumerate(values):
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{field}[{index}] is {value}; every width must be at least 1.")
+            if isinstance(value, int) and value < smallest:
+                raise ValueError(f"{field}[{index}] is {value}; every width must be at least {smallest}.")
             if isinstance(value, float) and not value > 0:
                 raise ValueError(f"{field}[{index}] is {value}; every factor must be positive.")
 

@@ -10,11 +10,12 @@ class OFBViTConfig(ViTConfig):
 
     Args:
         num_attention_heads_per_layer (`list[int]`, *optional*):
-            Heads of each layer, 1 to `num_attention_heads` (which stays the dense count).
+            Heads of each layer, up to `num_attention_heads` (which stays the dense count). 0 = the layer has no
+            attention, nor the norm before it: tokens pass by.
         head_dim_per_layer (`list[int]`, *optional*):
-            Channels of each head of each layer; the heads of one layer are equally wide.
+            Channels of each head of each layer; the heads of one layer are equally wide. 0 where there are none.
         intermediate_size_per_layer (`list[int]`, *optional*):
-            Hidden width of each layer's MLP.
+            Hidden width of each layer's MLP. 0 = the layer has no MLP, nor the norm before it.
         attention_scale (`float`, *optional*):
             Factor on the attention logits. A compressed model keeps `dense_head_dim ** -0.5`, whatever its
             heads were narrowed to; `None` derives it from the head's width as the stock model does.
@@ -24,9 +25,10 @@ class OFBViTConfig(ViTConfig):
             one means that one; the running minimum is what is stored. `None` keeps all tokens everywhere.
 
     Raises:
-        ValueError: for a list whose length is not `num_hidden_layers`, for a width below 1, for more heads than
-            `num_attention_heads`, and for token counts that are no pair, below 2 (the class token and a patch) or
-            above the tokens of an image. The message names the field, the layer and the value.
+        ValueError: for a list whose length is not `num_hidden_layers`, for a negative width, for more heads than
+            `num_attention_heads`, and for token counts that are no pair, below 2 (the class token and a patch), above
+            the tokens of an image, or falling in a layer without attention. The message names the field, the layer and
+            the value.
 
     Example:
 
@@ -62,7 +64,10 @@ class OFBViTConfig(ViTConfig):
         return schedule[layer - 1][1] if layer else self.num_tokens, *schedule[layer]
 
     def layer_sizes(self, layer: int) -> dict[str, int]:
-        """Widths of one layer: `num_attention_heads`, `head_dim` and `intermediate_size`."""
+        """Widths of one layer: `num_attention_heads`, `head_dim` and `intermediate_size`.
+
+        No heads, or heads without channels, are both 0: the layer has no attention.
+        """
 
         # As in the stock model, a `head_dim` beside the declared fields counts.
         head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
@@ -70,9 +75,11 @@ class OFBViTConfig(ViTConfig):
         def pick(sizes: list[int] | None, default: int) -> int:
             return default if sizes is None else sizes[layer]
 
+        heads = pick(self.num_attention_heads_per_layer, self.num_attention_heads)
+        head_dim = pick(self.head_dim_per_layer, head_dim)
         return {
-            "num_attention_heads": pick(self.num_attention_heads_per_layer, self.num_attention_heads),
-            "head_dim": pick(self.head_dim_per_layer, head_dim),
+            "num_attention_heads": heads if head_dim else 0,
+            "head_dim": head_dim if heads else 0,
             "intermediate_size": pick(self.intermediate_size_per_layer, self.intermediate_size),
         }
 
@@ -80,11 +87,16 @@ class OFBViTConfig(ViTConfig):
         super().__post_init__(**kwargs)
         for field in ("num_attention_heads_per_layer", "head_dim_per_layer", "intermediate_size_per_layer"):
             self._check_sizes(field, getattr(self, field))
+        if self.head_dim_per_layer is None and 0 < self.hidden_size < self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}, but num_attention_heads is {self.num_attention_heads}; without "
+                "head_dim_per_layer these heads would be 0 channels wide."
+            )
         for layer, heads in enumerate(self.num_attention_heads_per_layer or []):
             if heads > self.num_attention_heads:
                 raise ValueError(
                     f"num_attention_heads_per_layer[{layer}] is {heads}, but num_attention_heads is "
-                    f"{self.num_attention_heads}; a layer has 1 to {self.num_attention_heads} heads."
+                    f"{self.num_attention_heads}; a layer has 0 to {self.num_attention_heads} heads."
                 )
         if self.attention_scale is not None and not self.attention_scale > 0:
             raise ValueError(f"attention_scale is {self.attention_scale}; it must be positive or None.")
@@ -105,8 +117,13 @@ class OFBViTConfig(ViTConfig):
                     f"token_schedule[{layer}] is {counts}; give [kept after dropping, kept after merging], each from 2 "
                     f"(the class token and one patch) to the {self.num_tokens} tokens of an image."
                 )
-            kept = min(left, counts[0])
+            before, kept = left, min(left, counts[0])
             left = min(kept, counts[1])
+            if left < before and not self.layer_sizes(layer)["num_attention_heads"]:
+                raise ValueError(
+                    f"token_schedule[{layer}] is {counts}, fewer than the {before} tokens that come in, but that layer "
+                    "has no attention to rank them by; let them pass."
+                )
             meant.append([kept, left])
         return meant
 
@@ -119,8 +136,8 @@ class OFBViTConfig(ViTConfig):
                 "give one width per layer."
             )
         for layer, size in enumerate(sizes):
-            if size < 1:
-                raise ValueError(f"{field}[{layer}] is {size}; every width must be at least 1.")
+            if size < 0:
+                raise ValueError(f"{field}[{layer}] is {size}; a width is 1 or more, or 0 for none.")
 
 
 __all__ = ["OFBViTConfig"]

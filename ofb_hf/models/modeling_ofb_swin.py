@@ -23,7 +23,10 @@ from .configuration_ofb_swin import OFBSwinConfig
 
 
 class OFBSwinAttention(SwinAttention):
-    """Window attention with this block's number of heads and head width; its scale may be the dense model's."""
+    """Window attention with this block's number of heads and head width; its scale may be the dense model's.
+
+    Without heads it has no parameters and is never called.
+    """
 
     def __init__(self, config: OFBSwinConfig, stage: int, block: int):
         nn.Module.__init__(self)
@@ -33,33 +36,38 @@ class OFBSwinAttention(SwinAttention):
         self.head_dim = sizes["head_dim"]
         self.attention_dropout = config.attention_probs_dropout_prob
         scales = config.attention_scale_per_stage
-        self.scaling = self.head_dim**-0.5 if scales is None else scales[stage]
+        self.scaling = (self.head_dim or 1) ** -0.5 if scales is None else scales[stage]
         self.is_causal = False
 
         width = self.num_attention_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(width, hidden_size)
+        self.q_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias) if width else None
+        self.k_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias) if width else None
+        self.v_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias) if width else None
+        self.o_proj = nn.Linear(width, hidden_size) if width else None
 
         window = (config.window_size, config.window_size)
-        self.relative_position_bias = SwinRelativePositionBias(self.num_attention_heads, window)
+        self.relative_position_bias = SwinRelativePositionBias(self.num_attention_heads, window) if width else None
 
 
 class OFBSwinMLP(SwinMLP):
-    """MLP with this block's hidden width."""
+    """MLP with this block's hidden width; without any it has no parameters and adds 0."""
 
     def __init__(self, config: OFBSwinConfig, stage: int, block: int):
         nn.Module.__init__(self)
         hidden_size, width = config.stage_width(stage), config.layer_sizes(stage, block)["intermediate_size"]
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(hidden_size, width)
-        self.fc2 = nn.Linear(width, hidden_size)
+        self.fc1 = nn.Linear(hidden_size, width) if width else None
+        self.fc2 = nn.Linear(width, hidden_size) if width else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        # The stock block adds what comes back, so a single 0 has to.
+        return hidden_states.new_zeros(()) if self.fc1 is None else super().forward(hidden_states)
 
 
 class OFBSwinLayer(SwinLayer):
-    """Swin block built from `config.layer_sizes(stage, block)`.
+    """Swin block built from `config.layer_sizes(stage, block)`; a half without width is passed by.
 
+    A block without attention returns a map of no heads, (B * windows, 0, T, T) with T tokens in a window.
     The stock layer gives up its shift for good at the first image that is no larger than one window. This one looks at
     every image anew, so what it computes does not depend on what it has seen before.
     """
@@ -73,10 +81,10 @@ class OFBSwinLayer(SwinLayer):
         drop_path_rate: float = 0.0,
     ):
         nn.Module.__init__(self)
-        hidden_size = config.stage_width(stage)
+        sizes = config.layer_sizes(stage, block)
         self.attention = OFBSwinAttention(config, stage, block)
-        self.layernorm_before = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-        self.layernorm_after = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_before = _norm(config, stage) if sizes["num_attention_heads"] else nn.Identity()
+        self.layernorm_after = _norm(config, stage) if sizes["intermediate_size"] else nn.Identity()
         self.mlp = OFBSwinMLP(config, stage, block)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.configured_windows = (config.window_size, 0 if block % 2 == 0 else config.window_size // 2)
@@ -84,9 +92,26 @@ class OFBSwinLayer(SwinLayer):
         self.input_resolution = input_resolution
         self.drop_path = SwinDropPath(drop_path_rate) if drop_path_rate > 0.0 else nn.Identity()
 
-    def forward(self, hidden_states: Tensor, input_dimensions: tuple[int, int], **kwargs) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
         self.window_size, self.shift_size = self.configured_windows
-        return super().forward(hidden_states, input_dimensions, **kwargs)
+        if self.attention.num_attention_heads:
+            return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
+        if self.mlp.fc1 is not None:
+            hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        if self.attention.config._attn_implementation != "eager":  # which alone returns maps
+            return hidden_states, None
+        if not always_partition:
+            self.set_shift_and_window_size(input_dimensions)
+        rows, columns = (-(-side // self.window_size) for side in input_dimensions)
+        tokens = self.window_size**2
+        windows = hidden_states.shape[0] * rows * columns
+        return hidden_states, hidden_states.new_empty(windows, 0, tokens, tokens)
+
+
+def _norm(config: OFBSwinConfig, stage: int) -> nn.LayerNorm:
+    return nn.LayerNorm(config.stage_width(stage), eps=config.layer_norm_eps)
 
 
 class OFBSwinPatchMerging(SwinPatchMerging):

@@ -129,7 +129,11 @@ class TokenReduction(nn.Module):
 
 
 class OFBViTAttention(ViTAttention):
-    """Self-attention with this layer's number of heads and head width; its scale may be the dense model's."""
+    """Self-attention with this layer's number of heads and head width; its scale may be the dense model's.
+
+    Without heads it has no parameters and adds nothing. Its entry in `attentions` is then a map of no heads,
+    (B, 0, N, N), so that there is one per layer.
+    """
 
     def __init__(self, config: OFBViTConfig, layer: int):
         nn.Module.__init__(self)
@@ -138,19 +142,23 @@ class OFBViTAttention(ViTAttention):
         self.num_attention_heads = sizes["num_attention_heads"]
         self.head_dim = sizes["head_dim"]
         self.attention_dropout = config.attention_probs_dropout_prob
-        self.scaling = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.scaling = (self.head_dim or 1) ** -0.5 if config.attention_scale is None else config.attention_scale
         self.is_causal = False
 
         width = self.num_attention_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=True)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias) if width else None
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias) if width else None
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias) if width else None
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=True) if width else None
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, with_importance: bool = False, **kwargs
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As the stock attention; the third output is the importance of the patches (B, N - 1), where asked for."""
+        if not self.num_attention_heads:
+            batch, tokens, _ = hidden_states.shape
+            is_eager = self.config._attn_implementation == "eager"  # which alone returns maps
+            return None, hidden_states.new_empty(batch, 0, tokens, tokens) if is_eager else None, None
         split = (*hidden_states.shape[:-1], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (project(hidden_states).view(split).transpose(1, 2) for project in projections)
@@ -164,25 +172,26 @@ class OFBViTAttention(ViTAttention):
 
 
 class OFBViTMLP(ViTMLP):
-    """MLP with this layer's hidden width."""
+    """MLP with this layer's hidden width; without any it has no parameters."""
 
     def __init__(self, config: OFBViTConfig, layer: int):
         nn.Module.__init__(self)
         width = config.layer_sizes(layer)["intermediate_size"]
         self.config = config
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, width)
-        self.fc2 = nn.Linear(width, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, width) if width else None
+        self.fc2 = nn.Linear(width, config.hidden_size) if width else None
 
 
 class OFBViTLayer(ViTLayer):
-    """Pre-norm transformer block built from `config.layer_sizes(layer)`."""
+    """Pre-norm transformer block built from `config.layer_sizes(layer)`; a half without width is passed by."""
 
     def __init__(self, config: OFBViTConfig, layer: int):
         nn.Module.__init__(self)
+        sizes = config.layer_sizes(layer)
         self.attention = OFBViTAttention(config, layer)
-        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_before = _norm(config) if sizes["num_attention_heads"] else nn.Identity()
+        self.layernorm_after = _norm(config) if sizes["intermediate_size"] else nn.Identity()
         self.mlp = OFBViTMLP(config, layer)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         before, kept, merged = config.token_counts(layer)
@@ -206,10 +215,17 @@ class OFBViTLayer(ViTLayer):
         attended, _, importance = self.attention(
             self.layernorm_before(hidden_states), attention_mask, with_importance=self.reduction is not None, **kwargs
         )
-        hidden_states = self.dropout(attended) + hidden_states
+        if attended is not None:
+            hidden_states = hidden_states + self.dropout(attended)
         if self.reduction is not None:
             hidden_states, sizes = self.reduction(hidden_states, sizes, importance)
-        return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states, sizes
+        if self.mlp.fc1 is not None:
+            hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        return hidden_states, sizes
+
+
+def _norm(config: OFBViTConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class OFBViTPreTrainedModel(ViTPreTrainedModel):
