@@ -1,6 +1,6 @@
 """A running average of the weights that survives when the network shrinks."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,10 +31,14 @@ class WeightAverage:
         for name, parameter in module.named_parameters():
             self.average[name].lerp_(parameter.detach(), 1 - decay)
 
-    def slice_(self, plan: Plan) -> None:
-        """Follows the module through a shrink."""
-        for name in self.average.keys() & plan.keys():
-            self.average[name] = slice_tensor(self.average[name], plan[name])
+    def slice_(self, plan: Plan, names: Collection[str]) -> None:
+        """Follows the module through a shrink.
+
+        Args:
+            plan: how parameters are sliced.
+            names: of the parameters that the module still has.
+        """
+        self.average = {name: slice_tensor(self.average[name], plan.get(name, ())) for name in names}
 
     @torch.no_grad()
     def copy_to_(self, module: nn.Module) -> None:

@@ -144,9 +144,9 @@ def _choose(
     if any(submodule.tied_to for submodule in space):
         raise ValueError("uniform_across_layers is True; baselines choose every layer for itself, turn it off.")
     options = {s.name: [Option(size, worth(s, size)) for size in s.sizes] for s in space}
-    sizes = describe(model.config).sizes
-    fixed = quantities({name: size for name, size in sizes.items() if name not in options})
-    choice = settle(options, terms, fixed, target, TIGHTNESS).choice
+    architecture = describe(model.config)
+    fixed = quantities({name: size for name, size in architecture.sizes.items() if name not in options})
+    choice = settle(options, terms, fixed, target, TIGHTNESS, architecture.attentions).choice
     return SubnetSpec({name: _best_units(scores[name], option.size) for name, option in choice.items()})
 
 
@@ -162,7 +162,8 @@ def _unit_sums(model: PreTrainedModel, value: Callable[[Tensor], Tensor]) -> Sco
     """Sums of a value of every weight over the weights that write each unit."""
     require_classifier(model)
     parameters = dict(model.named_parameters())
-    return {s.name: _sum_of(s, parameters, value) for s in describe(model.config).submodules}
+    submodules = [submodule for submodule in describe(model.config).submodules if math.prod(submodule.shape)]
+    return {submodule.name: _sum_of(submodule, parameters, value) for submodule in submodules}
 
 
 def _sum_of(submodule: Submodule, parameters: dict[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ A submodule has U units (residual channels, MLP channels, or heads x channels pe
     bi-mask     m_u = lam * S_u + (1 - lam) * V_u                      (U,)  arXiv:2403.15835
 
 Both scores are learned by gradient descent; the rank of a unit is its position when units are sorted by importance.
+Where 0 is among the candidate sizes, V may be below 1 for every unit: then the submodule is on its way out as a whole.
 """
 
 import math
@@ -16,9 +17,17 @@ from torch import Tensor, nn
 
 from .search_space import SubmoduleSpace
 
+# Above it a unit is worth its place (`estimate_importance_`).
+EVEN_IMPORTANCE = 0.5
 # Importance is estimated between sigmoid(-4) = 0.02 and sigmoid(4) = 0.98: nothing is out of the race for good. It
 # rises that steeply around the last unit that is kept (docs/LOG.md).
 IMPORTANCE_LIMIT, SHARPNESS = 4.0, 4.0
+
+
+def sums_of_first(values: Tensor, axis: int, counts: Tensor) -> Tensor:
+    """Sums of the first `counts` (K,) entries along an axis, 0 entries included: the axis becomes K long."""
+    sums = values.cumsum(axis)
+    return torch.cat([torch.zeros_like(values.sum(axis, keepdim=True)), sums], axis).index_select(axis, counts)
 
 
 def _rank(score: Tensor) -> Tensor:
@@ -32,7 +41,8 @@ class BiMask(nn.Module):
     Args:
         space: the units and their candidate sizes.
         normalize_importance: divide the importance by its maximum. A LayerNorm does not see a factor common to all
-            residual channels, so without this a budget could push all of them down together and remove none.
+            residual channels, so without this a budget could push all of them down together and remove none. Where
+            removing all is a candidate, they may sink together once the best is not worth its place.
 
     Attributes:
         importance_logits: parameter (U,), or (H, D) for a grid.
@@ -46,7 +56,7 @@ class BiMask(nn.Module):
     def __init__(self, space: SubmoduleSpace, normalize_importance: bool = False):
         super().__init__()
         self.name, self.kind, self.is_grid = space.name, space.kind, space.is_grid
-        self.normalize_importance = normalize_importance
+        self.normalize_importance, self.may_vanish = normalize_importance, space.may_vanish
         self.importance_logits = nn.Parameter(torch.zeros(space.unit_shape))
         self._add_choice(space)
         self.register_buffer("alive", torch.ones(space.unit_shape, dtype=torch.bool))
@@ -60,7 +70,10 @@ class BiMask(nn.Module):
 
     def _add_choice(self, space: SubmoduleSpace) -> None:
         self.alpha = nn.Parameter(torch.zeros(space.candidate_shape))
-        self.register_buffer("active_candidates", torch.ones(space.candidate_shape, dtype=torch.bool))
+        active = torch.ones(space.candidate_shape, dtype=torch.bool)
+        if space.is_grid and space.may_vanish:
+            active[0, 1:] = active[1:, 0] = False  # no heads of some width, heads of no width: (0, 0) stands for them
+        self.register_buffer("active_candidates", active)
 
     def extra_repr(self) -> str:
         return f"{self.name}, units={tuple(self.alive.shape)}, candidates={tuple(self.alpha.shape)}"
@@ -89,11 +102,17 @@ class BiMask(nn.Module):
         """Expected number of kept heads of a grid under `candidate_probs`: scalar."""
         return (self.candidate_probs().sum(1) * self.candidate_axes[0]).sum()
 
+    def expected_presence(self) -> Tensor:
+        """Probability that any unit is kept, under `candidate_probs`: scalar."""
+        return (self.candidate_probs() * (self.candidate_sizes > 0)).sum()
+
     def importance(self) -> Tensor:
         """How much each unit matters, in (0, 1]; 0 for units that are no longer alive. Shaped like the units."""
         importance = self.importance_logits.sigmoid() * self.alive
+        if not self.normalize_importance or not importance.numel():
+            return importance
         # Detached: otherwise the strongest unit, useful or not, would be rewarded for making all others look weaker.
-        return importance / importance.amax().detach() if self.normalize_importance else importance
+        return importance / importance.amax().detach().clamp(min=EVEN_IMPORTANCE if self.may_vanish else 0)
 
     def unit_rank(self) -> tuple[Tensor, ...]:
         """Importance rank of every unit, 0 = most important; units that are no longer alive come last.
@@ -111,7 +130,8 @@ class BiMask(nn.Module):
         """How many units there is room for, dealt out by importance rank. Shaped like the units, in [0, 1].
 
         The unit of rank r receives the probability that the chosen size exceeds r, so values fall with the rank,
-        start at 1 and add up to `expected_size`. Ranks are not differentiated: alpha learns through the values.
+        start at the probability of keeping any (1 unless 0 is a candidate) and add up to `expected_size`. Ranks are not
+        differentiated: alpha learns through the values.
         """
         with torch.autocast(self.alpha.device.type, enabled=False):
             p = self.candidate_probs()
@@ -167,13 +187,14 @@ class BiMask(nn.Module):
         are kept have a value close to 1, so that the function is not scaled first and mended afterwards.
 
         Args:
-            num_kept: units to keep, between 1 and all of them.
+            num_kept: units to keep, from none to all of them.
         """
         scores = self.first_order.double()
         scores = scores.clamp(min=max(scores.max().item() * 1e-12, torch.finfo(scores.dtype).tiny)).log()
         ordered = scores.flatten().sort(descending=True).values
         below = ordered[num_kept] if num_kept < len(ordered) else ordered[-1] - 2 * IMPORTANCE_LIMIT
-        edge = (ordered[num_kept - 1] + below) / 2
+        above = ordered[num_kept - 1] if num_kept else ordered[0] + 2 * IMPORTANCE_LIMIT
+        edge = (above + below) / 2
         self.importance_logits.copy_((SHARPNESS * (scores - edge)).clamp(-IMPORTANCE_LIMIT, IMPORTANCE_LIMIT))
 
     @torch.no_grad()
@@ -181,7 +202,7 @@ class BiMask(nn.Module):
         """Sets alpha so that the sparsity staircase follows the importance curve as closely as the candidates allow.
 
         A stair's height is the mean importance of the ranks it spans (1 for those that every candidate keeps), and a
-        candidate's probability is the drop behind its stair.
+        candidate's probability is the drop behind its stair; that of keeping nothing, the drop before the first one.
 
         Args:
             floor: probability shared evenly by all active candidates, so that none starts without a chance.
@@ -189,10 +210,13 @@ class BiMask(nn.Module):
         """
         stairs = self.importance_by_rank() if curve is None else curve
         for axis, sizes in enumerate(self.candidate_axes):
-            sums = stairs.cumsum(axis).index_select(axis, sizes - 1)
+            sums = sums_of_first(stairs, axis, sizes)
             stairs = sums.diff(dim=axis, prepend=torch.zeros_like(sums.narrow(axis, 0, 1)))
-            spans = sizes.diff(prepend=sizes.new_zeros(1))
+            spans = sizes.diff(prepend=sizes.new_zeros(1)).clamp(min=1)
             stairs = stairs / (spans if axis == stairs.ndim - 1 else spans[:, None])
+            if self.may_vanish and len(sizes) > 1:
+                # The stair of no units spans none: it is as high as the next one, but for the corner.
+                stairs.narrow(axis, 0, 1).copy_(stairs.narrow(axis, 1, 1))
         stairs.view(-1)[0] = 1
         p = stairs
         for axis in range(stairs.ndim):
@@ -270,8 +294,8 @@ class BiMask(nn.Module):
         if not self.is_grid:
             return (self.alive.nonzero()[:, 0],)
         heads = self.alive.any(1).nonzero()[:, 0]
-        channels = self.alive[heads].nonzero()[:, 1].reshape(len(heads), -1)
-        return heads, channels
+        channels = self.alive[heads].nonzero()[:, 1]
+        return heads, channels.reshape(len(heads), len(channels) // max(len(heads), 1))
 
     def kept(self) -> tuple[int, ...] | dict[int, tuple[int, ...]]:
         """The living units as indices of the dense parent: a tuple, or `{head: channels}` for a grid."""

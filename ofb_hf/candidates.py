@@ -6,7 +6,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .bi_mask import BiMask
+from .bi_mask import BiMask, sums_of_first
 from .flops import evaluate_terms
 from .settlement import Option
 from .unit_groups import Term, heads_of, quantities
@@ -50,7 +50,7 @@ def search_scores(mask: BiMask, terms: tuple[Term, ...], dense_sizes: dict[str, 
     unit_share = evaluate_terms(touched, dense) / dense[mask.name] / evaluate_terms(terms, dense)
     kept = mask.importance_by_rank()
     for axis, sizes in enumerate(mask.candidate_axes):
-        kept = kept.cumsum(axis).index_select(axis, sizes - 1)
+        kept = sums_of_first(kept, axis, sizes)
     log_probability = mask.candidate_probs().log().clamp(min=LOWEST_LOG_PROBABILITY)
     return IMPORTANCE_SCORE * unit_share * kept + log_probability
 

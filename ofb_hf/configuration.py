@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from transformers import PreTrainedConfig, SwinConfig, ViTConfig
 
@@ -73,6 +73,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Which halves of a block may be left out.
+DepthSearch = Literal[False, True, "attention", "mlp"]
+
+
 def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -100,6 +104,13 @@ class BiMaskConfig:
     search_embedding: bool = _field(True, "Search the width of the residual stream (of every stage).")
     search_attention: bool = _field(True, "Search heads x channels per head, jointly, in every attention.")
     search_mlp: bool = _field(True, "Search the hidden width of every MLP.")
+    search_depth: DepthSearch = field(
+        default=False,
+        metadata={
+            "help": "Let attentions and MLPs be left out altogether: True for both, 'attention' or 'mlp' for one kind.",
+            **{"nargs": "?", "const": True},  # the flag without a value is True, as with other switches
+        },
+    )
     embedding_candidates: list[int] | None = _field(None, "Residual widths to choose from; every full one included.")
     head_candidates: list[int] | None = _field(None, "Numbers of heads to choose from; every full one included.")
     head_dim_candidates: list[int] | None = _field(None, "Channels per head to choose from; every full one included.")
@@ -222,6 +233,27 @@ class BiMaskConfig:
             raise ValueError(f"pmim_window is {self.pmim_window}; give an odd number of pixels, 3 or more.")
         if not (self.search_embedding or self.search_attention or self.search_mlp):
             raise ValueError("nothing to search: turn on search_embedding, search_attention or search_mlp.")
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        if self.search_depth not in get_args(DepthSearch):
+            raise ValueError(f"search_depth is {self.search_depth!r}; allowed are True, False, 'attention' and 'mlp'.")
+        if not self.search_depth:
+            return
+        if not any(self._may_vanish(kind) for kind in ("attention", "mlp")):
+            raise ValueError(
+                f"search_depth is {self.search_depth!r}, search_attention {self.search_attention}, search_mlp "
+                f"{self.search_mlp}: nothing could be left out. Search what may go, or turn search_depth off."
+            )
+        if self.uniform_across_layers:
+            raise ValueError(
+                f"search_depth is {self.search_depth!r} and uniform_across_layers True: layers that choose together "
+                "would all be left out together. Turn one of them off."
+            )
+
+    def _may_vanish(self, kind: str) -> bool:
+        searched = {"attention": self.search_attention, "mlp": self.search_mlp}
+        return searched.get(kind, False) and self.search_depth in (True, kind)
 
     @property
     def budget(self) -> tuple[str, float]:
@@ -275,6 +307,8 @@ class BiMaskConfig:
     def _check_candidates(self, searched: list[Submodule]) -> None:
         for name, full in _full_sizes(searched).items():
             given = getattr(self, name) or []
+            if any(size < 1 for size in given):
+                raise ValueError(f"{name} is {given}; sizes are 1 or more, search_depth=True adds 0 to them.")
             if full and any(size > max(full.values()) for size in given):
                 raise ValueError(f"{name} is {given}, but the largest full size in this model is {max(full.values())}.")
             missing = [submodule for submodule, size in full.items() if size not in given]
@@ -285,16 +319,19 @@ class BiMaskConfig:
                 )
 
     def _submodule_space(self, submodule: Submodule) -> SubmoduleSpace:
+        nothing = [0] if self._may_vanish(submodule.kind) else []
         if submodule.kind == "attention":
             heads, dims = submodule.shape
+            head_sizes = _up_to(heads, self.head_candidates) or self._head_sizes(heads)
+            dim_sizes = _up_to(dims, self.head_dim_candidates)
+            dim_sizes = dim_sizes or self._channel_sizes(dims, 0.25, max(dims // 8, 1))
             return SubmoduleSpace(
                 submodule.name,
                 submodule.kind,
                 num_heads=heads,
                 head_dim=dims,
-                head_candidates=_up_to(heads, self.head_candidates) or self._head_sizes(heads),
-                dim_candidates=_up_to(dims, self.head_dim_candidates)
-                or self._channel_sizes(dims, 0.25, max(dims // 8, 1)),
+                head_candidates=(*nothing, *head_sizes),
+                dim_candidates=(*nothing, *dim_sizes),
             )
         units = submodule.shape[0]
         if submodule.kind == "embedding":
@@ -305,7 +342,7 @@ class BiMaskConfig:
             step = units // (8 if self.preset == "paper" else 16)
             smallest = 1 / 4 if self.preset == "paper" else 1 / 16
             sizes = _up_to(units, self.mlp_candidates) or self._channel_sizes(units, smallest, max(step, 1))
-        return SubmoduleSpace(submodule.name, submodule.kind, units, tuple(sizes))
+        return SubmoduleSpace(submodule.name, submodule.kind, units, (*nothing, *sizes))
 
     def _head_sizes(self, heads: int) -> list[int]:
         step = 2 if self.preset == "paper" else 1

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 
 class GateStore:
-    """The current gate values, submodule name -> (U,), shared by all gated modules of one supernet.
+    """The current gate values, quantity -> (U,), shared by all gated modules of one supernet.
 
+    A quantity is a submodule's name, or `presence_of` it: (1,), the gate of what it adds whichever units it keeps.
     Gradient checkpointing re-reads the same tensors in the backward pass, so the values stay until the next forward.
     A copy starts out empty: non-leaf tensors cannot be deep-copied, and the copy computes its own.
     """
@@ -26,7 +27,7 @@ class GateStore:
 
 
 def apply_gate(parameter: Tensor, gate: Tensor, axis: int) -> Tensor:
-    """Scales a tensor along one axis: gate (U,) against `parameter.shape[axis] == U`."""
+    """Scales a tensor along one axis: gate (U,) against `parameter.shape[axis] == U`, or (1,) for all of it."""
     shape = [1] * parameter.ndim
     shape[axis] = -1
     return parameter * gate.reshape(shape).to(parameter.dtype)
@@ -35,10 +36,11 @@ def apply_gate(parameter: Tensor, gate: Tensor, axis: int) -> Tensor:
 def _gated_parameter(name: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
         parameter = module._parameters[name]
-        submodule, axis = module._gates[name]
-        if parameter is None or submodule not in module._gate_store.values:
-            return parameter
-        return apply_gate(parameter, module._gate_store.values[submodule], axis)
+        if parameter is not None:
+            for gate, axis in module._gates[name]:
+                if gate in module._gate_store.values:
+                    parameter = apply_gate(parameter, module._gate_store.values[gate], axis)
+        return parameter
 
     return property(read)
 
@@ -61,8 +63,8 @@ class _LivingLayerNorm(nn.LayerNorm):
         return (normalized * alive).to(dtype)
 
 
-def gate_parameters_(module: nn.Module, store: GateStore, gates: dict[str, tuple[str, int]]) -> None:
-    """Makes `module` read parameters through gates: {parameter name: (submodule, axis)}. Changes only its class."""
+def gate_parameters_(module: nn.Module, store: GateStore, gates: dict[str, list[tuple[str, int]]]) -> None:
+    """Makes `module` read parameters through gates: {parameter name: [(quantity, axis)]}. Changes only its class."""
     base = type(module)
     module.__class__ = type(f"Gated{base.__name__}", (base,), {name: _gated_parameter(name) for name in gates})
     module._gates, module._gate_store = gates, store

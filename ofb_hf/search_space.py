@@ -2,16 +2,16 @@
 
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
-def _check_candidates(name: str, field: str, candidates: tuple[int, ...], full: int) -> None:
-    if not candidates or list(candidates) != sorted(set(candidates)) or candidates[0] < 1:
+def _check_candidates(name: str, field: str, candidates: tuple[int, ...], full: int, smallest: int) -> None:
+    if not candidates or list(candidates) != sorted(set(candidates)) or candidates[0] < smallest:
         raise ValueError(
-            f"{field} of submodule {name!r} is {list(candidates)}; expected distinct positive sizes in ascending order."
+            f"{field} of submodule {name!r} is {list(candidates)}; expected distinct sizes of {smallest} or more in "
+            "ascending order."
         )
     if candidates[-1] != full:
         raise ValueError(
@@ -24,9 +24,13 @@ def _check_candidates(name: str, field: str, candidates: tuple[int, ...], full: 
 class SubmoduleSpace:
     """The candidate sizes of one submodule: a plain axis of units, or the joint grid of heads x channels per head.
 
+    Where attentions and MLPs may be left out altogether, 0 is the first candidate, on a grid that of both axes: there
+    is one way to be absent, (0, 0).
+
     Args:
         name: the submodule, for example `embeddings`, `layers.0.attention`, `layers.0.mlp`.
-        kind: `embedding`, `attention` or `mlp`; decides learning rates and reports, not the arithmetic.
+        kind: `embedding`, `attention` or `mlp`; decides learning rates and reports, not the arithmetic. An embedding
+            cannot be left out.
         num_units: U, the units of a plain axis. For a grid it is derived as `num_heads * head_dim`.
         candidate_sizes: ascending numbers of units of a plain axis, the last one is `num_units`.
         num_heads, head_dim: the full grid, heads times channels per head.
@@ -48,6 +52,7 @@ class SubmoduleSpace:
     tied_to: str | None = None
 
     def __post_init__(self):
+        smallest = 1 if self.kind == "embedding" else 0
         for field in ("candidate_sizes", "head_candidates", "dim_candidates"):
             object.__setattr__(self, field, tuple(int(size) for size in getattr(self, field)))
         if self.is_grid:
@@ -57,8 +62,13 @@ class SubmoduleSpace:
                     f"candidate_sizes={self.candidate_sizes}; a grid takes num_heads, head_dim, head_candidates and "
                     "dim_candidates, a plain axis takes num_units and candidate_sizes."
                 )
-            _check_candidates(self.name, "head_candidates", self.head_candidates, self.num_heads)
-            _check_candidates(self.name, "dim_candidates", self.dim_candidates, self.head_dim)
+            _check_candidates(self.name, "head_candidates", self.head_candidates, self.num_heads, smallest)
+            _check_candidates(self.name, "dim_candidates", self.dim_candidates, self.head_dim, smallest)
+            if (0 in self.head_candidates) != (0 in self.dim_candidates):
+                raise ValueError(
+                    f"submodule {self.name!r} has head_candidates={self.head_candidates} and "
+                    f"dim_candidates={self.dim_candidates}; give 0 in both, to let it be left out, or in neither."
+                )
             units = self.num_heads * self.head_dim
             if self.num_units not in (None, units):
                 raise ValueError(
@@ -69,7 +79,7 @@ class SubmoduleSpace:
         else:
             if self.num_units is None:
                 raise ValueError(f"submodule {self.name!r} has neither num_units nor num_heads; give one of them.")
-            _check_candidates(self.name, "candidate_sizes", self.candidate_sizes, self.num_units)
+            _check_candidates(self.name, "candidate_sizes", self.candidate_sizes, self.num_units, smallest)
 
     @property
     def is_grid(self) -> bool:
@@ -85,7 +95,12 @@ class SubmoduleSpace:
     def sizes(self) -> list[tuple[int, ...]]:
         """Every candidate, (U',) or (heads, channels per head), ascending."""
         axes = (self.head_candidates, self.dim_candidates) if self.is_grid else (self.candidate_sizes,)
-        return list(itertools.product(*axes))
+        return [size for size in itertools.product(*axes) if all(size) or not any(size)]
+
+    @property
+    def may_vanish(self) -> bool:
+        """Whether keeping nothing at all is a candidate."""
+        return not any(self.sizes[0])
 
     @property
     def candidate_shape(self) -> tuple[int, ...]:
@@ -130,7 +145,7 @@ class SearchSpace:
     @property
     def num_candidates(self) -> int:
         """Architecture logits of the whole space (DeiT-S: 353, DeiT-B: 621 with the paper's candidates)."""
-        return sum(math.prod(submodule.candidate_shape) for submodule in self if submodule.tied_to is None)
+        return sum(len(submodule.sizes) for submodule in self if submodule.tied_to is None)
 
     @property
     def num_units(self) -> int:

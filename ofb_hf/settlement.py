@@ -9,6 +9,7 @@ all its sizes; several are first narrowed down by giving cost a price (a Lagrang
 import functools
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,7 @@ def settle(
     fixed: dict[str, int],
     target: int,
     tightness: float = TIGHTNESS,
+    needed: Collection[str] = (),
 ) -> Settlement:
     """The best-scoring choice whose cost lies in [tightness * target, target].
 
@@ -66,6 +68,7 @@ def settle(
         fixed: the quantities of the submodules that have no choice.
         target: the budget, in the unit of the terms.
         tightness: how much of the budget to use, unless the space is too coarse.
+        needed: submodules, chosen or fixed, of which at least one has to keep units.
 
     Returns:
         The best choice within the band; where no subnet lies in it, the most expensive one below it.
@@ -73,14 +76,37 @@ def settle(
     Raises:
         UnreachableBudgetError: naming the smallest possible cost.
     """
-    problem = _Problem(options, terms, fixed, math.ceil(tightness * target), target)
-    smallest = {name: min(options[name], key=lambda o: o.units) for name in problem.widths}
-    floor = problem.smallest_cost(smallest)
+    lowest = math.ceil(tightness * target)
+    free = _Problem(options, terms, fixed, lowest, target)
+    restricted = [_Problem(each, terms, fixed, lowest, target) for each in _that_keep_one(options, fixed, needed)]
+    floor = min(problem.floor for problem in restricted or [free])
     if floor > target:
         raise UnreachableBudgetError(
             f"the budget of {target:,} is below the smallest subnet of the search space, which costs {floor:,}; "
             "raise the target to at least that, or allow smaller candidates."
         )
+    best = _solve(free)
+    if not restricted or any(best.choice[name].units for name in needed):
+        return best
+    return max((_solve(problem) for problem in restricted if problem.floor <= target), key=free.rank)
+
+
+def _that_keep_one(
+    options: dict[str, list[Option]], fixed: dict[str, int], needed: Collection[str]
+) -> list[dict[str, list[Option]]]:
+    """Restrictions of the options that together cover every choice in which a needed submodule has units.
+
+    Empty if every choice is one.
+    """
+    kept = {name: [option for option in options[name] if option.units] for name in needed if name in options}
+    if any(fixed.get(name) for name in needed) or any(kept[name] == options[name] for name in kept):
+        return []
+    return [options | {name: present} for name, present in kept.items() if present]
+
+
+def _solve(problem: "_Problem") -> Settlement:
+    """The best choice of a problem that has one."""
+    options, smallest = problem.options, problem.smallest
     combinations = math.prod(len(options[name]) for name in problem.widths)
     if combinations > MAX_COMBINATIONS:
         best = _climb(problem, [smallest, *_promising_widths(problem)])
@@ -187,6 +213,8 @@ class _Problem:
         self.owners = {quantity: name for name, row in rows.items() for quantity in row[0]}
         self.amounts = {q: np.array([amounts[q] for amounts in rows[name]]) for q, name in self.owners.items()}
         self.widths = self._coupled()
+        self.smallest = {name: min(options[name], key=lambda o: o.units) for name in self.widths}
+        self.floor = self._smallest_cost()
 
     def _coupled(self) -> list[str]:
         """Submodules to fix so that the rest enters the cost linearly: the larger side of every product."""
@@ -206,9 +234,9 @@ class _Problem:
         within = settlement.cost >= self.lowest
         return within, settlement.score if within else settlement.cost, settlement.score
 
-    def smallest_cost(self, widths: dict[str, Option]) -> int:
-        """The least that a choice with these widths costs."""
-        constant, costs = self._linear_costs(widths)
+    def _smallest_cost(self) -> int:
+        """The least that any choice costs."""
+        constant, costs = self._linear_costs(self.smallest)
         return constant + sum(map(min, costs.values()))
 
     def solve(self, widths: dict[str, Option]) -> Settlement | None:

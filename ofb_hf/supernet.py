@@ -13,14 +13,14 @@ from .architectures import describe, family_of, require_classifier
 from .bi_mask import BiMask, TiedBiMask
 from .candidates import candidate_options, first_order_options, search_scores
 from .configuration import BiMaskConfig, default_config
-from .flops import ExpectedCost, count_macs, evaluate_terms
+from .flops import ExpectedCost, best_of, count_macs, evaluate_terms, expected_quantities
 from .losses import one_hot_loss
 from .masked_layers import GateStore, apply_gate, gate_parameters_, mask_norm_
 from .pmim import PMIMDecoder, window_for_patch
 from .search_space import Kept, SubnetSpec
 from .settlement import TIGHTNESS, Option, Settlement, settle
-from .surgery import Entries, slice_model, slice_tensors_, unit_group_plan
-from .unit_groups import Architecture, Slot, Submodule, Term, heads_of, quantities
+from .surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
+from .unit_groups import Architecture, Slot, Submodule, Term, heads_of, presence_of, quantities
 
 # L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit elsewhere.
 IMPORTANCE_PENALTY = {"attention": 2e-4, "mlp": 5e-5, "embedding": 5e-5}
@@ -131,8 +131,9 @@ class Supernet(nn.Module):
     def is_fresh(self) -> bool:
         """Whether no search has moved it yet: full widths, everything in the race, lambda at its start."""
         start = torch.tensor(self.bi_mask_config.importance_start)
-        undecided = all(mask.active_candidates.all() and mask.alive.all() for mask in self.bi_masks)
-        return self.architecture.sizes == self.dense_sizes and undecided and bool(self.lam.cpu() == start)
+        complete = self.architecture.sizes == self.dense_sizes and all(mask.alive.all() for mask in self.bi_masks)
+        undecided = self.num_active_candidates == self.space.num_candidates
+        return complete and undecided and bool(self.lam.cpu() == start)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """Trades compute for memory in the classifier's blocks; arguments as in transformers.
@@ -175,7 +176,9 @@ class Supernet(nn.Module):
     def refresh_gates(self) -> None:
         """Computes the bi-mask values that the gated modules read until the next call."""
         # A new dict, and nobody looks at the last one: compiled code does not depend on what it held.
-        self._gate_store.values = {mask.name: mask.prunability(self.lam).flatten() for mask in self.bi_masks}
+        values = {mask.name: mask.prunability(self.lam).flatten() for mask in self.bi_masks}
+        present = {presence_of(m.name): best_of(values[m.name])[None] for m in self.bi_masks if m.may_vanish}
+        self._gate_store.values = values | present
         if not torch.compiler.is_compiling():
             self.refresh_liveness()
 
@@ -192,13 +195,13 @@ class Supernet(nn.Module):
                     self._gate_store.alive[mask.name] = None if mask.alive.all() else mask.alive.flatten().clone()
 
     def _install_gates(self, architecture: Architecture) -> None:
-        gates: dict[str, dict[str, tuple[str, int]]] = {}
+        gates: dict[str, dict[str, list[tuple[str, int]]]] = {}
         parameters = dict(self.model.named_parameters())
         for submodule in self._searched(architecture):
-            for slot in submodule.slots:
-                if slot.gated and slot.parameter in parameters:
-                    path, _, name = slot.parameter.rpartition(".")
-                    gates.setdefault(path, {})[name] = (submodule.name, slot.axis)
+            for parameter, gate, axis in submodule.gates:
+                if parameter in parameters:
+                    path, _, name = parameter.rpartition(".")
+                    gates.setdefault(path, {}).setdefault(name, []).append((gate, axis))
             for norm in submodule.norms:
                 mask_norm_(self.model.get_submodule(norm), self._gate_store, submodule.name)
         for path, names in gates.items():
@@ -219,11 +222,7 @@ class Supernet(nn.Module):
         values = self._gate_store.values
         searched: dict[str, Tensor] = {}
         for mask in self.bi_masks:
-            gates = values[mask.name].float().reshape(mask.alive.shape)
-            searched[mask.name] = gates.sum() if on == "bi_mask" else mask.expected_size().float()
-            if mask.is_grid:  # a head stays as long as its best channel does
-                heads = gates.amax(1).sum() if on == "bi_mask" else mask.expected_heads().float()
-                searched[heads_of(mask.name)] = heads
+            searched |= expected_quantities(mask, values[mask.name] if on == "bi_mask" else None)
         dense = quantities(self.dense_sizes)
         return torch.stack([searched[n] if n in searched else self.lam.new_tensor(float(dense[n])) for n in dense])
 
@@ -249,9 +248,11 @@ class Supernet(nn.Module):
             UnreachableBudgetError: naming the smallest possible cost.
         """
         fixed = quantities({name: size for name, size in self.dense_sizes.items() if name not in self.named_masks})
-        follows = self.leaders | {heads_of(name): heads_of(leader) for name, leader in self.leaders.items()}
+        named = (str, heads_of, presence_of)
+        follows = {quantity(name): quantity(leader) for name, leader in self.leaders.items() for quantity in named}
         terms = [replace(term, factors=tuple(follows.get(f, f) for f in term.factors)) for term in self.terms]
-        settlement = settle(options or self.options(), tuple(terms), fixed, self.target, TIGHTNESS)
+        needed = self.dense_architecture.attentions
+        settlement = settle(options or self.options(), tuple(terms), fixed, self.target, TIGHTNESS, needed)
         choice = {name: settlement.choice[leader] for name, leader in self.leaders.items()}
         return replace(settlement, choice=choice)
 
@@ -294,27 +295,27 @@ class Supernet(nn.Module):
             leader.fit_alpha_(curve=torch.stack(curves).mean(0))
 
     @torch.no_grad()
-    def shrink_(self) -> tuple[dict[nn.Parameter, nn.Parameter], dict[str, Entries]]:
-        """Removes all units that are not alive, physically, from classifier, masks and decoder.
+    def shrink_(self) -> tuple[dict[nn.Parameter, nn.Parameter | None], dict[str, Entries]]:
+        """Removes all units that are not alive, physically, from classifier, masks and decoder; attentions and MLPs
+        that have none left lose their layers and their norm.
 
         Returns:
-            Old parameter -> new parameter, and the plan {parameter name: ((axis, indices), ...)}, with which the
-            optimizer and a weight average follow. Both empty if there was nothing to remove.
+            Old parameter -> new parameter, or None where it is gone, and the plan
+            {parameter name: ((axis, indices), ...)} for those that stay. With these the optimizer and a weight average
+            follow. Both empty if there was nothing to remove.
         """
         gone = [mask for mask in self.bi_masks if not mask.alive.all()]
         if not gone:
             return {}, {}
         kept = {mask.name: mask.alive.flatten().nonzero()[:, 0] for mask in gone}
-        plan = unit_group_plan(self._submodules_with_decoder(), kept, set(self.state_dict()))
+        submodules, before = self._submodules_with_decoder(), set(self.parameters())
+        living = {mask.name: tuple(indices.shape[-1] for indices in mask.alive_units()) for mask in gone}
+        resize_(self.model, self.architecture.sizes | living)
+        plan = unit_group_plan(submodules, kept, set(self.state_dict()))
         for index, mask in enumerate(self.bi_masks):
             if mask.name in kept:
                 plan |= {f"bi_masks.{index}.{name}": entries for name, entries in mask.shrink_plan().items()}
-        replaced = slice_tensors_(self, plan)
-        family, sizes = family_of(self.config), self.architecture.sizes
-        family.resize(self.config, sizes | {mask.name: tuple(mask.alive.shape) for mask in gone})
-        for path, values in family.attributes(self.config).items():
-            for attribute, value in values.items():
-                setattr(self.model.get_submodule(path), attribute, value)
+        replaced = dict.fromkeys(before - set(self.parameters())) | slice_tensors_(self, plan)
         self._gate_store.values = {}
         self._alive_version.clear()
         return replaced, plan
@@ -362,10 +363,9 @@ class Supernet(nn.Module):
         state = self.model.state_dict()
         architecture, family = self.architecture, family_of(self.config)
         for submodule in self._searched(architecture):
-            for slot in submodule.slots:
-                if slot.gated and slot.parameter in state:
-                    gate = self._gate_store.values[submodule.name]
-                    state[slot.parameter] = apply_gate(state[slot.parameter], gate, slot.axis)
+            for parameter, gate, axis in submodule.gates:
+                if parameter in state and gate in self._gate_store.values:
+                    state[parameter] = apply_gate(state[parameter], self._gate_store.values[gate], axis)
         state = {name: tensor for name, tensor in state.items() if not name.endswith(".mask_token")}
         folded = family.model_class(copy.deepcopy(self.config)).to(device=self.model.device, dtype=self.model.dtype)
         folded.load_state_dict(state)

@@ -1,7 +1,8 @@
 """Physical removal of units: the same plan applied to a model, its average and its optimizer.
 
 A plan says which entries of each tensor stay: {tensor name: ((axis, indices), ...)}. Parameters are replaced by new
-ones (the gradient machinery remembers the old shape), modules never are (hooks and references stay valid).
+ones (the gradient machinery remembers the old shape), modules never are (hooks and references stay valid); those of an
+attention or MLP of which nothing is left are taken out.
 """
 
 import copy
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from .architectures import describe, family_of
 from .search_space import SubnetSpec
@@ -100,6 +102,18 @@ def flat_indices(subnet: SubnetSpec, name: str, shape: tuple[int, ...]) -> Tenso
     return torch.tensor(kept, dtype=torch.long)
 
 
+def resize_(model: PreTrainedModel, sizes: dict[str, tuple[int, ...]]) -> None:
+    """Brings config and modules of a classifier to these sizes, but not their tensors.
+
+    Attentions and MLPs of size 0 lose their layers and their norm. Hooks on the modules that remain stay.
+    """
+    family = family_of(model.config)
+    family.resize(model.config, sizes)
+    for path, values in family.attributes(model.config).items():
+        for attribute, value in values.items():
+            setattr(model.get_submodule(path), attribute, value)
+
+
 def slice_tensors_(module: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
     """Replaces the named parameters and buffers of a module by their slices.
 
@@ -133,19 +147,22 @@ def _refresh_sizes(layer: nn.Module) -> None:
 
 
 def slice_optimizer_(
-    optimizer: torch.optim.Optimizer, replaced: dict[nn.Parameter, nn.Parameter], entries: dict[nn.Parameter, Entries]
+    optimizer: torch.optim.Optimizer,
+    replaced: dict[nn.Parameter, nn.Parameter | None],
+    entries: dict[nn.Parameter, Entries],
 ) -> None:
     """Hands an optimizer the new parameters and slices every state tensor that had the old parameter's shape.
 
     Args:
-        replaced: old parameter -> new one.
+        replaced: old parameter -> new one, None if it is gone.
         entries: old parameter -> how it was sliced; one that is absent starts with fresh state.
     """
     for group in optimizer.param_groups:
-        group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+        present = (replaced.get(parameter, parameter) for parameter in group["params"])
+        group["params"] = [parameter for parameter in present if parameter is not None]
     for old, new in replaced.items():
         state = optimizer.state.pop(old, None)
-        if state and old in entries:
+        if state and new is not None and old in entries:
             optimizer.state[new] = {
                 key: slice_tensor(value, entries[old])
                 if isinstance(value, Tensor) and value.shape == old.shape

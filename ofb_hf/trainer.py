@@ -260,10 +260,11 @@ class OFBTrainer(DistillationTrainer):
         """
         replaced, plan = self.supernet.shrink_()
         names = {parameter: name for name, parameter in self.supernet.named_parameters()}
-        entries = {old: plan[names[new]] for old, new in replaced.items() if not names[new].endswith(".alpha")}
+        stayed = {old: names[new] for old, new in replaced.items() if new is not None}
+        entries = {old: plan[name] for old, name in stayed.items() if not name.endswith(".alpha")}
         slice_optimizer_(self.optimizer, replaced, entries)
         if self.average is not None:
-            self.average.slice_(plan)
+            self.average.slice_(plan, names.values())
         self._require_identical_ranks()  # before DDP is rebuilt: copying rank 0's values would hide a difference
         if not replaced:
             return

@@ -66,6 +66,12 @@ class Submodule:
     norms: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
 
+    @property
+    def gates(self) -> list[tuple[str, str, int]]:
+        """What its bi-mask scales: tensor, the quantity whose gate scales it, and along which axis."""
+        units = [(slot.parameter, self.name, slot.axis) for slot in self.slots if slot.gated]
+        return units + [(tensor, presence_of(self.name), 0) for tensor in self.constants]
+
 
 @dataclass(frozen=True)
 class Term:
@@ -129,6 +135,11 @@ class Architecture:
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Submodule name -> current units, (U,) or (heads, channels per head)."""
         return {submodule.name: submodule.shape for submodule in self.submodules}
+
+    @property
+    def attentions(self) -> list[str]:
+        """The submodules of which a network needs one: through them its tokens see each other."""
+        return [submodule.name for submodule in self.submodules if submodule.kind == "attention"]
 
 
 @dataclass(frozen=True)

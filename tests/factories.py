@@ -232,24 +232,28 @@ def optimizer_that_mirrors(module: nn.Module) -> torch.optim.AdamW:
     return optimizer
 
 
+NOTHING = st.sampled_from([(), (0,)])
+DEPTHS = st.sampled_from([False, True, "attention", "mlp"])
+
+
 @st.composite
 def plain_spaces(draw: st.DrawFn) -> SubmoduleSpace:
-    """A plain axis of 1 to 40 units with any candidates that include the full size."""
-    units = draw(st.integers(1, 40))
-    return SubmoduleSpace("layers.0.mlp", "mlp", units, _sizes(draw, units))
+    """A plain axis of 1 to 40 units with any candidates that include the full size, and sometimes 0."""
+    units, nothing = draw(st.integers(1, 40)), draw(NOTHING)
+    return SubmoduleSpace("layers.0.mlp", "mlp", units, (*nothing, *_sizes(draw, units)))
 
 
 @st.composite
 def grid_spaces(draw: st.DrawFn) -> SubmoduleSpace:
-    """A grid of 1 to 7 heads with 1 to 12 channels each, any candidates."""
-    heads, dims = draw(st.integers(1, 7)), draw(st.integers(1, 12))
+    """A grid of 1 to 7 heads with 1 to 12 channels each, any candidates, sometimes with nothing among them."""
+    heads, dims, nothing = draw(st.integers(1, 7)), draw(st.integers(1, 12)), draw(NOTHING)
     return SubmoduleSpace(
         "layers.0.attention",
         "attention",
         num_heads=heads,
         head_dim=dims,
-        head_candidates=_sizes(draw, heads),
-        dim_candidates=_sizes(draw, dims),
+        head_candidates=(*nothing, *_sizes(draw, heads)),
+        dim_candidates=(*nothing, *_sizes(draw, dims)),
     )
 
 
@@ -273,7 +277,7 @@ def masks(draw: st.DrawFn, spread: float = 3.0) -> BiMask:
         if draw(st.booleans()):
             mask.importance_logits.copy_(mask.importance_logits.round())
         weak = torch.rand(mask.alpha.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.8]))
-        weak.view(-1)[int(mask.alpha.flatten().argmax())] = False
+        weak.view(-1)[int(mask.candidate_probs().argmax())] = False
         mask.retire_(weak)
     return mask
 
@@ -300,6 +304,7 @@ def swin_shapes(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, list[int]]]:
         "head_candidates": sorted({size for heads in overrides["num_heads"] for size in _sizes(draw, heads)}),
         "head_dim_candidates": list(_sizes(draw, head_dim)),
         "mlp_candidates": sorted({size for width in widths for size in _sizes(draw, int(ratio * width))}),
+        "search_depth": draw(DEPTHS),
     }
     return overrides, candidates
 
@@ -324,6 +329,7 @@ def vit_shapes(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, list[int]]]:
         "head_candidates": list(_sizes(draw, heads)),
         "head_dim_candidates": list(_sizes(draw, head_dim)),
         "mlp_candidates": list(_sizes(draw, mlp)),
+        "search_depth": draw(DEPTHS),
     }
     return overrides, candidates
 

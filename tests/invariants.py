@@ -108,7 +108,7 @@ def units_to_keep(config: PreTrainedConfig, what: str, rng: random.Random) -> Su
 
     Args:
         what: a kind or the name of one submodule; `heads` takes whole heads, `channels` some within every head, and
-            `one width` one residual width of those that the network has.
+            `one width` one residual width of those that the network has. Attentions and MLPs may lose all units.
     """
     submodules = describe(config).submodules
     one_width = rng.choice(names_of(config, "embedding"))
@@ -117,10 +117,10 @@ def units_to_keep(config: PreTrainedConfig, what: str, rng: random.Random) -> Su
         name, shape = submodule.name, submodule.shape
         chosen = what in (name, submodule.kind) or (what == "one width" and name == one_width)
         if len(shape) == 1:
-            size = rng.randint(1, shape[0]) if chosen else shape[0]
+            size = rng.randint(submodule.kind == "embedding", shape[0]) if chosen else shape[0]
             kept[name] = tuple(sorted(rng.sample(range(shape[0]), size)))
             continue
-        heads = rng.randint(1, shape[0]) if chosen or what == "heads" else shape[0]
+        heads = rng.randint(0, shape[0]) if chosen or what == "heads" else shape[0]
         channels = rng.randint(1, shape[1]) if chosen or what == "channels" else shape[1]
         kept[name] = {
             head: tuple(sorted(rng.sample(range(shape[1]), channels)))

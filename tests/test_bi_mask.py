@@ -69,7 +69,8 @@ def test_grid_probabilities_are_one_softmax_over_heads_and_channels():
 @given(masks())
 def test_sparsity_is_a_staircase(mask):
     stairs = by_rank(mask, mask.sparsity())
-    assert stairs.flatten()[0].item() == pytest.approx(1)
+    assert stairs.flatten()[0].item() == pytest.approx(mask.expected_presence().item())
+    assert mask.may_vanish or stairs.flatten()[0].item() == pytest.approx(1)
     for axis in range(stairs.ndim):
         assert (stairs.diff(dim=axis) <= 1e-15).all()
     assert stairs.min() >= 0
@@ -206,6 +207,33 @@ def test_normalized_importance_has_a_maximum_of_one(space):
     assert (mask.importance_logits.grad > 0).all()
 
 
+def test_units_that_may_all_go_sink_together_once_the_best_is_not_worth_its_place():
+    mask = BiMask(SubmoduleSpace("a", "mlp", 3, (0, 1, 3)), normalize_importance=True)
+    for best, largest in ((2.0, 1.0), (0.0, 1.0), (-1.0, 2 * torch.sigmoid(torch.tensor(-1.0)).item())):
+        with torch.no_grad():
+            mask.importance_logits.copy_(torch.tensor([best - 2, best, best - 1]))
+        assert mask.importance().max().item() == pytest.approx(largest)
+    mask.settle_(0)
+    assert (mask.importance() == 0).all()
+    assert (mask.prunability(0.5) == 0).all()
+    shrink_(mask)
+    assert mask.importance().shape == mask.prunability(0.5).shape == (0,)
+    assert mask.kept() == ()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 11, 12])
+@pytest.mark.parametrize(
+    "space", [SubmoduleSpace("a", "mlp", 12, (0, 12)), SubmoduleSpace("a", "attention", None, (), 3, 4, (0, 3), (0, 4))]
+)
+def test_estimated_importance_is_above_one_half_for_as_many_units_as_are_kept(space, kept):
+    mask = BiMask(space)
+    mask.first_order.copy_(torch.rand(space.unit_shape) + 0.01)
+    mask.estimate_importance_(kept)
+    assert int((mask.importance() > 0.5).sum()) == kept
+    order = mask.first_order.flatten().argsort()
+    assert (mask.importance_logits.flatten()[order].diff() >= 0).all()
+
+
 def test_normalization_looks_at_living_units_only():
     mask = BiMask(PLAIN, normalize_importance=True).double()
     with torch.no_grad():
@@ -242,9 +270,10 @@ def test_weak_candidates_are_those_below_the_threshold(space, seed):
     mask = BiMask(space).double()
     torch.nn.init.normal_(mask.alpha, std=2.0, generator=torch.Generator().manual_seed(seed))
     p = mask.candidate_probs().detach()
-    expected = p > 0.2 / p.numel()
+    assert int((p > 0).sum()) == len(space.sizes)
+    expected = p > 0.2 / len(space.sizes)
     expected.view(-1)[p.argmax()] = True
-    assert mask.retire_candidates(0.2) == int((~expected).sum())
+    assert mask.retire_candidates(0.2) == len(space.sizes) - int(expected.sum())
     assert torch.equal(mask.active_candidates, expected)
 
 
@@ -361,7 +390,7 @@ def test_shrinking_changes_no_value(space, seed):
         for parameter in mask.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     weak = torch.rand(mask.alpha.shape, generator=generator) < 0.6
-    if (~weak).any():
+    if (mask.active_candidates & ~weak).any():
         mask.retire_(weak)
     before, alive, kept = mask.prunability(0.3), mask.alive.clone(), mask.kept()
     size, active = mask.expected_size(), int(mask.active_candidates.sum())
@@ -406,13 +435,14 @@ def test_candidates_between_living_ones_stay_as_inactive():
 # --------------------------------------------------------------------------------------------------------- fit_alpha_
 
 
+@pytest.mark.parametrize("nothing", [(), (0,)], ids=["", "or nothing"])
 @pytest.mark.parametrize("shape", [(12,), (3, 4)])
-def test_fitted_alpha_follows_a_reachable_importance_curve(shape):
+def test_fitted_alpha_follows_a_reachable_importance_curve(shape, nothing):
     """Where the importance itself is a staircase over the candidates, the fit reproduces it."""
     if len(shape) == 1:
-        space = SubmoduleSpace("a", "mlp", 12, (3, 7, 9, 12))
+        space = SubmoduleSpace("a", "mlp", 12, (*nothing, 3, 7, 9, 12))
     else:
-        space = SubmoduleSpace("a", "attention", None, (), 3, 4, (1, 3), (2, 3, 4))
+        space = SubmoduleSpace("a", "attention", None, (), 3, 4, (*nothing, 1, 3), (*nothing, 2, 3, 4))
     source = BiMask(space).double()
     torch.nn.init.normal_(source.alpha)
     curve = source.sparsity().detach()

@@ -56,7 +56,7 @@ def test_masked_units_might_as_well_not_be_there(what, family, data, seed):
     dense = ours(family, seed % 97, torch.float64, **overrides)
     config = search_config(family, **dict.fromkeys(("embedding_candidates", "head_candidates"), None))
     config.head_dim_candidates = config.mlp_candidates = None
-    config.target_macs = 1.0
+    config.target_macs, config.search_depth = 1.0, True
     supernet = install_bi_masks(dense, config)
     subnet = units_to_keep(dense.config, what, random.Random(seed))
     close_masks_(supernet, subnet)
@@ -96,7 +96,7 @@ def test_random_masks_over_random_candidates_fold_shrink_and_compress_alike(fami
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_single_submodule_might_as_well_be_sliced(dtype, family, name):
     dense, images = ours(family, dtype=dtype), tiny_images(dtype=dtype)
-    supernet, logits = install_bi_masks(dense, search_config(family)), dense(images).logits
+    supernet, logits = install_bi_masks(dense, search_config(family, search_depth=True)), dense(images).logits
     subnets = [units_to_keep(dense.config, name, random.Random(seed)) for seed in range(6)]
     smaller = [subnet for subnet in subnets if sizes_of(subnet) != supernet.dense_sizes]
     assert len(smaller) > 2

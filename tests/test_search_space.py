@@ -76,6 +76,51 @@ def test_sizes_of_a_space():
         space["b"]
 
 
+def test_a_space_in_which_nothing_is_a_candidate():
+    plain = SubmoduleSpace("m", "mlp", 9, (0, 2, 9))
+    grid = SubmoduleSpace("a", "attention", **GRID | {"head_candidates": (0, 2, 4), "dim_candidates": (0, 3, 6)})
+    assert (plain.may_vanish, grid.may_vanish, SubmoduleSpace("a", "attention", **GRID).may_vanish) == (
+        True,
+        True,
+        False,
+    )
+    assert plain.sizes == [(0,), (2,), (9,)]
+    assert grid.sizes == [(0, 0), (2, 3), (2, 6), (4, 3), (4, 6)]
+    assert SearchSpace((plain, grid)).num_candidates == 8
+
+
+@pytest.mark.parametrize(
+    ("depth", "kinds"), [(True, {"attention", "mlp"}), ("attention", {"attention"}), ("mlp", {"mlp"})]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_depth_adds_nothing_to_the_candidates_of_a_kind(family, depth, kinds):
+    config, model = search_config(family, search_depth=depth), tiny_model(family)
+    with_depth, without = (c.search_space(model.config) for c in (config, search_config(family)))
+    assert {space.kind for space in with_depth if space.may_vanish} == kinds
+    for space, other in zip(with_depth, without, strict=True):
+        nothing = [tuple(0 for _ in space.unit_shape)] if space.kind in kinds else []
+        assert space.sizes == nothing + other.sizes
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"search_depth": "heads"}, "search_depth is 'heads'; allowed are True, False, 'attention' and 'mlp'"),
+        ({"search_depth": "mlp", "search_mlp": False}, "search_depth is 'mlp', .* search_mlp False: nothing"),
+        ({"search_depth": True, "uniform_across_layers": True}, "all be left out together"),
+    ],
+)
+def test_impossible_depths_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ViTBiMaskConfig(**fields)
+
+
+def test_zero_among_given_candidates_is_refused_with_the_way_to_add_it():
+    with pytest.raises(ValueError, match=r"mlp_candidates is \[0, 72\]; .*search_depth=True"):
+        ViTBiMaskConfig(mlp_candidates=[0, 72]).search_space(vit_config())
+
+
 def test_sizes_of_a_subnet():
     subnet = SubnetSpec({"embeddings": (1, 5, 6), "a": {0: (2, 3), 4: (0, 9)}})
     assert subnet.size("embeddings") == 3
@@ -100,7 +145,9 @@ def test_the_residual_stream_may_not_be_left_out():
         ({"num_units": 9, "candidate_sizes": (2, 5)}, ["'s'", "candidate_sizes", "5", "9"]),
         ({"num_units": 9, "candidate_sizes": (5, 2, 9)}, ["'s'", "candidate_sizes", "[5, 2, 9]"]),
         ({"num_units": 9, "candidate_sizes": (2, 2, 9)}, ["'s'", "candidate_sizes", "[2, 2, 9]"]),
-        ({"num_units": 9, "candidate_sizes": (0, 9)}, ["'s'", "candidate_sizes", "[0, 9]"]),
+        ({"num_units": 9, "candidate_sizes": (-1, 9)}, ["'s'", "candidate_sizes", "[-1, 9]"]),
+        ({"num_units": 9, "candidate_sizes": (0, 9), "kind": "embedding"}, ["'s'", "candidate_sizes", "[0, 9]"]),
+        (GRID | {"head_candidates": (0, 4)}, ["'s'", "head_candidates=(0, 4)", "dim_candidates=(3, 6)"]),
         ({"num_units": 9, "candidate_sizes": ()}, ["'s'", "candidate_sizes", "[]"]),
         ({"num_units": 9, "candidate_sizes": (2, 12)}, ["'s'", "candidate_sizes", "12", "9"]),
         ({}, ["'s'", "num_units", "num_heads"]),
@@ -113,7 +160,7 @@ def test_the_residual_stream_may_not_be_left_out():
 )
 def test_impossible_spaces_are_refused_by_name_and_value(fields, names):
     with pytest.raises(ValueError, match=r"expected|must|takes|give") as error:
-        SubmoduleSpace("s", "mlp", **fields)
+        SubmoduleSpace(**({"name": "s", "kind": "mlp"} | fields))
     for name in names:
         assert name in str(error.value)
 

@@ -42,10 +42,12 @@ def cost_of(terms: tuple[Term, ...], units: dict[str, int]) -> int:
     return total
 
 
-def brute_force(options: dict[str, list[Option]], terms: tuple[Term, ...], fixed: dict[str, int]):
-    """Every choice with its cost and score."""
+def brute_force(options: dict[str, list[Option]], terms: tuple[Term, ...], fixed: dict[str, int], needed=()):
+    """Every choice that keeps units of something needed, with its cost and score."""
     for picks in itertools.product(*options.values()):
         choice = dict(zip(options, picks, strict=True))
+        if needed and not any(choice[name].units for name in needed):
+            continue
         units = fixed | {name: option.units for name, option in choice.items()}
         yield cost_of(terms, units), sum(option.score for option in picks)
 
@@ -66,16 +68,19 @@ def reachable_costs(supernet: Supernet, config) -> set[int]:
     totals = set()
     for e in units["embeddings"]:
         if by_params:
-            base = e * (pixels + 1) + e + tokens * e + 2 * e + labels * (e + 1) + len(layers) * (2 * e + 4 * e)
-            per_attention_unit, per_mlp_unit = 4 * e + biases, 2 * e + 1
+            base = e * (pixels + 1) + e + tokens * e + 2 * e + labels * (e + 1)
+            per_half, per_attention_unit, per_mlp_unit = 3 * e, 4 * e + biases, 2 * e + 1
         else:
             base = (tokens - 1) * pixels * e + labels * e
-            per_attention_unit, per_mlp_unit = 4 * tokens * e + 2 * tokens**2, 2 * tokens * e
-        sums = {base}
+            per_half, per_attention_unit, per_mlp_unit = 0, 4 * tokens * e + 2 * tokens**2, 2 * tokens * e
+        sums = {(base, False)}  # and whether there is an attention yet: a network needs one
         for layer in layers:
-            sums = {s + per_attention_unit * a for s in sums for a in units[f"layers.{layer}.attention"]}
-            sums = {s + per_mlp_unit * f for s in sums for f in units[f"layers.{layer}.mlp"]}
-        totals |= sums
+            attentions, mlps = units[f"layers.{layer}.attention"], units[f"layers.{layer}.mlp"]
+            sums = {
+                (s + per_half * (a > 0) + per_attention_unit * a, seen or a > 0) for s, seen in sums for a in attentions
+            }
+            sums = {(s + per_half * (f > 0) + per_mlp_unit * f, seen) for s, seen in sums for f in mlps}
+        totals |= {total for total, seen in sums if seen}
     return totals
 
 
@@ -84,36 +89,39 @@ def reachable_costs(supernet: Supernet, config) -> set[int]:
 
 @st.composite
 def problems(draw: st.DrawFn, largest: int = 12) -> tuple:
-    """One shared width, up to four parts whose cost is a product with it or not, and scores; all small integers."""
+    """One shared width, up to four parts whose cost is a product with it or not, and scores; all small integers. Last,
+    the parts of which one has to stay."""
     parts = [f"part{index}" for index in range(draw(st.integers(0, 4)))]
     score = st.floats(-5, 5, allow_nan=False)
     options = {
-        name: [Option((units,), draw(score)) for units in sorted(draw(st.sets(st.integers(1, 6), min_size=1)))]
-        for name in ["width", *parts]
+        name: [Option((units,), draw(score)) for units in sorted(draw(st.sets(st.integers(low, 6), min_size=1)))]
+        for name, low in [("width", 1), *((part, 0) for part in parts)]
     }
+    needed = [name for name in parts if draw(st.booleans())]
+    needed = needed if any(option.units for name in needed for option in options[name]) else []
     coefficient = st.integers(1, largest)
     terms = [Term(draw(coefficient)), Term(draw(coefficient), ("width",)), Term(draw(coefficient), ("width", "fixed"))]
     for name in parts:
         terms.append(Term(draw(coefficient), ("width", name)))
         terms.append(Term(draw(coefficient), (name,)))
-    return options, tuple(terms), {"fixed": draw(st.integers(1, 5))}, draw(st.floats(0, 1.1))
+    return options, tuple(terms), {"fixed": draw(st.integers(1, 5))}, draw(st.floats(0, 1.1)), needed
 
 
 def target_of(problem: tuple, share: float) -> int:
     """A budget between the smallest and the largest cost of a problem (or a bit above)."""
-    options, terms, fixed = problem
-    costs = [cost for cost, _ in brute_force(options, terms, fixed)]
+    costs = [cost for cost, _ in brute_force(*problem)]
     return int(min(costs) + share * (max(costs) - min(costs)))
 
 
 @given(problems())
 def test_small_problems_are_solved_exactly(problem):
     """Below as many cost units as there are bins nothing is rounded: the best choice of all, or the largest below."""
-    options, terms, fixed, share = problem
-    target = target_of((options, terms, fixed), share)
-    everything = [(cost, score) for cost, score in brute_force(options, terms, fixed) if cost <= target]
+    options, terms, fixed, share, needed = problem
+    target = target_of((options, terms, fixed, needed), share)
+    everything = [(cost, score) for cost, score in brute_force(options, terms, fixed, needed) if cost <= target]
     inside = [score for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
-    settlement = settle(options, terms, fixed, target, TIGHTNESS)
+    settlement = settle(options, terms, fixed, target, TIGHTNESS, needed)
+    assert not needed or any(settlement.choice[name].units for name in needed)
     units = fixed | {name: option.units for name, option in settlement.choice.items()}
     assert target < BINS or target - min(cost for cost, _ in everything) < BINS
     assert list(settlement.choice) == list(options)
@@ -130,11 +138,11 @@ def test_small_problems_are_solved_exactly(problem):
 def test_large_problems_are_solved_up_to_the_rounding_of_costs(problem):
     """Costs are rounded to 1 / BINS of the room, so the answer beats all that keep a bin per submodule away from both
     ends of the band, whatever it is allowed to do in between; feasibility is never given up for it."""
-    options, terms, fixed, share = problem
-    target = target_of((options, terms, fixed), share)
-    everything = [(cost, score) for cost, score in brute_force(options, terms, fixed) if cost <= target]
+    options, terms, fixed, share, needed = problem
+    target = target_of((options, terms, fixed, needed), share)
+    everything = [(cost, score) for cost, score in brute_force(options, terms, fixed, needed) if cost <= target]
     inside = [(cost, score) for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
-    settlement = settle(options, terms, fixed, target, TIGHTNESS)
+    settlement = settle(options, terms, fixed, target, TIGHTNESS, needed)
     assert settlement.cost <= target
     if not inside:
         assert settlement.cost == max(cost for cost, _ in everything)
@@ -200,6 +208,7 @@ def random_search(seed: int) -> tuple[Supernet, object]:
         "head_candidates": sizes(heads),
         "head_dim_candidates": sizes(head_dim),
         "mlp_candidates": sizes(mlp),
+        "search_depth": [False, True, "attention", "mlp"][seed % 4],
     }
     budget, count = [("target_macs", count_macs), ("target_params", count_params)][seed >= MACS_SEEDS]
     dense = count(model)
@@ -248,17 +257,25 @@ def test_the_choice_is_the_best_one_up_to_the_rounding_of_costs(seed):
     assert not clear or settlement.score >= max(clear) - 1e-6
 
 
+@pytest.mark.parametrize("depth", [False, True, "attention"])
 @pytest.mark.parametrize("budget", ["target_macs", "target_params"])
-def test_an_unreachable_budget_is_refused_before_training_and_names_the_smallest(budget):
+def test_an_unreachable_budget_is_refused_before_training_and_names_the_smallest(budget, depth):
+    """With depth, the smallest network has one attention left."""
     model = tiny_vit()
     count = count_macs if budget == "target_macs" else count_params
-    supernet = install_bi_masks(model, search_config(**{budget: 1.0}))
-    smallest = min(reachable_costs(supernet, model.config))
+
+    def supernet(target: float) -> Supernet:
+        return install_bi_masks(model, search_config(search_depth=depth, **{budget: target}))
+
+    smallest = min(reachable_costs(supernet(1.0), model.config))
     with pytest.raises(UnreachableBudgetError, match=rf"{smallest:,}"):
-        install_bi_masks(model, search_config(**{budget: smallest - 1}))
+        supernet(smallest - 1)
     with pytest.raises(ValueError, match=rf"{smallest:,}"):
-        install_bi_masks(model, search_config(**{budget: 0.001}))
-    assert count(compress(install_bi_masks(model, search_config(**{budget: smallest})))) == smallest
+        supernet(0.001)
+    small = compress(supernet(smallest))
+    assert count(small) == smallest
+    assert sum(heads > 0 for heads in small.config.num_attention_heads_per_layer) == (1 if depth else 2)
+    assert (sum(small.config.intermediate_size_per_layer) == 0) == (depth is True)
 
 
 @pytest.mark.parametrize("budget", ["target_macs", "target_params"])

@@ -20,7 +20,7 @@ from ofb_hf.architectures import describe
 from ofb_hf.flops import evaluate_terms
 from ofb_hf.settlement import Option, Settlement, UnreachableBudgetError, _Problem, _Relaxation, settle
 from ofb_hf.supernet import Supernet
-from ofb_hf.unit_groups import Term, heads_of, quantities
+from ofb_hf.unit_groups import Term, heads_of, presence_of, quantities
 
 TIGHTNESS = 0.98
 
@@ -286,7 +286,7 @@ def largest_reachable_cost(supernet: Supernet) -> int:
         known = quantities({name: sizes[name][index] for name, index in zip(widths, values, strict=True)})
         reachable = 1
         for name in set(sizes) - set(widths):
-            own = {name, heads_of(name)}
+            own = {name, heads_of(name), presence_of(name)}
             terms = tuple(term for term in supernet.terms if own & set(term.factors))
             costs = {evaluate_terms(terms, known | quantities({name: size})) for size in sizes[name]}
             reachable = sum_of_sets(reachable, costs) & (1 << (supernet.target + 1)) - 1

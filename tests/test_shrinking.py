@@ -1,6 +1,7 @@
 """Shrinking in the middle of a search: function, gradients, optimizer, average and saved state follow."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -37,8 +38,19 @@ def shrink_with_(supernet: Supernet, optimizer: torch.optim.Optimizer) -> Plan:
     """Shrinks a supernet and its optimizer; returns the plan."""
     replaced, plan = supernet.shrink_()
     names = {parameter: name for name, parameter in supernet.named_parameters()}
-    slice_optimizer_(optimizer, replaced, {old: plan[names[new]] for old, new in replaced.items()})
+    stayed = {old: names[new] for old, new in replaced.items() if new is not None}
+    slice_optimizer_(optimizer, replaced, {old: plan[name] for old, name in stayed.items()})
     return plan
+
+
+def leave_out_(supernet: Supernet, seed: int) -> None:
+    """Leaves out one attention and one MLP at random, and may leave out more."""
+    rng = random.Random(seed)
+    for kind in ("attention", "mlp"):
+        names = names_of(supernet.config, kind)
+        for name in {rng.choice(names), *(name for name in names if rng.random() < 0.2)}:
+            mask = supernet.named_masks[name]
+            mask.settle_(*(0 for _ in mask.alive.shape))
 
 
 def retire_some_except_best_(supernet: Supernet, seed: int) -> None:
@@ -46,8 +58,8 @@ def retire_some_except_best_(supernet: Supernet, seed: int) -> None:
     best = supernet.settlement().choice
     generator = torch.Generator().manual_seed(seed)
     for mask in supernet.bi_masks:
-        wanted = torch.rand(mask.candidate_sizes.max(), generator=generator) < 0.5
-        weak = wanted[mask.candidate_sizes - 1] & mask.active_candidates
+        wanted = torch.rand(mask.candidate_sizes.max() + 1, generator=generator) < 0.5
+        weak = wanted[mask.candidate_sizes] & mask.active_candidates
         weak[mask.index_of(best[mask.name].size)] = False
         mask.retire_(weak)
 
@@ -56,11 +68,14 @@ def retire_some_except_best_(supernet: Supernet, seed: int) -> None:
 
 
 @both_families
+@pytest.mark.parametrize("depth", [False, True])
 @pytest.mark.parametrize("share", [0.5, 0.8])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(3))
-def test_shrinking_changes_neither_logits_nor_pictures(seed, dtype, share, family):
-    supernet = tiny_supernet(seed, dtype, family)
+def test_shrinking_changes_neither_logits_nor_pictures(seed, dtype, share, depth, family):
+    supernet = tiny_supernet(seed, dtype, family, search_depth=depth)
+    if depth:
+        leave_out_(supernet, seed)
     retire_some_(supernet, seed, share)
     images, masked = tiny_images(dtype=dtype), masked_patches(supernet)
     before, painted = supernet(images).logits.detach(), supernet(images, bool_masked_pos=masked)
@@ -75,15 +90,21 @@ def test_shrinking_changes_neither_logits_nor_pictures(seed, dtype, share, famil
 
 
 @both_families
+@pytest.mark.parametrize("depth", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_shrinking_changes_no_gradient(seed, family):
-    supernet = tiny_supernet(seed, torch.float64, family).train()
+def test_shrinking_changes_no_gradient(seed, depth, family):
+    supernet = tiny_supernet(seed, torch.float64, family, search_depth=depth).train()
+    if depth:
+        leave_out_(supernet, seed)
+        for module in supernet.modules():  # its random numbers would be others once there are fewer blocks
+            module.drop_prob = 0.0
     retire_some_(supernet, seed, 0.6)
     images = tiny_images(dtype=torch.float64)
     before = gradients_of(supernet, images)
     _, plan = supernet.shrink_()
     after = gradients_of(supernet, images)
-    assert after.keys() == before.keys()
+    assert (after.keys() < before.keys()) if depth else (after.keys() == before.keys())
+    assert all(before[name].abs().max() < 1e-12 for name in before.keys() - after.keys())
     assert len(plan) > 10
     for name, gradient in after.items():
         # sizes() are float32 by design, so the two cost terms agree to that precision only
@@ -92,9 +113,12 @@ def test_shrinking_changes_no_gradient(seed, family):
 
 
 @both_families
-def test_a_shrunken_network_looks_like_one_that_was_built_small(family):
+@pytest.mark.parametrize("depth", [False, True])
+def test_a_shrunken_network_looks_like_one_that_was_built_small(family, depth):
     """Sizes that modules keep beside their weights, frozen parameters, and costs before the next forward pass."""
-    supernet = tiny_supernet(family=family, target_macs=0.5)
+    supernet = tiny_supernet(family=family, target_macs=0.5, search_depth=depth)
+    if depth:
+        leave_out_(supernet, 1)
     supernet.model.get_submodule(supernet.architecture.embeddings).requires_grad_(False)
     frozen = [name for name, parameter in supernet.named_parameters() if not parameter.requires_grad]
     supernet(tiny_images())
@@ -103,6 +127,8 @@ def test_a_shrunken_network_looks_like_one_that_was_built_small(family):
     small = OURS[family](supernet.config)
     theirs, seen = dict(small.named_modules()), set()
     for name, module in supernet.model.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
+            assert isinstance(theirs[name], torch.nn.Linear | torch.nn.LayerNorm), name
         for attribute in (
             "in_features", "out_features", "in_channels", "out_channels", "normalized_shape", "num_attention_heads",
             "head_dim", "scaling", "num_features",
@@ -110,6 +136,7 @@ def test_a_shrunken_network_looks_like_one_that_was_built_small(family):
             assert getattr(module, attribute, None) == getattr(theirs[name], attribute, None), (name, attribute)
             seen |= {attribute} if hasattr(module, attribute) else set()
     assert len(seen) == (9 if family == "swin" else 8)
+    assert theirs.keys() == dict(supernet.model.named_modules()).keys()
     assert [name for name, parameter in supernet.named_parameters() if not parameter.requires_grad] == frozen
     supernet.sizes("bi_mask").sum().backward()
     assert all(mask.importance_logits.grad is not None for mask in supernet.bi_masks)
@@ -136,16 +163,21 @@ def test_mask_token_and_decoder_lose_the_channels_that_the_network_loses(family)
 
 
 @both_families
+@pytest.mark.parametrize("depth", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_optimizer_and_average_follow_every_shrink(seed, family):
+def test_optimizer_and_average_follow_every_shrink(seed, depth, family):
     """Moments and average start as copies of the parameters; slice by slice they have to stay that."""
-    supernet = tiny_supernet(seed, family=family, target_macs=0.5)
+    supernet = tiny_supernet(seed, family=family, target_macs=0.5, search_depth=depth)
     optimizer, average = optimizer_that_mirrors(supernet), WeightAverage(supernet, 0.9)
     groups = [len(group["params"]) for group in optimizer.param_groups]
     for event in range(3):
+        if depth and event == 0:
+            leave_out_(supernet, seed)
         retire_some_(supernet, seed + event, 0.5)
-        average.slice_(shrink_with_(supernet, optimizer))
+        plan = shrink_with_(supernet, optimizer)
         names = {parameter: name for name, parameter in supernet.named_parameters()}
+        average.slice_(plan, names.values())
+        assert average.average.keys() == set(names.values())
         assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in names}
         assert set(optimizer.state) == set(names)
         for parameter, name in names.items():
@@ -154,7 +186,7 @@ def test_optimizer_and_average_follow_every_shrink(seed, family):
             assert torch.equal(state["exp_avg_sq"], 2 * parameter.abs()), name
             assert state["step"].item() == 7
             assert torch.equal(average.average[name], parameter), name
-    assert [len(group["params"]) for group in optimizer.param_groups] == groups
+    assert ([len(group["params"]) for group in optimizer.param_groups] == groups) != depth
     assert count_macs(supernet.config) < supernet.dense_macs
     supernet(tiny_images()).logits.sum().backward()
     optimizer.step()
@@ -204,9 +236,10 @@ def test_training_goes_on_after_a_shrink_as_if_units_had_been_masked(family):
 
 
 @both_families
-def test_read_subnet_names_units_of_the_dense_parent_after_shrinks(family):
+@pytest.mark.parametrize("depth", [False, True])
+def test_read_subnet_names_units_of_the_dense_parent_after_shrinks(family, depth):
     """A shrunken search and the same search without shrinking agree on what they keep."""
-    kept, shrunk = (tiny_supernet(family=family, target_macs=0.4) for _ in range(2))
+    kept, shrunk = (tiny_supernet(family=family, target_macs=0.4, search_depth=depth) for _ in range(2))
     for event in range(3):
         for supernet in (kept, shrunk):
             retire_some_except_best_(supernet, event)
@@ -232,14 +265,19 @@ def test_retirement_spares_the_best_choice_within_the_budget(family):
 
 
 @both_families
-def test_a_fresh_supernet_takes_the_state_of_a_shrunken_one(family):
-    saved, images = tiny_supernet(0, family=family, target_macs=0.5), tiny_images()
+@pytest.mark.parametrize("depth", [False, True])
+def test_a_fresh_supernet_takes_the_state_of_a_shrunken_one(family, depth):
+    saved, images = tiny_supernet(0, family=family, target_macs=0.4, search_depth=depth), tiny_images()
+    if depth:
+        gone = names_of(saved.config, "attention")[0], names_of(saved.config, "mlp")[-1]
+        for name in gone:
+            saved.named_masks[name].settle_(*(0 for _ in saved.named_masks[name].alive.shape))
     for event in range(2):
         retire_some_except_best_(saved, event)
         saved.shrink_()
     saved.multiplier.fill_(0.3)
     state = copy_of_state(saved)
-    fresh = install_bi_masks(tiny_model(family, seed=5), search_config(family, target_macs=0.5))
+    fresh = install_bi_masks(tiny_model(family, seed=5), search_config(family, target_macs=0.4, search_depth=depth))
     fresh(images)
     fresh.shrink_to_(state)
     fresh.load_state_dict(state, strict=True)
