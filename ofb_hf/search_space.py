@@ -166,6 +166,11 @@ class SearchSpace:
 Kept = tuple[int, ...] | dict[int, tuple[int, ...]]
 
 
+def all_units(shape: tuple[int, ...]) -> Kept:
+    """Every unit of a submodule of this shape, (U,) or (heads, channels per head)."""
+    return tuple(range(shape[0])) if len(shape) == 1 else {h: tuple(range(shape[1])) for h in range(shape[0])}
+
+
 @dataclass(frozen=True)
 class SubnetSpec:
     """The outcome of a search: which units of the dense parent are kept, per submodule.

@@ -17,7 +17,7 @@ from .flops import ExpectedCost, best_of, count_macs, evaluate_terms, expected_q
 from .losses import one_hot_loss
 from .masked_layers import GateStore, apply_gate, gate_parameters_, mask_norm_
 from .pmim import PMIMDecoder, window_for_patch
-from .search_space import Kept, SubnetSpec
+from .search_space import Kept, SubnetSpec, all_units
 from .settlement import TIGHTNESS, Option, Settlement, settle
 from .surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
 from .unit_groups import Architecture, Slot, Submodule, Term, heads_of, presence_of, quantities
@@ -261,7 +261,7 @@ class Supernet(nn.Module):
         choice = self.settlement().choice
         for mask in self.bi_masks:
             mask.settle_(*choice[mask.name].size)
-        kept = {name: _all_units(shape) for name, shape in self.dense_sizes.items()}
+        kept = {name: all_units(shape) for name, shape in self.dense_sizes.items()}
         return SubnetSpec(kept | {mask.name: mask.kept() for mask in self.bi_masks})
 
     def retire_candidates(self) -> int:
@@ -300,7 +300,7 @@ class Supernet(nn.Module):
         that have none left lose their layers and their norm.
 
         Returns:
-            Old parameter -> new parameter, or None where it is gone, and the plan
+            Old parameter -> new parameter, or None where nothing is left to train, and the plan
             {parameter name: ((axis, indices), ...)} for those that stay. With these the optimizer and a weight average
             follow. Both empty if there was nothing to remove.
         """
@@ -316,6 +316,9 @@ class Supernet(nn.Module):
             if mask.name in kept:
                 plan |= {f"bi_masks.{index}.{name}": entries for name, entries in mask.shrink_plan().items()}
         replaced = dict.fromkeys(before - set(self.parameters())) | slice_tensors_(self, plan)
+        # Masks of what is gone: nothing in the forward pass reads them any more, so DDP must not wait for them.
+        idle = {p.requires_grad_(False) for mask in gone if not mask.alive.numel() for p in mask.parameters()}
+        replaced = {old: None if new in idle else new for old, new in replaced.items()}
         self._gate_store.values = {}
         self._alive_version.clear()
         return replaced, plan
@@ -433,10 +436,6 @@ def compress(supernet: Supernet) -> PreTrainedModel:
     settled = copy.deepcopy(supernet)
     settled.settle_()
     return settled.fold()
-
-
-def _all_units(shape: tuple[int, ...]) -> Kept:
-    return tuple(range(shape[0])) if len(shape) == 1 else {h: tuple(range(shape[1])) for h in range(shape[0])}
 
 
 def _living_units(mask: BiMask) -> Kept:

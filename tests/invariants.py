@@ -158,4 +158,4 @@ def gradients_of(supernet: Supernet, images: Tensor) -> dict[str, Tensor]:
     supernet.zero_grad()
     torch.manual_seed(0)
     search_loss(supernet, images).backward()
-    return {name: parameter.grad.clone() for name, parameter in supernet.named_parameters()}
+    return {name: parameter.grad.clone() for name, parameter in supernet.named_parameters() if parameter.requires_grad}

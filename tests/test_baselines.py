@@ -22,7 +22,15 @@ CHOICES = {
 
 @both_families
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("budget", [{"target_macs": 0.6}, {"target_macs": 0.35}, {"target_params": 0.5}])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"target_macs": 0.6},
+        {"target_macs": 0.35},
+        {"target_params": 0.5},
+        {"target_macs": 0.25, "search_depth": True},
+    ],
+)
 def test_the_budget_holds_and_the_subnet_can_be_cut(family, choice, budget):
     model, config = tiny_model(family), search_config(family, **budget)
     subnet = CHOICES[choice](model, config)

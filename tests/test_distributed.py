@@ -11,6 +11,8 @@ from ofb_hf.consistency import checksum, decided_by_rank_0, require_identical_ra
 
 RETIRING = {"importance_hold": 0.1, "retire_begin": 0.8, "settle_at": 0.9}
 SHRINK_AT = [7, 10, 14]
+# The last MLP retires its largest size six times at most; then nothing is all that is left of it.
+LEAVE_OUT_AT = [5, 6, 7, 9, 10, 12]
 NO_RANDOMNESS = {"pmim": False, "importance_init_std": 0.05}
 
 
@@ -21,21 +23,24 @@ def shrinks(result):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("depth", [False, True])
 @pytest.mark.parametrize("family", ["vit", "swin"])
-def test_two_ranks_hold_the_same_network_after_every_step(tmp_path, family):
-    """With accumulated, clipped bf16 gradients, weight average and shrinks on the way."""
+def test_two_ranks_hold_the_same_network_after_every_step(tmp_path, family, depth):
+    """With accumulated, clipped bf16 gradients, weight average and shrinks on the way; down to no MLP in the end."""
     arguments = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "bf16": True, "ema_decay": 0.9}
     arguments |= {"max_steps": 20, "per_device_train_batch_size": 4}
-    options = {"family": family, "config": RETIRING, "arguments": arguments}
-    options |= {"compare_ranks": True, "shrink_at": SHRINK_AT}
+    shrink_at = LEAVE_OUT_AT if depth else SHRINK_AT
+    options = {"family": family, "config": RETIRING | {"search_depth": depth}, "arguments": arguments}
+    options |= {"compare_ranks": True, "shrink_at": shrink_at}
     status, said = finish(start_search(tmp_path, options, ranks=2))
     assert status == 0, said[-3000:]
     first, second = results(tmp_path, ranks=2)
     assert first["world_size"] == second["world_size"] == 2
     assert [step["different"] for step in first["steps"]] == [[]] * 20
-    assert set(SHRINK_AT) <= set(shrinks(first))
+    assert set(shrink_at) <= set(shrinks(first))
     assert first["weights"] == second["weights"]
     assert first["subnet"] == second["subnet"]
+    assert (list(first["subnet"]["kept"].values())[-1] == []) == depth
     assert first["random"] != second["random"]
 
 

@@ -18,6 +18,8 @@ from ofb_hf.checkpoints import ASIDE
 
 KILLS = int(os.environ.get("KILLS", "3"))
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "ema_decay": 0.9}
+# The last MLP is gone after five of these.
+LEAVE_OUT = {"config": OPTIONS["config"] | {"search_depth": True}, "shrink_at": [4, 6, 7, 9, 11, 13]}
 MOMENTS = ("in a save", "after a shrink", "somewhere")
 
 
@@ -38,13 +40,14 @@ def kill_at(folder: Path, options: dict, ranks: int, moment: str, rng: random.Ra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "family"), [(1, "swin"), (2, "vit")])
-def test_a_killed_search_ends_where_the_straight_one_ends(tmp_path, ranks, family):
+@pytest.mark.parametrize(("ranks", "family", "depth"), [(1, "swin", {}), (2, "vit", {}), (1, "vit", LEAVE_OUT)])
+def test_a_killed_search_ends_where_the_straight_one_ends(tmp_path, ranks, family, depth):
     straight, rng = tmp_path / "straight", random.Random(int(os.environ.get("KILLS_SEED", ranks)))
     straight.mkdir()
-    options = OPTIONS | {"family": family, "arguments": SAVING}
+    options = OPTIONS | depth | {"family": family, "arguments": SAVING}
     status, said = finish(start_search(straight, options, ranks))
     assert status == 0, said[-3000:]
+    assert not depth or [] in results(straight, ranks)[0]["subnet"]["kept"].values()
     for number, moment in zip(range(KILLS), cycle(MOMENTS), strict=False):
         killed = tmp_path / str(number)
         killed.mkdir()
