@@ -5,6 +5,11 @@ training (their output weights are held at zero), so a search led by data must r
 above what the useful units need.
 
     python benchmarks/planted_task.py --seeds 0 1 2 --presets ours paper
+
+With `--task blocks` two whole blocks of six add nothing, and the search may leave attentions and MLPs out
+(`search_depth`): it must leave out both halves of these two, and no other.
+
+    python benchmarks/planted_task.py --task blocks --seeds 0 1 2 3 4 --presets ours
 """
 
 import argparse
@@ -36,6 +41,8 @@ PLANTED = {
     "layers.2.mlp": 8,
     "layers.3.attention": (2, 8),
 }
+# The task with useless blocks: of how many, and which; counted from 0.
+BLOCKS, USELESS_BLOCKS = 6, (3, 5)
 # The budget, as a multiple of what the useful units cost.
 SLACK = 1.02
 SHARES = ("useless_removed", "useful_kept", "dense_top1", "top1_after_cut")
@@ -66,6 +73,12 @@ def plant(seed: int) -> SubnetSpec:
     return SubnetSpec(kept)
 
 
+def plant_blocks() -> SubnetSpec:
+    """Nothing is useful in attention and MLP of the useless blocks."""
+    halves = {"attention": {}, "mlp": ()}
+    return SubnetSpec({f"layers.{block}.{half}": kept for block in USELESS_BLOCKS for half, kept in halves.items()})
+
+
 def useful_units(planted: SubnetSpec, name: str) -> set[int]:
     """Flat indices of the useful units of one planted submodule."""
     kept = planted.kept[name]
@@ -79,6 +92,7 @@ class CutOff(TrainerCallback):
 
     MLP channels: their output weights are zero. Attention channels: output and query weights are zero, so they reach
     neither the output nor the attention map. The other weights stay random, so a search could bring a unit to life.
+    Where all units are useless, the output bias is zero as well.
     """
 
     def __init__(self, model: ViTForImageClassification, planted: SubnetSpec):
@@ -94,6 +108,8 @@ class CutOff(TrainerCallback):
             out = block.attention.o_proj if kind == "attention" else block.mlp.fc2
             useless = sorted(set(range(out.in_features)) - useful_units(self.planted, name))
             out.weight[:, useless] = 0
+            if not self.planted.kept[name]:
+                out.bias[:] = 0
             if kind == "attention":
                 block.attention.q_proj.weight[useless] = 0
                 block.attention.q_proj.bias[useless] = 0
@@ -145,11 +161,11 @@ def arguments(folder: str, steps: int, seed: int, learning_rate: float) -> OFBTr
     )
 
 
-def train_dense(planted: SubnetSpec, seed: int, steps: int) -> ViTForImageClassification:
+def train_dense(planted: SubnetSpec, seed: int, steps: int, layers: int = LAYERS) -> ViTForImageClassification:
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         intermediate_size=MLP,
         image_size=8,
@@ -208,7 +224,8 @@ def report(trainer: OFBTrainer, model: torch.nn.Module, planted: SubnetSpec, tes
     small = trainer.compress()
     return {
         "useless_removed": round(100 * (1 - kept_useless / useless_total), 1),
-        "useful_kept": round(100 * kept_useful / useful_total, 1),
+        "useful_kept": round(100 * kept_useful / useful_total, 1) if useful_total else 100.0,
+        "left_out": [name for name, mask in masks.items() if not mask.alive.any()],
         "dense_top1": round(accuracy(model, test), 1),
         "top1_after_cut": round(accuracy(small, test), 1),
         "macs_share": round(count_macs(small) / count_macs(model), 4),
@@ -218,6 +235,7 @@ def report(trainer: OFBTrainer, model: torch.nn.Module, planted: SubnetSpec, tes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=["units", "blocks"], default="units")
     parser.add_argument("--presets", nargs="+", default=["ours", "paper"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--dense_steps", type=int, default=1800)
@@ -226,12 +244,13 @@ def main() -> None:
     logging.set_verbosity_error()
     rows = []
     for seed in args.seeds:
-        planted = plant(seed)
+        blocks = args.task == "blocks"
+        planted = plant_blocks() if blocks else plant(seed)
         with contextlib.redirect_stdout(io.StringIO()):
-            model = train_dense(planted, seed, args.dense_steps)
+            model = train_dense(planted, seed, args.dense_steps, BLOCKS if blocks else LAYERS)
         for preset in args.presets:
             with contextlib.redirect_stdout(io.StringIO()):
-                rows.append(run(preset, planted, model, seed, args.search_steps))
+                rows.append(run(preset, planted, model, seed, args.search_steps, search_depth=blocks))
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
             sys.stdout.flush()
     for preset in args.presets:

@@ -1,6 +1,7 @@
 """Does the search choose better than chance? One backbone, one data set, equal epochs, several seeds, many contestants.
 
     ours, paper       a search with that preset: some epochs of search, the rest finetuning
+    depth             ours, and attentions and MLPs may be left out altogether
     uniform           the same share of every width, units by magnitude
     random            random sizes and units (as many draws as --num_random)
     l1, taylor        one-shot pruning by magnitude, and by first-order importance on the training data
@@ -38,10 +39,11 @@ from ofb_hf.data import DataArguments
 from ofb_hf.distillation import DistillationTrainer
 from ofb_hf.surgery import slice_model
 from ofb_hf.workflow.inputs import Inputs, load
-from ofb_hf.workflow.measure import METRICS, evaluate_classifier, provenance
+from ofb_hf.workflow.measure import METRICS, evaluate_classifier, images_per_second, provenance
 
 QUICK = {"max_train_samples": 5000, "search_epochs": 1.0, "finetune_epochs": 1.0, "num_random": 8}
 TAYLOR_BATCHES = 16
+SPEED_BATCH = 64
 
 
 @dataclass
@@ -161,6 +163,7 @@ CONTESTANTS: dict[str, Callable[[Job], tuple[PreTrainedModel, float]]] = {
     "l1": one_shot(lambda job: baselines.pruned_subnet(job.dense, job.config, baselines.magnitude_scores(job.dense))),
     "taylor": one_shot(taylor),
     "random": one_shot(lambda job: baselines.random_subnet(job.dense, job.config, job.seed)),
+    "depth": searched,
     "paper": searched,
     "torch_pruning": torch_pruning,
     "scratch": scratch,
@@ -184,9 +187,17 @@ def run(name: str, job: Job) -> dict[str, Any]:
         "macs": count_macs(small),
         "share": round(count_macs(small) / count_macs(job.dense), 4),
         "params": count_params(small),
+        **speeds(job, small),
         "seconds": round(time.time() - began),
         "sizes": sizes,
     }
+
+
+def speeds(job: Job, small: PreTrainedModel) -> dict[str, float]:
+    """Images per second of a model and of the dense one, measured in turn."""
+    rows = job.inputs.eval
+    images = torch.stack([rows[index]["pixel_values"] for index in range(min(len(rows), SPEED_BATCH))])
+    return images_per_second({"images_per_second": small, "dense_images_per_second": job.dense}, images)
 
 
 def plan(settings: Settings, budgets: list[float], seeds: list[int], names: list[str]) -> list[tuple[str, float, int]]:
@@ -244,7 +255,8 @@ def main() -> None:
         if (name, budget, seed) in done:
             continue
         preset = "paper" if name == "paper" else "ours"
-        job = Job(settings, dense, inputs, default_config(dense.config, target_macs=budget, preset=preset), seed)
+        fields = {"target_macs": budget, "preset": preset, "search_depth": name == "depth"}
+        job = Job(settings, dense, inputs, default_config(dense.config, **fields), seed)
         row = {"contestant": name, "budget": budget, "seed": seed} | run(name, job)
         row |= provenance(seed, dense.device)
         with results.open("a") as file:

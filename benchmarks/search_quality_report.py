@@ -21,6 +21,7 @@ HEAD = (
     "MACs",
     "params M",
     "widths",
+    "speed",
 )
 
 
@@ -53,8 +54,15 @@ def table_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         top1 = [row["top1"] for row in runs]
         cells = [f"{budget:.2f}", name, str(len(runs)), f"{mean(runs, 'top1'):.2f}", f"{max(top1) - min(top1):.2f}"]
         cells += [f"{max(top1):.2f}", f"{mean(runs, 'top1_cut'):.2f}", f"{mean(runs, 'share'):.3f}"]
-        lines.append((*cells, f"{mean(runs, 'params') / 1e6:.3f}", f"{100 * width_spread(runs):.0f} %"))
+        lines.append((*cells, f"{mean(runs, 'params') / 1e6:.3f}", f"{100 * width_spread(runs):.0f} %", speed(runs)))
     return lines
+
+
+def speed(runs: list[dict[str, Any]]) -> str:
+    """Images per second as a multiple of the dense model's, measured beside it; "-" where they were not."""
+    if not all("images_per_second" in row for row in runs):
+        return "-"
+    return f"{statistics.fmean(row['images_per_second'] / row['dense_images_per_second'] for row in runs):.2f} x"
 
 
 def width_spread(runs: list[dict[str, Any]]) -> float:
@@ -62,7 +70,7 @@ def width_spread(runs: list[dict[str, Any]]) -> float:
     spreads = []
     for name in runs[0]["sizes"]:
         units = [_product(row["sizes"][name]) for row in runs]
-        spreads.append((max(units) - min(units)) / max(units))
+        spreads.append((max(units) - min(units)) / max(*units, 1))
     return statistics.fmean(spreads)
 
 

@@ -31,6 +31,7 @@ HISTORY_FIELDS = [
     "macs",
     "params",
     "active_candidates",
+    "left_out",
 ]
 
 
@@ -143,8 +144,20 @@ class HistoryCallback(TrainerCallback):
             return
         row = {"step": state.global_step, "phase": self.phase}
         row |= {name: logs.get(name) for name in HISTORY_FIELDS if name not in row}
+        # Names, which loggers of numbers could not take: straight from the network as it is.
+        if (architecture := getattr(kwargs.get("model"), "architecture", None)) is not None:
+            row["left_out"] = architecture.left_out
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def left_out_at(history: list[dict[str, Any]]) -> dict[str, int]:
+    """The attentions and MLPs that a search left out -> the step by which they were gone, as far as it was logged."""
+    steps: dict[str, int] = {}
+    for row in history:
+        for name in row.get("left_out") or ():
+            steps.setdefault(name, row["step"])
+    return steps
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:

@@ -28,7 +28,8 @@ def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str) -> str:
         subnet: what was kept.
         table: results as a Markdown table.
     """
-    widths = "\n".join(f"- `{name}`: {_width(size)}" for name, size in subnet.sizes.items())
+    left_out = results.get("left_out", {})
+    widths = "\n".join(f"- `{name}`: {_width(size, left_out.get(name))}" for name, size in subnet.sizes.items())
     return _filled("model_card.md", results, table, widths=widths)
 
 
@@ -135,5 +136,7 @@ def _lost(classes: dict[str, list[float]]) -> str:
     return "\n".join([head, "", "| class | dense | this model |", "| --- | ---: | ---: |", *rows])
 
 
-def _width(size: int | tuple[int, int]) -> str:
+def _width(size: int | tuple[int, int], gone_by: int | None) -> str:
+    if size in (0, (0, 0)):
+        return "left out" + (f" (by step {gone_by:,} of the search)" if gone_by is not None else "")
     return f"{size[0]} heads x {size[1]} channels" if isinstance(size, tuple) else str(size)

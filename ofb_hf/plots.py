@@ -95,7 +95,7 @@ def _draw_widths(axes: Any, subnet: SubnetSpec, dense_sizes: dict[str, tuple[int
             share *= left / full
         axes.bar(position, 1, color="0.9")
         axes.bar(position, share, color={1: "tab:blue", 2: "tab:purple"}[len(dense)])
-        label = " x ".join(map(str, kept))
+        label = " x ".join(map(str, kept)) if all(kept) else "left out"
         axes.text(position, share + 0.01, label, rotation=90, ha="center", va="bottom", fontsize=7)
     axes.set(title="Kept units (share of the dense width; heads x channels in purple)", ylim=(0, 1.25))
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)

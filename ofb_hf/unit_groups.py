@@ -137,6 +137,11 @@ class Architecture:
         return {submodule.name: submodule.shape for submodule in self.submodules}
 
     @property
+    def left_out(self) -> list[str]:
+        """The submodules that have no units."""
+        return [name for name, shape in self.sizes.items() if not math.prod(shape)]
+
+    @property
     def attentions(self) -> list[str]:
         """The submodules of which a network needs one: through them its tokens see each other."""
         return [submodule.name for submodule in self.submodules if submodule.kind == "attention"]

@@ -31,6 +31,21 @@ def test_ours_removes_the_useless_and_keeps_the_useful(planted):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_blocks_that_add_nothing_are_left_out_and_no_others(seed):
+    useless = planted_task.plant_blocks()
+    model = planted_task.train_dense(useless, seed, steps=250, layers=planted_task.BLOCKS)
+    result = planted_task.run("ours", useless, model, seed, steps=150, search_depth=True)
+    assert (
+        set(result["left_out"])
+        == set(useless.kept)
+        == {*("layers.3.attention", "layers.3.mlp", "layers.5.attention", "layers.5.mlp")}
+    )
+    assert result["top1_after_cut"] >= result["dense_top1"] - 1.5
+    assert result["macs_share"] <= result["target"]
+
+
+@pytest.mark.slow
 def test_paper_preset_meets_the_budget_but_is_not_led_by_the_data(planted):
     units, model = planted
     result = planted_task.run("paper", units, model, seed=4, steps=500)

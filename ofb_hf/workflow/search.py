@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, set_s
 from transformers.utils import logging
 
 from ..architectures import describe
-from ..callbacks import HISTORY_FILE, HistoryCallback, read_history
+from ..callbacks import HISTORY_FILE, HistoryCallback, left_out_at, read_history
 from ..checkpoints import ASIDE
 from ..configuration import BiMaskConfig, default_config
 from ..consistency import decided_by_rank_0
@@ -252,7 +252,9 @@ def measured(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     results, by_class = measure(models, walk.inputs.eval, phase_arguments(walk.args, "search"))
     results |= provenance(walk.args.seed, walk.args.device)
     results["seconds"] = None if walk.resuming else round(time.monotonic() - walk.began)
-    results["steps"] = {row["phase"]: row["step"] for row in read_history(walk.folder / HISTORY_FILE)}
+    history = read_history(walk.folder / HISTORY_FILE)
+    results["steps"] = {row["phase"]: row["step"] for row in history}
+    results["left_out"] = left_out_at(history)
     results |= {"source": _source(walk), "data": walk.inputs.data.name}
     results["lost_classes"] = lost_classes(by_class["dense"], [*by_class.values()][-1], walk.inputs.data.label_names)
     return results
