@@ -392,6 +392,8 @@ class ViTBiMaskConfig(BiMaskConfig):
 
     >>> ViTBiMaskConfig(target_macs=0.5, search_embedding=False).budget
     ('target_macs', 0.5)
+    >>> ViTBiMaskConfig(target_macs=0.3, search_depth=True).search_depth  # attentions and MLPs may go altogether
+    True
     ```"""
 
     family: ClassVar[type[PreTrainedConfig]] = ViTConfig
