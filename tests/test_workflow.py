@@ -92,6 +92,24 @@ def test_card_repeats_the_measured_numbers(finished):
     assert results["commit"] is None or results["commit"] in card
 
 
+@pytest.mark.slow
+def test_what_was_left_out_and_when_is_on_record(checkpoint, images, tmp_path):
+    results = walk(checkpoint, images, tmp_path / "out", "--target_macs", "0.15", "--search_depth")
+    subnet = SubnetSpec.from_json((tmp_path / "out" / "subnet.json").read_text())
+    gone = {name for name, kept in subnet.kept.items() if not kept}
+    assert results["left_out"].keys() == gone != set()
+    history = {
+        row["step"]: row for row in read_history(tmp_path / "out" / "search_history.jsonl") if row["phase"] == "search"
+    }
+    card = (tmp_path / "out" / "README.md").read_text()
+    for name, step in results["left_out"].items():
+        assert name in history[step]["left_out"]
+        assert name not in history[step - 1]["left_out"]
+        assert f"- `{name}`: left out (by step {step} of the search)" in card
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert count_macs(model) == results["finetuned"]["macs"] <= results["target_macs"]
+
+
 def test_classes_that_lost_much_are_named(finished):
     assert lost_classes([90.0, 50.0, math.nan, 80.0], [79.0, 41.0, 3.0, 30.0], list("abcd")) == {
         "d": [80.0, 30.0], "a": [90.0, 79.0],
