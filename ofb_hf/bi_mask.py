@@ -189,6 +189,8 @@ class BiMask(nn.Module):
         Args:
             num_kept: units to keep, from none to all of them.
         """
+        if not self.first_order.numel():
+            return
         scores = self.first_order.double()
         scores = scores.clamp(min=max(scores.max().item() * 1e-12, torch.finfo(scores.dtype).tiny)).log()
         ordered = scores.flatten().sort(descending=True).values
