@@ -31,7 +31,6 @@ HISTORY_FIELDS = [
     "macs",
     "params",
     "active_candidates",
-    "left_out",
 ]
 
 
@@ -144,8 +143,9 @@ class HistoryCallback(TrainerCallback):
             return
         row = {"step": state.global_step, "phase": self.phase}
         row |= {name: logs.get(name) for name in HISTORY_FIELDS if name not in row}
-        # Names, which loggers of numbers could not take: straight from the network as it is.
-        if (architecture := getattr(kwargs.get("model"), "architecture", None)) is not None:
+        # Names, which loggers of numbers could not take: straight from the network as it is, and only if there are any.
+        architecture = getattr(kwargs.get("model"), "architecture", None)
+        if architecture is not None and architecture.left_out:
             row["left_out"] = architecture.left_out
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
