@@ -182,6 +182,11 @@ def install_learned_counts(model: PreTrainedModel, granularity: int = 1) -> OFBV
             "searched in models of at least 3 layers. Give a token_schedule by hand."
         )
     ours = OFBViTForImageClassification.from_dense(model, token_schedule=full_schedule(model.config))
+    if blind := [layer for layer in range(layers) if not ours.config.layer_sizes(layer)["num_attention_heads"]]:
+        raise UnsupportedArchitectureError(
+            f"layers {blind} have no attention to rank tokens by; tokens are searched where all have one. Search "
+            "tokens first, or widths without search_depth."
+        )
     ours.requires_grad_(False)
     for layer in ours.vit.layers[1:]:
         layer.reduction = TokenReduction(*SMALLEST)

@@ -86,7 +86,7 @@ def settle(
             "raise the target to at least that, or allow smaller candidates."
         )
     best = _solve(free)
-    if not restricted or any(best.choice[name].units for name in needed):
+    if not restricted or any(best.choice[name].units for name in needed if name in best.choice):
         return best
     return max((_solve(problem) for problem in restricted if problem.floor <= target), key=free.rank)
 

@@ -107,6 +107,17 @@ def test_given_candidates_and_dense_training_go_with_a_family(checkpoint, images
         assert "finetuned" not in results[name]
 
 
+def test_a_family_with_depth_leaves_out_what_an_earlier_member_left_out(checkpoint, images, tmp_path):
+    flags = ["--target_macs", "0.12", "0.07", "--search_depth", "--max_steps", "32", "--finetune_max_steps", "0"]
+    results = walk(checkpoint, images, tmp_path / "out", *flags)
+    larger, smaller = (subnet_of(tmp_path / "out" / name) for name in results)
+    assert any(not kept for kept in smaller.kept.values())
+    assert all(not smaller.kept[name] for name, kept in larger.kept.items() if not kept)
+    for name, result in results.items():
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / name)
+        assert count_macs(model) == result["searched"]["macs"] <= result["target_macs"]
+
+
 def test_units_of_a_cut_of_a_cut_are_counted_in_the_first_network():
     parent = SubnetSpec({"embeddings": (1, 4, 6), "layers.0.attention": {0: (2, 3), 2: (0, 5)}})
     child = SubnetSpec({"embeddings": (0, 2), "layers.0.attention": {1: (1,)}})

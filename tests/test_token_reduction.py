@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForImageClassification
 from ofb_hf import OFBSwinConfig, OFBViTConfig, OFBViTForImageClassification, count_macs, install_bi_masks, publish
 from ofb_hf.architectures import UnsupportedArchitectureError
 from ofb_hf.export import export_onnx, export_torch
+from ofb_hf.learned_tokens import install_learned_counts
 from ofb_hf.models.modeling_ofb_vit import TokenReduction
 from ofb_hf.stock import pad_to_stock
 
@@ -184,6 +185,20 @@ def test_the_running_minimum_is_what_a_schedule_means():
     assert [config.token_counts(layer) for layer in range(3)] == [(17, 17, 9), (9, 9, 9), (9, 8, 8)]
     assert OFBViTConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     assert OFBViTConfig(num_hidden_layers=1).token_counts(0) == (197, 197, 197)
+
+
+def test_a_layer_without_attention_lets_all_tokens_pass():
+    """Whatever ranks them has to be there."""
+    sizes = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 3}
+    sizes |= {"num_attention_heads_per_layer": [3, 0, 2], "intermediate_size": 32}
+    with pytest.raises(ValueError, match=r"token_schedule\[1\] is \[12, 8\].* 17 tokens .*no attention"):
+        OFBViTConfig(**sizes, token_schedule=[[17, 17], [12, 8], [8, 8]])
+    config = OFBViTConfig(**sizes, token_schedule=[[12, 8], [9, 9], [5, 4]])
+    model = OFBViTForImageClassification(config).eval()
+    hidden = model(tiny_images(), output_hidden_states=True).hidden_states
+    assert [state.shape[1] for state in hidden] == [17, 8, 8, 4]
+    with pytest.raises(UnsupportedArchitectureError, match=r"layers \[1\] have no attention"):
+        install_learned_counts(OFBViTForImageClassification(OFBViTConfig(**sizes)))
 
 
 def test_what_cannot_work_is_refused():
