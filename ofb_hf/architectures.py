@@ -19,7 +19,7 @@ from .models.configuration_ofb_swin import OFBSwinConfig
 from .models.configuration_ofb_vit import OFBViTConfig
 from .models.modeling_ofb_swin import OFBSwinForImageClassification
 from .models.modeling_ofb_vit import OFBViTForImageClassification
-from .unit_groups import Architecture, Family, Slot, Submodule, Term, heads_of, presence_of
+from .unit_groups import Architecture, Family, Slot, Submodule, Term, block_macs, block_params, heads_of
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -107,32 +107,6 @@ def _block_attributes(path: str, sizes: dict[str, int]) -> dict[str, dict[str, A
     return attributes
 
 
-def _block_macs(width: str, attention: str, mlp: str, tokens: int, attending: int, window: int) -> list[Term]:
-    """MACs of one block.
-
-    Args:
-        width, attention, mlp: its submodules.
-        tokens, attending: tokens of the image, and those that attention works on (padding included).
-        window: tokens that one token attends to.
-    """
-    return [
-        Term(4 * attending, (width, attention)),  # q, k, v and output projections
-        Term(2 * attending * window, (attention,)),  # attention map, and its product with v
-        Term(2 * tokens, (width, mlp)),
-    ]
-
-
-def _block_params(width: str, attention: str, mlp: str, qkv_bias: bool) -> list[Term]:
-    return [
-        Term(4, (width, attention)),
-        Term(3 * bool(qkv_bias), (attention,)),
-        Term(2, (width, mlp)),
-        Term(1, (mlp,)),
-        Term(1 + 2, (width, presence_of(attention))),  # bias of o_proj, LayerNorm
-        Term(1 + 2, (width, presence_of(mlp))),  # bias of fc2, LayerNorm
-    ]
-
-
 def _describe_vit(config: ViTConfig) -> Architecture:
     image_size, patch = _pair(config.image_size), _square_patch(config)
     grid = (image_size[0] // patch, image_size[1] // patch)
@@ -156,7 +130,7 @@ def _describe_vit(config: ViTConfig) -> Architecture:
         submodules += [attention, mlp]
         residual += _block_residual_slots(path)
         norms += _block_norms(path, sizes)
-        params += _block_params("embeddings", attention.name, mlp.name, config.qkv_bias)
+        params += block_params("embeddings", attention.name, mlp.name, config.qkv_bias)
     embedding = Submodule("embeddings", "embedding", (config.hidden_size,), tuple(residual), tuple(norms))
     return Architecture(
         submodules=(embedding, *submodules),
@@ -187,7 +161,7 @@ def vit_mac_terms(config: ViTConfig, counts: Sequence[tuple[int, int, int]]) -> 
     terms = [Term(patches * config.num_channels * patch**2, (residual,)), Term(config.num_labels, (residual,))]
     for layer, (before, kept, merged) in enumerate(counts):
         attention, mlp = f"layers.{layer}.attention", f"layers.{layer}.mlp"
-        terms += _block_macs(residual, attention, mlp, tokens=merged, attending=before, window=before)
+        terms += block_macs(residual, attention, mlp, tokens=merged, attending=before, window=before)
         terms.append(Term(before * (merged < before), (attention,)))  # the class token's row of the map, once more
         terms.append(Term(2 * (kept - merged) * (merged - 1), (residual,)))  # similarities, and sums of what is merged
     return terms
@@ -323,8 +297,8 @@ def _describe_swin(config: SwinConfig) -> Architecture:
             blocks += [attention, mlp]
             slots += _block_residual_slots(at)
             norms += _block_norms(at, sizes)
-            macs += _block_macs(width, attention.name, mlp.name, *_swin_token_counts(config, grids[stage]))
-            params += _block_params(width, attention.name, mlp.name, config.qkv_bias)
+            macs += block_macs(width, attention.name, mlp.name, *_swin_token_counts(config, grids[stage]))
+            params += block_params(width, attention.name, mlp.name, config.qkv_bias)
             params.append(Term((2 * config.window_size - 1) ** 2, (heads_of(attention.name),)))
         if stage < last:
             # Patch merging concatenates 2 x 2 neighbours: channel i stands at i, i + C, i + 2C and i + 3C.

@@ -147,6 +147,33 @@ class Architecture:
         return [submodule.name for submodule in self.submodules if submodule.kind == "attention"]
 
 
+def block_macs(width: str, attention: str, mlp: str, tokens: int, attending: int, window: int) -> list[Term]:
+    """MACs of one block.
+
+    Args:
+        width, attention, mlp: its submodules.
+        tokens, attending: tokens of the image, and those that attention works on (padding included).
+        window: tokens that one token attends to.
+    """
+    return [
+        Term(4 * attending, (width, attention)),  # q, k, v and output projections
+        Term(2 * attending * window, (attention,)),  # attention map, and its product with v
+        Term(2 * tokens, (width, mlp)),
+    ]
+
+
+def block_params(width: str, attention: str, mlp: str, qkv_bias: bool) -> list[Term]:
+    """Parameters of one block; arguments as for `block_macs`, and whether q, k and v have biases."""
+    return [
+        Term(4, (width, attention)),
+        Term(3 * bool(qkv_bias), (attention,)),
+        Term(2, (width, mlp)),
+        Term(1, (mlp,)),
+        Term(1 + 2, (width, presence_of(attention))),  # bias of o_proj, LayerNorm
+        Term(1 + 2, (width, presence_of(mlp))),  # bias of fc2, LayerNorm
+    ]
+
+
 @dataclass(frozen=True)
 class Family:
     """The functions that connect one model family to everything else.

@@ -1,0 +1,64 @@
+"""Every constant that the two presets of a search disagree about.
+
+"paper": the published code (arXiv:2403.15835 and its repository); "ours": led by data and budget, docs/ARCHITECTURE.md
+tells why. A field of `BiMaskConfig` that is None is taken from here.
+"""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ours": {
+        "multiple_of": 8,
+        "smallest_share": 0.25,
+        "importance_init_mean": 1.5,
+        "importance_init_std": 0.0,
+        "alpha_init": "zeros",
+        "normalize_importance": True,
+        "flops_weight": 5.0,
+        "dual_step": 0.2,
+        "budget_ramp": 0.0,
+        "importance_penalty": 0.0,
+        "one_hot_weight": 0.2,
+        "one_hot_begin": 0.08,
+        "one_hot_end": 0.12,
+        "importance_learning_rate": 0.0,
+        "architecture_learning_rate": 0.01,
+        "architecture_weight_decay": 0.0,
+        "masks_follow_schedule": False,
+        "distillation_weight": 0.5,
+        "retire_begin": 0.06,
+        "settle_at": 0.15,
+        "importance_from": "first_order",
+        "importance_hold": 0.05,
+        "hold_learning_rate": 0.0,
+        "pmim_until_settled": True,
+        "warmup": 0.06,
+    },
+    "paper": {
+        "multiple_of": 1,
+        "smallest_share": 0.5,
+        "importance_init_mean": 0.0,
+        "importance_init_std": 0.2,
+        "alpha_init": "uniform",
+        "normalize_importance": False,
+        "flops_weight": 5.0,
+        "dual_step": 0.0,
+        "budget_ramp": 0.0,
+        "importance_penalty": 1.0,
+        "one_hot_weight": 0.5,
+        "one_hot_begin": 0.0,
+        "one_hot_end": 0.0,
+        "importance_learning_rate": 1e-3,
+        "architecture_learning_rate": 1e-3,
+        "architecture_weight_decay": 1e-3,
+        "masks_follow_schedule": True,
+        "distillation_weight": 0.0,
+        "retire_begin": 0.0,
+        "settle_at": 1.0,
+        "importance_from": "descent",
+        "importance_hold": 0.0,
+        "hold_learning_rate": 1.0,
+        "pmim_until_settled": False,
+        "warmup": 0.2,
+    },
+}
