@@ -25,13 +25,15 @@ SETTINGS += " --report_to none --disable_tqdm true --logging_steps 1 --per_devic
 
 def search(wanted: argparse.Namespace, folder: Path, budgets: list[float]) -> dict[str, Any]:
     """Results by budget of one command; those of an earlier call with the same folder are read instead."""
-    done = folder / "bench.json"
-    if done.is_file():
-        return json.loads(done.read_text())
+    done, settings = folder / "bench.json", {k: str(v) for k, v in vars(wanted).items() if k != "output_dir"}
+    settings["budgets"] = budgets
+    if done.is_file() and (content := json.loads(done.read_text()))["settings"] == settings:
+        return content
     began = time.time()
     targets = ",".join(map(str, budgets))
     words = ["--model_name_or_path", wanted.model, "--data_dir", wanted.data_dir, "--output_dir", str(folder)]
     words += ["--target_macs", targets, "--max_steps", str(wanted.steps), "--overwrite_output_dir", *SETTINGS.split()]
+    words += ["--seed", str(wanted.seed)]
     words += ["--finetune_max_steps", str(wanted.finetune_steps), "--finetune_learning_rate", "5e-4"]
     words += ["--max_eval_samples", str(wanted.max_eval_samples)] if wanted.max_eval_samples else []
     results = cli.search(words)
@@ -39,7 +41,7 @@ def search(wanted: argparse.Namespace, folder: Path, budgets: list[float]) -> di
         results = {f"target_macs-{budgets[0]:g}": results}
     costs = {name: sum(_macs(folder if len(budgets) == 1 else folder / name)) for name in results}
     stages = {name: {stage: row.get(stage) for stage in ("searched", "finetuned")} for name, row in results.items()}
-    content = {"seconds": round(time.time() - began), "results": stages, "search_macs": costs}
+    content = {"settings": settings, "seconds": round(time.time() - began), "results": stages, "search_macs": costs}
     done.write_text(json.dumps(content, indent=2))
     return content
 
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.5, 0.35, 0.25])
     parser.add_argument("--steps", type=int, default=120, help="of one search, and of the whole family's")
     parser.add_argument("--finetune_steps", type=int, default=40, help="of every model; 0 = none")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_eval_samples", type=int)
     wanted = parser.parse_args()
     logging.set_verbosity_error()

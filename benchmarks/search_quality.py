@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,12 @@ def speeds(job: Job, small: PreTrainedModel) -> dict[str, float]:
     return images_per_second({"images_per_second": small, "dense_images_per_second": job.dense}, images)
 
 
+def available(names: list[str], dense: PreTrainedModel) -> list[str]:
+    """The contestants that can run: torch-pruning has to be installed, and prunes only ViTs here."""
+    missing = find_spec("torch_pruning") is None or dense.config.model_type != "vit"
+    return [name for name in names if not (name == "torch_pruning" and missing)]
+
+
 def plan(settings: Settings, budgets: list[float], seeds: list[int], names: list[str]) -> list[tuple[str, float, int]]:
     """Every (contestant, budget, seed), those that say most first."""
     runs = [("dense", 1.0, seed) for seed in seeds if "dense" in names]
@@ -251,7 +258,7 @@ def main() -> None:
     dense, inputs = dense_model(settings, wanted.output_dir)
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     done = {(row["contestant"], row["budget"], row["seed"]) for row in rows}
-    for name, budget, seed in plan(settings, wanted.budgets, wanted.seeds, wanted.contestants):
+    for name, budget, seed in plan(settings, wanted.budgets, wanted.seeds, available(wanted.contestants, dense)):
         if (name, budget, seed) in done:
             continue
         preset = "paper" if name == "paper" else "ours"

@@ -168,6 +168,16 @@ class BiMaskConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.importance_from not in ("first_order", "descent"):
             raise ValueError(f"importance_from is {self.importance_from!r}; allowed are 'first_order' and 'descent'.")
+        if self.importance_from == "first_order" and not self.importance_hold:
+            raise ValueError(
+                "importance_hold is 0, but importance_from='first_order' has to look at gradients before anything else "
+                "happens; give it a share of the steps, 0.05 for example."
+            )
+        if self.importance_hold > self.settle_at:
+            raise ValueError(
+                f"importance_hold is {self.importance_hold}, but settle_at is {self.settle_at}; the choice cannot fall "
+                "before importance is known."
+            )
         if self.alpha_init not in ("zeros", "uniform"):
             raise ValueError(f"alpha_init is {self.alpha_init!r}; allowed are 'zeros' and 'uniform'.")
         if self.pmim_window is not None and (self.pmim_window < 3 or self.pmim_window % 2 == 0):

@@ -44,6 +44,7 @@ class Supernet(nn.Module):
         dense_architecture, dense_sizes, dense_macs: of the model before the search.
         dense_cost, target: in the budget's unit.
         lam: buffer, weight of importance in the bi-mask. multiplier: buffer, the budget's dual variable.
+        importance_known: buffer, whether the importance phase is over.
         pmim_ratio: buffer, classification / reconstruction loss of the last step, the weight of PMIM.
     """
 
@@ -76,6 +77,7 @@ class Supernet(nn.Module):
             model.get_submodule(architecture.embeddings).mask_token = nn.Parameter(mask_token)
         self.register_buffer("lam", torch.tensor(config.importance_start))
         self.register_buffer("multiplier", torch.tensor(0.0))
+        self.register_buffer("importance_known", torch.tensor(False))
         self.register_buffer("pmim_ratio", torch.tensor(1.0))
         names = list(quantities(architecture.sizes))
         self.expected_cost, self.expected_macs = ExpectedCost(self.terms, names), ExpectedCost(architecture.macs, names)

@@ -75,6 +75,11 @@ class OFBTrainer(DistillationTrainer):
             # Not all of it: a dense model that learns from itself has no gradient, and nothing could be observed.
             weight = supernet.bi_mask_config.distillation_weight or float(teacher is not None)
         if teacher is None and weight > 0:
+            if weight == 1 and supernet.bi_mask_config.importance_from == "first_order":
+                raise ValueError(
+                    "distillation_weight is 1 and the teacher is the dense model itself: it agrees with itself, so "
+                    "there are no gradients to rank units by. Leave labels a share (0.5), or give another teacher."
+                )
             if not supernet.is_fresh:
                 raise ValueError(
                     "the supernet has been searched already, so the dense model to learn from is no longer in it; "
@@ -86,6 +91,7 @@ class OFBTrainer(DistillationTrainer):
         self.add_callback(SearchCallback(self))
         self._pmim_sums = torch.zeros(2, device=args.device)
         self._schedule: dict[str, float] = {}
+        self._handed_over = not self.bi_mask_config.importance_hold
         self._unobserved = 0  # images whose gradients are added up and not observed yet
 
     def training_losses(
@@ -150,8 +156,6 @@ class OFBTrainer(DistillationTrainer):
                 step, config.one_hot_begin * total, config.one_hot_end * total, config.one_hot_weight
             ),
         }
-        if hold and step == hold:
-            self._hand_over()
         supernet.lam.fill_(lam)
         supernet.refresh_liveness()
         self._pmim_sums.zero_()
@@ -166,7 +170,8 @@ class OFBTrainer(DistillationTrainer):
         if not self._observes or not hold:
             return round(hold * total)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return min(max(1, round(hold * total)), math.ceil(OBSERVED_IMAGES / batch))
+        enough = min(math.ceil(OBSERVED_IMAGES / batch), schedule.settlement_step(self.bi_mask_config.settle_at, total))
+        return min(max(1, round(hold * total)), enough)
 
     @torch.no_grad()
     def _hand_over(self) -> None:
@@ -183,6 +188,9 @@ class OFBTrainer(DistillationTrainer):
             mask.importance_logits.copy_(importance)
             mask.alpha.copy_(alpha)
             self.optimizer.state.pop(mask.alpha, None)  # its momentum is of the time when alpha rested
+        if self._observes:
+            self.optimizer.state.clear()  # all of it rested: moments of nothing, grown old, make large first steps
+        self.supernet.importance_known.fill_(True)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -192,16 +200,13 @@ class OFBTrainer(DistillationTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         masks, parts = self.supernet.bi_masks, max(1, len(inputs["pixel_values"]) // OBSERVED_TOGETHER)
         observed = torch.zeros(sum(mask.first_order.numel() for mask in masks), device=self.args.device)
-        scaler, losses = self.accelerator.scaler, []
-        chunks = [inputs[name].tensor_split(parts) for name in ("pixel_values", "labels")]
+        chunks, losses = [inputs[name].tensor_split(parts) for name in ("pixel_values", "labels")], []
         for images, labels in zip(*chunks, strict=True):
-            # The bare network: ranks add up what they saw afterwards, and nothing is compiled for such small batches.
-            part = {"pixel_values": images, "labels": labels}
-            losses.append(super().training_step(self.supernet, part, num_items_in_batch))
+            losses.append(self._backward_of_few({"pixel_values": images, "labels": labels}, num_items_in_batch))
             self._unobserved += len(images)
             if self._unobserved < OBSERVED_TOGETHER and not self.accelerator.sync_gradients:
                 continue  # micro-batches smaller than that are looked at together
-            scale = 1.0 if scaler is None else scaler.get_scale()
+            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
             observed += torch.cat([mask.squared_gradient(scale).flatten() for mask in masks])
             self.supernet.zero_grad(set_to_none=False)  # so that the optimizer, and a scaler, find that nothing moves
             self._unobserved = 0
@@ -210,12 +215,25 @@ class OFBTrainer(DistillationTrainer):
             mask.first_order += squares.view_as(mask.first_order)
         return torch.stack(losses).mean()
 
+    def _backward_of_few(self, part: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Gradients of a few images; with fp16, again under a smaller scale until none of them overflows."""
+        while True:
+            # The bare network: ranks add up what they saw afterwards, and nothing is compiled for such small batches.
+            loss = super().training_step(self.supernet, part, num_items_in_batch)
+            scaler = self.accelerator.scaler
+            gradients = [mask.importance_logits.grad for mask in self.supernet.bi_masks]
+            finite = scaler is None or all(bool(g.isfinite().all()) for g in gradients if g is not None)
+            if finite or scaler.get_scale() <= 1:
+                return loss
+            self.supernet.zero_grad()
+            scaler.update(scaler.get_scale() / 2)
+
     @torch.no_grad()
     def end_search_step(self) -> None:
         """Updates the budget multiplier; at their steps, retires candidates or settles, and shrinks."""
         supernet, config = self.supernet, self.bi_mask_config
         step, total = self.state.global_step, self.state.max_steps
-        if self._schedule["importance_phase"] and config.importance_from == "descent":
+        if self._schedule["importance_phase"] and not self._observes:
             supernet.refresh_gates()
             expected = supernet.expected_cost(supernet.sizes("bi_mask"))
             gap = (expected - self._schedule["target"]) / supernet.dense_cost
@@ -225,6 +243,10 @@ class OFBTrainer(DistillationTrainer):
             ratio = (task / pmim.clamp(min=1e-8)).clamp(max=config.pmim_max_ratio)
             supernet.pmim_ratio.copy_(torch.where(pmim > 0, ratio, supernet.pmim_ratio))
 
+        if not self._handed_over and step >= self._hold_steps(total):
+            if not supernet.importance_known:  # which a resumed run finds out here
+                self._hand_over()
+            self._handed_over = True
         last = schedule.settlement_step(config.settle_at, total)
         every, begin = max(1, total // config.retire_events), config.retire_begin * total
         settles = step == last
@@ -319,23 +341,25 @@ class OFBTrainer(DistillationTrainer):
         """One LambdaLR: weights and decoder follow `lr_scheduler_type`, the masks as their preset says."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
+            hold = self._hold_steps(num_training_steps)
+            rests = hold if self._observes else 0  # the schedule of the weights begins when they begin to move
             reference = get_scheduler(
                 self.args.lr_scheduler_type,
                 # Some schedules end at a given learning rate: they have to know the one they start from.
                 torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=self.args.learning_rate),
                 num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                num_training_steps=num_training_steps,
+                num_training_steps=num_training_steps - rests,
                 scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
             )
-            hold, observes = self._hold_steps(num_training_steps), self._observes
-            follow, constant = reference.lr_lambdas[0], lambda step: 1.0
+            constant = lambda step: 1.0  # noqa: E731
+            follow = lambda step: reference.lr_lambdas[0](max(step - rests, 0))  # noqa: E731
             masks = follow if self.bi_mask_config.masks_follow_schedule else constant
             held = self.bi_mask_config.hold_learning_rate
             factors = {
                 "weights": lambda step: follow(step) * (held if step < hold else 1.0),
-                "pmim_decoder": follow,
+                "pmim_decoder": lambda step: 0.0 if step < rests else follow(step),
                 # Gradients are comparable, and the function is the given one, as long as importance rests.
-                "importance": lambda step: 0.0 if observes and step < hold else masks(step),
+                "importance": lambda step: 0.0 if step < rests else masks(step),
                 # While importance leads alone, alpha would only follow the budget: it sees no units worth keeping yet.
                 "architecture": lambda step: 0.0 if step < hold else masks(step),
             }

@@ -38,7 +38,7 @@ def test_every_member_is_complete_and_within_its_budget(family):
         assert len(picture.convert("L").getcolors(256)) > 10
     assert not (output / "FAILED.txt").exists()
     dense = AutoModelForImageClassification.from_pretrained(output / "dense")
-    for name, share in BUDGETS.items():
+    for number, (name, share) in enumerate(BUDGETS.items(), 1):
         assert {path.name for path in (output / name).iterdir()} >= PRODUCT
         assert not (output / name / "FAILED.txt").exists()
         model = AutoModelForImageClassification.from_pretrained(output / name)
@@ -46,7 +46,7 @@ def test_every_member_is_complete_and_within_its_budget(family):
         assert results[name]["target_macs"] == target
         assert results[name]["finetuned"]["macs"] == count_macs(model) == count_macs(dense, subnet_of(output / name))
         assert 0.9 * target <= count_macs(model) <= target
-        assert results[name]["steps"] == {"search": 16, "finetune": 3}
+        assert results[name]["steps"] == {"search": 16 * number, "finetune": 3}  # what it took in all
         assert results[name]["dense"]["top1"] == results["target_macs-0.8"]["dense"]["top1"]
 
 
@@ -148,7 +148,7 @@ def _relative(units, parent):
     [
         (["--target_macs", "0.5,half"], "target_macs is 0.5, half; give numbers"),
         (["--target_macs", "0.5,0"], "target_macs is 0.0; give a share"),
-        (["--target_macs", "0.5", "0.5"], "the same budget twice"),
+        (["--target_macs", "0.5,", "0.5"], "the same budget twice"),
         (["--target_macs", "0.5,0.01"], "below the smallest subnet"),
         (["--target_macs", "0.5,0.4", "--push_to_hub", "--hub_model_id", "a/b"], "publish each finished folder"),
         (["--target_macs", "0.5,0.4", "--resume_from_checkpoint", "x/checkpoint-1"], "no complete checkpoint"),
@@ -162,6 +162,27 @@ def test_impossible_families_are_refused_before_anything_starts(checkpoint, imag
 def test_another_set_of_budgets_is_another_run(family, checkpoint, images, capsys):
     flags = ["--target_macs", "0.8,0.6", "--resume_from_checkpoint", "auto", "--max_steps", "48"]
     assert "target_macs" in refused(capsys, checkpoint, images, family[0], *flags)
+
+
+def test_the_papers_preset_distils_in_no_member(checkpoint, images, tmp_path, monkeypatch):
+    shares = []
+
+    class Noted(workflow.OFBTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            shares.append((self.distillation_weight, self.teacher))
+
+    monkeypatch.setattr(workflow, "OFBTrainer", Noted)
+    walk(checkpoint, images, tmp_path / "out", "--preset", "paper", "--target_macs", "0.8,0.6")
+    assert shares == [(0.0, None)] * 2
+
+
+def test_only_folders_of_runs_are_removed_when_starting_over(checkpoint, images, tmp_path):
+    (tmp_path / "out" / "target_practice").mkdir(parents=True)
+    walk(checkpoint, images, tmp_path / "first", "--finetune_max_steps", "0")
+    shutil.copytree(tmp_path / "first", tmp_path / "out", dirs_exist_ok=True)
+    walk(checkpoint, images, tmp_path / "out", "--finetune_max_steps", "0", "--overwrite_output_dir")
+    assert (tmp_path / "out" / "target_practice").is_dir()
 
 
 def test_help_teaches_families(capsys):

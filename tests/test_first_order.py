@@ -4,14 +4,23 @@ import copy
 
 import pytest
 import torch
-from factories import FAMILIES, search_config, tiny_images, tiny_model, tiny_supernet
+from factories import AWKWARD, FAMILIES, search_config, tiny_images, tiny_model, tiny_supernet
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import arguments, rows, searcher
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
-from ofb_hf import DistillationTrainer, OFBTrainer, SubmoduleSpace, baselines, count_macs, install_bi_masks, read_subnet
+from ofb_hf import (
+    DistillationTrainer,
+    OFBTrainer,
+    SubmoduleSpace,
+    ViTBiMaskConfig,
+    baselines,
+    count_macs,
+    install_bi_masks,
+    read_subnet,
+)
 from ofb_hf.bi_mask import IMPORTANCE_LIMIT, BiMask
 from ofb_hf.candidates import first_order_options
 
@@ -113,6 +122,50 @@ def test_the_first_phase_observes_and_changes_nothing_else(tmp_path):
     assert all(torch.equal(seen[4][name], seen[3][name]) for name in observed)
     logits = [name for name in start if name.endswith(".importance_logits")]
     assert all(not torch.equal(seen[4][name], start[name]) for name in logits)
+    assert not seen[3]["importance_known"]
+    assert seen[4]["importance_known"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 9, 12])
+def test_however_short_the_search_it_looks_at_the_data_first(tmp_path, steps):
+    """With the phases of the preset, which fall together in few steps."""
+    config, model, found = ViTBiMaskConfig(target_macs=0.6, **AWKWARD["vit"]), tiny_model("vit").train(), []
+    for seed in (0, 1):
+        data = rows(seed=seed, classes=2 + seed)
+        trainer = OFBTrainer(model, arguments(tmp_path, max_steps=steps), config, train_dataset=data)
+        trainer.train()
+        assert trainer.supernet.importance_known
+        assert trainer.supernet.is_settled
+        found.append(trainer.read_subnet())
+    assert found[0] != found[1]
+
+
+def test_moments_of_the_time_of_rest_are_forgotten(tmp_path):
+    trainer = searcher(tmp_path, search_config(importance_hold=0.5), max_steps=8)
+    steps = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps[state.global_step] = {float(entry["step"]) for entry in trainer.optimizer.state.values()}
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert steps[4] == set()
+    assert steps[5] == {1.0}
+
+
+def test_a_loss_scale_that_overflows_is_lowered_and_nothing_is_lost(tmp_path):
+    """What fp16 does in its first steps; on the CPU the scale has to be absurd."""
+    plain = searcher(tmp_path, max_steps=3)
+    scaled = searcher(tmp_path, max_steps=3)
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    for trainer in (plain, scaled):
+        trainer._schedule = {"importance_phase": True, "keep_ratio": 1.0, "target": 1.0, "one_hot_weight": 0.0}
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.training_step(trainer.supernet, default_data_collator(rows()[:8]))
+    assert scaled.accelerator.scaler.get_scale() < 2.0**126
+    for one, other in zip(plain.supernet.bi_masks, scaled.supernet.bi_masks, strict=True):
+        torch.testing.assert_close(other.first_order, one.first_order, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("value", ["gradient", ""])
@@ -125,6 +178,8 @@ def test_a_dense_model_as_its_own_teacher_leaves_something_to_observe(tmp_path):
     model = tiny_model("vit")
     named = OFBTrainer(model, arguments(tmp_path), search_config(), teacher=copy.deepcopy(model))
     assert named.distillation_weight == searcher(tmp_path, model=model).distillation_weight == 0.5
+    with pytest.raises(ValueError, match=r"distillation_weight is 1 .*Leave labels a share"):
+        searcher(tmp_path, model=model, distillation_weight=1.0)
 
 
 def test_a_model_that_was_a_teacher_can_still_be_trained_and_searched(tmp_path):

@@ -292,6 +292,8 @@ def test_default_candidates_are_multiples_where_the_dense_size_allows(width, mul
         ({"retire_events": 0}, ["retire_events", "0"]),
         ({"alpha_init": "ones"}, ["alpha_init", "'ones'"]),
         ({"pmim_window": 46}, ["pmim_window", "46"]),
+        ({"importance_hold": 0}, ["importance_hold", "0", "first_order"]),
+        ({"importance_hold": 0.3, "settle_at": 0.2}, ["importance_hold", "0.3", "settle_at", "0.2"]),
         ({"search_embedding": False, "search_attention": False, "search_mlp": False}, ["search_embedding"]),
     ],
 )

@@ -236,7 +236,7 @@ def test_search_on_a_parameter_budget_without_finetuning(checkpoint, images, tmp
     results = walk(checkpoint, images, tmp_path / "out", "--target_params", "0.6", "--finetune_max_steps", "0")
     assert results["target_macs"] is None
     said = {"seed", "versions", "command", "commit", "hardware", "seconds", "source", "data", "lost_classes"}
-    said |= {"steps"}
+    said |= {"steps", "left_out"}
     assert set(results) == {"target_macs", "target_params", "dense", "searched"} | said
     assert results["searched"]["params"] <= results["target_params"] <= 0.6 * results["dense"]["params"]
 

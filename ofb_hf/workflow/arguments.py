@@ -93,7 +93,10 @@ class SearchArguments(BiMaskConfig):
             ValueError: for a budget that is no share and no count.
         """
         name = self.budget[0]
-        return {f"{name}-{b:g}": BiMaskConfig(**self.to_dict() | {name: b}).to_dict() for b in self.budgets}
+        return {
+            f"{name}-{b if b <= 1 else int(b)}": BiMaskConfig(**self.to_dict() | {name: b}).to_dict()
+            for b in self.budgets
+        }
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -252,7 +255,7 @@ def _words(settings: dict[str, Any]) -> list[str]:
 def _numbers(name: str, words: list[Any] | float | None) -> list[float]:
     """The budgets in the words of a flag: apart from each other by commas or spaces."""
     words = words if isinstance(words, list) else [] if words is None else [words]
-    numbers = [number for word in words for number in str(word).split(",")]
+    numbers = [number for word in words for number in str(word).split(",") if number.strip()]
     try:
         return [float(number) for number in numbers]
     except ValueError:

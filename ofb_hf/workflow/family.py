@@ -1,7 +1,6 @@
 """One run, several budgets: each model of the family is searched on from the one before it."""
 
 import json
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +32,7 @@ def run(walk: search.Walk) -> dict[str, Any]:
             member = _member(walk, member, name, target)
             with search.output_of(member):
                 results[name], member.start, member.start_subnet = search.meet_budget(member)
+            member.steps_before = results[name]["steps"].get("search", 0)
         if walk.is_main:
             _write(walk, results)
     return results
@@ -49,6 +49,8 @@ def _member(walk: search.Walk, before: search.Walk, name: str, target: int) -> s
     args = changed(walk.args, output_dir=str(walk.folder / name), num_train_epochs=walk.args.num_train_epochs / shares)
     if args.max_steps > 0:
         args.max_steps = max(1, round(args.max_steps / shares))
+    if args.warmup_steps >= 1:  # below 1 it is a share
+        args.warmup_steps = round(args.warmup_steps / shares)
     return replace(
         walk,
         args=args,
@@ -57,8 +59,8 @@ def _member(walk: search.Walk, before: search.Walk, name: str, target: int) -> s
         targets={name: target},
         start=before.start,
         start_subnet=before.start_subnet,
+        steps_before=before.steps_before,
         model_args=replace(walk.model_args, keep_dense=False),
-        began=time.monotonic(),
     )
 
 

@@ -135,9 +135,8 @@ def begin(args: OFBTrainingArguments, settings: dict[str, Any]) -> None:
     if not resuming and (folder / SETTINGS_FILE).is_file():
         for name in ("dense", RESULT, *SEARCH_PHASES, *PRODUCT, FAMILY, FAMILY_PICTURE):
             remove(folder / name)
-        for pattern in ("checkpoint-*", "target_*"):
-            for path in folder.glob(pattern):
-                remove(path)
+        for path in (*folder.glob("checkpoint-*"), *(file.parent for file in folder.glob(f"target_*/{SETTINGS_FILE}"))):
+            remove(path)
     write_json(folder / SETTINGS_FILE, settings)
     mark_failed(folder, "it is running, or it was killed.")
 

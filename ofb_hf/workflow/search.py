@@ -50,6 +50,7 @@ class Walk:
         dense: the model to make smaller, the reference of all measurements.
         targets: subfolder -> budget in MACs or parameters, the largest first; `config` asks for the first one.
         start, start_subnet: what the search begins with where that is not `dense`, and its units as units of `dense`.
+        steps_before: of search, that `start` has behind it.
     """
 
     model_args: ModelArguments
@@ -64,6 +65,7 @@ class Walk:
     license: str | None
     start: PreTrainedModel | None = None
     start_subnet: SubnetSpec | None = None
+    steps_before: int = 0
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -194,10 +196,10 @@ def search(walk: Walk) -> tuple[PreTrainedModel, SubnetSpec]:
         subnet = SubnetSpec.from_json((done / SUBNET_FILE).read_text(encoding="utf-8"))
         return AutoModelForImageClassification.from_pretrained(done), subnet
     set_seed(walk.args.seed)
-    start, teacher = walk.dense, walk.teacher
+    start, teacher, args = walk.dense, walk.teacher, phase_arguments(walk.args, "search")
     if walk.start is not None:
-        start, teacher = walk.start, walk.teacher or walk.dense
-    args = phase_arguments(walk.args, "search")
+        share = walk.config.distillation_weight if args.distillation_weight is None else args.distillation_weight
+        start, teacher = walk.start, teacher or (walk.dense if share else None)
     trainer = OFBTrainer(start, args, walk.config, teacher=teacher, **datasets(walk))
     run_phase(trainer, walk, "search")
     small, subnet = trainer.compress(), trainer.read_subnet()
@@ -254,6 +256,8 @@ def measured(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     results["seconds"] = None if walk.resuming else round(time.monotonic() - walk.began)
     history = read_history(walk.folder / HISTORY_FILE)
     results["steps"] = {row["phase"]: row["step"] for row in history}
+    if "search" in results["steps"]:
+        results["steps"]["search"] += walk.steps_before
     results["left_out"] = left_out_at(history)
     results |= {"source": _source(walk), "data": walk.inputs.data.name}
     results["lost_classes"] = lost_classes(by_class["dense"], [*by_class.values()][-1], walk.inputs.data.label_names)
