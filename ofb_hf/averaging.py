@@ -63,8 +63,9 @@ class WeightAverage:
         safetensors.torch.save_file(self.average, path, metadata={"updates": str(self.updates)})
 
     def load(self, path: str | Path) -> None:
-        """Reads what `save` wrote; shapes are taken from the file."""
+        """Reads what `save` wrote; names and shapes are taken from the file: the module may have shrunk since."""
         with safetensors.safe_open(path, "pt") as file:
             self.updates = int(file.metadata()["updates"])
         saved = safetensors.torch.load_file(path)
-        self.average = {name: saved[name].to(old.device) for name, old in self.average.items()}
+        device = next(iter(self.average.values())).device
+        self.average = {name: tensor.to(device) for name, tensor in saved.items()}

@@ -238,6 +238,8 @@ class BiMaskConfig:
             "mlp": self.search_mlp,
         }
         searched = [s for s in architecture.submodules if wanted[s.kind] and math.prod(s.shape)]
+        if not searched:
+            raise ValueError("nothing to search: the model has no units of the kinds that are to be searched.")
         self._check_candidates(searched)
         spaces = map(self._submodule_space, searched)
         return SearchSpace(tuple(_tie_layers(spaces) if self.uniform_across_layers else spaces))

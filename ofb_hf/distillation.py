@@ -181,12 +181,15 @@ class DistillationTrainer(ResumableTrainer):
             self.average.save(Path(output_dir if output_dir is not None else self.args.output_dir) / EMA_FILE)
 
     def _load_weights(self, checkpoint: Path) -> None:
+        self._load_average(checkpoint)
+        super()._load_weights(checkpoint)
+
+    def _load_average(self, checkpoint: Path) -> None:
         if (checkpoint / EMA_FILE).is_file() != (self.average is not None):
             has = "no" if self.average is not None else "a"
             raise ValueError(
                 f"ema_decay is {self.args.ema_decay}, but {checkpoint} has {has} weight average ({EMA_FILE}); resume "
                 "with the same ema_decay."
             )
-        super()._load_weights(checkpoint)
         if self.average is not None:
             self.average.load(checkpoint / EMA_FILE)

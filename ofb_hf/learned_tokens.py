@@ -185,7 +185,7 @@ def install_learned_counts(model: PreTrainedModel, granularity: int = 1) -> OFBV
     if blind := [layer for layer in range(layers) if not ours.config.layer_sizes(layer)["num_attention_heads"]]:
         raise UnsupportedArchitectureError(
             f"layers {blind} have no attention to rank tokens by; tokens are searched where all have one. Search "
-            "tokens first, or widths without search_depth."
+            "widths without search_depth, or give a token_schedule by hand that lets all tokens pass there."
         )
     ours.requires_grad_(False)
     for layer in ours.vit.layers[1:]:

@@ -92,7 +92,7 @@ def _draw_widths(axes: Any, subnet: SubnetSpec, dense_sizes: dict[str, tuple[int
         kept = size if isinstance(size, tuple) else (size,)
         share = 1.0
         for left, full in zip(kept, dense, strict=True):
-            share *= left / full
+            share *= left / full if full else 0.0  # it may have been left out before this search
         axes.bar(position, 1, color="0.9")
         axes.bar(position, share, color={1: "tab:blue", 2: "tab:purple"}[len(dense)])
         label = " x ".join(map(str, kept)) if all(kept) else "left out"

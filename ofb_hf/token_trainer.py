@@ -97,5 +97,6 @@ class TokenTrainer(DistillationTrainer):
         return self.optimizer
 
     def _load_weights(self, checkpoint: Path) -> None:
+        self._load_average(checkpoint)
         # Not by from_pretrained, which would build the model from its config, without learned counts.
         self.learner.load_state_dict(safetensors.torch.load_file(checkpoint / SAFE_WEIGHTS_NAME))

@@ -171,12 +171,14 @@ def fixed_rate_schedule(config: ViTConfig, target: int, merge: bool = True) -> S
         UnreachableBudgetError: where none fits.
     """
 
-    tokens = num_tokens(config)
+    tokens, sizes = num_tokens(config), describe(config).sizes
+    attends = [math.prod(sizes[f"layers.{layer}.attention"]) for layer in range(config.num_hidden_layers)]
 
     def at(rate: float) -> Schedule:
         schedule = [[tokens, tokens]]
         for layer in range(1, config.num_hidden_layers):
-            left = max(2, round(tokens - rate * layer))
+            # Where there is no attention, there is nothing to rank tokens by: all that come in go on.
+            left = max(2, round(tokens - rate * layer)) if attends[layer] else schedule[-1][1]
             schedule.append([schedule[-1][1] if merge else left, left])
         return schedule
 

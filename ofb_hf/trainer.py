@@ -8,7 +8,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,7 +26,7 @@ from .pmim import mask_patches, normalize_target, reconstruction_loss, refine_ma
 from .search_space import SubnetSpec
 from .supernet import Supernet, compress, install_bi_masks, read_subnet
 from .surgery import rebuild_ddp_, slice_optimizer_
-from .training_args import OFBTrainingArguments
+from .training_args import OFBTrainingArguments, check_search_arguments
 
 BI_MASK_CONFIG_FILE = "bi_mask_config.json"
 # Gradients of a few images each rank units better than as many of large batches, and of more images no better
@@ -413,47 +412,3 @@ def _group_of(name: str, parameter: nn.Parameter, undecayed: tuple[str, ...]) ->
         return "pmim_decoder"
     # As in DeiT: vectors (biases, norms) and tokens are not decayed.
     return "weights_no_decay" if parameter.ndim <= 1 or name.endswith(undecayed) else "weights"
-
-
-def _sharding(args: OFBTrainingArguments) -> str | None:
-    """What splits parameters over processes in this run, asked for by a flag or by the launcher's environment."""
-    parallelism = args.parallelism_config
-    asked = {
-        "FSDP": bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
-        "DeepSpeed": bool(args.deepspeed) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
-        "Megatron-LM": parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"),
-        "tensor or context parallelism (parallelism_config)": parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")
-        or (parallelism is not None and parallelism.total_size != parallelism.dp_replicate_size),
-    }
-    return next((name for name, wanted in asked.items() if wanted), None)
-
-
-def check_search_arguments(args: OFBTrainingArguments) -> None:
-    """Raises ValueError for settings that a shrinking search cannot work with, in words, before anything happens."""
-    if args.load_best_model_at_end:
-        raise ValueError(
-            "load_best_model_at_end cannot go with a search: earlier checkpoints are larger networks that miss the "
-            "budget. Leave it off for the search; finetuning may use it."
-        )
-    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
-        raise ValueError(
-            f"max_steps is {args.max_steps}, num_train_epochs {args.num_train_epochs}; a search needs a step."
-        )
-    if args.per_device_train_batch_size < 1:
-        raise ValueError(f"per_device_train_batch_size is {args.per_device_train_batch_size}; it must be at least 1.")
-    if args.push_to_hub:
-        raise ValueError("push_to_hub: a search does not push; push the finished output folder when it is done.")
-    if args.auto_find_batch_size:
-        raise ValueError("auto_find_batch_size restarts training with a used supernet; set the batch size yourself.")
-    if sharding := _sharding(args):
-        raise ValueError(
-            f"{sharding} splits parameters that the search replaces while it runs; use DDP instead (accelerate launch "
-            "--multi_gpu, or recipes/accelerate/multi_gpu.yaml). Finetuning afterwards may use any of them."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"this one process sees {args.n_gpu} GPUs and would copy the network to all of them in every step; start "
-            "one process per GPU (accelerate launch --multi_gpu), or show it one (CUDA_VISIBLE_DEVICES=0)."
-        )
-    if not math.isfinite(args.learning_rate) or args.learning_rate < 0:
-        raise ValueError(f"learning_rate is {args.learning_rate}; it must be finite and not negative.")

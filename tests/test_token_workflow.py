@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import tiny_images, tiny_vit
+from factories import non_uniform_vit, tiny_images, tiny_vit
 from PIL import Image
 from runs import PRODUCT, QUICK
 from test_token_reduction import scheduled_vit
@@ -83,6 +83,23 @@ def test_it_goes_on_to_finetuning_and_can_be_resumed(checkpoint, images, output,
     assert again["token_schedule"] == results["token_schedule"]
     assert again["finetuned"]["top1"] == results["finetuned"]["top1"]
     assert results["token_schedule"] == json.loads((output / "eval_results.json").read_text())["token_schedule"]
+
+
+def test_a_second_search_is_measured_against_the_model_with_all_its_tokens(output, images, tmp_path):
+    first = json.loads((output / "eval_results.json").read_text())
+    results = search_tokens(output, images, tmp_path / "again", "--target_macs", "0.9")
+    assert results["dense"]["macs"] == first["dense"]["macs"] > results["searched"]["macs"] > first["searched"]["macs"]
+
+
+def test_models_whose_tokens_nothing_ranks_are_refused_before_anything_starts(images, tmp_path, capsys):
+    model = non_uniform_vit()
+    model.save_pretrained(tmp_path / "gone")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "gone")
+    with pytest.raises(SystemExit) as stopped:
+        search_tokens(tmp_path / "gone", images, tmp_path / "out")
+    assert stopped.value.code == 2
+    assert "have no attention to rank tokens by" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from factories import randomize_weights_, tiny_images, tiny_swin, tiny_vit, vit_config
+from factories import non_uniform_vit, randomize_weights_, tiny_images, tiny_swin, tiny_vit, vit_config
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import arguments, rows
@@ -243,15 +243,30 @@ def test_training_moves_the_counts_to_the_budget_and_nothing_else(tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
 
 
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
-    whole = token_trainer(tmp_path / "whole")
+@pytest.mark.parametrize("ema", [{}, {"ema_decay": 0.9}])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path, ema):
+    whole = token_trainer(tmp_path / "whole", **ema)
     whole.train()
-    first = token_trainer(tmp_path / "parts", save_strategy="steps", save_steps=12)
+    first = token_trainer(tmp_path / "parts", save_strategy="steps", save_steps=12, **ema)
     first.train()
-    again = token_trainer(tmp_path / "parts")
+    again = token_trainer(tmp_path / "parts", **ema)
     again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-12"))
     ours, theirs = again.learner.state_dict(), whole.learner.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_without_an_average_is_refused_where_one_is_wanted(tmp_path):
+    token_trainer(tmp_path, save_strategy="steps", save_steps=12).train()
+    with pytest.raises(ValueError, match="no weight average"):
+        token_trainer(tmp_path, ema_decay=0.9).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+
+
+def test_fixed_rates_let_all_tokens_pass_where_nothing_ranks_them():
+    config = non_uniform_vit().config
+    for merge in (True, False):
+        schedule = fixed_rate_schedule(config, int(0.8 * schedule_macs(config, full_schedule(config))), merge)
+        model = OFBViTForImageClassification.from_dense(non_uniform_vit(), token_schedule=schedule)
+        assert count_macs(model) == schedule_macs(config, schedule)
 
 
 def test_tokens_are_searched_on_top_of_narrow_layers_and_an_old_schedule(tmp_path):

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ofb_hf import DistillationTrainer, OFBTrainer, count_macs, count_params, install_bi_masks
 from ofb_hf.callbacks import HISTORY_FIELDS, HistoryCallback, read_history
-from ofb_hf.trainer import check_search_arguments
+from ofb_hf.training_args import check_search_arguments
 
 
 def weights(model):

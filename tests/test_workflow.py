@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from factories import tiny_vit
+from factories import non_uniform_vit, tiny_vit
 from huggingface_hub import ModelCard
 from PIL import Image
 from runs import PRODUCT, QUICK, refused, walk
@@ -253,6 +253,16 @@ def test_demonstration_path_at_a_tiny_size(tmp_path, monkeypatch, recipe, folder
     assert PRODUCT | {"dense"} <= {path.name for path in output.iterdir()}
     assert 0.49 * results["dense"]["macs"] <= results["finetuned"]["macs"] <= 0.5 * results["dense"]["macs"]
     assert results["dense"]["num_examples"] == 24
+
+
+def test_a_search_may_begin_where_halves_are_gone(images, tmp_path):
+    """Pictures and reports included; what was gone before is not said to have gone in this search."""
+    source = tmp_path / "gone"
+    non_uniform_vit().save_pretrained(source)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(source)
+    results = walk(source, images, tmp_path / "out", "--target_macs", "0.6", "--finetune_max_steps", "0")
+    assert results["left_out"] == {}
+    assert "left out" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_short_runs_need_no_special_flags(checkpoint, images, tmp_path):

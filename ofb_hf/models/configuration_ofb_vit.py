@@ -22,7 +22,8 @@ class OFBViTConfig(ViTConfig):
         token_schedule (`list[list[int]]`, *optional*):
             For each layer `[kept after dropping, kept after merging]`: at most so many tokens, the class token
             included, go on to its MLP and to the next layer. Tokens never come back, so an entry above an earlier
-            one means that one; the running minimum is what is stored. `None` keeps all tokens everywhere.
+            one means that one; the running minimum is what is stored. `None` keeps all tokens everywhere, and so
+            does a schedule of nothing but full counts, which is stored as `None`.
 
     Raises:
         ValueError: for a list whose length is not `num_hidden_layers`, for a negative width, for more heads than
@@ -101,7 +102,8 @@ class OFBViTConfig(ViTConfig):
         if self.attention_scale is not None and not self.attention_scale > 0:
             raise ValueError(f"attention_scale is {self.attention_scale}; it must be positive or None.")
         if self.token_schedule is not None:
-            self.token_schedule = self._checked_schedule(self.token_schedule)
+            schedule = self._checked_schedule(self.token_schedule)
+            self.token_schedule = schedule if schedule[-1][1] < self.num_tokens else None
 
     def _checked_schedule(self, schedule: list[list[int]]) -> list[list[int]]:
         """The schedule that is meant: its running minimum."""

@@ -29,8 +29,8 @@ from ..models.shapes import SHAPES
 from ..plots import plot_search
 from ..search_space import SubnetSpec
 from ..supernet import install_bi_masks
-from ..trainer import OFBTrainer, check_search_arguments
-from ..training_args import OFBTrainingArguments
+from ..trainer import OFBTrainer
+from ..training_args import OFBTrainingArguments, check_search_arguments
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, SearchArguments, changed, phase_arguments, training_settings
 from .inputs import Inputs, load, load_teacher
@@ -258,7 +258,10 @@ def measured(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     results["steps"] = {row["phase"]: row["step"] for row in history}
     if "search" in results["steps"]:
         results["steps"]["search"] += walk.steps_before
-    results["left_out"] = left_out_at(history)
+    gone = describe((walk.dense if walk.start is None else walk.start).config).left_out
+    results["left_out"] = {
+        name: step + walk.steps_before for name, step in left_out_at(history).items() if name not in gone
+    }
     results |= {"source": _source(walk), "data": walk.inputs.data.name}
     results["lost_classes"] = lost_classes(by_class["dense"], [*by_class.values()][-1], walk.inputs.data.label_names)
     return results

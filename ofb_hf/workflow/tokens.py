@@ -11,14 +11,14 @@ from ..callbacks import HISTORY_FILE, read_history
 from ..consistency import decided_by_rank_0
 from ..data import AugmentationArguments, DataArguments
 from ..hub import require_write_access
-from ..learned_tokens import TokenSearchConfig
+from ..learned_tokens import TokenSearchConfig, install_learned_counts
 from ..model_card import render_token_card
+from ..models import OFBViTForImageClassification
 from ..models.shapes import SHAPES
 from ..token_pictures import draw_tokens, plot_token_search
 from ..token_trainer import TokenTrainer
-from ..tokens import require_class_token
-from ..trainer import check_search_arguments
-from ..training_args import OFBTrainingArguments
+from ..tokens import full_schedule
+from ..training_args import OFBTrainingArguments, check_search_arguments
 from . import output, search
 from .arguments import ModelArguments, TokenPhaseArguments, changed, phase_arguments
 from .inputs import load, load_teacher
@@ -49,7 +49,10 @@ def prepare(
     settings |= asdict(augmentation_args) | asdict(phase_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, output.SEARCH_PHASES)
     dense, inputs = load(name, data_args, args.seed, augmentation_args)
-    require_class_token(dense)
+    install_learned_counts(dense, config.token_granularity)  # refuses what cannot be searched, before anything starts
+    if getattr(dense.config, "token_schedule", None):
+        # The budget is a share of the model with all its tokens, so that is the one to compare with.
+        dense = OFBViTForImageClassification.from_dense(dense, token_schedule=full_schedule(dense.config))
     targets = {"": config.target(dense.config)}
     teacher, licence = load_teacher(model_args.teacher_name_or_path, inputs), search.license_of(name)
     return Walk(model_args, phase_args, args, config, settings, inputs, dense, teacher, targets, licence)
@@ -86,7 +89,8 @@ def search_tokens(walk: Walk) -> PreTrainedModel:
 def finish(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     """Evaluates, measures, writes the output folder and prints the summary."""
     results = {"target_macs": walk.target, "target_params": None} | search.measured(walk, models)
-    results["token_schedule"] = models["searched"].config.token_schedule
+    config = models["searched"].config
+    results["token_schedule"] = config.token_schedule or full_schedule(config)
     final = models.get("finetuned", models["searched"])
     search.write_output(walk, final, results, lambda folder: _write_extras(walk, final, results, folder))
     return results
