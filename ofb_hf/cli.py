@@ -1,4 +1,6 @@
-"""`ofb-hf`: search, search-tokens, finetune, evaluate, publish, verify, export. The recipes are the same functions."""
+"""`ofb-hf`: plan, search, search-tokens, finetune, evaluate, publish, verify, export.
+
+The recipes are the same functions."""
 
 import json
 import sys
@@ -17,6 +19,7 @@ from .training_args import OFBTrainingArguments
 from .workflow import export as export_workflow
 from .workflow import family as family_workflow
 from .workflow import finetune as finetune_workflow
+from .workflow import plan as plan_workflow
 from .workflow import search as search_workflow
 from .workflow import tokens as tokens_workflow
 from .workflow import verify as verify_workflow
@@ -24,6 +27,7 @@ from .workflow.arguments import (
     ExportArguments,
     FinetuneArguments,
     ModelArguments,
+    PlanArguments,
     PublishArguments,
     SearchArguments,
     TokenPhaseArguments,
@@ -81,9 +85,25 @@ The file takes `pixel_values` (B, C, H, W) in float32, for any B, and gives `log
 how pixels are prepared, is written beside it. Nothing is left
 behind if logits differ by more than 1e-5 of the largest."""
 
+PLAN = """What a search would cost and come to, within a minute, before there is any data.
+
+    ofb-hf plan deit_small --target_macs 0.7,0.5 --per_device_train_batch_size 64 --num_train_epochs 20
+
+Counts what the space holds and what each budget comes to; takes some steps on random images, and says what they
+make for --num_images. All other flags are those of the search. Nothing is written."""
+
 TOKEN_DEMO = {"output_dir": "runs/demo_tokens", "target_macs": 0.7, "num_train_epochs": 10, "finetune_epochs": 0}
 
 EVALUATE = """Measure an image classifier: top-1, top-5, MACs, parameters, file size, images per second. Prints JSON."""
+
+
+def plan(argv: list[str] | None = None) -> dict[str, Any]:
+    """Entry of `ofb-hf plan`. Prints and returns the plan."""
+    classes = [PlanArguments, SearchArguments, OFBTrainingArguments]
+    parsed = _in_words(lambda: parse(classes, _leading("--model_name_or_path", argv), PLAN))
+    planned = _closing_processes(lambda: _in_words(lambda: plan_workflow.run_plan(*parsed)))
+    sys.stdout.write(f"{plan_workflow.plan_text(planned)}\n")
+    return planned
 
 
 def search(argv: list[str] | None = None, **demo: Any) -> dict[str, Any]:
@@ -164,6 +184,7 @@ def export(argv: list[str] | None = None) -> None:
 
 
 COMMANDS = {
+    "plan": plan,
     "search": search,
     "search-tokens": search_tokens,
     "finetune": finetune,

@@ -29,6 +29,7 @@ THIRD_PARTY = {
     "tokens.py": {"torch", "transformers"},
     "learned_tokens.py": {"torch", "transformers"},
     "models": {"torch", "transformers", "huggingface_hub"},
+    "workflow/trial.py": {"torch", "transformers"},
 }
 # What of ours it may import.
 OURS = {
@@ -41,6 +42,10 @@ OURS = {
     "learned_tokens.py": {
         *(f"ofb_hf.{name}" for name in ("architectures", "flops", "settlement", "unit_groups", "tokens")),
         *("ofb_hf.models", "ofb_hf.models.modeling_ofb_vit"),
+    },
+    # What a step costs is seen without data.
+    "workflow/trial.py": {
+        f"ofb_hf.{name}" for name in ("schedule", "configuration", "trainer", "training_args", "workflow.arguments")
     },
 }
 # Module and parameter paths of a model family, as they appear in strings.

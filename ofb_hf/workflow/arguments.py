@@ -190,6 +190,27 @@ class ExportArguments:
             raise ValueError("--output_dir is missing; give a folder for the exported file.")
 
 
+@dataclass
+class PlanArguments:
+    """For which model and how many images a search is planned. Budgets and training are those of the search."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata=_help(f"A Hub name or folder with an image classifier, or a shape: {', '.join(SHAPES)}."),
+    )
+    num_images: int = field(default=1_281_167, metadata=_help("Training images of an epoch; by default ImageNet-1k's."))
+    num_labels: int = field(default=1000, metadata=_help("Labels of a named shape; a checkpoint has its own."))
+
+    def __post_init__(self):
+        if self.model_name_or_path is None:
+            raise ValueError(
+                f"--model_name_or_path is missing; give a Hub name, a folder, or one of {', '.join(SHAPES)}."
+            )
+        for name in ("num_images", "num_labels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+
+
 def parse(
     classes: list[type], argv: list[str] | None, description: str, demo: dict[str, Any] | None = None
 ) -> tuple[Any, ...]:
