@@ -226,7 +226,7 @@ class Supernet(nn.Module):
         for mask in self.bi_masks:
             searched |= expected_quantities(mask, values[mask.name] if on == "bi_mask" else None)
         dense = quantities(self.dense_sizes)
-        return torch.stack([searched[n] if n in searched else self.lam.new_tensor(float(dense[n])) for n in dense])
+        return torch.stack([searched[n] if n in searched else self.lam.new_full((), dense[n]) for n in dense])
 
     def one_hot_loss(self) -> Tensor:
         """Sum of the adaptive one-hot losses of all submodules."""

@@ -134,7 +134,9 @@ class OFBTrainer(DistillationTrainer):
             return None
         rows, columns = self.supernet.dense_architecture.token_grid
         masked = mask_patches(batch_size, rows * columns, self._schedule["keep_ratio"], self.generator)
-        return masked.to(self.args.device)
+        if self.args.device.type == "cuda":
+            masked = masked.pin_memory()  # a copy from ordinary memory would wait for everything that is queued
+        return masked.to(self.args.device, non_blocking=True)
 
     def begin_search_step(self) -> None:
         """Sets everything that follows the global step; the step about to run is `state.global_step`."""
