@@ -14,7 +14,7 @@ from .bi_mask import BiMask, TiedBiMask
 from .candidates import candidate_options, first_order_options, search_scores
 from .configuration import BiMaskConfig, default_config
 from .flops import ExpectedCost, best_of, count_macs, evaluate_terms, expected_quantities
-from .losses import one_hot_loss
+from .losses import one_hot_losses
 from .masked_layers import GateStore, apply_gate, gate_parameters_, mask_norm_
 from .pmim import PMIMDecoder, window_for_patch
 from .search_space import Kept, SubnetSpec, all_units
@@ -230,7 +230,8 @@ class Supernet(nn.Module):
 
     def one_hot_loss(self) -> Tensor:
         """Sum of the adaptive one-hot losses of all submodules."""
-        return torch.stack([one_hot_loss(mask.alpha, mask.active_candidates) for mask in self.bi_masks]).sum()
+        masks = self.bi_masks
+        return one_hot_losses([mask.alpha for mask in masks], [mask.active_candidates for mask in masks]).sum()
 
     def importance_penalty(self) -> Tensor:
         """The published L1 penalty on importance scores (arXiv:2403.15835, its code)."""

@@ -15,6 +15,7 @@ from ofb_hf.losses import (
     distillation_loss,
     flops_loss,
     one_hot_loss,
+    one_hot_losses,
 )
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -96,6 +97,21 @@ def test_retired_candidates_do_not_count(count, seed):
 def test_one_hot_loss_of_a_grid_is_that_of_its_cells():
     alpha, active = torch.randn(3, 7), torch.rand(3, 7) < 0.7
     assert one_hot_loss(alpha, active).item() == one_hot_loss(alpha.flatten(), active.flatten()).item()
+
+
+def test_one_hot_losses_of_many_submodules_are_those_of_each():
+    shapes = [(1,), (7,), (3, 5), (2,), (33,)]
+    alphas = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    actives = [torch.rand(shape) < 0.7 for shape in shapes]
+    for active in actives:
+        active.view(-1)[0] = True
+    weights = torch.randn(len(shapes), dtype=torch.float64)
+    together = one_hot_losses(alphas, actives)
+    gradients = torch.autograd.grad((together * weights).sum(), alphas)
+    for index, (alpha, active) in enumerate(zip(alphas, actives, strict=True)):
+        alone = one_hot_loss(alpha, active)
+        torch.testing.assert_close(together[index], alone)
+        torch.testing.assert_close(gradients[index], weights[index] * torch.autograd.grad(alone, alpha)[0])
 
 
 def test_one_hot_loss_of_two_candidates_by_hand():
