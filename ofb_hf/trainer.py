@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler, set_seed
+from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import schedule
@@ -312,7 +313,10 @@ class OFBTrainer(DistillationTrainer):
         return read_subnet(self.supernet)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One AdamW with named groups: weights, weights_no_decay, importance, architecture, pmim_decoder."""
+        """One AdamW with named groups: weights, weights_no_decay, importance, architecture, pmim_decoder.
+
+        Fused where `args.optim` says so, which is transformers' default: the same update in one pass over the weights.
+        """
         if self.optimizer is None:
             args, config = self.args, self.bi_mask_config
             weights = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
@@ -335,6 +339,7 @@ class OFBTrainer(DistillationTrainer):
             self.optimizer = torch.optim.AdamW(
                 [{"params": groups[name], "name": name, **settings[name]} for name in groups if groups[name]],
                 eps=args.adam_epsilon,
+                fused=args.optim == OptimizerNames.ADAMW_TORCH_FUSED,
             )
         return self.optimizer
 

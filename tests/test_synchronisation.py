@@ -96,8 +96,9 @@ def on_meta(trial, monkeypatch):
 
 
 def trial_of(family, tmp_path, **changes):
-    """A trial of a tiny model."""
-    return TrialSearch(tiny_model(family), arguments(tmp_path), search_config(family, target_macs=0.6, **changes))
+    """A trial of a tiny model; the fused optimizer knows no meta device."""
+    args = arguments(tmp_path, optim="adamw_torch")
+    return TrialSearch(tiny_model(family), args, search_config(family, target_macs=0.6, **changes))
 
 
 STAGES = {
