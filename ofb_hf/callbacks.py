@@ -40,6 +40,10 @@ class SearchCallback(TrainerCallback):
     def __init__(self, trainer: "OFBTrainer"):
         self.trainer = trainer
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Looks at where the supernet stands; a checkpoint has been loaded by now."""
+        self.trainer.begin_search()
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Sets lambda, keep ratio, budget and one-hot weight for this step."""
         self.trainer.begin_search_step()

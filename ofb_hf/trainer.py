@@ -91,7 +91,7 @@ class OFBTrainer(DistillationTrainer):
         self.add_callback(SearchCallback(self))
         self._pmim_sums = torch.zeros(2, device=args.device)
         self._schedule: dict[str, float] = {}
-        self._handed_over = not self.bi_mask_config.importance_hold
+        self._handed_over = False
         self._unobserved = 0  # images whose gradients are added up and not observed yet
 
     def training_losses(
@@ -138,6 +138,10 @@ class OFBTrainer(DistillationTrainer):
         if self.args.device.type == "cuda":
             masked = masked.pin_memory()  # a copy from ordinary memory would wait for everything that is queued
         return masked.to(self.args.device, non_blocking=True)
+
+    def begin_search(self) -> None:
+        """Finds out, once, whether a resumed run has its importance phase behind it."""
+        self._handed_over = not self.bi_mask_config.importance_hold or bool(self.supernet.importance_known)
 
     def begin_search_step(self) -> None:
         """Sets everything that follows the global step; the step about to run is `state.global_step`."""
@@ -193,6 +197,7 @@ class OFBTrainer(DistillationTrainer):
         if self._observes:
             self.optimizer.state.clear()  # all of it rested: moments of nothing, grown old, make large first steps
         self.supernet.importance_known.fill_(True)
+        self._handed_over = True
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -246,9 +251,7 @@ class OFBTrainer(DistillationTrainer):
             supernet.pmim_ratio.copy_(torch.where(pmim > 0, ratio, supernet.pmim_ratio))
 
         if not self._handed_over and step >= self._hold_steps(total):
-            if not supernet.importance_known:  # which a resumed run finds out here
-                self._hand_over()
-            self._handed_over = True
+            self._hand_over()
         last = schedule.settlement_step(config.settle_at, total)
         every, begin = max(1, total // config.retire_events), config.retire_begin * total
         settles = step == last

@@ -36,8 +36,9 @@ class TrialSearch:
         trainer.create_optimizer()
         trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)  # mixed precision, compilation, DDP
         trainer.state.max_steps = STEPS
-        # The first step that may hide patches, but for the one that hands importance over.
         trainer.state.global_step = round(config.importance_hold * STEPS) + 1
+        trainer.supernet.importance_known.fill_(True)
+        trainer.begin_search()
 
     def batch(self, size: int) -> dict[str, Tensor]:
         """Random images (B, C, H, W) and labels (B,) where the model is."""
