@@ -102,17 +102,23 @@ class CutOff(TrainerCallback):
     @torch.no_grad()
     def on_step_end(self, *args, **kwargs):
         """Sets the weights back to zero."""
+        self.disturb_(0.0)
+
+    @torch.no_grad()
+    def disturb_(self, share: float):
+        """Replaces the weights by noise, `share` times as strong as the weights of useful units; 0 = by zeros."""
         for name in self.planted.kept:
             _, layer, kind = name.split(".")
             block = self.model.vit.layers[int(layer)]
             out = block.attention.o_proj if kind == "attention" else block.mlp.fc2
             useless = sorted(set(range(out.in_features)) - useful_units(self.planted, name))
-            out.weight[:, useless] = 0
+            out.weight[:, useless] = share * out.weight.std() * torch.randn(len(out.weight), len(useless))
             if not self.planted.kept[name]:
                 out.bias[:] = 0
             if kind == "attention":
-                block.attention.q_proj.weight[useless] = 0
-                block.attention.q_proj.bias[useless] = 0
+                query = block.attention.q_proj
+                query.weight[useless] = share * query.weight.std() * torch.randn(len(useless), query.in_features)
+                query.bias[useless] = 0
 
 
 def augment(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -161,7 +167,10 @@ def arguments(folder: str, steps: int, seed: int, learning_rate: float) -> OFBTr
     )
 
 
-def train_dense(planted: SubnetSpec, seed: int, steps: int, layers: int = LAYERS) -> ViTForImageClassification:
+def train_dense(
+    planted: SubnetSpec, seed: int, steps: int, layers: int = LAYERS, noise: float = 0.0
+) -> ViTForImageClassification:
+    """The dense model; its useless units do nothing, or with `noise` a little that nobody has asked for."""
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=HIDDEN,
@@ -175,14 +184,16 @@ def train_dense(planted: SubnetSpec, seed: int, steps: int, layers: int = LAYERS
     )
     model = ViTForImageClassification(config)
     with tempfile.TemporaryDirectory() as folder:
+        cut_off = CutOff(model, planted)
         trainer = DistillationTrainer(
             model,
             arguments(folder, steps, seed, 2e-3),
             train_dataset=digits(train=True),
             data_collator=augment,
-            callbacks=[CutOff(model, planted)],
+            callbacks=[cut_off],
         )
         trainer.train()
+    cut_off.disturb_(noise)
     return model
 
 
@@ -240,6 +251,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--dense_steps", type=int, default=1800)
     parser.add_argument("--search_steps", type=int, default=900)
+    parser.add_argument("--noise", type=float, default=0.0, help="of useless units, relative to the weights of others")
     args = parser.parse_args()
     logging.set_verbosity_error()
     rows = []
@@ -247,7 +259,7 @@ def main() -> None:
         blocks = args.task == "blocks"
         planted = plant_blocks() if blocks else plant(seed)
         with contextlib.redirect_stdout(io.StringIO()):
-            model = train_dense(planted, seed, args.dense_steps, BLOCKS if blocks else LAYERS)
+            model = train_dense(planted, seed, args.dense_steps, BLOCKS if blocks else LAYERS, args.noise)
         for preset in args.presets:
             with contextlib.redirect_stdout(io.StringIO()):
                 rows.append(run(preset, planted, model, seed, args.search_steps, search_depth=blocks))
