@@ -103,12 +103,13 @@ def close_masks_(supernet: Supernet, subnet: SubnetSpec) -> None:
             mask.alive[list(kept)] = True
 
 
-def units_to_keep(config: PreTrainedConfig, what: str, rng: random.Random) -> SubnetSpec:
+def units_to_keep(config: PreTrainedConfig, what: str, rng: random.Random, smallest: int = 0) -> SubnetSpec:
     """Random units of some submodules, and all units of the others.
 
     Args:
         what: a kind or the name of one submodule; `heads` takes whole heads, `channels` some within every head, and
-            `one width` one residual width of those that the network has. Attentions and MLPs may lose all units.
+            `one width` one residual width of those that the network has.
+        smallest: heads of an attention, or units of an MLP, that stay at least.
     """
     submodules = describe(config).submodules
     one_width = rng.choice(names_of(config, "embedding"))
@@ -117,10 +118,10 @@ def units_to_keep(config: PreTrainedConfig, what: str, rng: random.Random) -> Su
         name, shape = submodule.name, submodule.shape
         chosen = what in (name, submodule.kind) or (what == "one width" and name == one_width)
         if len(shape) == 1:
-            size = rng.randint(submodule.kind == "embedding", shape[0]) if chosen else shape[0]
+            size = rng.randint(max(submodule.kind == "embedding", smallest), shape[0]) if chosen else shape[0]
             kept[name] = tuple(sorted(rng.sample(range(shape[0]), size)))
             continue
-        heads = rng.randint(0, shape[0]) if chosen or what == "heads" else shape[0]
+        heads = rng.randint(smallest, shape[0]) if chosen or what == "heads" else shape[0]
         channels = rng.randint(1, shape[1]) if chosen or what == "channels" else shape[1]
         kept[name] = {
             head: tuple(sorted(rng.sample(range(shape[1]), channels)))

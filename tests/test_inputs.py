@@ -125,8 +125,7 @@ def test_a_schedule_ends_at_the_learning_rate_that_was_asked_for(tmp_path):
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": 1e-5},
     )
-    config = search_config(importance_hold=0.0, hold_learning_rate=1.0)
-    trainer = OFBTrainer(tiny_model("vit").train(), args, config, train_dataset=rows())
+    trainer = OFBTrainer(tiny_model("vit").train(), args, search_config(), train_dataset=rows())
     trainer.train()
     rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
     assert rates["weights"] == pytest.approx(1e-5)

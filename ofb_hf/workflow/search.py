@@ -141,7 +141,8 @@ def prepare(
     if args.push_to_hub:
         decided_by_rank_0(lambda: require_write_access(args.hub_model_id, args.hub_token))
     settings = run_settings(model_args, data_args, config, args) | asdict(augmentation_args) | asdict(finetune_args)
-    settings |= {config.budget[0]: config.budgets}
+    if len(config.budgets) > 1:
+        settings |= {config.budget[0]: config.budgets}
     output.check_free(args, settings, model_args.overwrite_output_dir, config.phases)
     dense, inputs = load(name, data_args, args.seed, augmentation_args)
     configs = {name: default_config(dense.config, **values) for name, values in config.by_budget().items()}
