@@ -132,28 +132,38 @@ def prepare(
     Raises:
         ValueError: for whatever cannot work, in words.
     """
-    name = model_args.model_name_or_path
-    if name is None:
-        raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(SHAPES)}.")
-    check_search_arguments(changed(args, push_to_hub=False))  # it is the finished folder that is pushed
     if args.push_to_hub and len(config.budgets) > 1:
         raise ValueError("push_to_hub cannot go with several budgets; publish each finished folder (ofb-hf publish).")
-    if args.push_to_hub:
-        decided_by_rank_0(lambda: require_write_access(args.hub_model_id, args.hub_token))
+    name = require_start(model_args, args)
     settings = run_settings(model_args, data_args, config, args) | asdict(augmentation_args) | asdict(finetune_args)
     if len(config.budgets) > 1:
         settings |= {config.budget[0]: config.budgets}
     output.check_free(args, settings, model_args.overwrite_output_dir, config.phases)
     dense, inputs = load(name, data_args, args.seed, augmentation_args)
-    configs = {name: default_config(dense.config, **values) for name, values in config.by_budget().items()}
-    costs = {name: install_bi_masks(dense, one).target for name, one in configs.items()}
+    configs = {folder: default_config(dense.config, **values) for folder, values in config.by_budget().items()}
+    costs = {folder: install_bi_masks(dense, one).target for folder, one in configs.items()}
     targets = dict(sorted(costs.items(), key=lambda item: -item[1]))
     if len(set(targets.values())) < len(config.budgets):
         raise ValueError(f"{config.budget[0]} is {config.budgets}, with the same budget twice; give each once.")
     first = configs[next(iter(targets))]
     teacher = load_teacher(model_args.teacher_name_or_path, inputs)
     shared = model_args, finetune_args, args, first, settings, inputs, dense, teacher, targets
-    return Walk(*shared, license_of(model_args.model_name_or_path))
+    return Walk(*shared, license_of(name))
+
+
+def require_start(model_args: ModelArguments, args: OFBTrainingArguments) -> str:
+    """The name of the model to search, after the checks that need neither model nor data.
+
+    Raises:
+        ValueError: for whatever cannot work, in words.
+    """
+    name = model_args.model_name_or_path
+    if name is None:
+        raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(SHAPES)}.")
+    check_search_arguments(changed(args, push_to_hub=False))  # it is the finished folder that is pushed
+    if args.push_to_hub:
+        decided_by_rank_0(lambda: require_write_access(args.hub_model_id, args.hub_token))
+    return name
 
 
 def run_settings(

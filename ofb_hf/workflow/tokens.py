@@ -8,19 +8,16 @@ import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 
 from ..callbacks import HISTORY_FILE, read_history
-from ..consistency import decided_by_rank_0
 from ..data import AugmentationArguments, DataArguments
-from ..hub import require_write_access
 from ..learned_tokens import TokenSearchConfig, install_learned_counts
 from ..model_card import render_token_card
 from ..models import OFBViTForImageClassification
-from ..models.shapes import SHAPES
 from ..token_pictures import draw_tokens, plot_token_search
 from ..token_trainer import TokenTrainer
 from ..tokens import full_schedule
-from ..training_args import OFBTrainingArguments, check_search_arguments
+from ..training_args import OFBTrainingArguments
 from . import output, search
-from .arguments import ModelArguments, TokenPhaseArguments, changed, phase_arguments
+from .arguments import ModelArguments, TokenPhaseArguments, phase_arguments
 from .inputs import load, load_teacher
 from .report import markdown_table, results_rows
 from .search import Walk
@@ -39,12 +36,7 @@ def prepare(
     Raises:
         ValueError: for whatever cannot work, in words.
     """
-    name = model_args.model_name_or_path
-    if name is None:
-        raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(SHAPES)}.")
-    check_search_arguments(changed(args, push_to_hub=False))  # it is the finished folder that is pushed
-    if args.push_to_hub:
-        decided_by_rank_0(lambda: require_write_access(args.hub_model_id, args.hub_token))
+    name = search.require_start(model_args, args)
     settings = search.run_settings(model_args, data_args, config, args)
     settings |= asdict(augmentation_args) | asdict(phase_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, output.SEARCH_PHASES)
