@@ -107,17 +107,22 @@ class CutOff(TrainerCallback):
     @torch.no_grad()
     def disturb_(self, share: float):
         """Replaces the weights by noise, `share` times as strong as the weights of useful units; 0 = by zeros."""
+        noise = torch.Generator().manual_seed(0)  # its own, so that training draws the same numbers with and without
         for name in self.planted.kept:
             _, layer, kind = name.split(".")
             block = self.model.vit.layers[int(layer)]
             out = block.attention.o_proj if kind == "attention" else block.mlp.fc2
             useless = sorted(set(range(out.in_features)) - useful_units(self.planted, name))
-            out.weight[:, useless] = share * out.weight.std() * torch.randn(len(out.weight), len(useless))
+            out.weight[:, useless] = (
+                share * out.weight.std() * torch.randn(len(out.weight), len(useless), generator=noise)
+            )
             if not self.planted.kept[name]:
                 out.bias[:] = 0
             if kind == "attention":
                 query = block.attention.q_proj
-                query.weight[useless] = share * query.weight.std() * torch.randn(len(useless), query.in_features)
+                query.weight[useless] = (
+                    share * query.weight.std() * torch.randn(len(useless), query.in_features, generator=noise)
+                )
                 query.bias[useless] = 0
 
 
