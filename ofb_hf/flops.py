@@ -36,6 +36,10 @@ def count_params(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec |
     return evaluate_terms(_architecture(model).params, _amounts(model, subnet))
 
 
+# What a budget counts, by the name of its field.
+COUNTS = {"target_macs": count_macs, "target_params": count_params}
+
+
 def evaluate_terms(terms: tuple[Term, ...], amounts: dict[str, int]) -> int:
     """Sum over the terms, given the value of every quantity."""
     return sum(term.coefficient * math.prod(amounts[name] for name in term.factors) for term in terms)

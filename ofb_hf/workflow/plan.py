@@ -12,19 +12,17 @@ from transformers import PreTrainedModel
 from ..architectures import require_classifier
 from ..checkpoints import load_complete_classifier
 from ..configuration import BiMaskConfig, default_config
-from ..flops import count_macs, count_params
+from ..flops import COUNTS, count_macs, count_params
 from ..models.shapes import SHAPES
 from ..search_space import Kept, SubnetSpec
 from ..supernet import install_bi_masks
-from ..trainer import check_search_arguments
-from ..training_args import OFBTrainingArguments
+from ..training_args import OFBTrainingArguments, check_search_arguments
 from .arguments import PlanArguments, SearchArguments
 from .inputs import load_classifier
 from .measure import hardware, peak_bytes
 from .report import text_table
 from .trial import TrialSearch
 
-COUNTS = {"target_macs": count_macs, "target_params": count_params}
 # A plan is to be there within a minute; this is left for measuring, over all budgets.
 SECONDS = 20.0
 MEASURED_STEPS = 5
