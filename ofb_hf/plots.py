@@ -1,9 +1,29 @@
 """Pictures of a search, for people who would rather look than read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .search_space import SubnetSpec
+
+
+@contextmanager
+def drawing(path: str | Path, *shape: int, **options: Any) -> Iterator[Any]:
+    """Yields the axes of a new figure, and writes it as PNG afterwards, without a display.
+
+    Args:
+        path: file to write. shape, options: rows, columns and more, as for `pyplot.subplots`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(*shape, layout="constrained", **options)
+    yield axes
+    figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def plot_search(
@@ -24,20 +44,11 @@ def plot_search(
         budget: `target_macs` or `target_params`.
         path: PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [row for row in history if row["phase"] == "search"]
-    figure, (cost, race, widths) = pyplot.subplots(
-        1, 3, figsize=(17, 4.6), width_ratios=[1, 0.8, 1.5], layout="constrained"
-    )
-    _draw_cost(cost, rows, target, budget)
-    _draw_race(race, rows)
-    _draw_widths(widths, subnet, dense_sizes)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    with drawing(path, 1, 3, figsize=(17, 4.6), width_ratios=[1, 0.8, 1.5]) as (cost, race, widths):
+        _draw_cost(cost, rows, target, budget)
+        _draw_race(race, rows)
+        _draw_widths(widths, subnet, dense_sizes)
 
 
 def plot_family(results: dict[str, dict[str, Any]], path: str | Path) -> None:
@@ -47,24 +58,17 @@ def plot_family(results: dict[str, dict[str, Any]], path: str | Path) -> None:
         results: budget -> content of its `eval_results.json`, the largest first.
         path: PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     members = list(results.values())
-    figure, axes = pyplot.subplots(figsize=(6.5, 4.6), layout="constrained")
-    for stage, color in (("searched", "tab:orange"), ("finetuned", "tab:blue")):
-        rows = [member[stage] for member in members if member.get(stage)]
-        if rows:
-            macs, top1 = [row["macs"] / 1e6 for row in rows], [row["top1"] for row in rows]
-            axes.plot(macs, top1, marker="o", label=stage, color=color)
     dense = members[0]["dense"]
-    axes.plot(dense["macs"] / 1e6, dense["top1"], marker="s", label="dense", color="0.3", linestyle="")
-    axes.set(title="Accuracy over cost", xlabel="MMACs of one image", ylabel="top-1 (%)", xlim=(0, None))
-    axes.legend()
-    figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
-    pyplot.close(figure)
+    with drawing(path, figsize=(6.5, 4.6)) as axes:
+        for stage, color in (("searched", "tab:orange"), ("finetuned", "tab:blue")):
+            rows = [member[stage] for member in members if member.get(stage)]
+            if rows:
+                macs, top1 = [row["macs"] / 1e6 for row in rows], [row["top1"] for row in rows]
+                axes.plot(macs, top1, marker="o", label=stage, color=color)
+        axes.plot(dense["macs"] / 1e6, dense["top1"], marker="s", label="dense", color="0.3", linestyle="")
+        axes.set(title="Accuracy over cost", xlabel="MMACs of one image", ylabel="top-1 (%)", xlim=(0, None))
+        axes.legend()
 
 
 def _draw_cost(axes: Any, rows: list[dict[str, Any]], target: float, budget: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import TokenReduction, match_tokens, rank_tokens
+from .plots import drawing
 from .tokens import Schedule, num_tokens, require_class_token
 
 DROPPED = -1
@@ -111,30 +112,22 @@ def draw_tokens(
         mean, std: of the image processor, per channel, to undo its normalisation.
         path: PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     traced = trace_tokens(model, pixel_values)
     layers = [layer for layer, block in enumerate(model.vit.layers) if block.reduction is not None]
     patch = model.config.patch_size
     side = patch if isinstance(patch, int) else patch[0]
     scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
     size = (1.6 * (1 + len(layers)), 1.75 * len(pixel_values))
-    figure, axes = pyplot.subplots(
-        len(pixel_values), 1 + len(layers), figsize=size, squeeze=False, layout="constrained"
-    )
-    for row, image in enumerate((pixel_values.cpu().float() * scale + shift).clamp(0, 1)):
-        shown = [image, *(paint_tokens(image, traced[layer][row], side) for layer in layers)]
-        for axis, picture in zip(axes[row], shown, strict=True):
-            axis.imshow(picture.permute(1, 2, 0).numpy())
-            axis.set_axis_off()
-    for axis, layer in zip(axes[0][1:], layers, strict=True):
-        before, kept, merged = model.config.token_counts(layer)
-        axis.set_title(f"layer {layer}\n{before - kept} dropped\n{kept - merged} merged\n{merged} left", fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    with drawing(path, len(pixel_values), 1 + len(layers), figsize=size, squeeze=False) as axes:
+        for row, image in enumerate((pixel_values.cpu().float() * scale + shift).clamp(0, 1)):
+            shown = [image, *(paint_tokens(image, traced[layer][row], side) for layer in layers)]
+            for axis, picture in zip(axes[row], shown, strict=True):
+                axis.imshow(picture.permute(1, 2, 0).numpy())
+                axis.set_axis_off()
+        for axis, layer in zip(axes[0][1:], layers, strict=True):
+            before, kept, merged = model.config.token_counts(layer)
+            fates = f"{before - kept} dropped\n{kept - merged} merged\n{merged} left"
+            axis.set_title(f"layer {layer}\n{fates}", fontsize=8)
 
 
 def plot_token_search(history: list[dict[str, Any]], schedule: Schedule, target: int, path: str | Path) -> None:
@@ -146,24 +139,17 @@ def plot_token_search(history: list[dict[str, Any]], schedule: Schedule, target:
         target: the budget in MACs.
         path: PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [row for row in history if row["phase"] == "search"]
-    figure, (cost, counts) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     scale, unit = (1e9, "G") if target >= 1e9 else (1e6, "M")
-    cost.plot([row["step"] for row in rows], [row["expected_macs"] / scale for row in rows], label="learned counts")
-    cost.axhline(target / scale, label="budget", color="tab:red", linestyle="--", linewidth=1)
-    cost.set(title="Cost of the network", xlabel="search step", ylabel=f"{unit} MACs", ylim=(0, None))
-    cost.legend()
     layers = range(len(schedule))
     before = [schedule[0][0], *(merged for _, merged in schedule[:-1])]
-    counts.bar(layers, before, color="0.9", label="dropped")
-    counts.bar(layers, [kept for kept, _ in schedule], color="tab:purple", alpha=0.5, label="merged")
-    counts.bar(layers, [merged for _, merged in schedule], color="tab:blue", label="left")
-    counts.set(title="Tokens between attention and MLP", xlabel="layer", xticks=layers)
-    counts.legend()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    with drawing(path, 1, 2, figsize=(11, 4.2)) as (cost, counts):
+        cost.plot([row["step"] for row in rows], [row["expected_macs"] / scale for row in rows], label="learned counts")
+        cost.axhline(target / scale, label="budget", color="tab:red", linestyle="--", linewidth=1)
+        cost.set(title="Cost of the network", xlabel="search step", ylabel=f"{unit} MACs", ylim=(0, None))
+        cost.legend()
+        counts.bar(layers, before, color="0.9", label="dropped")
+        counts.bar(layers, [kept for kept, _ in schedule], color="tab:purple", alpha=0.5, label="merged")
+        counts.bar(layers, [merged for _, merged in schedule], color="tab:blue", label="left")
+        counts.set(title="Tokens between attention and MLP", xlabel="layer", xticks=layers)
+        counts.legend()
