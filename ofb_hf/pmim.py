@@ -16,6 +16,7 @@ def window_for_patch(patch_size: int) -> int:
     return max(3, 2 * round((WINDOW_AT_PATCH_16 * patch_size / 16 - 1) / 2) + 1)
 
 
+@torch.no_grad()
 def normalize_target(pixels: Tensor, window: int) -> Tensor:
     """Standardises every pixel by the mean and variance of the window around it.
 
@@ -39,10 +40,13 @@ def normalize_target(pixels: Tensor, window: int) -> Tensor:
         # E[x^2] - E[x]^2 cancels badly for bright flat images; the overall mean has no effect on the result.
         pixels = pixels - pixels.mean((-2, -1), keepdim=True)
         rows, columns = (_window_sum(side, window, pixels) for side in pixels.shape[-2:])
-        count = rows.sum(0)[:, None] * columns.sum(0)  # pixels inside the window of every pixel
-        mean = rows @ pixels @ columns / count
-        variance = (rows @ pixels.square() @ columns / count - mean.square()) * (count / (count - 1).clamp(min=1))
-        return (pixels - mean) / torch.sqrt(variance.clamp(min=0) + 1e-6)
+        inside_rows, inside_columns = rows.sum(1, keepdim=True), columns.sum(0)
+        count = inside_rows * inside_columns  # pixels in the window of every pixel
+        rows, columns = rows / inside_rows, columns / inside_columns
+        mean, variance = rows @ pixels @ columns, rows @ pixels.square() @ columns
+        # In place: new memory for a picture of every step takes longer than the arithmetic.
+        variance.addcmul_(mean, mean, value=-1).mul_(count / (count - 1).clamp(min=1)).clamp_(min=0).add_(1e-6).sqrt_()
+        return pixels.sub_(mean).div_(variance)
 
 
 def _window_sum(length: int, window: int, like: Tensor) -> Tensor:

@@ -13,17 +13,14 @@ from .architectures import describe, family_of, require_classifier
 from .bi_mask import BiMask, TiedBiMask
 from .candidates import candidate_options, first_order_options, search_scores
 from .configuration import BiMaskConfig, default_config
-from .flops import ExpectedCost, best_of, count_macs, evaluate_terms, expected_quantities
-from .losses import one_hot_losses
+from .flops import ExpectedCost, count_macs, evaluate_terms
+from .mask_stack import MaskStacks
 from .masked_layers import GateStore, apply_gate, gate_parameters_, mask_norm_
 from .pmim import PMIMDecoder, window_for_patch
 from .search_space import Kept, SubnetSpec, all_units
 from .settlement import TIGHTNESS, Option, Settlement, settle
 from .surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
 from .unit_groups import Architecture, Slot, Submodule, Term, heads_of, presence_of, quantities
-
-# L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit elsewhere.
-IMPORTANCE_PENALTY = {"attention": 2e-4, "mlp": 5e-5, "embedding": 5e-5}
 
 
 @dataclass
@@ -81,6 +78,7 @@ class Supernet(nn.Module):
         self.register_buffer("pmim_ratio", torch.tensor(1.0))
         names = list(quantities(architecture.sizes))
         self.expected_cost, self.expected_macs = ExpectedCost(self.terms, names), ExpectedCost(architecture.macs, names)
+        self._stack_masks()
         self._gate_store = GateStore()
         self._alive_version: dict[str, tuple[int, int]] = {}
         self._install_gates(architecture)
@@ -178,9 +176,7 @@ class Supernet(nn.Module):
     def refresh_gates(self) -> None:
         """Computes the bi-mask values that the gated modules read until the next call."""
         # A new dict, and nobody looks at the last one: compiled code does not depend on what it held.
-        values = {mask.name: mask.prunability(self.lam).flatten() for mask in self.bi_masks}
-        present = {presence_of(m.name): best_of(values[m.name])[None] for m in self.bi_masks if m.may_vanish}
-        self._gate_store.values = values | present
+        self._gate_store.values = self._stacks.gates(self.lam)
         if not torch.compiler.is_compiling():
             self.refresh_liveness()
 
@@ -221,21 +217,19 @@ class Supernet(nn.Module):
         """
         if not self._gate_store.values:
             self.refresh_gates()
-        values = self._gate_store.values
-        searched: dict[str, Tensor] = {}
-        for mask in self.bi_masks:
-            searched |= expected_quantities(mask, values[mask.name] if on == "bi_mask" else None)
-        dense = quantities(self.dense_sizes)
-        return torch.stack([searched[n] if n in searched else self.lam.new_full((), dense[n]) for n in dense])
+        return self._stacks.sizes(self._gate_store.values if on == "bi_mask" else None)
 
     def one_hot_loss(self) -> Tensor:
         """Sum of the adaptive one-hot losses of all submodules."""
-        masks = self.bi_masks
-        return one_hot_losses([mask.alpha for mask in masks], [mask.active_candidates for mask in masks]).sum()
+        return self._stacks.one_hot_loss()
 
     def importance_penalty(self) -> Tensor:
         """The published L1 penalty on importance scores (arXiv:2403.15835, its code)."""
-        return torch.stack([IMPORTANCE_PENALTY[mask.kind] * mask.importance().sum() for mask in self.bi_masks]).sum()
+        return self._stacks.importance_penalty()
+
+    def _stack_masks(self) -> None:
+        stacks = MaskStacks(self.bi_masks, quantities(self.dense_sizes))
+        self._stacks = stacks.to(self.lam.device)
 
     def options(self) -> dict[str, list[Option]]:
         """Every active candidate of every submodule that chooses, with its score."""
@@ -322,6 +316,7 @@ class Supernet(nn.Module):
         # Masks of what is gone: nothing in the forward pass reads them any more, so DDP must not wait for them.
         idle = {p.requires_grad_(False) for mask in gone if not mask.alive.numel() for p in mask.parameters()}
         replaced = {old: None if new in idle else new for old, new in replaced.items()}
+        self._stack_masks()
         self._gate_store.values = {}
         self._alive_version.clear()
         return replaced, plan
