@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .search_space import SubmoduleSpace
+from .search_space import Kept, SubmoduleSpace
 
 # Above it a unit is worth its place (`estimate_importance_`).
 EVEN_IMPORTANCE = 0.5
@@ -122,6 +122,14 @@ class BiMask(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}, units={tuple(self.alive.shape)}, candidates={tuple(self.alpha.shape)}"
+
+    @torch.no_grad()
+    def initialize_(self, mean: float, std: float, alpha: str) -> None:
+        """Draws importance logits, and alpha where it is to be "uniform" instead of zeros."""
+        # Noise breaks the ties between units; with std 0 the order of the channels would decide.
+        nn.init.trunc_normal_(self.importance_logits, mean, max(std, 1e-8), mean - 2 * std, mean + 2 * std)
+        if alpha == "uniform":
+            nn.init.uniform_(self.alpha)
 
     @property
     def candidate_axes(self) -> tuple[Tensor, ...]:
@@ -341,7 +349,7 @@ class BiMask(nn.Module):
         channels = self.alive[heads].nonzero()[:, 1]
         return heads, channels.reshape(len(heads), len(channels) // max(len(heads), 1))
 
-    def kept(self) -> tuple[int, ...] | dict[int, tuple[int, ...]]:
+    def kept(self) -> Kept:
         """The living units as indices of the dense parent: a tuple, or `{head: channels}` for a grid."""
         if not self.is_grid:
             return tuple(self.unit_ids[self.alive].tolist())
@@ -350,6 +358,11 @@ class BiMask(nn.Module):
         return {
             row[0] // self.dense_head_dim: tuple(unit % self.dense_head_dim for unit in row) for row in ids.tolist()
         }
+
+    def kept_now(self) -> Kept:
+        """As `kept`, but as indices into the network as it is now."""
+        units = [indices.tolist() for indices in self.alive_units()]
+        return dict(zip(units[0], map(tuple, units[1]), strict=True)) if self.is_grid else tuple(units[0])
 
     def shrink_plan(self) -> dict[str, tuple[tuple[int, Tensor], ...]]:
         """How each tensor of this mask is sliced when the units that are not alive go: {name: ((axis, indices), ...)}.

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .unit_groups import Submodule
+
 
 class GateStore:
     """The current gate values, quantity -> (U,), shared by all gated modules of one supernet.
@@ -22,10 +24,28 @@ class GateStore:
     def __init__(self):
         self.values: dict[str, Tensor] = {}
         self.alive: dict[str, Tensor | None] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
 
     def __deepcopy__(self, memo: dict) -> "GateStore":
         memo[id(self)] = copy = GateStore()
         return copy
+
+    def clear(self) -> None:
+        """Forgets everything, as after a shrink."""
+        self.values = {}
+        self._versions.clear()
+
+    def refresh_liveness(self, name: str, alive: Tensor) -> None:
+        """Tells the norms which units (bool, any shape) of a submodule live.
+
+        Reading "is everything alive" from the device would wait for it; the version counter says for free whether the
+        tensor was written since the last look.
+        """
+        version = (id(alive), alive._version)
+        if self._versions.get(name) != version:
+            self._versions[name] = version
+            with torch.inference_mode(False):  # training may go on with it after an evaluation
+                self.alive[name] = None if alive.all() else alive.flatten().clone()
 
 
 def apply_gate(parameter: Tensor, gate: Tensor, axis: int) -> Tensor:
@@ -83,7 +103,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -
         x: (..., I). weight: (O, I). bias: (O,) or None. gate: (O,).
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if enabled and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(device))
     return GatedLinearFunction.apply(x, weight, bias, gate)
 
@@ -147,3 +168,27 @@ def mask_norm_(norm: nn.LayerNorm, store: GateStore, residual: str) -> None:
         raise TypeError(f"expected a LayerNorm over the channels of {residual!r}, got {type(norm).__name__}.")
     norm.__class__ = _LivingLayerNorm
     norm._residual, norm._gate_store = residual, store
+
+
+def install_gates(model: nn.Module, submodules: list[Submodule], store: GateStore) -> None:
+    """Makes a classifier read the gated slots of its submodules through gates, and its norms skip dead channels."""
+    gates: dict[str, dict[str, list[tuple[str, int]]]] = {}
+    parameters = dict(model.named_parameters())
+    for submodule in submodules:
+        for parameter, gate, axis in submodule.gates:
+            if parameter in parameters:
+                path, _, name = parameter.rpartition(".")
+                gates.setdefault(path, {}).setdefault(name, []).append((gate, axis))
+        for norm in submodule.norms:
+            mask_norm_(model.get_submodule(norm), store, submodule.name)
+    for path, names in gates.items():
+        gate_parameters_(model.get_submodule(path), store, names)
+
+
+@torch.no_grad()
+def apply_gates_(tensors: dict[str, Tensor], submodules: list[Submodule], store: GateStore) -> None:
+    """Multiplies gates into the tensors, named as a classifier's parameters, whose slots they gate."""
+    for submodule in submodules:
+        for parameter, gate, axis in submodule.gates:
+            if parameter in tensors and gate in store.values:
+                tensors[parameter].copy_(apply_gate(tensors[parameter], store.values[gate], axis))
