@@ -150,7 +150,7 @@ def test_the_forward_pass_is_one_graph_with_the_same_gradients(stage, family):
 
 @both_families
 def test_gradients_in_float32_are_those_in_float64(family):
-    wide = tiny_supernet(family=family, dtype=torch.float64).train()
+    wide = tiny_supernet(family=family, dtype=torch.float64)  # in eval mode: each precision drops other paths
     expected = gradients_of(wide, tiny_images(dtype=torch.float64))
     for name, gradient in gradients_of(wide.float(), tiny_images()).items():
         scale = expected[name].abs().max().item()
