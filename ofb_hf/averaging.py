@@ -40,6 +40,10 @@ class WeightAverage:
         """
         self.average = {name: slice_tensor(self.average[name], plan.get(name, ())) for name in names}
 
+    def part_of(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The averages themselves, to be changed in place, of parameters whose names begin like this; without it."""
+        return {name.removeprefix(prefix): tensor for name, tensor in self.average.items() if name.startswith(prefix)}
+
     @torch.no_grad()
     def copy_to_(self, module: nn.Module) -> None:
         """Overwrites the module's parameters with their average."""

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .search_space import SubmoduleSpace
+from .search_space import Kept, SubmoduleSpace
 
 # Above it a unit is worth its place (`estimate_importance_`).
 EVEN_IMPORTANCE = 0.5
@@ -33,6 +33,51 @@ def sums_of_first(values: Tensor, axis: int, counts: Tensor) -> Tensor:
 def _rank(score: Tensor) -> Tensor:
     """Position of every entry of the last axis when sorted from largest to smallest; ties keep their order."""
     return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+# The arithmetic, for M bi-masks at once: units (M, H, D), candidates (M, K_heads, K_dims); a plain axis has one head.
+
+
+def probabilities(alpha: Tensor, active: Tensor) -> Tensor:
+    """Softmax over the active candidates of each mask together; 0 for retired ones."""
+    return alpha.masked_fill(~active, -math.inf).flatten(1).softmax(1).view_as(alpha)
+
+
+def importance_scores(logits: Tensor, alive: Tensor, normalize: bool, floor: float) -> Tensor:
+    """How much each unit matters, in (0, 1]; 0 for dead ones. Normalised by the maximum of each mask, or `floor`."""
+    importance = logits.sigmoid() * alive
+    if not normalize:
+        return importance
+    # Detached: otherwise the strongest unit, useful or not, would be rewarded for making all others look weaker.
+    return importance / importance.detach().amax((1, 2), keepdim=True).clamp(min=floor)
+
+
+def unit_ranks(logits: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks of heads by the sum of their importance (M, H), and of channels within each head (M, H, D); dead last."""
+    logits = logits.detach()
+    heads = (logits.sigmoid() * alive).sum(2).masked_fill(~alive.any(2), -math.inf)
+    return _rank(heads), _rank(logits.masked_fill(~alive, -math.inf))
+
+
+def staircase(p: Tensor, sizes: tuple[Tensor, Tensor], ranks: tuple[Tensor, Tensor]) -> Tensor:
+    """The probability that the chosen size exceeds the rank of a unit along each axis: (M, H, D).
+
+    Args:
+        p: of the candidates. sizes: (M, K_heads) and (M, K_dims). ranks: (M, H) and (M, H, D).
+    """
+    heads, channels = ranks
+    with torch.autocast(p.device.type, enabled=False):
+        of_heads, of_channels = (  # (M, K, U) of each axis
+            (torch.arange(units, device=p.device) < size[..., None]).to(p.dtype)
+            for size, units in zip(sizes, channels.shape[1:], strict=True)
+        )
+        by_rank = (of_heads.mT @ p @ of_channels).clamp(max=1)
+    return by_rank.gather(1, heads[..., None].expand_as(by_rank)).gather(2, channels)
+
+
+def bi_mask_values(importance: Tensor, sparsity: Tensor, lam: float | Tensor, alive: Tensor) -> Tensor:
+    """lam * S + (1 - lam) * V, in the form that is exactly 1 where both scores are 1."""
+    return (sparsity + lam * (importance - sparsity)) * alive
 
 
 class BiMask(nn.Module):
@@ -78,6 +123,14 @@ class BiMask(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.name}, units={tuple(self.alive.shape)}, candidates={tuple(self.alpha.shape)}"
 
+    @torch.no_grad()
+    def initialize_(self, mean: float, std: float, alpha: str) -> None:
+        """Draws importance logits, and alpha where it is to be "uniform" instead of zeros."""
+        # Noise breaks the ties between units; with std 0 the order of the channels would decide.
+        nn.init.trunc_normal_(self.importance_logits, mean, max(std, 1e-8), mean - 2 * std, mean + 2 * std)
+        if alpha == "uniform":
+            nn.init.uniform_(self.alpha)
+
     @property
     def candidate_axes(self) -> tuple[Tensor, ...]:
         """The candidate sizes along each axis: ((K,),) or ((K_heads,), (K_dims,)), ascending integers."""
@@ -89,10 +142,17 @@ class BiMask(nn.Module):
         axes = self.candidate_axes
         return axes[0][:, None] * axes[1][None, :] if self.is_grid else axes[0]
 
+    @property
+    def grid_axes(self) -> tuple[Tensor, Tensor]:
+        """`candidate_axes` of heads and channels, a plain axis taken for a grid of one head: (K_heads,), (K_dims,)."""
+        return (self.unit_ids.new_ones(1), *self.candidate_axes)[-2:]
+
+    def _as_grid(self, tensor: Tensor) -> Tensor:
+        return tensor[None] if self.is_grid else tensor[None, None]
+
     def candidate_probs(self) -> Tensor:
         """Softmax of alpha over the active candidates together; 0 for retired ones. Shaped like alpha."""
-        logits = self.alpha.masked_fill(~self.active_candidates, -math.inf)
-        return logits.flatten().softmax(0).reshape(logits.shape)
+        return probabilities(self._as_grid(self.alpha), self._as_grid(self.active_candidates)).view_as(self.alpha)
 
     def expected_size(self) -> Tensor:
         """Expected number of kept units under `candidate_probs`: scalar in units (heads x channels for a grid)."""
@@ -106,25 +166,24 @@ class BiMask(nn.Module):
         """Probability that any unit is kept, under `candidate_probs`: scalar."""
         return (self.candidate_probs() * (self.candidate_sizes > 0)).sum()
 
+    @property
+    def importance_floor(self) -> float:
+        """What importance is divided by at least, if it is normalised."""
+        return EVEN_IMPORTANCE if self.may_vanish else 0.0
+
     def importance(self) -> Tensor:
         """How much each unit matters, in (0, 1]; 0 for units that are no longer alive. Shaped like the units."""
-        importance = self.importance_logits.sigmoid() * self.alive
-        if not self.normalize_importance or not importance.numel():
-            return importance
-        # Detached: otherwise the strongest unit, useful or not, would be rewarded for making all others look weaker.
-        return importance / importance.amax().detach().clamp(min=EVEN_IMPORTANCE if self.may_vanish else 0)
+        logits, alive = self._as_grid(self.importance_logits), self._as_grid(self.alive)
+        normalize = self.normalize_importance and bool(alive.numel())  # nothing has no maximum
+        return importance_scores(logits, alive, normalize, self.importance_floor).view_as(self.alive)
 
     def unit_rank(self) -> tuple[Tensor, ...]:
         """Importance rank of every unit, 0 = most important; units that are no longer alive come last.
 
         Plain axis: ((U,),). Grid: heads by the sum of their importance (H,), and channels within each head (H, D).
         """
-        logits = self.importance_logits.detach()
-        dead_last = logits.masked_fill(~self.alive, -math.inf)
-        if not self.is_grid:
-            return (_rank(dead_last),)
-        heads = (logits.sigmoid() * self.alive).sum(1).masked_fill(~self.alive.any(1), -math.inf)
-        return _rank(heads), _rank(dead_last)
+        heads, channels = unit_ranks(self._as_grid(self.importance_logits), self._as_grid(self.alive))
+        return (heads[0], channels[0]) if self.is_grid else (channels[0, 0],)
 
     def sparsity(self) -> Tensor:
         """How many units there is room for, dealt out by importance rank. Shaped like the units, in [0, 1].
@@ -133,17 +192,10 @@ class BiMask(nn.Module):
         start at the probability of keeping any (1 unless 0 is a candidate) and add up to `expected_size`. Ranks are not
         differentiated: alpha learns through the values.
         """
-        with torch.autocast(self.alpha.device.type, enabled=False):
-            p = self.candidate_probs()
-            keeps_rank = [  # (K, U) of each axis
-                (torch.arange(units, device=p.device) < sizes[:, None]).to(p.dtype)
-                for units, sizes in zip(self.alive.shape, self.candidate_axes, strict=True)
-            ]
-            if not self.is_grid:
-                return (p @ keeps_rank[0]).clamp(max=1)[self.unit_rank()[0]]
-            by_rank = (keeps_rank[0].T @ p @ keeps_rank[1]).clamp(max=1)  # (H, D)
-            head_rank, channel_rank = self.unit_rank()
-            return by_rank[head_rank].gather(1, channel_rank)
+        heads, channels = self.grid_axes
+        ranks = unit_ranks(self._as_grid(self.importance_logits), self._as_grid(self.alive))
+        p = self._as_grid(self.candidate_probs())
+        return staircase(p, (heads[None], channels[None]), ranks).view_as(self.alive)
 
     def prunability(self, lam: float | Tensor) -> Tensor:
         """The bi-mask value m_u of every unit, in [0, 1]: high = kept, exactly 0 = no longer alive.
@@ -151,9 +203,7 @@ class BiMask(nn.Module):
         Args:
             lam: weight of the importance score, 1 = importance only, 0 = sparsity only.
         """
-        sparsity = self.sparsity()
-        # This form, not lam * S + (1 - lam) * V: it is exactly 1 where both scores are 1.
-        return (sparsity + lam * (self.importance() - sparsity)) * self.alive
+        return bi_mask_values(self.importance(), self.sparsity(), lam, self.alive)
 
     def importance_by_rank(self) -> Tensor:
         """The importance scores sorted as the sparsity staircase expects them. Shaped like the units."""
@@ -299,7 +349,7 @@ class BiMask(nn.Module):
         channels = self.alive[heads].nonzero()[:, 1]
         return heads, channels.reshape(len(heads), len(channels) // max(len(heads), 1))
 
-    def kept(self) -> tuple[int, ...] | dict[int, tuple[int, ...]]:
+    def kept(self) -> Kept:
         """The living units as indices of the dense parent: a tuple, or `{head: channels}` for a grid."""
         if not self.is_grid:
             return tuple(self.unit_ids[self.alive].tolist())
@@ -308,6 +358,11 @@ class BiMask(nn.Module):
         return {
             row[0] // self.dense_head_dim: tuple(unit % self.dense_head_dim for unit in row) for row in ids.tolist()
         }
+
+    def kept_now(self) -> Kept:
+        """As `kept`, but as indices into the network as it is now."""
+        units = [indices.tolist() for indices in self.alive_units()]
+        return dict(zip(units[0], map(tuple, units[1]), strict=True)) if self.is_grid else tuple(units[0])
 
     def shrink_plan(self) -> dict[str, tuple[tuple[int, Tensor], ...]]:
         """How each tensor of this mask is sliced when the units that are not alive go: {name: ((axis, indices), ...)}.

@@ -9,13 +9,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import describe, require_classifier
-from .bi_mask import BiMask
 from .search_space import SubnetSpec
-from .unit_groups import Architecture, Term, heads_of, presence_of, quantities
+from .unit_groups import Architecture, Term, quantities
 
 
 def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:
@@ -43,31 +41,6 @@ COUNTS = {"target_macs": count_macs, "target_params": count_params}
 def evaluate_terms(terms: tuple[Term, ...], amounts: dict[str, int]) -> int:
     """Sum over the terms, given the value of every quantity."""
     return sum(term.coefficient * math.prod(amounts[name] for name in term.factors) for term in terms)
-
-
-def best_of(gates: Tensor) -> Tensor:
-    """The largest along the last axis, 0 where there is none: what holds several units stays as long as the best."""
-    return F.pad(gates, (0, 1)).amax(-1)
-
-
-def expected_quantities(mask: BiMask, gates: Tensor | None = None) -> dict[str, Tensor]:
-    """What cost terms multiply, of one submodule: differentiable scalars by the names of `quantities`.
-
-    Args:
-        mask: expected values under its `candidate_probs`, unless gates are given.
-        gates: sums of these bi-mask values (U,) instead.
-    """
-    if gates is None:
-        units, heads, presence = mask.expected_size(), mask.expected_heads, mask.expected_presence
-    else:
-        gates = gates.float().reshape(mask.alive.shape)
-        units, heads, presence = gates.sum(), lambda: best_of(gates).sum(), lambda: best_of(gates.flatten())
-    amounts = {mask.name: units}
-    if mask.is_grid:
-        amounts[heads_of(mask.name)] = heads()
-    if mask.may_vanish:
-        amounts[presence_of(mask.name)] = presence()
-    return {name: amount.float() for name, amount in amounts.items()}
 
 
 class ExpectedCost(nn.Module):

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 # The spread of the probabilities enters through a cotangent with a pole at 0 (uniform) and at 1 (one-hot). In fp32
 # the published tan(pi/2 - pi*sigma) has the wrong sign on the poles (-2.3e7 for uniform logits), so the spread stays
@@ -28,23 +27,20 @@ def one_hot_loss(alpha: Tensor, active: Tensor) -> Tensor:
         Scalar in float32 or alpha's wider type; 0 when a single candidate is left. Finite with finite gradients for
         every alpha, uniform and one-hot included (deviation: sigma is clamped, see `SPREAD_MARGIN`).
     """
-    return one_hot_losses([alpha], [active])[0]
+    return one_hot_losses(alpha.reshape(1, -1), active.reshape(1, -1))[0]
 
 
-def one_hot_losses(alphas: list[Tensor], actives: list[Tensor]) -> Tensor:
-    """`one_hot_loss` of many submodules in one computation: a few kernels for all instead of dozens for each.
+def one_hot_losses(alpha: Tensor, active: Tensor) -> Tensor:
+    """`one_hot_loss` of M submodules at once.
 
     Args:
-        alphas: M tensors of architecture logits, of one dtype and of any shapes.
-        actives: bool, one for each, of its shape.
+        alpha: (M, K). active: bool (M, K), at least one of each row; to fill a row up, add inactive ones.
 
     Returns:
         (M,) in float32 or alpha's wider type.
     """
-    with torch.autocast(alphas[0].device.type, enabled=False):
-        logits = pad_sequence([alpha.flatten() for alpha in alphas], batch_first=True)  # (M, K), K of the largest
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        active = pad_sequence([active.flatten() for active in actives], batch_first=True)  # padding is not active
+    with torch.autocast(alpha.device.type, enabled=False):
+        logits = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
         log_p = logits.masked_fill(~active, -math.inf).log_softmax(1).masked_fill(~active, 0.0)
         p = log_p.exp() * active
         n = active.sum(1, dtype=logits.dtype)

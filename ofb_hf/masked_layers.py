@@ -7,6 +7,10 @@ Scaling weight rows costs nothing beside scaling (batch x tokens) activations, a
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .unit_groups import Submodule
 
 
 class GateStore:
@@ -20,10 +24,28 @@ class GateStore:
     def __init__(self):
         self.values: dict[str, Tensor] = {}
         self.alive: dict[str, Tensor | None] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
 
     def __deepcopy__(self, memo: dict) -> "GateStore":
         memo[id(self)] = copy = GateStore()
         return copy
+
+    def clear(self) -> None:
+        """Forgets everything, as after a shrink."""
+        self.values = {}
+        self._versions.clear()
+
+    def refresh_liveness(self, name: str, alive: Tensor) -> None:
+        """Tells the norms which units (bool, any shape) of a submodule live.
+
+        Reading "is everything alive" from the device would wait for it; the version counter says for free whether the
+        tensor was written since the last look.
+        """
+        version = (id(alive), alive._version)
+        if self._versions.get(name) != version:
+            self._versions[name] = version
+            with torch.inference_mode(False):  # training may go on with it after an evaluation
+                self.alive[name] = None if alive.all() else alive.flatten().clone()
 
 
 def apply_gate(parameter: Tensor, gate: Tensor, axis: int) -> Tensor:
@@ -31,6 +53,68 @@ def apply_gate(parameter: Tensor, gate: Tensor, axis: int) -> Tensor:
     shape = [1] * parameter.ndim
     shape[axis] = -1
     return parameter * gate.reshape(shape).to(parameter.dtype)
+
+
+class GatedLinearFunction(torch.autograd.Function):
+    """A linear layer whose outputs are gated through its weight and bias; arguments as for `gated_linear`.
+
+    Left to autograd, `weight * gate` would be kept for the backward pass: a second copy of every weight. Here it is
+    made again there, which costs little beside the products with it.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+        """Values, in the precision of `x`."""
+        bias = None if bias is None else apply_gate(bias, gate, 0).to(x.dtype)
+        return F.linear(x, apply_gate(weight, gate, 0).to(x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
+        """Remembers what is there anyway: inputs, parameters and gate."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of inputs, weight, bias and gate."""
+        x, weight, bias, gate = ctx.saved_tensors
+        for_x, for_weight, for_bias, for_gate = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        grad_x = grad_weight = grad_bias = grad_gate = None
+        if for_x:
+            grad_x = grad @ apply_gate(weight, gate, 0).to(grad.dtype)
+        if for_weight or for_gate:
+            grad_weight = (rows.mT @ x.flatten(0, -2)).to(weight.dtype)  # of the gated weight, so far
+        if bias is not None and (for_bias or for_gate):
+            grad_bias = rows.sum(0).to(bias.dtype)
+        if for_gate:
+            grad_gate = (grad_weight * weight).sum(1)
+            grad_gate = (grad_gate if bias is None else torch.addcmul(grad_gate, grad_bias, bias)).to(gate.dtype)
+        if for_weight:
+            grad_weight *= gate[:, None].to(weight.dtype)  # in place, for new memory takes longer than the product
+        grad_bias = apply_gate(grad_bias, gate, 0) if for_bias else None
+        return grad_x, grad_weight if for_weight else None, grad_bias, grad_gate
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    """`F.linear` of `weight * gate` and `bias * gate`, row by row; under autocast in its precision.
+
+    Args:
+        x: (..., I). weight: (O, I). bias: (O,) or None. gate: (O,).
+    """
+    device = x.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if enabled and x.dtype != torch.float64:  # which autocast leaves alone
+        x = x.to(torch.get_autocast_dtype(device))
+    return GatedLinearFunction.apply(x, weight, bias, gate)
+
+
+class GatedLinear(nn.Linear):
+    """A linear layer with gated outputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self._gate_store.values.get(self._gated_by)
+        return super().forward(x) if gate is None else gated_linear(x, self.weight, self.bias, gate)
 
 
 def _gated_parameter(name: str) -> property:
@@ -66,8 +150,16 @@ class _LivingLayerNorm(nn.LayerNorm):
 def gate_parameters_(module: nn.Module, store: GateStore, gates: dict[str, list[tuple[str, int]]]) -> None:
     """Makes `module` read parameters through gates: {parameter name: [(quantity, axis)]}. Changes only its class."""
     base = type(module)
-    module.__class__ = type(f"Gated{base.__name__}", (base,), {name: _gated_parameter(name) for name in gates})
-    module._gates, module._gate_store = gates, store
+    outputs = [gate for gate, axis in gates.get("weight", ()) if axis == 0]
+    if base is nn.Linear and len(outputs) == 1:
+        base, module._gated_by = GatedLinear, outputs[0]
+        # What gates the outputs gates the bias; properties read what else there is.
+        gates = {name: [gate for gate in of if gate != (outputs[0], 0)] for name, of in gates.items()}
+    names = [name for name, of in gates.items() if of]
+    if names:
+        prefix = "" if base is GatedLinear else "Gated"
+        base = type(f"{prefix}{base.__name__}", (base,), {name: _gated_parameter(name) for name in names})
+    module.__class__, module._gates, module._gate_store = base, gates, store
 
 
 def mask_norm_(norm: nn.LayerNorm, store: GateStore, residual: str) -> None:
@@ -76,3 +168,27 @@ def mask_norm_(norm: nn.LayerNorm, store: GateStore, residual: str) -> None:
         raise TypeError(f"expected a LayerNorm over the channels of {residual!r}, got {type(norm).__name__}.")
     norm.__class__ = _LivingLayerNorm
     norm._residual, norm._gate_store = residual, store
+
+
+def install_gates(model: nn.Module, submodules: list[Submodule], store: GateStore) -> None:
+    """Makes a classifier read the gated slots of its submodules through gates, and its norms skip dead channels."""
+    gates: dict[str, dict[str, list[tuple[str, int]]]] = {}
+    parameters = dict(model.named_parameters())
+    for submodule in submodules:
+        for parameter, gate, axis in submodule.gates:
+            if parameter in parameters:
+                path, _, name = parameter.rpartition(".")
+                gates.setdefault(path, {}).setdefault(name, []).append((gate, axis))
+        for norm in submodule.norms:
+            mask_norm_(model.get_submodule(norm), store, submodule.name)
+    for path, names in gates.items():
+        gate_parameters_(model.get_submodule(path), store, names)
+
+
+@torch.no_grad()
+def apply_gates_(tensors: dict[str, Tensor], submodules: list[Submodule], store: GateStore) -> None:
+    """Multiplies gates into the tensors, named as a classifier's parameters, whose slots they gate."""
+    for submodule in submodules:
+        for parameter, gate, axis in submodule.gates:
+            if parameter in tensors and gate in store.values:
+                tensors[parameter].copy_(apply_gate(tensors[parameter], store.values[gate], axis))

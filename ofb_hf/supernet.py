@@ -13,17 +13,14 @@ from .architectures import describe, family_of, require_classifier
 from .bi_mask import BiMask, TiedBiMask
 from .candidates import candidate_options, first_order_options, search_scores
 from .configuration import BiMaskConfig, default_config
-from .flops import ExpectedCost, best_of, count_macs, evaluate_terms, expected_quantities
-from .losses import one_hot_losses
-from .masked_layers import GateStore, apply_gate, gate_parameters_, mask_norm_
+from .flops import ExpectedCost, count_macs, evaluate_terms
+from .mask_stack import MaskStacks
+from .masked_layers import GateStore, apply_gates_, install_gates
 from .pmim import PMIMDecoder, window_for_patch
-from .search_space import Kept, SubnetSpec, all_units
+from .search_space import SubnetSpec, all_units
 from .settlement import TIGHTNESS, Option, Settlement, settle
 from .surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
 from .unit_groups import Architecture, Slot, Submodule, Term, heads_of, presence_of, quantities
-
-# L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit elsewhere.
-IMPORTANCE_PENALTY = {"attention": 2e-4, "mlp": 5e-5, "embedding": 5e-5}
 
 
 @dataclass
@@ -45,6 +42,7 @@ class Supernet(nn.Module):
         dense_cost, target: in the budget's unit.
         lam: buffer, weight of importance in the bi-mask. multiplier: buffer, the budget's dual variable.
         importance_known: buffer, whether the importance phase is over.
+        folded: buffer, whether the bi-masks are part of the weights (`fold_`); `is_folded` says so without waiting.
         pmim_ratio: buffer, classification / reconstruction loss of the last step, the weight of PMIM.
     """
 
@@ -78,12 +76,14 @@ class Supernet(nn.Module):
         self.register_buffer("lam", torch.tensor(config.importance_start))
         self.register_buffer("multiplier", torch.tensor(0.0))
         self.register_buffer("importance_known", torch.tensor(False))
+        self.register_buffer("folded", torch.tensor(False))
+        self.is_folded = False
         self.register_buffer("pmim_ratio", torch.tensor(1.0))
         names = list(quantities(architecture.sizes))
         self.expected_cost, self.expected_macs = ExpectedCost(self.terms, names), ExpectedCost(architecture.macs, names)
+        self._stack_masks()
         self._gate_store = GateStore()
-        self._alive_version: dict[str, tuple[int, int]] = {}
-        self._install_gates(architecture)
+        install_gates(model, self._searched(architecture), self._gate_store)
         self.to(device=model.device)
 
     @property
@@ -128,6 +128,11 @@ class Supernet(nn.Module):
     def is_settled(self) -> bool:
         """Whether every submodule has one candidate left."""
         return self.num_active_candidates == len(self.groups)
+
+    @property
+    def repaints(self) -> bool:
+        """Whether patches may still be hidden and repainted."""
+        return self.pmim_decoder is not None and not (self.is_folded and self.bi_mask_config.pmim_until_settled)
 
     @property
     def is_fresh(self) -> bool:
@@ -178,9 +183,7 @@ class Supernet(nn.Module):
     def refresh_gates(self) -> None:
         """Computes the bi-mask values that the gated modules read until the next call."""
         # A new dict, and nobody looks at the last one: compiled code does not depend on what it held.
-        values = {mask.name: mask.prunability(self.lam).flatten() for mask in self.bi_masks}
-        present = {presence_of(m.name): best_of(values[m.name])[None] for m in self.bi_masks if m.may_vanish}
-        self._gate_store.values = values | present
+        self._gate_store.values = {} if self.is_folded else self._stacks.gates(self.lam)
         if not torch.compiler.is_compiling():
             self.refresh_liveness()
 
@@ -188,26 +191,7 @@ class Supernet(nn.Module):
         """Tells the norms which channels live. `forward` does so by itself, unless it is compiled: then whoever
         retires candidates has to call this before the next forward pass."""
         for mask in self.bi_masks:
-            # Reading "is everything alive" from the device would wait for it; the version counter says for free
-            # whether the buffer was written since the last look.
-            version = (id(mask.alive), mask.alive._version)
-            if self._alive_version.get(mask.name) != version:
-                self._alive_version[mask.name] = version
-                with torch.inference_mode(False):  # training may go on with it after an evaluation
-                    self._gate_store.alive[mask.name] = None if mask.alive.all() else mask.alive.flatten().clone()
-
-    def _install_gates(self, architecture: Architecture) -> None:
-        gates: dict[str, dict[str, list[tuple[str, int]]]] = {}
-        parameters = dict(self.model.named_parameters())
-        for submodule in self._searched(architecture):
-            for parameter, gate, axis in submodule.gates:
-                if parameter in parameters:
-                    path, _, name = parameter.rpartition(".")
-                    gates.setdefault(path, {}).setdefault(name, []).append((gate, axis))
-            for norm in submodule.norms:
-                mask_norm_(self.model.get_submodule(norm), self._gate_store, submodule.name)
-        for path, names in gates.items():
-            gate_parameters_(self.model.get_submodule(path), self._gate_store, names)
+            self._gate_store.refresh_liveness(mask.name, mask.alive)
 
     def _searched(self, architecture: Architecture) -> list[Submodule]:
         names = set(self.named_masks)
@@ -221,21 +205,19 @@ class Supernet(nn.Module):
         """
         if not self._gate_store.values:
             self.refresh_gates()
-        values = self._gate_store.values
-        searched: dict[str, Tensor] = {}
-        for mask in self.bi_masks:
-            searched |= expected_quantities(mask, values[mask.name] if on == "bi_mask" else None)
-        dense = quantities(self.dense_sizes)
-        return torch.stack([searched[n] if n in searched else self.lam.new_full((), dense[n]) for n in dense])
+        return self._stacks.sizes(self._gate_store.values if on == "bi_mask" and not self.is_folded else None)
 
     def one_hot_loss(self) -> Tensor:
         """Sum of the adaptive one-hot losses of all submodules."""
-        masks = self.bi_masks
-        return one_hot_losses([mask.alpha for mask in masks], [mask.active_candidates for mask in masks]).sum()
+        return self._stacks.one_hot_loss()
 
     def importance_penalty(self) -> Tensor:
         """The published L1 penalty on importance scores (arXiv:2403.15835, its code)."""
-        return torch.stack([IMPORTANCE_PENALTY[mask.kind] * mask.importance().sum() for mask in self.bi_masks]).sum()
+        return self._stacks.importance_penalty()
+
+    def _stack_masks(self) -> None:
+        stacks = MaskStacks(self.bi_masks, quantities(self.dense_sizes))
+        self._stacks = stacks.to(self.lam.device)
 
     def options(self) -> dict[str, list[Option]]:
         """Every active candidate of every submodule that chooses, with its score."""
@@ -322,8 +304,8 @@ class Supernet(nn.Module):
         # Masks of what is gone: nothing in the forward pass reads them any more, so DDP must not wait for them.
         idle = {p.requires_grad_(False) for mask in gone if not mask.alive.numel() for p in mask.parameters()}
         replaced = {old: None if new in idle else new for old, new in replaced.items()}
-        self._gate_store.values = {}
-        self._alive_version.clear()
+        self._stack_masks()
+        self._gate_store.clear()
         return replaced, plan
 
     def _submodules_with_decoder(self) -> list[Submodule]:
@@ -358,6 +340,44 @@ class Supernet(nn.Module):
             ]
             mask.active_candidates.copy_(present[0][:, None] & present[1] if mask.is_grid else present[0])
         self.shrink_()
+        if state["folded"]:
+            self._rest_()
+
+    @torch.no_grad()
+    def scale_(self, tensors: dict[str, Tensor]) -> None:
+        """Multiplies the present mask values into tensors named and shaped like the classifier's parameters."""
+        self.refresh_gates()
+        apply_gates_(tensors, self._searched(self.architecture), self._gate_store)
+
+    @torch.no_grad()
+    def fold_(self) -> dict[nn.Parameter, None]:
+        """Makes the bi-masks part of the weights, once one candidate of each is left and dead units are gone.
+
+        The function stays, and costs what the network alone costs: no gates, and no patches to repaint where that ends
+        with the choice.
+
+        Returns:
+            The parameters that have nothing left to learn, for the optimizer to forget: {parameter: None}.
+
+        Raises:
+            RuntimeError: while there is anything left to choose or to remove.
+        """
+        if not self.is_settled or not all(mask.alive.all() for mask in self.bi_masks):
+            raise RuntimeError("bi-masks are folded for good after settle_() and shrink_(), not before.")
+        self.scale_(dict(self.model.named_parameters()))
+        return self._rest_()
+
+    def _rest_(self) -> dict[nn.Parameter, None]:
+        self.folded.fill_(True)
+        self.is_folded = True
+        self._gate_store.clear()
+        resting = list(self.bi_masks.parameters())
+        if self.pmim_decoder is not None and not self.repaints:
+            resting += [
+                *self.pmim_decoder.parameters(),
+                self.model.get_submodule(self.architecture.embeddings).mask_token,
+            ]
+        return {parameter.requires_grad_(False): None for parameter in resting if parameter.requires_grad}
 
     @torch.no_grad()
     def fold(self) -> PreTrainedModel:
@@ -365,17 +385,12 @@ class Supernet(nn.Module):
 
         Units that are not alive are left out. The supernet stays as it was.
         """
-        self.refresh_gates()
-        state = self.model.state_dict()
-        architecture, family = self.architecture, family_of(self.config)
-        for submodule in self._searched(architecture):
-            for parameter, gate, axis in submodule.gates:
-                if parameter in state and gate in self._gate_store.values:
-                    state[parameter] = apply_gate(state[parameter], self._gate_store.values[gate], axis)
-        state = {name: tensor for name, tensor in state.items() if not name.endswith(".mask_token")}
-        folded = family.model_class(copy.deepcopy(self.config)).to(device=self.model.device, dtype=self.model.dtype)
+        state = {n: tensor.clone() for n, tensor in self.model.state_dict().items() if not n.endswith(".mask_token")}
+        self.scale_(state)
+        folded = family_of(self.config).model_class(copy.deepcopy(self.config))
+        folded.to(device=self.model.device, dtype=self.model.dtype)
         folded.load_state_dict(state)
-        living = {mask.name: _living_units(mask) for mask in self.bi_masks}
+        living = {mask.name: mask.kept_now() for mask in self.bi_masks}
         return slice_model(folded, SubnetSpec(living)).train(self.training)
 
 
@@ -405,20 +420,10 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
     ours = copy.deepcopy(model) if isinstance(model, family.model_class) else family.from_dense(model)
     family.pin(ours.config)
     supernet = Supernet(ours, config)
-    _initialize_masks_(supernet)
+    for mask in supernet.bi_masks:
+        mask.initialize_(config.importance_init_mean, config.importance_init_std, config.alpha_init)
     supernet.settlement()  # an unreachable budget is refused here, before anything is trained
     return supernet.train(model.training)
-
-
-@torch.no_grad()
-def _initialize_masks_(supernet: Supernet) -> None:
-    config = supernet.bi_mask_config
-    mean, std = config.importance_init_mean, config.importance_init_std
-    for mask in supernet.bi_masks:
-        # Noise breaks the ties between units; with std 0 the order of the channels would decide.
-        nn.init.trunc_normal_(mask.importance_logits, mean, max(std, 1e-8), mean - 2 * std, mean + 2 * std)
-        if config.alpha_init == "uniform":
-            nn.init.uniform_(mask.alpha)
 
 
 def read_subnet(supernet: Supernet) -> SubnetSpec:
@@ -439,9 +444,3 @@ def compress(supernet: Supernet) -> PreTrainedModel:
     settled = copy.deepcopy(supernet)
     settled.settle_()
     return settled.fold()
-
-
-def _living_units(mask: BiMask) -> Kept:
-    """Living units as indices into the network as it is now, in the form of `SubnetSpec.kept`."""
-    units = [indices.tolist() for indices in mask.alive_units()]
-    return dict(zip(units[0], map(tuple, units[1]), strict=True)) if mask.is_grid else tuple(units[0])

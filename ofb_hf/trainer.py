@@ -113,6 +113,8 @@ class OFBTrainer(DistillationTrainer):
             parts["pmim"] = reconstruction_loss(outputs.reconstruction, target, hidden, architecture.token_size)
             loss = loss + config.pmim_weight * supernet.pmim_ratio * parts["pmim"]
             self._pmim_sums += torch.stack([parts["task"].detach().float(), parts["pmim"].detach().float()])
+        elif supernet.pmim_decoder is not None:
+            parts["pmim"] = torch.zeros_like(parts["task"])
 
         sizes = supernet.sizes("bi_mask" if now["importance_phase"] else "sparsity")
         expected = supernet.expected_cost(sizes)
@@ -126,12 +128,14 @@ class OFBTrainer(DistillationTrainer):
         parts["one_hot"] = supernet.one_hot_loss()
         loss = loss + now["one_hot_weight"] * parts["one_hot"]
         parts["importance"] = supernet.importance_penalty()
-        loss = loss + config.importance_penalty * parts["importance"]
+        if config.importance_penalty:
+            loss = loss + config.importance_penalty * parts["importance"]
         return outputs, parts, loss
 
     def _hide_tokens(self, batch_size: int) -> Tensor | None:
-        # Nothing hidden is a mask like any other: the same graph to compile, and every parameter takes part under DDP.
-        if self.supernet.pmim_decoder is None:
+        # Nothing hidden is a mask like any other, as long as there may be something again: the same graph to compile,
+        # and every parameter takes part under DDP.
+        if not self.supernet.repaints:
             return None
         rows, columns = self.supernet.dense_architecture.token_grid
         masked = mask_patches(batch_size, rows * columns, self._schedule["keep_ratio"], self.generator)
@@ -245,7 +249,7 @@ class OFBTrainer(DistillationTrainer):
             expected = supernet.expected_cost(supernet.sizes("bi_mask"))
             gap = (expected - self._schedule["target"]) / supernet.dense_cost
             supernet.multiplier.add_(config.dual_step * gap).clamp_(min=0)
-        if supernet.pmim_decoder is not None:
+        if supernet.repaints:
             task, pmim = self.accelerator.reduce(self._pmim_sums)  # every rank goes on with the same weight
             ratio = (task / pmim.clamp(min=1e-8)).clamp(max=config.pmim_max_ratio)
             supernet.pmim_ratio.copy_(torch.where(pmim > 0, ratio, supernet.pmim_ratio))
@@ -259,7 +263,7 @@ class OFBTrainer(DistillationTrainer):
         if settles or retires:
             self._decide(supernet.settle_ if settles else supernet.retire_candidates)
         if step == total or (config.prune_during_search and (settles or retires)):
-            self.shrink()
+            self.shrink(fold=settles and step < total)
         elif settles or retires:
             self._require_identical_ranks()
 
@@ -279,8 +283,11 @@ class OFBTrainer(DistillationTrainer):
                 # A softmax over fewer candidates is another problem: its momentum starts afresh (published).
                 self.optimizer.state.pop(mask.alpha, None)
 
-    def shrink(self) -> None:
+    def shrink(self, fold: bool = False) -> None:
         """Removes dead units from the network, its average and the optimizer, and tells DDP about it.
+
+        Args:
+            fold: make the bi-masks part of the weights as well; for a settled supernet.
 
         Raises:
             RanksDifferError: if the ranks no longer hold the same network; checked whether or not anything was removed.
@@ -292,6 +299,8 @@ class OFBTrainer(DistillationTrainer):
         slice_optimizer_(self.optimizer, replaced, entries)
         if self.average is not None:
             self.average.slice_(plan, names.values())
+        if fold:
+            replaced |= self._fold()
         self._require_identical_ranks()  # before DDP is rebuilt: copying rank 0's values would hide a difference
         if not replaced:
             return
@@ -302,6 +311,15 @@ class OFBTrainer(DistillationTrainer):
             torch.compiler.reset()
         if isinstance(wrapped, DistributedDataParallel):
             rebuild_ddp_(wrapped)
+
+    def _fold(self) -> dict[nn.Parameter, None]:
+        if self.average is not None:
+            with self.average.applied_to(self.supernet):  # it has masks of its own
+                self.supernet.scale_(self.average.part_of("model."))
+        # Moments of the weights stay as they are: Adam does not see a common factor of a gradient.
+        resting = self.supernet.fold_()
+        slice_optimizer_(self.optimizer, resting, {})
+        return resting
 
     def _require_identical_ranks(self) -> None:
         if self.args.world_size > 1:
@@ -334,13 +352,14 @@ class OFBTrainer(DistillationTrainer):
                 },
                 "pmim_decoder": weights | {"weight_decay": args.weight_decay},
             }
-            groups: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
+            # A group stays when all that is in it rests: a resumed run has to have the same groups.
+            groups: dict[str, list[nn.Parameter]] = {}
             undecayed = family_of(self.supernet.config).undecayed
             for name, parameter in self.supernet.named_parameters():
-                if parameter.requires_grad:
-                    groups[_group_of(name, parameter, undecayed)].append(parameter)
+                group = groups.setdefault(_group_of(name, parameter, undecayed), [])
+                group += [parameter] * parameter.requires_grad
             self.optimizer = torch.optim.AdamW(
-                [{"params": groups[name], "name": name, **settings[name]} for name in groups if groups[name]],
+                [{"params": groups[name], "name": name, **settings[name]} for name in settings if name in groups],
                 eps=args.adam_epsilon,
                 fused=args.optim == OptimizerNames.ADAMW_TORCH_FUSED,
             )

@@ -187,7 +187,8 @@ def test_a_model_that_was_a_teacher_can_still_be_trained_and_searched(tmp_path):
     for _ in range(2):
         trainer = searcher(tmp_path, model=dense, max_steps=4)
         trainer.train()
-        assert all(parameter.requires_grad for parameter in trainer.supernet.model.parameters())
+        resting = [name for name, p in trainer.supernet.model.named_parameters() if not p.requires_grad]
+        assert all(name.endswith("mask_token") for name in resting)  # nothing is repainted after the choice
         small = trainer.compress().train()
         DistillationTrainer(small, arguments(tmp_path, max_steps=1), teacher=dense, train_dataset=rows()).train()
     assert all(parameter.requires_grad for parameter in dense.parameters())

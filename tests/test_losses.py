@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from ofb_hf.losses import (
     SPREAD_MARGIN,
@@ -106,7 +107,8 @@ def test_one_hot_losses_of_many_submodules_are_those_of_each():
     for active in actives:
         active.view(-1)[0] = True
     weights = torch.randn(len(shapes), dtype=torch.float64)
-    together = one_hot_losses(alphas, actives)
+    rows = [pad_sequence([tensor.flatten() for tensor in tensors], batch_first=True) for tensors in (alphas, actives)]
+    together = one_hot_losses(*rows)
     gradients = torch.autograd.grad((together * weights).sum(), alphas)
     for index, (alpha, active) in enumerate(zip(alphas, actives, strict=True)):
         alone = one_hot_loss(alpha, active)

@@ -84,7 +84,7 @@ def on_meta(trial, monkeypatch):
     gates.alive = {name: alive if alive is None else alive.to(META) for name, alive in gates.alive.items()}
     # Liveness is read when candidates retire, and known since.
     masks = trainer.supernet.bi_masks
-    trainer.supernet._alive_version = {mask.name: (id(mask.alive), mask.alive._version) for mask in masks}
+    gates._versions = {mask.name: (id(mask.alive), mask.alive._version) for mask in masks}
     trainer._pmim_sums = trainer._pmim_sums.to(META)
     trainer.optimizer = None
     trainer.create_optimizer()

@@ -67,5 +67,5 @@ class TrialSearch:
         trainer, config = self.trainer, self.trainer.bi_mask_config
         trainer.supernet.settle_()
         if config.prune_during_search:
-            trainer.shrink()
+            trainer.shrink(fold=True)
         trainer.state.global_step = min(STEPS - 1, schedule.settlement_step(config.settle_at, STEPS) + 1)
