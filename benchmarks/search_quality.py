@@ -43,7 +43,7 @@ from ofb_hf.workflow.inputs import Inputs, load
 from ofb_hf.workflow.measure import METRICS, evaluate_classifier, images_per_second, provenance
 
 QUICK = {"max_train_samples": 5000, "search_epochs": 1.0, "finetune_epochs": 1.0, "num_random": 8}
-TAYLOR_BATCHES = 16
+TAYLOR_IMAGES, TAYLOR_BATCH = 2048, 128
 SPEED_BATCH = 64
 
 
@@ -63,6 +63,11 @@ class Settings:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     num_random: int = 8
+
+    @property
+    def epochs(self) -> float:
+        """Of training in all."""
+        return self.search_epochs + self.finetune_epochs
 
 
 @dataclass
@@ -113,32 +118,38 @@ class Job:
         """The dense checkpoint in our own class, to be sliced."""
         return family_of(self.dense.config).from_dense(self.dense)
 
-    def search(self) -> PreTrainedModel:
-        """A compressed model after the epochs of the search."""
+    def search(self, epochs: float) -> PreTrainedModel:
+        """A compressed model after so many epochs of search."""
         with tempfile.TemporaryDirectory() as folder:
-            args = self.arguments(folder, self.settings.search_epochs, self.settings.learning_rate)
+            args = self.arguments(folder, epochs, self.settings.learning_rate)
             trainer = OFBTrainer(self.dense, args, self.config, train_dataset=self.inputs.train)
             trainer.train()
             return compress(trainer.supernet)
 
 
-def searched(job: Job) -> tuple[PreTrainedModel, float]:
-    return job.search(), job.settings.finetune_epochs
+def ours(job: Job) -> tuple[PreTrainedModel, float]:
+    """One run: the network is final early in the search, and is finetuned by what is left of it."""
+    return job.search(job.settings.epochs), 0
 
 
-def one_shot(choose: Callable[[Job], Any]) -> Callable[[Job], tuple[PreTrainedModel, float]]:
-    """A contestant that chooses without training, and has all epochs left."""
+def paper(job: Job) -> tuple[PreTrainedModel, float]:
+    """The network is final at the end of the search, and finetuned afterwards."""
+    return job.search(job.settings.search_epochs), job.settings.finetune_epochs
+
+
+def one_shot(choose: Callable[[Job], Any], looks_at: int = 0) -> Callable[[Job], tuple[PreTrainedModel, float]]:
+    """A contestant that chooses first, and has the epochs left that looking at images to choose by did not take."""
 
     def prune(job: Job) -> tuple[PreTrainedModel, float]:
         small = slice_model(job.ours(), choose(job))
-        return small, job.settings.search_epochs + job.settings.finetune_epochs
+        return small, job.settings.epochs - looks_at / len(job.inputs.train)
 
     return prune
 
 
 def taylor(job: Job) -> Any:
-    loader = DataLoader(job.inputs.train, job.settings.batch_size, shuffle=True)
-    batches = (batch for batch, _ in zip(loader, range(TAYLOR_BATCHES), strict=False))
+    loader = DataLoader(job.inputs.train, TAYLOR_BATCH, shuffle=True)
+    batches = (batch for batch, _ in zip(loader, range(TAYLOR_IMAGES // TAYLOR_BATCH), strict=False))
     return baselines.pruned_subnet(job.dense, job.config, baselines.taylor_scores(job.dense, batches))
 
 
@@ -155,17 +166,17 @@ def scratch(job: Job) -> tuple[PreTrainedModel, float]:
 def torch_pruning(job: Job) -> tuple[PreTrainedModel, float]:
     from torch_pruning_contestant import prune
 
-    return prune(job.dense, job.config), job.settings.search_epochs + job.settings.finetune_epochs
+    return prune(job.dense, job.config), job.settings.epochs
 
 
 CONTESTANTS: dict[str, Callable[[Job], tuple[PreTrainedModel, float]]] = {
-    "ours": searched,
+    "ours": ours,
     "uniform": one_shot(uniform),
     "l1": one_shot(lambda job: baselines.pruned_subnet(job.dense, job.config, baselines.magnitude_scores(job.dense))),
-    "taylor": one_shot(taylor),
+    "taylor": one_shot(taylor, TAYLOR_IMAGES),
     "random": one_shot(lambda job: baselines.random_subnet(job.dense, job.config, job.seed)),
-    "depth": searched,
-    "paper": searched,
+    "depth": ours,
+    "paper": paper,
     "torch_pruning": torch_pruning,
     "scratch": scratch,
 }
@@ -176,11 +187,12 @@ def run(name: str, job: Job) -> dict[str, Any]:
     began = time.time()
     set_seed(job.seed)
     if name == "dense":
-        small, epochs = job.ours(), job.settings.search_epochs + job.settings.finetune_epochs
+        small, epochs = job.ours(), job.settings.epochs
     else:
         small, epochs = CONTESTANTS[name](job)
-    cut = job.top1(small)
-    job.finetune(small, epochs, job.settings.dense_learning_rate if name == "scratch" else None)
+    cut = job.top1(small) if epochs else None  # else it was cut long ago
+    if epochs:
+        job.finetune(small, epochs, job.settings.dense_learning_rate if name == "scratch" else None)
     sizes = {s.name: list(s.shape) for s in family_of(small.config).describe(small.config).submodules}
     return {
         "top1": job.top1(small),
@@ -268,7 +280,7 @@ def main() -> None:
         row |= provenance(seed, dense.device)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        sys.stdout.write(f"{name:14} {budget:.2f} seed {seed}: {row['top1_cut']:.2f} -> {row['top1']:.2f}\n")
+        sys.stdout.write(f"{name:14} {budget:.2f} seed {seed}: {row['top1']:.2f}\n")
         sys.stdout.flush()
         write_report(wanted.output_dir)
     sys.stdout.write(write_report(wanted.output_dir))

@@ -53,9 +53,14 @@ def table_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     for (budget, name), runs in grouped(rows).items():
         top1 = [row["top1"] for row in runs]
         cells = [f"{budget:.2f}", name, str(len(runs)), f"{mean(runs, 'top1'):.2f}", f"{max(top1) - min(top1):.2f}"]
-        cells += [f"{max(top1):.2f}", f"{mean(runs, 'top1_cut'):.2f}", f"{mean(runs, 'share'):.3f}"]
+        cells += [f"{max(top1):.2f}", after_cut(runs), f"{mean(runs, 'share'):.3f}"]
         lines.append((*cells, f"{mean(runs, 'params') / 1e6:.3f}", f"{100 * width_spread(runs):.0f} %", speed(runs)))
     return lines
+
+
+def after_cut(runs: list[dict[str, Any]]) -> str:
+    """Accuracy before the finetuning; "-" where one run was both."""
+    return "-" if runs[0]["top1_cut"] is None else f"{mean(runs, 'top1_cut'):.2f}"
 
 
 def speed(runs: list[dict[str, Any]]) -> str:

@@ -111,6 +111,11 @@ class BiMaskConfig:
     settle_at: float | None = _field(
         None, "Share of the steps after which the final choice is made; the rest trains what was chosen. Preset."
     )
+    compensate: bool | None = _field(
+        None,
+        "Right after the choice, fit the layers that write into the residual stream by least squares, so that what "
+        "stays makes up for what went. Preset.",
+    )
     retire_events: int = _field(40, "How many times in a search weak candidates retire, evenly spaced.")
 
     pmim: bool = _field(True, "Progressive masked image modelling as an auxiliary loss.")

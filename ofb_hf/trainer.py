@@ -18,11 +18,13 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from . import schedule
 from .architectures import family_of
 from .callbacks import SearchCallback
+from .compensation import Compensation
 from .configuration import BiMaskConfig
 from .consistency import decided_by_rank_0, require_identical_ranks
 from .distillation import DistillationTrainer
 from .flops import count_macs, count_params
 from .losses import budget_loss, flops_loss
+from .parameter_groups import parameter_groups
 from .pmim import mask_patches, normalize_target, reconstruction_loss, refine_mask
 from .search_space import SubnetSpec
 from .supernet import Supernet, compress, install_bi_masks, read_subnet
@@ -70,6 +72,7 @@ class OFBTrainer(DistillationTrainer):
             raise ValueError("bi_mask_config is given, but the model is a supernet that already has one; leave it out.")
         set_seed(args.seed)  # the masks' random start belongs to the run, as the order of the data does
         supernet = model if isinstance(model, Supernet) else install_bi_masks(model, bi_mask_config)
+        dense = dense_parent(supernet) if supernet.is_fresh else None
         weight = args.distillation_weight
         if weight is None:
             # Not all of it: a dense model that learns from itself has no gradient, and nothing could be observed.
@@ -80,12 +83,13 @@ class OFBTrainer(DistillationTrainer):
                     "distillation_weight is 1 and the teacher is the dense model itself: it agrees with itself, so "
                     "there are no gradients to rank units by. Leave labels a share (0.5), or give another teacher."
                 )
-            if not supernet.is_fresh:
+            if dense is None:
                 raise ValueError(
                     "the supernet has been searched already, so the dense model to learn from is no longer in it; "
                     "give that model as teacher, or distillation_weight=0."
                 )
-            teacher = dense_parent(supernet)
+            teacher = dense
+        self.compensation = Compensation(dense) if supernet.bi_mask_config.compensate and dense is not None else None
         super().__init__(model=supernet, args=args, teacher=teacher, distillation_weight=weight, **kwargs)
         self.supernet, self.bi_mask_config = supernet, supernet.bi_mask_config
         self.add_callback(SearchCallback(self))
@@ -207,6 +211,8 @@ class OFBTrainer(DistillationTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward pass, or many small ones where gradients are only observed."""
+        if self.compensation is not None and self.args.process_index == 0:
+            self.compensation.remember(inputs["pixel_values"])
         if not (self._observes and self._schedule["importance_phase"]):
             return super().training_step(model, inputs, num_items_in_batch)
         masks, parts = self.supernet.bi_masks, max(1, len(inputs["pixel_values"]) // OBSERVED_TOGETHER)
@@ -319,7 +325,20 @@ class OFBTrainer(DistillationTrainer):
         # Moments of the weights stay as they are: Adam does not see a common factor of a gradient.
         resting = self.supernet.fold_()
         slice_optimizer_(self.optimizer, resting, {})
+        if self.compensation is not None:
+            self._compensate()
         return resting
+
+    @torch.no_grad()
+    def _compensate(self) -> None:
+        small, average = self.supernet.model, self.average.part_of("model.") if self.average is not None else {}
+        compensation, self.compensation = self.compensation, None
+        for name, values in decided_by_rank_0(lambda: compensation.fit_(small, self.read_subnet())).items():
+            parameter = small.get_parameter(name)
+            parameter.copy_(values)
+            self.optimizer.state.pop(parameter, None)
+            if name in average:
+                average[name].copy_(values)
 
     def _require_identical_ranks(self) -> None:
         if self.args.world_size > 1:
@@ -334,35 +353,14 @@ class OFBTrainer(DistillationTrainer):
         return read_subnet(self.supernet)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One AdamW with named groups: weights, weights_no_decay, importance, architecture, pmim_decoder.
+        """One AdamW with the groups of `parameter_groups`.
 
         Fused where `args.optim` says so, which is transformers' default: the same update in one pass over the weights.
         """
         if self.optimizer is None:
-            args, config = self.args, self.bi_mask_config
-            weights = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
-            settings = {
-                "weights": weights | {"weight_decay": args.weight_decay},
-                "weights_no_decay": weights | {"weight_decay": 0.0},
-                "importance": weights | {"lr": config.importance_learning_rate, "weight_decay": 0.0},
-                "architecture": {
-                    "lr": config.architecture_learning_rate,
-                    "betas": (0.5, 0.999),
-                    "weight_decay": config.architecture_weight_decay,
-                },
-                "pmim_decoder": weights | {"weight_decay": args.weight_decay},
-            }
-            # A group stays when all that is in it rests: a resumed run has to have the same groups.
-            groups: dict[str, list[nn.Parameter]] = {}
-            undecayed = family_of(self.supernet.config).undecayed
-            for name, parameter in self.supernet.named_parameters():
-                group = groups.setdefault(_group_of(name, parameter, undecayed), [])
-                group += [parameter] * parameter.requires_grad
-            self.optimizer = torch.optim.AdamW(
-                [{"params": groups[name], "name": name, **settings[name]} for name in settings if name in groups],
-                eps=args.adam_epsilon,
-                fused=args.optim == OptimizerNames.ADAMW_TORCH_FUSED,
-            )
+            fused = self.args.optim == OptimizerNames.ADAMW_TORCH_FUSED
+            groups = parameter_groups(self.supernet, self.args)
+            self.optimizer = torch.optim.AdamW(groups, eps=self.args.adam_epsilon, fused=fused)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
@@ -410,6 +408,8 @@ class OFBTrainer(DistillationTrainer):
         if self.args.should_save:
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
             self.bi_mask_config.save(folder / BI_MASK_CONFIG_FILE)
+            if self.compensation is not None:
+                self.compensation.save(folder)
 
     def _load_weights(self, checkpoint: Path) -> None:
         saved = type(self.bi_mask_config).load(checkpoint / BI_MASK_CONFIG_FILE)
@@ -420,6 +420,8 @@ class OFBTrainer(DistillationTrainer):
                 f"the checkpoint {checkpoint} belongs to another search; (checkpoint, this run) differ in {differing}. "
                 "Resume with the same settings, or start over with another output_dir."
             )
+        if self.compensation is not None:
+            self.compensation.load(checkpoint, self.args.device)
         self.supernet.shrink_to_(safetensors.torch.load_file(checkpoint / SAFE_WEIGHTS_NAME))
         super()._load_weights(checkpoint)
 
@@ -430,14 +432,3 @@ def dense_parent(supernet: Supernet) -> PreTrainedModel:
     dense = family_of(supernet.config).model_class(copy.deepcopy(supernet.config))
     dense.load_state_dict(state)
     return dense.to(supernet.model.device, supernet.model.dtype).eval()
-
-
-def _group_of(name: str, parameter: nn.Parameter, undecayed: tuple[str, ...]) -> str:
-    if name.endswith(".importance_logits"):
-        return "importance"
-    if name.endswith(".alpha"):
-        return "architecture"
-    if name.startswith("pmim_decoder."):
-        return "pmim_decoder"
-    # As in DeiT: vectors (biases, norms) and tokens are not decayed.
-    return "weights_no_decay" if parameter.ndim <= 1 or name.endswith(undecayed) else "weights"
