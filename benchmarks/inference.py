@@ -2,8 +2,8 @@
 
 Weights are random, which speed does not depend on: a compressed model is what the search space offers at a share of the
 MACs. All contestants of one engine, thread count and batch take turns; medians over the rounds, ratios within a round.
-The last column, speed-up times share of the MACs, is 1 where seconds follow MACs. `--profile` shows which operations they
-are lost in.
+The last column, speed-up times share of the MACs, is 1 where seconds follow MACs. `--profile` shows which operations
+they are lost in.
 
     python benchmarks/inference.py --shapes deit_tiny --engines onnxruntime --batch 1 8 --multiple_of 8 16
     python benchmarks/inference.py --shapes deit_tiny --budgets 0.5 --batch 8 --threads 1 --profile

@@ -213,6 +213,8 @@ class LatencyTable:
             )
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"latency_table {path} is no JSON ({error}); measure one: {COMMAND}.") from error
         except ValueError as error:
             raise ValueError(f"latency_table {path} cannot be read: {error}") from error
 
