@@ -109,8 +109,9 @@ class LatencyTable:
         hardware, versions: of the machine.
         coefficients: kind of part -> {product: picoseconds}.
         residuals: kind of part -> {"points", "median", "worst"}, relative errors of the fit.
-        check: {"median_error", "worst_error", "networks"}: predicted and measured milliseconds of whole networks that
-            the fit did not see, and of the dense one.
+        check: {"median_error", "worst_error", "unrest", "networks"}: predicted and measured milliseconds of whole
+            networks that the fit did not see, and of the dense one; `unrest` is by how much medians lie above the
+            fastest tenth of the passes, little on a quiet machine.
         points: what was measured: {"kind", one entry per product, "ms"}.
 
     Raises:

@@ -149,7 +149,7 @@ def test_costs_too_many_to_be_told_apart_are_rounded_so_that_they_still_fit():
     assert best - len(options) * target / REACHABLE <= cost <= best
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 def test_budgets_that_cannot_be_are_refused_in_words(dense, family):
