@@ -98,18 +98,16 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def operations(model: nn.Module, images: Tensor, repeats: int = 5) -> dict[str, float]:
+def operations(model: nn.Module, images: Tensor) -> dict[str, float]:
     """Milliseconds that one forward pass spends in every kernel itself."""
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CPU, *([activity.CUDA] if images.is_cuda else [])]
     with torch.inference_mode():
-        for _ in range(3):
-            model(images)
+        model(images)
         with torch.profiler.profile(activities=kinds) as profile:
-            for _ in range(repeats):
-                model(images)
+            model(images)
     name = "self_device_time_total" if images.is_cuda else "self_cpu_time_total"
-    return {event.key: getattr(event, name) / 1e3 / repeats for event in profile.key_averages()}
+    return {event.key: getattr(event, name) / 1e3 for event in profile.key_averages()}
 
 
 def profile_table(models: dict[str, nn.Module], batch: int, wanted: argparse.Namespace) -> None:
@@ -117,7 +115,12 @@ def profile_table(models: dict[str, nn.Module], batch: int, wanted: argparse.Nam
     place = torch.device(wanted.device), getattr(torch, wanted.dtype)
     first = next(iter(models.values()))
     images = random_images(first.config, batch).to(*place)
-    times = {name: operations(model.to(*place), images) for name, model in models.items()}
+    turns = [{n: operations(m.to(*place), images) for n, m in models.items()} for _ in range(wanted.rounds + 1)][1:]
+    names = {operation for turn in turns for found in turn.values() for operation in found}
+    times = {
+        model: {name: statistics.median(turn[model].get(name, 0.0) for turn in turns) for name in names}
+        for model in models
+    }
     dense, *others = times
     write(
         ["operation", f"{dense}: ms", "share", *(head for name in others for head in (f"{name}: ms", "share", "left"))]
