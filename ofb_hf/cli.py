@@ -51,6 +51,7 @@ Otherwise name a model and data, and a budget:
         --data_dir PHOTOS --target_macs 0.5 --num_train_epochs 20 --finetune_epochs 30 --output_dir runs/half
 
 Several budgets (--target_macs 0.7,0.5,0.35) give a family of models from one search, each in a folder of its own.
+A budget may be in milliseconds of this machine (--target_latency_ms 20 --latency_table FILE of `ofb-hf latency-table`).
 
 PHOTOS is a folder with one subfolder per class, or with parquet shards. --num_train_epochs, --learning_rate and all
 other training flags govern the search; finetuning has its own --finetune_* flags. --config FILE.yaml reads settings
@@ -93,7 +94,8 @@ PLAN = """What a search would cost and come to, within a minute, before there is
     ofb-hf plan deit_small --target_macs 0.7,0.5 --per_device_train_batch_size 64 --num_train_epochs 20
 
 Counts what the space holds and what each budget comes to; takes some steps on random images, and says what they
-make for --num_images. All other flags are those of the search. Nothing is written."""
+make for --num_images. With --latency_table it predicts milliseconds, too. All other flags are those of the search.
+Nothing is written."""
 
 LATENCY_TABLE = """Measure how long the parts of a model take on this machine, for budgets in milliseconds; in minutes.
 
