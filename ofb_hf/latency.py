@@ -24,6 +24,7 @@ from .unit_groups import Architecture, Term, heads_of, presence_of, quantities
 
 PICOSECONDS = 10**9  # in a millisecond
 LATENCY_TABLE_FILE = "latency_table.json"
+SETTINGS = ("batch_size", "num_threads", "device", "dtype")  # under which latency is measured again later
 COMMAND = "ofb-hf latency-table MODEL --output FILE"
 
 
@@ -198,6 +199,8 @@ class LatencyTable:
             inner = shapes.get(name, object)
             if not isinstance(values[name], dict) or not all(isinstance(v, inner) for v in values[name].values()):
                 raise ValueError(f"this is no latency table: {name} is {values[name]!r}. Make one: {COMMAND}.")
+        if missing := [name for name in SETTINGS if name not in values["settings"]]:
+            raise ValueError(f"this is no latency table: its settings have no {missing}. Make one: {COMMAND}.")
         return cls(**values)
 
     @classmethod

@@ -184,12 +184,14 @@ def test_a_table_serves_whatever_can_be_cut_from_its_model(dense, family):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[1, 2]", '{"model": "x"}', "coefficients", "negative", "missing"],
+    ["{", "[1, 2]", '{"model": "x"}', "coefficients", "settings", "negative", "missing"],
 )
 def test_a_file_that_is_no_table_is_refused_by_name(content, tmp_path):
     table = invented_table(tiny_model("vit")).to_dict()
     if content == "coefficients":
         content = json.dumps(table | {"coefficients": {"stem": [1]}})
+    elif content == "settings":
+        content = json.dumps(table | {"settings": {"batch_size": 1}})
     elif content == "negative":
         content = json.dumps(table | {"coefficients": {"stem": {"width": -1}}})
     file = tmp_path / "table.json"

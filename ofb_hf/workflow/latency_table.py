@@ -23,6 +23,7 @@ from ..architectures import BLOCK_HALVES, describe, family_of
 from ..configuration import default_config
 from ..latency import (
     PICOSECONDS,
+    SETTINGS,
     LatencyTable,
     amounts_of,
     count_latency,
@@ -153,7 +154,7 @@ def run_latency_table(wanted: LatencyTableArguments) -> LatencyTable:
         sizes={name: list(size) for name, size in sizes.items()},
         frame=frame_of(describe(config), sizes),
         settings={
-            **{name: getattr(wanted, name) for name in ("batch_size", "num_threads", "device", "dtype")},
+            **{name: getattr(wanted, name) for name in SETTINGS},
             **{
                 "engine": "eager",
                 "attention": fitted[0].config._attn_implementation,
