@@ -20,7 +20,7 @@ class Budget:
     target_macs: float | None
     target_params: float | None
     target_latency_ms: float | None
-    latency_table: str | dict[str, Any] | None
+    latency_table: dict[str, Any] | str | None
     table: LatencyTable | None
 
     def check_budget(self) -> None:

@@ -47,7 +47,8 @@ class BiMaskConfig(Budget):
     target_latency_ms: float | None = _field(
         None, "Budget in milliseconds of one batch instead, as latency_table predicts them; always absolute."
     )
-    latency_table: str | dict[str, Any] | None = _field(
+    # In this order: the command line takes the second of a union's types.
+    latency_table: dict[str, Any] | str | None = _field(
         None,
         "File of `ofb-hf latency-table`, which measures this machine; what it says becomes part of the config. Beside "
         "other budgets the predicted latency is written down.",
