@@ -11,27 +11,48 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import onnxruntime
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ofb_hf import compress, count_macs, install_bi_masks
 from ofb_hf.configuration import default_config
-from ofb_hf.export import export_onnx
+from ofb_hf.export import Exported, export_onnx
 from ofb_hf.models.shapes import SHAPES
 
 HEAD = ("model", "GMACs", "difference", "ONNX MiB", "torch img/s", "onnxruntime img/s", "ratio", "(lowest, highest)")
 
 
+def dense_model(shape: str) -> PreTrainedModel:
+    """A shape with random weights and 1,000 labels."""
+    torch.manual_seed(0)
+    return AutoModelForImageClassification.from_config(SHAPES[shape].config(list(map(str, range(1000))))).eval()
+
+
+def compressed_model(dense: PreTrainedModel, share: float, multiple_of: int = 16) -> PreTrainedModel:
+    """What the search space offers at a share of the MACs."""
+    config = default_config(dense.config, target_macs=share, multiple_of=multiple_of)
+    return compress(install_bi_masks(dense, config)).eval()
+
+
 def contestants(shape: str, share: float) -> dict[str, torch.nn.Module]:
     """The dense model of a shape, and a compressed one at a share of its MACs."""
-    torch.manual_seed(0)
-    dense = AutoModelForImageClassification.from_config(SHAPES[shape].config(list(map(str, range(1000))))).eval()
-    config = default_config(dense.config, target_macs=share, multiple_of=16)
-    return {f"{shape}, dense": dense, f"{shape}, {share} of the MACs": compress(install_bi_masks(dense, config)).eval()}
+    dense = dense_model(shape)
+    return {f"{shape}, dense": dense, f"{shape}, {share} of the MACs": compressed_model(dense, share)}
+
+
+@contextmanager
+def onnx_session(model: torch.nn.Module) -> Iterator[tuple[onnxruntime.InferenceSession, Exported]]:
+    """A model in ONNX Runtime, with as many threads as torch has, and what was exported."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = export_onnx(model, folder)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        yield onnxruntime.InferenceSession(done.path, options, providers=["CPUExecutionProvider"]), done
 
 
 def rate(run: Callable[[Tensor], object], images: Tensor, seconds: float) -> float:
@@ -47,11 +68,7 @@ def measure(name: str, model: torch.nn.Module, batch: int, rounds: int, seconds:
     """A row of the table."""
     size = model.config.image_size
     images = torch.randn(batch, 3, size, size)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        done = export_onnx(model, folder)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(done.path, options, providers=["CPUExecutionProvider"])
+    with onnx_session(model) as (session, done), torch.inference_mode():
         turns = []
         for _ in range(rounds + 1):  # the first warms up
             ours = rate(model, images, seconds)

@@ -3,6 +3,7 @@ module paths."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -294,6 +295,7 @@ def _describe_swin(config: SwinConfig) -> Architecture:
             sizes = _swin_layer_sizes(config, stage, block)
             table = Slot(f"{at}.attention.relative_position_bias.relative_position_bias_table", 1, per_head=True)
             attention, mlp = _block_submodules(at, name, sizes, table)
+            attention = replace(attention, variant="shifted" if block % 2 else "")
             blocks += [attention, mlp]
             slots += _block_residual_slots(at)
             norms += _block_norms(at, sizes)

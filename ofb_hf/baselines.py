@@ -128,7 +128,7 @@ def _budget(model: PreTrainedModel, config: BiMaskConfig) -> tuple[tuple[Term, .
     """The terms of the cost, and how much they may come to."""
     require_classifier(model)
     architecture: Architecture = describe(model.config)
-    terms = getattr(architecture, config.budget[0].removeprefix("target_"))
+    terms = config.terms(architecture)
     return terms, config.target(evaluate_terms(terms, quantities(architecture.sizes)))
 
 
@@ -146,7 +146,7 @@ def _choose(
     options = {s.name: [Option(size, worth(s, size)) for size in s.sizes] for s in space}
     architecture = describe(model.config)
     fixed = quantities({name: size for name, size in architecture.sizes.items() if name not in options})
-    choice = settle(options, terms, fixed, target, TIGHTNESS, architecture.attentions).choice
+    choice = settle(options, terms, fixed, target, TIGHTNESS, architecture.attentions, config.show).choice
     return SubnetSpec({name: _best_units(scores[name], option.size) for name, option in choice.items()})
 
 

@@ -1,4 +1,4 @@
-"""`ofb-hf`: plan, search, search-tokens, finetune, evaluate, publish, verify, export.
+"""`ofb-hf`: plan, latency-table, search, search-tokens, finetune, evaluate, publish, verify, export.
 
 The recipes are the same functions."""
 
@@ -14,11 +14,13 @@ from . import hub
 from .architectures import FAMILIES
 from .data import AugmentationArguments, DataArguments
 from .export import ExportError
+from .latency import LatencyTable
 from .learned_tokens import TokenSearchConfig
 from .training_args import OFBTrainingArguments
 from .workflow import export as export_workflow
 from .workflow import family as family_workflow
 from .workflow import finetune as finetune_workflow
+from .workflow import latency_table as latency_table_workflow
 from .workflow import plan as plan_workflow
 from .workflow import search as search_workflow
 from .workflow import tokens as tokens_workflow
@@ -26,6 +28,7 @@ from .workflow import verify as verify_workflow
 from .workflow.arguments import (
     ExportArguments,
     FinetuneArguments,
+    LatencyTableArguments,
     ModelArguments,
     PlanArguments,
     PublishArguments,
@@ -48,6 +51,7 @@ Otherwise name a model and data, and a budget:
         --data_dir PHOTOS --target_macs 0.5 --num_train_epochs 20 --finetune_epochs 30 --output_dir runs/half
 
 Several budgets (--target_macs 0.7,0.5,0.35) give a family of models from one search, each in a folder of its own.
+A budget may be in milliseconds of this machine (--target_latency_ms 20 --latency_table FILE of `ofb-hf latency-table`).
 
 PHOTOS is a folder with one subfolder per class, or with parquet shards. --num_train_epochs, --learning_rate and all
 other training flags govern the search; finetuning has its own --finetune_* flags. --config FILE.yaml reads settings
@@ -90,7 +94,18 @@ PLAN = """What a search would cost and come to, within a minute, before there is
     ofb-hf plan deit_small --target_macs 0.7,0.5 --per_device_train_batch_size 64 --num_train_epochs 20
 
 Counts what the space holds and what each budget comes to; takes some steps on random images, and says what they
-make for --num_images. All other flags are those of the search. Nothing is written."""
+make for --num_images. With --latency_table it predicts milliseconds, too. All other flags are those of the search.
+Nothing is written."""
+
+LATENCY_TABLE = """Measure how long the parts of a model take on this machine, for budgets in milliseconds; in minutes.
+
+    ofb-hf latency-table deit_small --batch_size 1 --num_threads 2 --output deit_small.json
+    ofb-hf search ... --latency_table deit_small.json --target_latency_ms 25
+
+Networks of random sizes from the model's search space take turns; what each half of a block took is fitted as a sum
+over its widths. The table, in JSON, holds measurements, fit and settings, and how well it predicts whole networks that
+the fit did not see. It is of this model, this machine, these threads and this batch size: measure again for others,
+with nothing else running if you can."""
 
 TOKEN_DEMO = {"output_dir": "runs/demo_tokens", "target_macs": 0.7, "num_train_epochs": 10, "finetune_epochs": 0}
 
@@ -104,6 +119,14 @@ def plan(argv: list[str] | None = None) -> dict[str, Any]:
     planned = _closing_processes(lambda: _in_words(lambda: plan_workflow.run_plan(*parsed)))
     sys.stdout.write(f"{plan_workflow.plan_text(planned)}\n")
     return planned
+
+
+def latency_table(argv: list[str] | None = None) -> LatencyTable:
+    """Entry of `ofb-hf latency-table`. Prints what was measured; returns the table."""
+    parsed = _in_words(lambda: parse([LatencyTableArguments], _leading("--model_name_or_path", argv), LATENCY_TABLE))
+    table = _in_words(lambda: latency_table_workflow.run_latency_table(*parsed))
+    sys.stdout.write(f"{latency_table_workflow.table_text(table)}\nwritten to {parsed[0].output}\n")
+    return table
 
 
 def search(argv: list[str] | None = None, **demo: Any) -> dict[str, Any]:
@@ -185,6 +208,7 @@ def export(argv: list[str] | None = None) -> None:
 
 COMMANDS = {
     "plan": plan,
+    "latency-table": latency_table,
     "search": search,
     "search-tokens": search_tokens,
     "finetune": finetune,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 from transformers import PreTrainedConfig, SwinConfig, ViTConfig
 
 from .architectures import describe
+from .budget import Budget
 from .presets import PRESETS
 from .search_space import SearchSpace, SubmoduleSpace
 from .unit_groups import Architecture, Submodule
@@ -23,7 +24,7 @@ def _field(default: Any, help: str) -> Any:
 
 
 @dataclass
-class BiMaskConfig:
+class BiMaskConfig(Budget):
     """What a search may change, how it decides and what the result may cost.
 
     Use the subclass of your model's family, `ViTBiMaskConfig` or `SwinBiMaskConfig`. Fields that say "preset" take
@@ -31,8 +32,9 @@ class BiMaskConfig:
     A list of candidates serves all submodules of its kind: each takes the sizes up to its own full one.
 
     Raises:
-        ValueError: for an unknown preset, two budgets, a budget that is no share and no count, and for fractions and
-            weights out of range. The message names the field, the value and what is allowed.
+        ValueError: for an unknown preset, two budgets, a budget that is no share and no count, a latency table that is
+            missing or none, and for fractions and weights out of range. The message names the field, the value and
+            what is allowed.
     """
 
     family: ClassVar[type[PreTrainedConfig] | None] = None
@@ -42,6 +44,15 @@ class BiMaskConfig:
         None, "Budget in MACs: at most 1 = share of the dense model, above 1 = absolute. 0.5 if no target is given."
     )
     target_params: float | None = _field(None, "Budget in parameters instead, likewise. Give one target, not both.")
+    target_latency_ms: float | None = _field(
+        None, "Budget in milliseconds of one batch instead, as latency_table predicts them; always absolute."
+    )
+    # In this order: the command line takes the second of a union's types.
+    latency_table: dict[str, Any] | str | None = _field(
+        None,
+        "File of `ofb-hf latency-table`, which measures this machine; what it says becomes part of the config. Beside "
+        "other budgets the predicted latency is written down.",
+    )
     search_embedding: bool = _field(True, "Search the width of the residual stream (of every stage).")
     search_attention: bool = _field(True, "Search heads x channels per head, jointly, in every attention.")
     search_mlp: bool = _field(True, "Search the hidden width of every MLP.")
@@ -134,22 +145,8 @@ class BiMaskConfig:
         for name, value in PRESETS[self.preset].items():
             if name in self.__dataclass_fields__ and getattr(self, name) is None:
                 setattr(self, name, value)
-        self._check_budget()
+        self.check_budget()
         self._check_ranges()
-
-    def _check_budget(self) -> None:
-        if self.target_macs is not None and self.target_params is not None:
-            raise ValueError(
-                f"target_macs={self.target_macs} and target_params={self.target_params} are both given; "
-                "a search has one budget, give one of them."
-            )
-        if self.target_macs is None and self.target_params is None:
-            self.target_macs = 0.5
-        name, target = self.budget
-        if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < math.inf:
-            raise ValueError(
-                f"{name} is {target!r}; give a share of the dense model in (0, 1] or an absolute number above 1."
-            )
 
     def _check_ranges(self) -> None:
         shares = (
@@ -212,16 +209,6 @@ class BiMaskConfig:
         return searched.get(kind, False) and self.search_depth in (True, kind)
 
     @property
-    def budget(self) -> tuple[str, float]:
-        """Which budget is given, and its value: ("target_macs" or "target_params", share or absolute)."""
-        return ("target_params", self.target_params) if self.target_macs is None else ("target_macs", self.target_macs)
-
-    def target(self, dense_cost: int) -> int:
-        """The budget as an absolute cost, given what the dense model costs."""
-        _, target = self.budget
-        return int(target * dense_cost) if target <= 1 else int(target)
-
-    @property
     def distillation_weight(self) -> float:
         """Share of distillation in the classification loss of this preset's search."""
         return PRESETS[self.preset]["distillation_weight"]
@@ -230,13 +217,15 @@ class BiMaskConfig:
         """The candidates of every searched submodule of a model.
 
         Raises:
-            ValueError: if the model is of another family, or given candidates do not fit its sizes.
+            ValueError: if the model is of another family, or given candidates or the latency table do not fit it.
         """
         if self.family is not None and not isinstance(model_config, self.family):
             raise ValueError(
                 f"{type(self).__name__} searches {self.family.__name__} models, got a {type(model_config).__name__}."
             )
         architecture: Architecture = describe(model_config)
+        if self.table is not None:
+            self.table.require_fit(architecture)
         wanted = {
             "embedding": self.search_embedding,
             "attention": self.search_attention,

@@ -6,6 +6,7 @@ DeiT-T/S/B 1.25 / 4.60 / 17.56 G. It equals `torch.utils.flop_counter` (eager at
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,30 @@ def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | N
     Raises:
         UnsupportedArchitectureError: for a model of another family.
     """
-    return evaluate_terms(_architecture(model).macs, _amounts(model, subnet))
+    return count_cost(model, lambda architecture: architecture.macs, subnet)
 
 
 def count_params(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:
     """Exact number of parameters of the classifier; arguments and errors as `count_macs`."""
-    return evaluate_terms(_architecture(model).params, _amounts(model, subnet))
+    return count_cost(model, lambda architecture: architecture.params, subnet)
 
 
-# What a budget counts, by the name of its field.
-COUNTS = {"target_macs": count_macs, "target_params": count_params}
+def count_cost(
+    model: PreTrainedModel | PreTrainedConfig,
+    terms_of: Callable[[Architecture], tuple[Term, ...]],
+    subnet: SubnetSpec | None = None,
+) -> int:
+    """Exact value of any sum of terms: of what a budget counts, with `BiMaskConfig.terms`.
+
+    Args:
+        model, subnet: as for `count_macs`.
+        terms_of: the cost terms of an architecture.
+    """
+    architecture = _architecture(model)
+    sizes = dict(architecture.sizes)
+    if subnet is not None:
+        sizes |= {name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()}
+    return evaluate_terms(terms_of(architecture), quantities(sizes))
 
 
 def evaluate_terms(terms: tuple[Term, ...], amounts: dict[str, int]) -> int:
@@ -70,10 +85,3 @@ def _architecture(model: PreTrainedModel | PreTrainedConfig) -> Architecture:
         require_classifier(model)
         return describe(model.config)
     return describe(model)
-
-
-def _amounts(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None) -> dict[str, int]:
-    sizes = dict(_architecture(model).sizes)
-    if subnet is not None:
-        sizes |= {name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()}
-    return quantities(sizes)

@@ -10,7 +10,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from .search_space import SubnetSpec
 
 TEMPLATES = Path(__file__).with_name("templates")
-BUDGETS = {"target_macs": "MACs", "target_params": "parameters"}
+BUDGETS = {
+    "target_macs": "MACs",
+    "target_params": "parameters",
+    "target_latency_ms": "ms for a batch of {batch_size} with {num_threads} threads ({device}, {dtype}), as predicted",
+}
 # Names of licences that the Hub knows, of those that models come under; it refuses a card with any other.
 LICENSES = {
     *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "unlicense", "artistic-2.0", "afl-3.0"),
@@ -44,7 +48,7 @@ def render_token_card(results: dict[str, Any], table: str) -> str:
 def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> str:
     """A template with everything in it that all cards say."""
     final, source = final_results(results), results["source"]
-    budget = next(name for name in BUDGETS if results[name] is not None)
+    budget = next(name for name in BUDGETS if results.get(name) is not None)
     return Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(
         metadata=card_data(results).to_yaml(),
         title=f"OFB {source['model']}",
@@ -55,7 +59,7 @@ def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> 
         hardware=results["hardware"],
         table=table,
         lost=_lost(results["lost_classes"]),
-        budget=f"at most {results[budget]:,} {BUDGETS[budget]}",
+        budget=f"at most {results[budget]:,} {BUDGETS[budget].format_map(results.get('latency', {}))}",
         command=results["command"],
         seed=results["seed"],
         steps=", ".join(f"{count:,} steps of {phase}" for phase, count in results["steps"].items()),

@@ -40,8 +40,8 @@ def plot_search(
         history: rows of `search_history.jsonl`.
         subnet: the result.
         dense_sizes: submodule name -> units of the dense model, (U,) or (heads, channels).
-        target: the budget, in MACs or parameters.
-        budget: `target_macs` or `target_params`.
+        target: the budget, in MACs, parameters or milliseconds.
+        budget: `target_macs`, `target_params` or `target_latency_ms`.
         path: PNG to write.
     """
     rows = [row for row in history if row["phase"] == "search"]
@@ -73,13 +73,15 @@ def plot_family(results: dict[str, dict[str, Any]], path: str | Path) -> None:
 
 def _draw_cost(axes: Any, rows: list[dict[str, Any]], target: float, budget: str) -> None:
     steps = [row["step"] for row in rows]
-    name = "macs" if budget == "target_macs" else "params"
-    scale, unit = (1e9, "G") if max([row[name] for row in rows], default=0) >= 1e9 else (1e6, "M")
+    name = budget.removeprefix("target_")
+    scale, unit = (1e9, "G ") if max([row[name] for row in rows], default=0) >= 1e9 else (1e6, "M ")
+    if name == "latency_ms":
+        scale, unit = 1, "predicted "
     if name == "macs":
         axes.plot(steps, [row["expected_macs"] / scale for row in rows], label="expected", color="tab:blue")
     axes.step(steps, [row[name] / scale for row in rows], where="post", label="network as it is", color="tab:orange")
     axes.axhline(target / scale, label="budget", color="tab:red", linestyle="--", linewidth=1)
-    axes.set(title="Cost of the network", xlabel="search step", ylabel=f"{unit} {name}", ylim=(0, None))
+    axes.set(title="Cost of the network", xlabel="search step", ylabel=f"{unit}{name}", ylim=(0, None))
     axes.legend()
 
 

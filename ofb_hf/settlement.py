@@ -9,7 +9,7 @@ all its sizes; several are first narrowed down by giving cost a price (a Lagrang
 import functools
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ import numpy as np
 from .unit_groups import Term, quantities
 
 BINS = 2048
+# Costs of every size below the budget are told apart exactly up to so many; picoseconds are far more, and are rounded.
+REACHABLE = 2**22
 # How much of the budget a choice is to use, where the space is fine enough.
 TIGHTNESS = 0.98
 # Up to this many combinations of residual widths are all tried; beyond, the search starts where a relaxation points.
@@ -59,6 +61,7 @@ def settle(
     target: int,
     tightness: float = TIGHTNESS,
     needed: Collection[str] = (),
+    show: Callable[[int], str] = "{:,}".format,
 ) -> Settlement:
     """The best-scoring choice whose cost lies in [tightness * target, target].
 
@@ -69,9 +72,11 @@ def settle(
         target: the budget, in the unit of the terms.
         tightness: how much of the budget to use, unless the space is too coarse.
         needed: submodules, chosen or fixed, of which at least one has to keep units.
+        show: a cost in words, for messages.
 
     Returns:
-        The best choice within the band; where no subnet lies in it, the most expensive one below it.
+        The best choice within the band; where no subnet lies in it, the most expensive one below it, up to a
+        millionth of the budget.
 
     Raises:
         UnreachableBudgetError: naming the smallest possible cost.
@@ -82,8 +87,8 @@ def settle(
     floor = min(problem.floor for problem in restricted or [free])
     if floor > target:
         raise UnreachableBudgetError(
-            f"the budget of {target:,} is below the smallest subnet of the search space, which costs {floor:,}; "
-            "raise the target to at least that, or allow smaller candidates."
+            f"the budget of {show(target)} is below the smallest subnet of the search space, which costs "
+            f"{show(floor)}; raise the target to at least that, or allow smaller candidates."
         )
     best = _solve(free)
     if not restricted or any(best.choice[name].units for name in needed if name in best.choice):
@@ -309,10 +314,11 @@ def _trace(history: list[np.ndarray], rounded: list[list[int]], position: int) -
 def _largest_picks(costs: list[list[int]], scores: list[list[float]], room: int) -> list[int]:
     """The best-scoring of the picks whose cost comes closest to `room` from below, exactly.
 
-    Bit b of a set means cost b is reachable; only choices on the way to the largest such cost are compared.
+    Bit b of a set means cost b is reachable; only choices on the way to the largest such cost are compared. Where there
+    are more than `REACHABLE` costs, each is rounded up, so that what is chosen still fits.
     """
-    scale = math.gcd(*itertools.chain.from_iterable(costs)) or 1
-    steps = [[cost // scale for cost in row] for row in costs]
+    scale = max(math.gcd(*itertools.chain.from_iterable(costs)), room // REACHABLE, 1)
+    steps = [[-(-cost // scale) for cost in row] for row in costs]
     limit = (1 << (room // scale + 1)) - 1
     reachable = [1]
     for row in steps:

@@ -59,7 +59,8 @@ class Supernet(nn.Module):
         if self.target > self.dense_cost:
             name, value = config.budget
             raise ValueError(
-                f"{name} is {value:,}, more than the {self.dense_cost:,} of the model itself; nothing would be removed."
+                f"{name} is {value:,}, more than the {config.show(self.dense_cost)} of the model itself; nothing would "
+                "be removed."
             )
         self.bi_masks = nn.ModuleList()
         for space in self.space:
@@ -93,8 +94,8 @@ class Supernet(nn.Module):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The cost terms that the budget counts: MACs or parameters."""
-        return getattr(self.architecture, self.bi_mask_config.budget[0].removeprefix("target_"))
+        """The cost terms that the budget counts: MACs, parameters or picoseconds."""
+        return self.bi_mask_config.terms(self.architecture)
 
     @property
     def config(self):
@@ -237,7 +238,8 @@ class Supernet(nn.Module):
         follows = {quantity(name): quantity(leader) for name, leader in self.leaders.items() for quantity in named}
         terms = [replace(term, factors=tuple(follows.get(f, f) for f in term.factors)) for term in self.terms]
         needed = self.dense_architecture.attentions
-        settlement = settle(options or self.options(), tuple(terms), fixed, self.target, TIGHTNESS, needed)
+        settings = {"tightness": TIGHTNESS, "needed": needed, "show": self.bi_mask_config.show}
+        settlement = settle(options or self.options(), tuple(terms), fixed, self.target, **settings)
         choice = {name: settlement.choice[leader] for name, leader in self.leaders.items()}
         return replace(settlement, choice=choice)
 

@@ -23,6 +23,7 @@ from .configuration import BiMaskConfig
 from .consistency import decided_by_rank_0, require_identical_ranks
 from .distillation import DistillationTrainer
 from .flops import count_macs, count_params
+from .latency import count_latency, milliseconds
 from .losses import budget_loss, flops_loss
 from .parameter_groups import parameter_groups
 from .pmim import mask_patches, normalize_target, reconstruction_loss, refine_mask
@@ -400,6 +401,8 @@ class OFBTrainer(DistillationTrainer):
             logs |= {name: self._schedule[name] for name in ("lam", "keep_ratio")}
             config = self.supernet.config
             logs |= {"macs": count_macs(config), "params": count_params(config)}
+            if self.bi_mask_config.table is not None:
+                logs["latency_ms"] = milliseconds(count_latency(config, self.bi_mask_config.table))
             logs["active_candidates"] = self.supernet.num_active_candidates
         super().log(logs, start_time)
 

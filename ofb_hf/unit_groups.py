@@ -57,6 +57,7 @@ class Submodule:
         slots: every axis of every tensor that runs over the units.
         norms: LayerNorms over the units, whose statistics must skip removed ones.
         constants: tensors that it adds whichever of its units are kept, and that go with the last one of them.
+        variant: what it does besides, where not all of its kind in a stage do the same.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Submodule:
     slots: tuple[Slot, ...]
     norms: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
+    variant: str = ""
 
     @property
     def gates(self) -> list[tuple[str, str, int]]:

@@ -26,6 +26,8 @@ THIRD_PARTY = {
     "bi_mask.py": {"torch"},
     "losses.py": {"torch"},
     "pmim.py": {"torch"},
+    "latency.py": {"numpy", "transformers"},
+    "budget.py": set(),
     "tokens.py": {"torch", "transformers"},
     "learned_tokens.py": {"torch", "transformers"},
     "models": {"torch", "transformers", "huggingface_hub"},
@@ -38,6 +40,9 @@ OURS = {
     "bi_mask.py": {"ofb_hf.search_space"},
     "losses.py": set(),
     "pmim.py": set(),
+    # A cost like the others: nothing of searching or of training.
+    "latency.py": {f"ofb_hf.{name}" for name in ("flops", "search_space", "unit_groups")},
+    "budget.py": {"ofb_hf.latency", "ofb_hf.unit_groups"},
     "tokens.py": {f"ofb_hf.{name}" for name in ("architectures", "flops", "settlement", "unit_groups")},
     "learned_tokens.py": {
         *(f"ofb_hf.{name}" for name in ("architectures", "flops", "settlement", "unit_groups", "tokens")),

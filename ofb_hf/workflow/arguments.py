@@ -11,9 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
+from ..budget import BUDGETS
 from ..configuration import BiMaskConfig
 from ..data import DataArguments
 from ..export import FORMATS
@@ -28,6 +30,7 @@ DECISIVE = (
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
     *("distillation_weight", "distillation_type", "distillation_temperature", "ema_decay"),
 )
+DTYPES = ("float32", "bfloat16", "float16")
 DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
 
 
@@ -63,7 +66,7 @@ class SearchArguments(BiMaskConfig):
     """What to search, for one budget or several of one kind.
 
     Attributes:
-        budgets: the numbers that were given for `target_macs` or `target_params`; a `BiMaskConfig` has one of them.
+        budgets: the numbers that were given for one of `BUDGETS`; a `BiMaskConfig` has one of them.
     """
 
     target_macs: list[str] | None = field(
@@ -77,9 +80,23 @@ class SearchArguments(BiMaskConfig):
     target_params: list[str] | None = field(
         default=None, metadata=_help("Budget in parameters instead, likewise. Give one target, not both.")
     )
+    target_latency_ms: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "Budget in milliseconds of one batch instead, as --latency_table predicts them; always absolute. Several "
+            "give a family."
+        ),
+    )
+    latency_table: str | None = field(
+        default=None,
+        metadata=_help(
+            "File of `ofb-hf latency-table`, which measures this machine for this model. Needed by "
+            "--target_latency_ms; beside other budgets, predicted and measured latency are written down."
+        ),
+    )
 
     def __post_init__(self):
-        given = {name: _numbers(name, getattr(self, name)) for name in ("target_macs", "target_params")}
+        given = {name: _numbers(name, getattr(self, name)) for name in BUDGETS}
         for name, budgets in given.items():
             setattr(self, name, budgets[0] if budgets else None)
         super().__post_init__()
@@ -93,8 +110,9 @@ class SearchArguments(BiMaskConfig):
             ValueError: for a budget that is no share and no count.
         """
         name = self.budget[0]
+        is_count = name != "target_latency_ms"
         return {
-            f"{name}-{b if b <= 1 else int(b)}": BiMaskConfig(**self.to_dict() | {name: b}).to_dict()
+            f"{name}-{int(b) if is_count and b > 1 else b}": BiMaskConfig(**self.to_dict() | {name: b}).to_dict()
             for b in self.budgets
         }
 
@@ -209,6 +227,50 @@ class PlanArguments:
         for name in ("num_images", "num_labels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass
+class LatencyTableArguments:
+    """What to measure, and how."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata=_help(f"A Hub name or folder with an image classifier, or a shape: {', '.join(SHAPES)}."),
+    )
+    output: str = field(default="latency_table.json", metadata=_help("JSON file to write; replaced if it is there."))
+    num_labels: int = field(default=1000, metadata=_help("Labels of a named shape; a checkpoint has its own."))
+    batch_size: int = field(default=1, metadata=_help("Images that are computed together."))
+    num_threads: int | None = field(
+        default=None, metadata=_help("Threads on a CPU; by default as many as torch takes.")
+    )
+    device: str | None = field(default=None, metadata=_help("cpu or cuda; by default a GPU where there is one."))
+    dtype: str = field(default="float32", metadata=_help(f"Of weights and images: {', '.join(DTYPES)}."))
+    multiple_of: int | None = field(
+        default=None, metadata=_help("Measured channel counts are multiples of this; by default as in a search.")
+    )
+    networks: int = field(default=24, metadata=_help("Networks to fit to, the dense one among them."))
+    rounds: int = field(default=8, metadata=_help("How often each has its turn; more on a busy machine."))
+    seed: int = field(default=0, metadata=_help("Of their sizes."))
+    disable_tqdm: bool = field(default=False, metadata=_help("No progress bar."))
+
+    def __post_init__(self):
+        if self.model_name_or_path is None:
+            raise ValueError(
+                f"--model_name_or_path is missing; give a Hub name, a folder, or one of {', '.join(SHAPES)}."
+            )
+        self.num_threads = torch.get_num_threads() if self.num_threads is None else self.num_threads
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        least = {"num_labels": 1, "batch_size": 1, "num_threads": 1, "networks": 8, "rounds": 1, "multiple_of": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"--{name} is {value}; it must be at least {lowest}.")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"--device is {self.device!r}; allowed are cpu and cuda.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device is cuda, but there is no GPU that torch can use here; give cpu.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype is {self.dtype!r}; allowed are {', '.join(DTYPES)}.")
 
 
 def parse(

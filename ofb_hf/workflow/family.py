@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..flops import COUNTS
+from ..flops import count_cost
 from ..plots import plot_family
 from . import output, search
 from .arguments import changed
@@ -43,7 +43,7 @@ def _member(walk: search.Walk, before: search.Walk, name: str, target: int) -> s
     config, shares = walk.config.fitted_to(walk.dense.config), len(walk.targets)
     if before.start is not None:
         budget = walk.config.budget[0]
-        cost = COUNTS[budget](before.start)
+        cost = walk.config.absolute(count_cost(before.start, walk.config.terms))
         # The last search may have ended below this budget already; then there is nothing left to remove.
         config = walk.config.fitted_to(before.start.config, **{budget: min(target, cost)})
     args = changed(walk.args, output_dir=str(walk.folder / name), num_train_epochs=walk.args.num_train_epochs / shares)

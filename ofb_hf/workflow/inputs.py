@@ -158,6 +158,24 @@ def load_classifier(name_or_path: str, label_names: list[str], seed: int) -> Pre
     return model
 
 
+def load_for_counting(name_or_path: str, num_labels: int) -> PreTrainedModel:
+    """A classifier that no data is needed for.
+
+    Args:
+        name_or_path: key of `SHAPES` (random weights), a folder, or a Hub name.
+        num_labels: of a shape; a checkpoint has its own.
+
+    Raises:
+        ValueError: if a checkpoint cannot be loaded.
+        UnsupportedArchitectureError: if it is no classifier that this package knows.
+    """
+    if name_or_path in SHAPES:
+        return load_classifier(name_or_path, [str(label) for label in range(num_labels)], seed=0)
+    model = load_complete_classifier(name_or_path)
+    require_classifier(model)
+    return model
+
+
 def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | None:
     """Any image classifier for these inputs, whatever its architecture; None if none is named.
 

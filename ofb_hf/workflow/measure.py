@@ -6,13 +6,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._version import __version__
 from ..distillation import DistillationTrainer
@@ -54,15 +56,19 @@ def lost_classes(before: list[float], after: list[float], names: list[str]) -> d
 
 def provenance(seed: int, device: torch.device) -> dict[str, Any]:
     """What produced the numbers: {"seed", "versions", "command", "commit", "hardware"}."""
-    versions = {"python": platform.python_version(), "ofb-hf": __version__}
-    versions |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
     return {
         "seed": seed,
-        "versions": versions,
+        "versions": library_versions(),
         "command": command_line(),
         "commit": _commit(),
         "hardware": hardware(device),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Of Python, of this package, and of what speed and accuracy depend on."""
+    versions = {"python": platform.python_version(), "ofb-hf": __version__}
+    return versions | {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
 
 
 def _commit() -> str | None:
@@ -82,6 +88,33 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def processor(device: torch.device) -> str:
+    """The GPU's name, or the CPU's as far as the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return " ".join([platform.machine(), "CPU", *names[:1]])
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch computes with so many threads inside the block, and as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_images(config: PreTrainedConfig, count: int) -> Tensor:
+    """Images (B, C, H, W) as a model takes them, always the same."""
+    sides = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
+    return torch.randn(count, config.num_channels, *sides, generator=torch.Generator().manual_seed(0))
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..callbacks import HISTORY_FILE
 from ..checkpoints import ASIDE, is_complete
+from ..latency import LATENCY_TABLE_FILE
 from ..training_args import OFBTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -36,6 +37,7 @@ PRODUCT = (
     TOKEN_PICTURE,
     "README.md",
     "eval_results.json",
+    LATENCY_TABLE_FILE,
 )
 
 

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architectures import require_classifier
-from ..checkpoints import load_complete_classifier
 from ..configuration import BiMaskConfig, default_config
-from ..flops import COUNTS, count_macs, count_params
-from ..models.shapes import SHAPES
+from ..flops import count_cost, count_macs, count_params
+from ..latency import count_latency, milliseconds
 from ..search_space import Kept, SubnetSpec
 from ..supernet import install_bi_masks
 from ..training_args import OFBTrainingArguments, check_search_arguments
 from .arguments import PlanArguments, SearchArguments
-from .inputs import load_classifier
+from .inputs import load_for_counting
+from .latency_table import warn_if_elsewhere
 from .measure import hardware, peak_bytes
 from .report import text_table
 from .trial import TrialSearch
@@ -26,6 +25,12 @@ from .trial import TrialSearch
 # A plan is to be there within a minute; this is left for measuring, over all budgets.
 SECONDS = 20.0
 MEASURED_STEPS = 5
+# Head of the column, number, and unit of every cost.
+COSTS = {
+    "macs": ("MACs", "{:,}", "MACs"),
+    "params": ("params", "{:,}", "parameters"),
+    "latency_ms": ("ms", "{:.3f}", "ms predicted"),
+}
 
 
 def run_plan(wanted: PlanArguments, search: SearchArguments, args: OFBTrainingArguments) -> dict[str, Any]:
@@ -35,16 +40,17 @@ def run_plan(wanted: PlanArguments, search: SearchArguments, args: OFBTrainingAr
         {"model", "dense", "space", "budgets", "trial"}: counts are integers, times seconds, memory bytes. Of every
         budget: `target` (its limit), `macs` and `params` of what is chosen if all units of a submodule are worth the
         same (a search ends at another choice, in the same band below the limit), `before` and `after` that choice the
-        seconds of a step, and `seconds` of the whole search.
+        seconds of a step, and `seconds` of the whole search. With a latency table, `latency_ms` beside MACs.
 
     Raises:
         ValueError: if the model cannot be loaded, or for arguments that a search refuses.
         UnreachableBudgetError: for a budget that nothing in the space meets, before anything is measured.
     """
     check_search_arguments(args)
-    model = _load(wanted)
+    model = load_for_counting(wanted.model_name_or_path, wanted.num_labels)
     configs = {name: default_config(model.config, **values) for name, values in search.by_budget().items()}
     budgets = {name: _outcome(model, config) for name, config in configs.items()}
+    warn_if_elsewhere(next(iter(configs.values())).table, args.device)
     batches = math.ceil(wanted.num_images / (args.train_batch_size * args.world_size))
     epochs = _epochs(wanted, args)
     peaks = []
@@ -56,7 +62,7 @@ def run_plan(wanted: PlanArguments, search: SearchArguments, args: OFBTrainingAr
     first = next(iter(configs.values()))
     return {
         "model": wanted.model_name_or_path,
-        "dense": {"macs": count_macs(model), "params": count_params(model)},
+        "dense": _costs(model, first),
         "space": describe_space(model, first),
         "budgets": budgets,
         "trial": {
@@ -79,33 +85,36 @@ def describe_space(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, An
         to; `macs` and `params` of the smallest subnet; `share`: the smallest budget as a share of the dense model,
         rounded up to four decimals.
     """
-    space, count = config.search_space(model.config), COUNTS[config.budget[0]]
+    space = config.search_space(model.config)
     sizes = {submodule.name: submodule.sizes for submodule in space if submodule.tied_to is None}
     smallest = SubnetSpec({submodule.name: _first_units(submodule.sizes[0]) for submodule in space})
     return {
         "choices": len(sizes),
         "candidates": space.num_candidates,
         "subnets": math.prod(map(len, sizes.values())),
-        "macs": count_macs(model, smallest),
-        "params": count_params(model, smallest),
-        "share": math.ceil(1e4 * count(model, smallest) / count(model)) / 1e4,
+        **_costs(model, config, smallest),
+        "share": math.ceil(1e4 * count_cost(model, config.terms, smallest) / count_cost(model, config.terms)) / 1e4,
     }
 
 
 def plan_text(plan: dict[str, Any]) -> str:
     """What `run_plan` found, for people to read."""
     dense, space, trial = plan["dense"], plan["space"], plan["trial"]
-    rows = [["budget", "limit", "MACs", "of dense", "params", "of dense", "step", "then", "epoch", "then", "search"]]
+    costs = [what for what in ("macs", "params", "latency_ms") if what in dense]
+    heads = [head for what in costs for head in (COSTS[what][0], "of dense")]
+    rows = [["budget", "limit", *heads, "step", "then", "epoch", "then", "search"]]
     for name, budget in plan["budgets"].items():
         row = [name, f"{budget['target']:,}"]
-        for what in ("macs", "params"):
-            row += [f"{budget[what]:,}", f"{budget[what] / dense[what]:.4f}"]
+        for what in costs:
+            row += [COSTS[what][1].format(budget[what]), f"{budget[what] / dense[what]:.4f}"]
         steps = [budget["before"], budget["after"]]
         epochs = [seconds * trial["batches_per_epoch"] for seconds in steps]
         rows.append([*row, *map(_duration, [*steps, *epochs, budget["seconds"]])])
-    return f"""{plan["model"]}: {dense["macs"]:,} MACs, {dense["params"]:,} parameters
+    in_words = ", ".join(f"{COSTS[what][1].format(dense[what])} {COSTS[what][2]}" for what in costs)
+    smallest = ", ".join(f"{COSTS[what][1].format(space[what])} {COSTS[what][2]}" for what in costs)
+    return f"""{plan["model"]}: {in_words}
 space: {space["choices"]} choices among {space["candidates"]} candidates, 10^{math.log10(space["subnets"]):.0f} subnets
-smallest: {space["macs"]:,} MACs, {space["params"]:,} parameters; the lowest budget is {space["share"]:.4f} of dense
+smallest: {smallest}; the lowest budget is {space["share"]:.4f} of dense
 
 {text_table(rows)}
 
@@ -123,20 +132,19 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3f} s"
 
 
-def _load(wanted: PlanArguments) -> PreTrainedModel:
-    name = wanted.model_name_or_path
-    if name in SHAPES:
-        return load_classifier(name, [str(label) for label in range(wanted.num_labels)], seed=0)
-    model = load_complete_classifier(name)
-    require_classifier(model)
-    return model
-
-
-def _outcome(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, int]:
+def _outcome(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, Any]:
     """A budget in absolute numbers, and what the space offers for it."""
     supernet = install_bi_masks(model, config)
     subnet = supernet.settle_()
-    return {"target": supernet.target, "macs": count_macs(model, subnet), "params": count_params(model, subnet)}
+    return {"target": config.absolute(supernet.target), **_costs(model, config, subnet)}
+
+
+def _costs(model: PreTrainedModel, config: BiMaskConfig, subnet: SubnetSpec | None = None) -> dict[str, Any]:
+    """MACs and parameters of a model or a subnet of it, and its predicted latency where there is a table."""
+    costs = {"macs": count_macs(model, subnet), "params": count_params(model, subnet)}
+    if config.table is not None:
+        costs["latency_ms"] = milliseconds(count_latency(model, config.table, subnet))
+    return costs
 
 
 def _epochs(wanted: PlanArguments, args: OFBTrainingArguments) -> float:

@@ -10,17 +10,20 @@ COLUMNS = (
     ("MiB", "bytes", lambda value: f"{value / 2**20:.2f}"),
     ("images/s", "images_per_second", lambda value: f"{value:,.0f}"),
 )
+# Of runs with a latency table.
+LATENCY = (("ms", "latency_ms", lambda value: f"{value:.3f}"), ("predicted", "predicted_latency_ms", "{:.3f}".format))
 TITLES = {"dense": "dense", "searched": "after search", "finetuned": "after finetuning"}
 
 
 def results_rows(results: dict[str, Any]) -> list[list[str]]:
     """Header and one row per stage of `eval_results.json`, as text."""
-    rows = [["model", *(title for title, _, _ in COLUMNS)]]
+    columns = COLUMNS + (LATENCY if results.get("latency") else ())
+    rows = [["model", *(title for title, _, _ in columns)]]
     for stage, title in TITLES.items():
         if results.get(stage):
             values = results[stage]
             rows.append(
-                [title, *(show(values[key]) if values.get(key) is not None else "-" for _, key, show in COLUMNS)]
+                [title, *(show(values[key]) if values.get(key) is not None else "-" for _, key, show in columns)]
             )
     return rows
 

@@ -23,6 +23,7 @@ from ..consistency import decided_by_rank_0
 from ..data import AugmentationArguments, DataArguments
 from ..distillation import DistillationTrainer
 from ..hub import publish, require_write_access
+from ..latency import LATENCY_TABLE_FILE, LatencyTable, count_latency, milliseconds
 from ..learned_tokens import TokenSearchConfig
 from ..model_card import render_card
 from ..models.shapes import SHAPES
@@ -34,6 +35,7 @@ from ..training_args import OFBTrainingArguments, check_search_arguments
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, SearchArguments, changed, phase_arguments, training_settings
 from .inputs import Inputs, load, load_teacher
+from .latency_table import measured_latency, warn_if_elsewhere
 from .measure import METRICS, lost_classes, measure, provenance
 from .report import markdown_table, results_rows, text_table
 
@@ -48,7 +50,8 @@ class Walk:
 
     Attributes:
         dense: the model to make smaller, the reference of all measurements.
-        targets: subfolder -> budget in MACs or parameters, the largest first; `config` asks for the first one.
+        targets: subfolder -> budget in MACs, parameters or milliseconds, the largest first; `config` asks for the
+            first one.
         start, start_subnet: what the search begins with where that is not `dense`, and its units as units of `dense`.
         steps_before: of search, that `start` has behind it.
     """
@@ -61,7 +64,7 @@ class Walk:
     inputs: Inputs
     dense: PreTrainedModel
     teacher: PreTrainedModel | None
-    targets: dict[str, int]
+    targets: dict[str, int | float]
     license: str | None
     start: PreTrainedModel | None = None
     start_subnet: SubnetSpec | None = None
@@ -74,7 +77,7 @@ class Walk:
         return Path(self.args.output_dir)
 
     @property
-    def target(self) -> int:
+    def target(self) -> int | float:
         """The largest budget."""
         return next(iter(self.targets.values()))
 
@@ -106,6 +109,8 @@ def output_of(walk: Walk) -> Iterator[None]:
     PartialState().wait_for_everyone()  # all ranks have looked at the folder before one of them writes to it
     if walk.is_main:
         output.begin(walk.args, walk.settings)
+        if walk.settings.get("latency_table"):  # the one that was given may be gone when the run is resumed
+            output.write_json(walk.folder / LATENCY_TABLE_FILE, walk.settings["latency_table"])
     with output.marked_if_failed(walk.folder, walk.is_main):
         yield
 
@@ -141,11 +146,12 @@ def prepare(
     output.check_free(args, settings, model_args.overwrite_output_dir, config.phases)
     dense, inputs = load(name, data_args, args.seed, augmentation_args)
     configs = {folder: default_config(dense.config, **values) for folder, values in config.by_budget().items()}
-    costs = {folder: install_bi_masks(dense, one).target for folder, one in configs.items()}
+    costs = {folder: one.absolute(install_bi_masks(dense, one).target) for folder, one in configs.items()}
     targets = dict(sorted(costs.items(), key=lambda item: -item[1]))
     if len(set(targets.values())) < len(config.budgets):
         raise ValueError(f"{config.budget[0]} is {config.budgets}, with the same budget twice; give each once.")
     first = configs[next(iter(targets))]
+    warn_if_elsewhere(first.table, args.device)
     teacher = load_teacher(model_args.teacher_name_or_path, inputs)
     shared = model_args, finetune_args, args, first, settings, inputs, dense, teacher, targets
     return Walk(*shared, license_of(name))
@@ -255,9 +261,20 @@ def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -
     """Evaluates, measures, writes the output folder and prints the summary."""
     results: dict[str, Any] = {"target_macs": None, "target_params": None, walk.config.budget[0]: walk.target}
     results |= measured(walk, models)
+    if walk.config.table is not None:
+        _add_latency(results, models, walk.config.table)
     final = models.get("finetuned", models["searched"])
     write_output(walk, final, results, lambda folder: _write_extras(walk, subnet, results, folder))
     return results
+
+
+def _add_latency(results: dict[str, Any], models: dict[str, PreTrainedModel], table: LatencyTable) -> None:
+    """What the table predicts for every model, and what it really takes under the table's settings."""
+    results["latency"] = {"hardware": table.hardware, **table.settings}
+    for name, model in models.items():
+        results[name]["predicted_latency_ms"] = milliseconds(count_latency(model, table))
+    for name, elapsed in measured_latency(models, table).items():
+        results[name]["latency_ms"] = elapsed
 
 
 def measured(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
