@@ -42,7 +42,7 @@ from ofb_hf.surgery import slice_model
 from ofb_hf.workflow.inputs import Inputs, load
 from ofb_hf.workflow.measure import METRICS, evaluate_classifier, images_per_second, provenance
 
-QUICK = {"max_train_samples": 5000, "search_epochs": 1.0, "finetune_epochs": 1.0, "num_random": 8}
+QUICK = {"search_epochs": 0.25, "finetune_epochs": 0.25, "num_random": 8}
 TAYLOR_IMAGES, TAYLOR_BATCH = 2048, 128
 SPEED_BATCH = 64
 
