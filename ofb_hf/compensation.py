@@ -142,8 +142,8 @@ def _fit_first(layer: nn.Linear, args: tuple[Tensor], wanted: Tensor) -> None:
         inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
     missing = wanted.float() - F.linear(args[0], layer.weight, layer.bias).flatten(0, -2).float()
     # In double precision where it counts, and on the CPU, for not every device has it.
-    gram, cross = ((inputs.mT @ other).double().cpu() for other in (inputs, missing))
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    gram, cross = ((inputs.mT @ other).cpu().double() for other in (inputs, missing))
+    gram += RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
     change = torch.linalg.solve(gram, cross).mT.to(layer.weight)
     layer.weight += change[:, : layer.in_features]
     if layer.bias is not None:

@@ -1,6 +1,7 @@
 """Single steps of a search on random images, to see what they cost: no data, and no file is left behind."""
 
 import tempfile
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class TrialSearch:
 
     def __init__(self, model: PreTrainedModel, args: OFBTrainingArguments, config: BiMaskConfig):
         changes = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "report_to": []}
+        config = replace(config, compensate=False)  # that is done once, and no part of a step
         with tempfile.TemporaryDirectory() as folder:  # a Trainer makes its output folder as soon as it is made
             trainer = self.trainer = OFBTrainer(model, changed(args, output_dir=folder, **changes), config)
         trainer.current_gradient_accumulation_steps = 1
