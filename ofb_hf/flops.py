@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architectures import describe, require_classifier
+from .architectures import describe, require_classifier, vit_schedule_terms
 from .bi_mask import BiMask
 from .search_space import SubnetSpec
 from .unit_groups import Architecture, Term, heads_of, presence_of, quantities
@@ -28,7 +28,10 @@ def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | N
     Raises:
         UnsupportedArchitectureError: for a model of another family.
     """
-    return evaluate_terms(_architecture(model).macs, _amounts(model, subnet))
+    terms = _architecture(model).macs
+    if subnet is not None and subnet.token_schedule is not None:
+        terms = vit_schedule_terms(model.config if isinstance(model, nn.Module) else model, subnet.token_schedule)
+    return evaluate_terms(terms, _amounts(model, subnet))
 
 
 def count_params(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:

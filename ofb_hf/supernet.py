@@ -9,18 +9,18 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .architectures import describe, family_of, require_classifier
+from .architectures import UnsupportedArchitectureError, describe, family_of, require_classifier
 from .bi_mask import BiMask, TiedBiMask
-from .candidates import candidate_options, first_order_options, search_scores
+from .choices import Choices
 from .configuration import BiMaskConfig, default_config
-from .flops import ExpectedCost, best_of, count_macs, evaluate_terms, expected_quantities
+from .flops import best_of, count_macs, evaluate_terms, expected_quantities
 from .losses import one_hot_losses
 from .masked_layers import GateStore, apply_gate, gate_parameters_, mask_norm_
 from .pmim import PMIMDecoder, window_for_patch
-from .search_space import Kept, SubnetSpec, all_units
-from .settlement import TIGHTNESS, Option, Settlement, settle
+from .search_space import Kept, SubnetSpec
+from .searched_tokens import SearchedTokens
 from .surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
-from .unit_groups import Architecture, Slot, Submodule, Term, heads_of, presence_of, quantities
+from .unit_groups import Architecture, Slot, Submodule, presence_of, quantities
 
 # L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit elsewhere.
 IMPORTANCE_PENALTY = {"attention": 2e-4, "mlp": 5e-5, "embedding": 5e-5}
@@ -33,13 +33,14 @@ class SupernetOutput(ImageClassifierOutput):
     reconstruction: Tensor | None = None
 
 
-class Supernet(nn.Module):
+class Supernet(Choices):
     """A classifier whose units are scaled by bi-masks. Made by `install_bi_masks`; `compress` takes the masks off.
 
     Attributes:
         model: the classifier, with the state-dict keys it always had. It shrinks during the search.
         bi_masks: one `BiMask` per searched submodule; `named_masks` gives them by name.
-        pmim_decoder: repaints masked patches, or None.
+        tokens: what is known and decided about tokens, or None where they are not searched.
+        pmim_decoder: repaints masked patches, or None; gone as soon as there are fewer tokens.
         bi_mask_config, space: what is searched, and the candidates for the dense model.
         dense_architecture, dense_sizes, dense_macs: of the model before the search.
         dense_cost, target: in the budget's unit.
@@ -55,6 +56,7 @@ class Supernet(nn.Module):
         self.model, self.bi_mask_config = model, config
         architecture = self.dense_architecture = self.architecture
         self.space = config.search_space(model.config)
+        self.tokens = SearchedTokens(model.config) if config.search_tokens else None
         self.dense_sizes, self.dense_macs = architecture.sizes, count_macs(model)
         self.dense_cost = evaluate_terms(self.terms, quantities(architecture.sizes))
         self.target = config.target(self.dense_cost)
@@ -79,8 +81,7 @@ class Supernet(nn.Module):
         self.register_buffer("multiplier", torch.tensor(0.0))
         self.register_buffer("importance_known", torch.tensor(False))
         self.register_buffer("pmim_ratio", torch.tensor(1.0))
-        names = list(quantities(architecture.sizes))
-        self.expected_cost, self.expected_macs = ExpectedCost(self.terms, names), ExpectedCost(architecture.macs, names)
+        self.expect_costs_()
         self._gate_store = GateStore()
         self._alive_version: dict[str, tuple[int, int]] = {}
         self._install_gates(architecture)
@@ -92,42 +93,9 @@ class Supernet(nn.Module):
         return describe(self.model.config)
 
     @property
-    def terms(self) -> tuple[Term, ...]:
-        """The cost terms that the budget counts: MACs or parameters."""
-        return getattr(self.architecture, self.bi_mask_config.budget[0].removeprefix("target_"))
-
-    @property
     def config(self):
         """The classifier's config; it follows the network as it shrinks."""
         return self.model.config
-
-    @property
-    def named_masks(self) -> dict[str, BiMask]:
-        """Submodule name -> its bi-mask."""
-        return {mask.name: mask for mask in self.bi_masks}
-
-    @property
-    def leaders(self) -> dict[str, str]:
-        """Submodule name -> the submodule whose choice it follows; its own name unless it is tied."""
-        return {space.name: space.tied_to or space.name for space in self.space}
-
-    @property
-    def groups(self) -> list[list[BiMask]]:
-        """The bi-masks that choose together, the one that owns the choice first."""
-        groups: dict[str, list[BiMask]] = {}
-        for mask in self.bi_masks:
-            groups.setdefault(self.leaders[mask.name], []).append(mask)
-        return list(groups.values())
-
-    @property
-    def num_active_candidates(self) -> int:
-        """Candidates still in the race, over all submodules that choose for themselves."""
-        return int(torch.stack([leader.active_candidates.sum() for leader, *_ in self.groups]).sum())
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether every submodule has one candidate left."""
-        return self.num_active_candidates == len(self.groups)
 
     @property
     def is_fresh(self) -> bool:
@@ -237,66 +205,6 @@ class Supernet(nn.Module):
         """The published L1 penalty on importance scores (arXiv:2403.15835, its code)."""
         return torch.stack([IMPORTANCE_PENALTY[mask.kind] * mask.importance().sum() for mask in self.bi_masks]).sum()
 
-    def options(self) -> dict[str, list[Option]]:
-        """Every active candidate of every submodule that chooses, with its score."""
-        return candidate_options(self.groups, lambda mask: search_scores(mask, self.terms, self.dense_sizes))
-
-    def settlement(self, options: dict[str, list[Option]] | None = None) -> Settlement:
-        """The best choice within the budget as things stand, for every searched submodule.
-
-        Args:
-            options: with other scores than those of `options`.
-
-        Raises:
-            UnreachableBudgetError: naming the smallest possible cost.
-        """
-        fixed = quantities({name: size for name, size in self.dense_sizes.items() if name not in self.named_masks})
-        named = (str, heads_of, presence_of)
-        follows = {quantity(name): quantity(leader) for name, leader in self.leaders.items() for quantity in named}
-        terms = [replace(term, factors=tuple(follows.get(f, f) for f in term.factors)) for term in self.terms]
-        needed = self.dense_architecture.attentions
-        settlement = settle(options or self.options(), tuple(terms), fixed, self.target, TIGHTNESS, needed)
-        choice = {name: settlement.choice[leader] for name, leader in self.leaders.items()}
-        return replace(settlement, choice=choice)
-
-    def settle_(self) -> SubnetSpec:
-        """Makes the final choice in every submodule and returns it; the units left out are exactly 0 from now on."""
-        choice = self.settlement().choice
-        for mask in self.bi_masks:
-            mask.settle_(*choice[mask.name].size)
-        kept = {name: all_units(shape) for name, shape in self.dense_sizes.items()}
-        return SubnetSpec(kept | {mask.name: mask.kept() for mask in self.bi_masks})
-
-    def retire_candidates(self) -> int:
-        """Retires weak candidates, except those of the best choice within the budget. Returns how many.
-
-        Sparing that choice keeps the budget within reach whatever the softmaxes do.
-        """
-        best = self.settlement().choice
-        retired = 0
-        for leader, *tied in self.groups:
-            weak = leader.weak_candidates(self.bi_mask_config.retire_threshold)
-            weak[leader.index_of(best[leader.name].size)] = False
-            if weak.any():
-                for mask in (leader, *tied):
-                    mask.retire_(weak)
-                retired += int(weak.sum())
-        return retired
-
-    def estimate_importance_(self) -> None:
-        """Sets importance from the gradients that were observed: high for the units that the best choice within the
-        budget keeps, if each unit is worth its first-order score. Without any observation importance stays."""
-        if options := first_order_options(self.groups):
-            choice = self.settlement(options).choice
-            for mask in self.bi_masks:
-                mask.estimate_importance_(choice[mask.name].units)
-
-    def fit_alpha_(self) -> None:
-        """Fits every alpha to the importance curve of its submodule, or to the mean of those tied together."""
-        for leader, *tied in self.groups:
-            curves = [mask.importance_by_rank() for mask in (leader, *tied)]
-            leader.fit_alpha_(curve=torch.stack(curves).mean(0))
-
     @torch.no_grad()
     def shrink_(self) -> tuple[dict[nn.Parameter, nn.Parameter | None], dict[str, Entries]]:
         """Removes all units that are not alive, physically, from classifier, masks and decoder; attentions and MLPs
@@ -308,8 +216,10 @@ class Supernet(nn.Module):
             follow. Both empty if there was nothing to remove.
         """
         gone = [mask for mask in self.bi_masks if not mask.alive.all()]
+        ready = self.token_schedule is not None and self.is_settled and not self.tokens.acts
+        retired = self._reduce_tokens_() if ready else {}
         if not gone:
-            return {}, {}
+            return retired, {}
         kept = {mask.name: mask.alive.flatten().nonzero()[:, 0] for mask in gone}
         submodules, before = self._submodules_with_decoder(), set(self.parameters())
         living = {mask.name: tuple(indices.shape[-1] for indices in mask.alive_units()) for mask in gone}
@@ -321,10 +231,25 @@ class Supernet(nn.Module):
         replaced = dict.fromkeys(before - set(self.parameters())) | slice_tensors_(self, plan)
         # Masks of what is gone: nothing in the forward pass reads them any more, so DDP must not wait for them.
         idle = {p.requires_grad_(False) for mask in gone if not mask.alive.numel() for p in mask.parameters()}
-        replaced = {old: None if new in idle else new for old, new in replaced.items()}
+        replaced = retired | {old: None if new in idle else new for old, new in replaced.items()}
         self._gate_store.values = {}
         self._alive_version.clear()
         return replaced, plan
+
+    def _reduce_tokens_(self) -> dict[nn.Parameter, None]:
+        """Lets the model reduce its tokens; the decoder, which paints from all of them, goes.
+
+        Returns:
+            The parameters that are gone.
+        """
+        before = set(self.parameters())
+        self.tokens.acts.fill_(True)
+        self.config.token_schedule = self.token_schedule
+        if self.pmim_decoder is not None:
+            self.pmim_decoder = None
+            self.model.get_submodule(self.dense_architecture.embeddings).mask_token = None
+        resize_(self.model, self.architecture.sizes)
+        return dict.fromkeys(before - set(self.parameters()))
 
     def _submodules_with_decoder(self) -> list[Submodule]:
         """The model's submodules with slots named as in the supernet, the decoder's input included."""
@@ -358,6 +283,11 @@ class Supernet(nn.Module):
             ]
             mask.active_candidates.copy_(present[0][:, None] & present[1] if mask.is_grid else present[0])
         self.shrink_()
+        if self.tokens is not None:
+            self.tokens.schedule.copy_(state["tokens.schedule"])
+            self.expect_costs_()
+            if state["tokens.acts"]:
+                self._reduce_tokens_()
 
     @torch.no_grad()
     def fold(self) -> PreTrainedModel:
@@ -376,7 +306,7 @@ class Supernet(nn.Module):
         folded = family.model_class(copy.deepcopy(self.config)).to(device=self.model.device, dtype=self.model.dtype)
         folded.load_state_dict(state)
         living = {mask.name: _living_units(mask) for mask in self.bi_masks}
-        return slice_model(folded, SubnetSpec(living)).train(self.training)
+        return slice_model(folded, SubnetSpec(living, self.token_schedule)).train(self.training)
 
 
 def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None) -> Supernet:
@@ -394,6 +324,12 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
         UnreachableBudgetError: if no subnet fits the budget, naming the smallest possible value.
     """
     require_classifier(model)
+    if getattr(model.config, "token_schedule", None) is not None:
+        raise UnsupportedArchitectureError(
+            "the model has a token_schedule, and widths cannot be searched on top of it: masked images are repainted "
+            "from all tokens, and heads that are switched off would still vote on which tokens stay. Search widths "
+            "first (load the model with token_schedule=None), then tokens; or both together (search_tokens=True)."
+        )
     family = family_of(model.config)
     config = config if config is not None else default_config(model.config)
     activation = describe(model.config).activation

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import nn
 from transformers import ViTConfig
 
-from .architectures import UnsupportedArchitectureError, describe, vit_mac_terms
+from .architectures import UnsupportedArchitectureError, describe, vit_schedule_terms
 from .flops import evaluate_terms
 from .settlement import UnreachableBudgetError
 from .unit_groups import quantities
@@ -119,14 +119,8 @@ def schedule_macs(config: ViTConfig, schedule: Schedule) -> int:
 
 def _mac_counter(config: ViTConfig) -> Callable[[Schedule], int]:
     """`schedule_macs` for many schedules of one model."""
-    tokens, amounts = num_tokens(config), quantities(describe(config).sizes)
-
-    def count(schedule: Schedule) -> int:
-        entering = [tokens, *(merged for _, merged in schedule)]
-        counts = [(before, *after) for before, after in zip(entering, schedule, strict=False)]
-        return evaluate_terms(vit_mac_terms(config, counts), amounts)
-
-    return count
+    amounts = quantities(describe(config).sizes)
+    return lambda schedule: evaluate_terms(vit_schedule_terms(config, schedule), amounts)
 
 
 def published_schedule(config: ViTConfig, gmacs: float) -> Schedule:

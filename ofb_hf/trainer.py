@@ -27,6 +27,7 @@ from .pmim import mask_patches, normalize_target, reconstruction_loss, refine_ma
 from .search_space import SubnetSpec
 from .supernet import Supernet, compress, install_bi_masks, read_subnet
 from .surgery import rebuild_ddp_, slice_optimizer_
+from .tokens import Schedule
 from .training_args import OFBTrainingArguments, check_search_arguments
 
 BI_MASK_CONFIG_FILE = "bi_mask_config.json"
@@ -142,6 +143,7 @@ class OFBTrainer(DistillationTrainer):
     def begin_search(self) -> None:
         """Finds out, once, whether a resumed run has its importance phase behind it."""
         self._handed_over = not self.bi_mask_config.importance_hold or bool(self.supernet.importance_known)
+        self.supernet.watch_tokens_(self._observes and not self._handed_over)
 
     def begin_search_step(self) -> None:
         """Sets everything that follows the global step; the step about to run is `state.global_step`."""
@@ -184,19 +186,22 @@ class OFBTrainer(DistillationTrainer):
         """Ends the importance phase: importance as it was observed, alpha as importance suggests."""
         masks = self.supernet.bi_masks
 
-        def decide() -> list[tuple[Tensor, Tensor]]:
+        def decide() -> tuple[list[tuple[Tensor, Tensor]], Schedule | None]:
             if self._observes:
                 self.supernet.estimate_importance_()
             self.supernet.fit_alpha_()
-            return [(mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks]
+            return [(mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks], self.supernet.token_schedule
 
-        for mask, (importance, alpha) in zip(masks, decided_by_rank_0(decide), strict=True):
+        scores, token_schedule = decided_by_rank_0(decide)
+        self.supernet.decide_tokens_(token_schedule)
+        for mask, (importance, alpha) in zip(masks, scores, strict=True):
             mask.importance_logits.copy_(importance)
             mask.alpha.copy_(alpha)
             self.optimizer.state.pop(mask.alpha, None)  # its momentum is of the time when alpha rested
         if self._observes:
             self.optimizer.state.clear()  # all of it rested: moments of nothing, grown old, make large first steps
         self.supernet.importance_known.fill_(True)
+        self.supernet.watch_tokens_(False)
         self._handed_over = True
 
     def training_step(
@@ -207,19 +212,22 @@ class OFBTrainer(DistillationTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         masks, parts = self.supernet.bi_masks, max(1, len(inputs["pixel_values"]) // OBSERVED_TOGETHER)
         observed = torch.zeros(sum(mask.first_order.numel() for mask in masks), device=self.args.device)
+        of_tokens = torch.zeros_like(self.supernet.first_order_of_tokens)
         chunks, losses = [inputs[name].tensor_split(parts) for name in ("pixel_values", "labels")], []
         for images, labels in zip(*chunks, strict=True):
             losses.append(self._backward_of_few({"pixel_values": images, "labels": labels}, num_items_in_batch))
             self._unobserved += len(images)
+            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+            of_tokens += self.supernet.squared_token_changes(scale)
             if self._unobserved < OBSERVED_TOGETHER and not self.accelerator.sync_gradients:
                 continue  # micro-batches smaller than that are looked at together
-            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
             observed += torch.cat([mask.squared_gradient(scale).flatten() for mask in masks])
             self.supernet.zero_grad(set_to_none=False)  # so that the optimizer, and a scaler, find that nothing moves
             self._unobserved = 0
         observed = self.accelerator.reduce(observed)
         for mask, squares in zip(masks, observed.split([m.first_order.numel() for m in masks]), strict=True):
             mask.first_order += squares.view_as(mask.first_order)
+        self.supernet.first_order_of_tokens.add_(self.accelerator.reduce(of_tokens))
         return torch.stack(losses).mean()
 
     def _backward_of_few(self, part: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> Tensor:
