@@ -18,6 +18,8 @@ from .unit_groups import block_macs, reduction_macs
 
 SMALLEST_COUNT = 2  # the class token and a patch
 PRICES = 40
+# A family of more schedules than this is looked at in such steps first.
+SHORT, STRIDE = 24, 4
 # Neighbours in a family whose costs are further apart than this share of the dense cost get others between them.
 LARGEST_GAP = 0.02
 
@@ -35,6 +37,12 @@ def schedule_of(left: list[int], tokens: int) -> Schedule:
     """
     entering = [tokens, *left]
     return [[before, after] for before, after in zip(entering[:-2], left[:-1], strict=True)] + [[left[-1]] * 2]
+
+
+def smallest_schedule(config: ViTConfig) -> Schedule:
+    """All tokens in the first layer, whose class token has not seen the image yet, and one patch from the second on."""
+    tokens = num_tokens(config)
+    return schedule_of([tokens, *[SMALLEST_COUNT] * (config.num_hidden_layers - 1)], tokens)
 
 
 def reducing_layers(schedule: Schedule, tokens: int) -> list[int]:
@@ -131,7 +139,7 @@ def best_in_family(
 ) -> Settlement:
     """The schedule that is worth most together with the widths that its budget allows.
 
-    Looks at every eighth schedule, then closer and closer around the best: worth rises and falls once, or nearly so.
+    Of a long family looks at every fourth schedule, then closer around the best: worth rises and falls once, or nearly.
 
     Args:
         solve: the best widths under a schedule; raises UnreachableBudgetError where none fit.
@@ -165,7 +173,8 @@ def best_in_family(
     last = len(family) - 1
     if at(last) is None:
         solve(family[last])  # says what the smallest costs
-    best, stride = max([*range(0, last, 8), last], key=rank), 8
+    stride = 1 if len(family) <= SHORT else STRIDE
+    best = max([*range(0, last, stride), last], key=rank)
     while stride > 1:
         stride //= 2
         best = max((index for index in (best, best - stride, best + stride) if 0 <= index <= last), key=rank)

@@ -347,8 +347,10 @@ class OFBTrainer(DistillationTrainer):
             for name, parameter in self.supernet.named_parameters():
                 if parameter.requires_grad:
                     groups[_group_of(name, parameter, undecayed)].append(parameter)
+            # A decoder that is gone, as its tokens are, leaves its group: a resumed run has to find it.
+            used = [name for name in groups if groups[name] or (name == "pmim_decoder" and config.pmim)]
             self.optimizer = torch.optim.AdamW(
-                [{"params": groups[name], "name": name, **settings[name]} for name in groups if groups[name]],
+                [{"params": groups[name], "name": name, **settings[name]} for name in used],
                 eps=args.adam_epsilon,
                 fused=args.optim == OptimizerNames.ADAMW_TORCH_FUSED,
             )

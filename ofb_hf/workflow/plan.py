@@ -16,6 +16,7 @@ from ..flops import COUNTS, count_macs, count_params
 from ..models.shapes import SHAPES
 from ..search_space import Kept, SubnetSpec
 from ..supernet import install_bi_masks
+from ..token_choice import smallest_schedule
 from ..training_args import OFBTrainingArguments, check_search_arguments
 from .arguments import PlanArguments, SearchArguments
 from .inputs import load_classifier
@@ -81,7 +82,8 @@ def describe_space(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, An
     """
     space, count = config.search_space(model.config), COUNTS[config.budget[0]]
     sizes = {submodule.name: submodule.sizes for submodule in space if submodule.tied_to is None}
-    smallest = SubnetSpec({submodule.name: _first_units(submodule.sizes[0]) for submodule in space})
+    units = {submodule.name: _first_units(submodule.sizes[0]) for submodule in space}
+    smallest = SubnetSpec(units, smallest_schedule(model.config) if config.search_tokens else None)
     return {
         "choices": len(sizes),
         "candidates": space.num_candidates,

@@ -255,6 +255,8 @@ def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -
     """Evaluates, measures, writes the output folder and prints the summary."""
     results: dict[str, Any] = {"target_macs": None, "target_params": None, walk.config.budget[0]: walk.target}
     results |= measured(walk, models)
+    if subnet.token_schedule is not None:
+        results["token_schedule"] = subnet.token_schedule
     final = models.get("finetuned", models["searched"])
     write_output(walk, final, results, lambda folder: _write_extras(walk, subnet, results, folder))
     return results
