@@ -167,10 +167,10 @@ def vit_mac_terms(config: ViTConfig, counts: Sequence[tuple[int, int, int]]) -> 
 
 
 def vit_schedule_terms(config: ViTConfig, schedule: Sequence[Sequence[int]]) -> tuple[Term, ...]:
-    """`vit_mac_terms` under a token schedule whose counts do not rise."""
+    """`vit_mac_terms` under a token schedule whose counts do not rise; they may be scalar tensors."""
     entering = [math.prod(_describe_vit(config).patch_grid) + 1, *(merged for _, merged in schedule)]
     counts = [(before, kept, merged) for before, (kept, merged) in zip(entering, schedule, strict=False)]
-    return tuple(term for term in vit_mac_terms(config, counts) if term.coefficient)
+    return tuple(vit_mac_terms(config, counts))
 
 
 def _vit_layer(layer: int) -> str:

@@ -50,6 +50,7 @@ class Walk:
         dense: the model to make smaller, the reference of all measurements.
         targets: subfolder -> budget in MACs or parameters, the largest first; `config` asks for the first one.
         start, start_subnet: what the search begins with where that is not `dense`, and its units as units of `dense`.
+            In a search for tokens, the units of `dense` as those of the model it was cut from, where they are known.
         steps_before: of search, that `start` has behind it.
     """
 
