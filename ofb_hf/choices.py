@@ -1,6 +1,6 @@
 """What a search has still to choose, and the choices: under the budget, of widths, and of tokens with them."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -76,11 +76,16 @@ class Choices(nn.Module):
         """Every active candidate of every submodule that chooses, with its score."""
         return candidate_options(self.groups, lambda mask: search_scores(mask, self.terms, self.dense_sizes))
 
-    def settlement(self, options: dict[str, list[Option]] | None = None) -> Settlement:
+    def settlement(
+        self,
+        options: dict[str, list[Option]] | None = None,
+        choose: Callable[[list[Settlement]], Settlement] | None = None,
+    ) -> Settlement:
         """The best choice within the budget as things stand, for every searched submodule, and for undecided tokens.
 
         Args:
             options: with first-order scores instead of those of `options`.
+            choose: as for `SearchedTokens.settle`.
 
         Raises:
             UnreachableBudgetError: naming the smallest possible cost.
@@ -93,7 +98,7 @@ class Choices(nn.Module):
         def solve(terms: tuple[Term, ...], kept: Collection[str]) -> Settlement:
             return self._settled_widths(options, terms, kept)
 
-        return self.tokens.settle(self.config, self.dense_sizes, self.target, total, solve)
+        return self.tokens.settle(self.config, self.dense_sizes, self.target, total, solve, choose)
 
     def _settled_widths(
         self, options: dict[str, list[Option]], terms: tuple[Term, ...], kept: Collection[str] = ()
@@ -134,11 +139,15 @@ class Choices(nn.Module):
                 retired += int(weak.sum())
         return retired
 
-    def estimate_importance_(self) -> None:
+    def estimate_importance_(self, choose: Callable[[list[Settlement]], Settlement] | None = None) -> None:
         """Sets importance from the gradients that were observed: high for the units that the best choice within the
-        budget keeps, if each unit is worth its first-order score. Without any observation importance stays."""
+        budget keeps, if each unit is worth its first-order score. Without any observation importance stays.
+
+        Args:
+            choose: as for `SearchedTokens.settle`.
+        """
         if options := first_order_options(self.groups):
-            settlement = self.settlement(options)
+            settlement = self.settlement(options, choose)
             self.decide_tokens_(settlement.token_schedule)
             for mask in self.bi_masks:
                 mask.estimate_importance_(settlement.choice[mask.name].units)

@@ -18,7 +18,14 @@ from .candidates import IMPORTANCE_SCORE
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import rank_tokens
 from .settlement import TIGHTNESS, Settlement
-from .token_choice import SMALLEST_COUNT, attention_of, best_in_family, reducing_layers, schedule_family
+from .token_choice import (
+    SMALLEST_COUNT,
+    attention_of,
+    best_in_family,
+    reducing_layers,
+    schedule_family,
+    spread_over_family,
+)
 from .tokens import Schedule, num_tokens
 from .unit_groups import Term, quantities
 
@@ -163,6 +170,7 @@ class SearchedTokens(nn.Module):
         target: int,
         total: float | None,
         solve: Callable[[tuple[Term, ...], list[str]], Settlement],
+        choose: Callable[[list[Settlement]], Settlement] | None = None,
     ) -> Settlement:
         """The best widths and schedule under one budget; a schedule that was decided stays.
 
@@ -173,6 +181,8 @@ class SearchedTokens(nn.Module):
             config: of the model. sizes: submodule name -> units, of the dense model.
             target: the budget. total: as for `curves`.
             solve: (cost terms, attentions that have to keep units) -> the best widths.
+            choose: picks among settlements that differ in how much of the budget tokens give up; by default the one
+                with the best score.
 
         Raises:
             UnreachableBudgetError: naming the smallest possible cost.
@@ -192,7 +202,9 @@ class SearchedTokens(nn.Module):
                 best.cost >= TIGHTNESS * target,
                 best.score,
             ):
-                best = found
+                best, chosen_from = found, family
             free = solve(self.terms(config, best.token_schedule), []).choice
             amounts = quantities(dict(sizes) | {name: option.size for name, option in free.items()})
-        return best
+        if choose is None:
+            return best
+        return choose([best, *spread_over_family(chosen_from, widths, curves, TIGHTNESS * target)])

@@ -4,6 +4,7 @@ Under a price on MACs the best schedule is a shortest path through the layers. F
 schedules, from the smallest to the one with all tokens; each leaves the widths a budget of their own.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -20,6 +21,8 @@ SMALLEST_COUNT = 2  # the class token and a patch
 PRICES = 40
 # A family of more schedules than this is looked at in such steps first.
 SHORT, STRIDE = 24, 4
+# So many members of a family, at most, are held against each other where it can be measured what they lose.
+ALTERNATIVES = 16
 # Neighbours in a family whose costs are further apart than this share of the dense cost get others between them.
 LARGEST_GAP = 0.02
 
@@ -152,16 +155,10 @@ def best_in_family(
     Raises:
         UnreachableBudgetError: if not even the smallest schedule lets the widths fit.
     """
-    found: dict[int, Settlement | None] = {}
 
+    @functools.cache
     def at(index: int) -> Settlement | None:
-        if index not in found:
-            try:
-                widths, loss = solve(family[index]), schedule_loss(curves, family[index])
-                found[index] = replace(widths, score=widths.score - loss, token_schedule=family[index])
-            except UnreachableBudgetError:
-                found[index] = None  # too many tokens
-        return found[index]
+        return _with_widths(family[index], solve, curves)
 
     def rank(index: int) -> tuple[bool, bool, float]:
         settlement = at(index)
@@ -179,3 +176,21 @@ def best_in_family(
         stride //= 2
         best = max((index for index in (best, best - stride, best + stride) if 0 <= index <= last), key=rank)
     return at(best)
+
+
+def spread_over_family(
+    family: list[Schedule], solve: Callable[[Schedule], Settlement], curves: np.ndarray, lowest: float
+) -> list[Settlement]:
+    """Settlements from all parts of a family, in its order, that use the budget; arguments as for `best_in_family`."""
+    stride = -(-len(family) // ALTERNATIVES)
+    found = [_with_widths(schedule, solve, curves) for schedule in family[::stride]]
+    return [settlement for settlement in found if settlement is not None and settlement.cost >= lowest]
+
+
+def _with_widths(schedule: Schedule, solve: Callable[[Schedule], Settlement], curves: np.ndarray) -> Settlement | None:
+    """A schedule with the best widths beside it; None if it leaves too many tokens for any."""
+    try:
+        widths = solve(schedule)
+    except UnreachableBudgetError:
+        return None
+    return replace(widths, score=widths.score - schedule_loss(curves, schedule), token_schedule=schedule)

@@ -27,6 +27,7 @@ from .pmim import mask_patches, normalize_target, reconstruction_loss, refine_ma
 from .search_space import SubnetSpec
 from .supernet import Supernet, compress, install_bi_masks, read_subnet
 from .surgery import rebuild_ddp_, slice_optimizer_
+from .token_measure import nearest_settlement
 from .tokens import Schedule
 from .training_args import OFBTrainingArguments, check_search_arguments
 
@@ -93,6 +94,7 @@ class OFBTrainer(DistillationTrainer):
         self._pmim_sums = torch.zeros(2, device=args.device)
         self._schedule: dict[str, float] = {}
         self._handed_over = False
+        self._seen: list[Tensor] = []  # images of this step, while tokens are observed
         self._unobserved = 0  # images whose gradients are added up and not observed yet
 
     def training_losses(
@@ -100,6 +102,8 @@ class OFBTrainer(DistillationTrainer):
     ) -> tuple[Any, dict[str, Tensor], Tensor]:
         """Classification, PMIM, budget, one-hot and importance losses of one micro-batch."""
         supernet, config, now = self.supernet, self.bi_mask_config, self._schedule
+        if supernet.tokens is not None and now["importance_phase"]:
+            self._seen.append(pixel_values)
         architecture, hidden = supernet.dense_architecture, self._hide_tokens(len(pixel_values))
         if hidden is None:
             outputs = model(pixel_values=pixel_values)
@@ -167,6 +171,7 @@ class OFBTrainer(DistillationTrainer):
         supernet.lam.fill_(lam)
         supernet.refresh_liveness()
         self._pmim_sums.zero_()
+        self._seen = []
 
     @property
     def _observes(self) -> bool:
@@ -185,10 +190,12 @@ class OFBTrainer(DistillationTrainer):
     def _hand_over(self) -> None:
         """Ends the importance phase: importance as it was observed, alpha as importance suggests."""
         masks = self.supernet.bi_masks
+        self.supernet.watch_tokens_(False)
 
         def decide() -> tuple[list[tuple[Tensor, Tensor]], Schedule | None]:
             if self._observes:
-                self.supernet.estimate_importance_()
+                nearest = lambda found: nearest_settlement(self.supernet, found, torch.cat(self._seen))  # noqa: E731
+                self.supernet.estimate_importance_(nearest)
             self.supernet.fit_alpha_()
             return [(mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks], self.supernet.token_schedule
 
@@ -201,7 +208,6 @@ class OFBTrainer(DistillationTrainer):
         if self._observes:
             self.optimizer.state.clear()  # all of it rested: moments of nothing, grown old, make large first steps
         self.supernet.importance_known.fill_(True)
-        self.supernet.watch_tokens_(False)
         self._handed_over = True
 
     def training_step(
