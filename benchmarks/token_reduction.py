@@ -113,6 +113,8 @@ def contestants(dense: PreTrainedModel, inputs: Inputs, options: argparse.Namesp
     models: dict[str, Any] = {"dense": (dense, 0.0)}
 
     def add(name: str, make: Any) -> None:
+        if options.only and name.split(",")[0] not in options.only:
+            return
         set_seed(options.seed)
         began = time.perf_counter()
         models[name] = make().eval(), time.perf_counter() - began
@@ -124,9 +126,10 @@ def contestants(dense: PreTrainedModel, inputs: Inputs, options: argparse.Namesp
         for name, merge in (("fixed merging", True), ("fixed dropping", False)):
             schedule = fixed_rate_schedule(dense.config, target, merge)
             add(f"{name}, {share}", lambda schedule=schedule: scheduled(dense, schedule))
-        found = models[f"learned, {share}"][0]
-        add(f"ranked dropping, {share}", lambda found=found: dropping(found, by_chance=False))
-        add(f"random dropping, {share}", lambda found=found: dropping(found, by_chance=True))
+        if f"learned, {share}" in models:
+            found = models[f"learned, {share}"][0]
+            add(f"ranked dropping, {share}", lambda found=found: dropping(found, by_chance=False))
+            add(f"random dropping, {share}", lambda found=found: dropping(found, by_chance=True))
         add(f"widths, {share}", lambda share=share: narrowed(dense, inputs, share, options))
         add(f"search, {share}", lambda share=share: searched(dense, inputs, share, False, options))
         add(f"joint search, {share}", lambda share=share: searched(dense, inputs, share, True, options))
@@ -167,6 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--both", type=float, default=0.35)
+    parser.add_argument("--only", nargs="+", help="Names of contestants, as 'joint search'; all if not given.")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_eval_samples", type=int)
