@@ -104,7 +104,7 @@ def outcomes(hub, output, tmp_path_factory):
     config = json.loads((output / "config.json").read_text())
     (scheduled / "config.json").write_text(json.dumps(config | {"token_schedule": SCHEDULE}))
     cases += [["twin", str(output), "lab/tokens", "hf_write", {}]]
-    cases += [["no twin", str(scheduled), "lab/tokens", "hf_write", {}] for _ in range(2)]
+    cases += [["no-twin", str(scheduled), "lab/tokens", "hf_write", {}] for _ in range(2)]
     cases += [[name, str(output), f"lab/{name}", "hf_write", {}] for name in FAULTS]
     cases += [[token, str(output), f"lab/{token[3:]}", token, {}] for token in REFUSED]
     current, left = [""], {name: times for name, (_, _, times, _) in FAULTS.items()}
@@ -157,7 +157,7 @@ def test_a_model_without_a_stock_twin_leaves_none_of_an_earlier_one(hub, outcome
     on_stock = [commit for commit in repository.commits if commit.revision == "stock"]
     assert "model.safetensors" in on_stock[-2].files
     assert set(on_stock[-1].files) == set(repository.at("stock").files) == {".gitattributes"}
-    assert outcomes["no twin"]["oid"] == repository.references["main"]
+    assert outcomes["no-twin"]["oid"] == repository.references["main"]
 
 
 def test_the_weights_say_what_they_are(hub, output, outcomes, tmp_path):
