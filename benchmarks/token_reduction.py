@@ -8,6 +8,8 @@
     random dropping   the same, but any
     widths            one-shot first-order pruning of heads and MLP channels, all tokens
     both              widths first, then learned counts
+    search            what a search for widths (ofb-hf search) settles on, its weights at rest, all tokens
+    joint search      the same with --search_tokens: widths and tokens in one settlement
 
 All are held to the same budgets and evaluated on the same images; `both` to a budget of its own. Speed is measured in
 turns, so read it as ratios to dense.
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, set_seed
 
-from ofb_hf import OFBTrainingArguments, OFBViTForImageClassification, baselines, count_macs
+from ofb_hf import OFBTrainer, OFBTrainingArguments, OFBViTForImageClassification, baselines, count_macs
 from ofb_hf.configuration import default_config
 from ofb_hf.data import DataArguments
 from ofb_hf.learned_tokens import TokenSearchConfig
@@ -38,7 +40,7 @@ from ofb_hf.workflow.inputs import Inputs, load
 from ofb_hf.workflow.measure import images_per_second, provenance
 from ofb_hf.workflow.report import markdown_table
 
-TAYLOR_BATCHES = 8
+TAYLOR_BATCHES, OBSERVED_IMAGES = 8, 512
 WIDTH_SHARE = 0.7  # of `both`, the rest is done by tokens
 
 
@@ -69,6 +71,24 @@ def narrowed(model: PreTrainedModel, inputs: Inputs, share: float, options: argp
     return slice_model(OFBViTForImageClassification.from_dense(model), subnet).eval()
 
 
+def searched(
+    model: PreTrainedModel, inputs: Inputs, target: float, tokens: bool, options: argparse.Namespace
+) -> PreTrainedModel:
+    """What a search settles on after it has observed; nothing is trained."""
+    steps = -(-OBSERVED_IMAGES // options.batch_size)
+    settings = {"max_steps": steps + 2, "per_device_train_batch_size": options.batch_size, "use_cpu": options.cpu}
+    settings |= {"learning_rate": 0.0, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    args = OFBTrainingArguments(str(options.output_dir), seed=options.seed, **settings)
+    phases = {"importance_hold": steps / (steps + 2), "settle_at": (steps + 1) / (steps + 2), "retire_begin": 1.0}
+    rests = {"architecture_learning_rate": 0.0, "pmim": False}
+    config = default_config(
+        model.config, target_macs=target, search_embedding=False, search_tokens=tokens, **phases, **rests
+    )
+    trainer = OFBTrainer(model, args, config, train_dataset=inputs.train)
+    trainer.train()
+    return trainer.compress().eval()
+
+
 def dropping(model: PreTrainedModel, by_chance: bool) -> PreTrainedModel:
     """The model with as many tokens left in every layer, the others dropped."""
     schedule = [[merged, merged] for _, merged in model.config.token_schedule]
@@ -93,6 +113,8 @@ def contestants(dense: PreTrainedModel, inputs: Inputs, options: argparse.Namesp
     models: dict[str, Any] = {"dense": (dense, 0.0)}
 
     def add(name: str, make: Any) -> None:
+        if options.only and name.split(",")[0] not in options.only:
+            return
         set_seed(options.seed)
         began = time.perf_counter()
         models[name] = make().eval(), time.perf_counter() - began
@@ -104,15 +126,20 @@ def contestants(dense: PreTrainedModel, inputs: Inputs, options: argparse.Namesp
         for name, merge in (("fixed merging", True), ("fixed dropping", False)):
             schedule = fixed_rate_schedule(dense.config, target, merge)
             add(f"{name}, {share}", lambda schedule=schedule: scheduled(dense, schedule))
-        found = models[f"learned, {share}"][0]
-        add(f"ranked dropping, {share}", lambda found=found: dropping(found, by_chance=False))
-        add(f"random dropping, {share}", lambda found=found: dropping(found, by_chance=True))
+        if f"learned, {share}" in models:
+            found = models[f"learned, {share}"][0]
+            add(f"ranked dropping, {share}", lambda found=found: dropping(found, by_chance=False))
+            add(f"random dropping, {share}", lambda found=found: dropping(found, by_chance=True))
         add(f"widths, {share}", lambda share=share: narrowed(dense, inputs, share, options))
+        add(f"search, {share}", lambda share=share: searched(dense, inputs, share, False, options))
+        add(f"joint search, {share}", lambda share=share: searched(dense, inputs, share, True, options))
     both = int(options.both * full)
     add(
         f"both, {options.both}",
         lambda: learned(narrowed(dense, inputs, WIDTH_SHARE, options), inputs, both, options),
     )
+    for name, tokens in (("search", False), ("joint search", True)):
+        add(f"{name}, {options.both}", lambda tokens=tokens: searched(dense, inputs, options.both, tokens, options))
     return models
 
 
@@ -143,6 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--both", type=float, default=0.35)
+    parser.add_argument("--only", nargs="+", help="Names of contestants, as 'joint search'; all if not given.")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_eval_samples", type=int)

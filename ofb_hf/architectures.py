@@ -19,8 +19,8 @@ from transformers import (
 from .models.configuration_ofb_swin import OFBSwinConfig
 from .models.configuration_ofb_vit import OFBViTConfig
 from .models.modeling_ofb_swin import OFBSwinForImageClassification
-from .models.modeling_ofb_vit import OFBViTForImageClassification
-from .unit_groups import Architecture, Family, Slot, Submodule, Term, block_macs, block_params, heads_of
+from .models.modeling_ofb_vit import OFBViTForImageClassification, TokenReduction
+from .unit_groups import Architecture, Family, Slot, Submodule, Term, block_macs, block_params, heads_of, reduction_macs
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -163,9 +163,15 @@ def vit_mac_terms(config: ViTConfig, counts: Sequence[tuple[int, int, int]]) -> 
     for layer, (before, kept, merged) in enumerate(counts):
         attention, mlp = f"layers.{layer}.attention", f"layers.{layer}.mlp"
         terms += block_macs(residual, attention, mlp, tokens=merged, attending=before, window=before)
-        terms.append(Term(before * (merged < before), (attention,)))  # the class token's row of the map, once more
-        terms.append(Term(2 * (kept - merged) * (merged - 1), (residual,)))  # similarities, and sums of what is merged
+        terms += reduction_macs(residual, attention, before, kept, merged)
     return terms
+
+
+def vit_schedule_terms(config: ViTConfig, schedule: Sequence[Sequence[int]]) -> tuple[Term, ...]:
+    """`vit_mac_terms` under a token schedule whose counts do not rise; they may be scalar tensors."""
+    entering = [math.prod(_describe_vit(config).patch_grid) + 1, *(merged for _, merged in schedule)]
+    counts = [(before, kept, merged) for before, (kept, merged) in zip(entering, schedule, strict=False)]
+    return tuple(vit_mac_terms(config, counts))
 
 
 def _vit_layer(layer: int) -> str:
@@ -214,12 +220,6 @@ def _common_scale(field: str, head_dims: list[int], scale_field: str) -> float:
 
 def _pin_vit(config: OFBViTConfig) -> None:
     """Writes down what the stock config derives from widths, so that it survives when widths change."""
-    if config.token_schedule is not None:
-        raise UnsupportedArchitectureError(
-            "the model has a token_schedule, and widths cannot be searched on top of it: masked images are repainted "
-            "from all tokens, and heads that are switched off would still vote on which tokens stay. Search widths "
-            "first (load the model with token_schedule=None), then tokens."
-        )
     if config.attention_scale is None:
         head_dims = [config.layer_sizes(layer)["head_dim"] for layer in range(config.num_hidden_layers)]
         config.attention_scale = _common_scale("head_dim_per_layer", head_dims, "attention_scale")
@@ -238,6 +238,8 @@ def _vit_attributes(config: OFBViTConfig) -> dict[str, dict[str, Any]]:
     attributes: dict[str, dict[str, Any]] = {}
     for layer in range(config.num_hidden_layers):
         attributes |= _block_attributes(_vit_layer(layer), config.layer_sizes(layer))
+        before, kept, merged = config.token_counts(layer)
+        attributes[_vit_layer(layer)]["reduction"] = TokenReduction(kept, merged) if merged < before else None
     return attributes
 
 

@@ -152,6 +152,8 @@ class HistoryCallback(TrainerCallback):
         architecture = getattr(kwargs.get("model"), "architecture", None)
         if architecture is not None and architecture.left_out:
             row["left_out"] = architecture.left_out
+        if schedule := getattr(getattr(kwargs.get("model"), "config", None), "token_schedule", None):
+            row["tokens"] = [merged for _, merged in schedule]  # that leave each layer
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

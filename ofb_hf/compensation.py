@@ -7,6 +7,8 @@ reconstruction step of channel pruning (arXiv:1707.06168, eq. 1) for residual ne
 two forward passes over some hundred images, no labels and no gradients.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .architectures import describe
+from .models.modeling_ofb_vit import OFBViTLayer
 from .search_space import SubnetSpec
 from .unit_groups import Architecture
 
@@ -128,11 +131,25 @@ def _outputs(
 def _run(model: PreTrainedModel, pixel_values: Tensor, hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
     was_training = model.training
     try:
-        model.eval()(pixel_values=pixel_values)
+        with _all_tokens(model):  # row by row the same tokens in both networks
+            model.eval()(pixel_values=pixel_values)
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _all_tokens(model: PreTrainedModel) -> Iterator[None]:
+    """Lets all tokens pass through a model with a token schedule."""
+    reductions = [(layer, layer.reduction) for layer in model.modules() if isinstance(layer, OFBViTLayer)]
+    for layer, _ in reductions:
+        layer.reduction = None
+    try:
+        yield
+    finally:
+        for layer, reduction in reductions:
+            layer.reduction = reduction
 
 
 def _fit_first(layer: nn.Linear, args: tuple[Tensor], wanted: Tensor) -> None:

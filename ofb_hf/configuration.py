@@ -63,6 +63,9 @@ class BiMaskConfig(Budget):
             **{"nargs": "?", "const": True},  # the flag without a value is True, as with other switches
         },
     )
+    search_tokens: bool = _field(
+        False, "Search how many tokens each layer keeps, too, under the same budget in MACs. ViT only."
+    )
     embedding_candidates: list[int] | None = _field(None, "Residual widths to choose from; every full one included.")
     head_candidates: list[int] | None = _field(None, "Numbers of heads to choose from; every full one included.")
     head_dim_candidates: list[int] | None = _field(None, "Channels per head to choose from; every full one included.")
@@ -187,6 +190,35 @@ class BiMaskConfig(Budget):
         if not (self.search_embedding or self.search_attention or self.search_mlp):
             raise ValueError("nothing to search: turn on search_embedding, search_attention or search_mlp.")
         self._check_depth()
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        if not self.search_tokens:
+            return
+        # {what it is: (whether it is a hindrance, what to do)}
+        conflicts = {
+            f"target_params is {self.target_params}, and tokens have no parameters": (
+                self.target_params is not None,
+                "give target_macs",
+            ),
+            f"target_latency_ms is {self.target_latency_ms}, and the latency table knows one number of tokens": (
+                self.target_latency_ms is not None,
+                "give target_macs",
+            ),
+            f"importance_from is {self.importance_from!r}, which observes nothing that tells what tokens are worth": (
+                self.importance_from != "first_order",
+                "take preset='ours', or importance_from='first_order'",
+            ),
+            f"pmim_until_settled is {self.pmim_until_settled}, and hidden patches are repainted from all tokens": (
+                self.pmim and not self.pmim_until_settled,
+                "turn it on, or pmim off",
+            ),
+            f"prune_during_search is {self.prune_during_search}, and heads that are switched off but still there would "
+            "vote on which tokens stay": (not self.prune_during_search, "turn it on"),
+        }
+        for reason, (conflict, advice) in conflicts.items():
+            if conflict:
+                raise ValueError(f"search_tokens is True, but {reason}; {advice}, or search tokens afterwards.")
 
     def _check_depth(self) -> None:
         if self.search_depth not in get_args(DepthSearch):
@@ -226,6 +258,11 @@ class BiMaskConfig(Budget):
         architecture: Architecture = describe(model_config)
         if self.table is not None:
             self.table.require_fit(architecture)
+        if self.search_tokens and not isinstance(model_config, ViTConfig):
+            raise ValueError(
+                f"search_tokens is True, but a {type(model_config).__name__} has no class token to rank tokens by (and "
+                "Swin's windows need the whole grid); turn it off."
+            )
         wanted = {
             "embedding": self.search_embedding,
             "attention": self.search_attention,

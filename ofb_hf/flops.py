@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architectures import describe, require_classifier
+from .architectures import describe, require_classifier, vit_schedule_terms
 from .search_space import SubnetSpec
 from .unit_groups import Architecture, Term, quantities
 
@@ -27,7 +27,10 @@ def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | N
     Raises:
         UnsupportedArchitectureError: for a model of another family.
     """
-    return count_cost(model, lambda architecture: architecture.macs, subnet)
+    if subnet is None or subnet.token_schedule is None:
+        return count_cost(model, lambda architecture: architecture.macs, subnet)
+    scheduled = vit_schedule_terms(model.config if isinstance(model, nn.Module) else model, subnet.token_schedule)
+    return count_cost(model, lambda architecture: scheduled, subnet)
 
 
 def count_params(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:

@@ -7,14 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import httpx
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ._version import __version__
 from .leaks import require_no_leaks
 from .network import patiently
 from .staging import is_ours, stage, stage_stock
+from .stock import has_stock_twin
+
+logger = logging.get_logger(__name__)
 
 STOCK_REVISION = "stock"
 RETRY = "Publish again when it is up; what is there already is not sent twice."
@@ -42,7 +51,8 @@ def publish(
     and what a search leaves beside them: image processor, subnet, results, history, picture, card. Publishing the same
     again changes nothing; what an earlier checkpoint left there goes. A ViT also goes to the branch `stock`, as a
     checkpoint of transformers' own class, padded with zeros where its layers differ in width, unless it has a token
-    schedule, which that class would not follow.
+    schedule, which that class would not follow: then that branch, if there is one, is emptied of what an earlier
+    checkpoint put there, with a warning.
 
     Args:
         model: an output folder of a search or of `save_pretrained`, or a model.
@@ -97,7 +107,36 @@ def publish(
                 start = patiently(lambda: api.list_repo_commits(repo_id), f"looking at {repo_id}", advice=RETRY)[-1]
                 _make_branch(api, repo_id, STOCK_REVISION, start.commit_id)
                 _commit(api, repo_id, twin, f"{message}, as a stock ViT", STOCK_REVISION, create_pr=False)
+        elif revision is None and not create_pr:
+            with _refusals_in_words(api, repo_id, STOCK_REVISION, published=commit):
+                _outdate_twin(api, repo_id, twin, message, remove=not has_stock_twin(loaded))
     return commit
+
+
+def _outdate_twin(api: HfApi, repo_id: str, nothing: Path, message: str, remove: bool) -> None:
+    """Says so if the branch `stock` holds the twin of an earlier checkpoint, and empties it where there is no new one.
+
+    Args:
+        nothing: a folder to be made.
+        remove: whether to empty it; the checkpoint has no twin that could take its place.
+    """
+    try:
+        there = patiently(
+            lambda: api.list_repo_files(repo_id, revision=STOCK_REVISION), f"looking at {repo_id}", advice=RETRY
+        )
+    except RevisionNotFoundError:
+        return
+    if not any(map(is_ours, there)):
+        return
+    if not remove:
+        logger.warning(f"the branch `{STOCK_REVISION}` of {repo_id} holds an earlier checkpoint; stock is False.")
+        return
+    nothing.mkdir()
+    _commit(api, repo_id, nothing, f"{message}, which has no stock twin", STOCK_REVISION, create_pr=False)
+    logger.warning(
+        f"the branch `{STOCK_REVISION}` of {repo_id} held an earlier checkpoint; this one has no stock twin, so its "
+        "files there were removed. They are in the history of that branch."
+    )
 
 
 def require_write_access(repo_id: str | None, token: str | None = None) -> None:

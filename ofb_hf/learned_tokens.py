@@ -14,12 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTConfig
 
-from .architectures import UnsupportedArchitectureError, describe, vit_mac_terms
+from .architectures import UnsupportedArchitectureError, describe, vit_schedule_terms
 from .flops import evaluate_terms
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import TokenReduction
 from .settlement import UnreachableBudgetError
-from .tokens import SMALLEST, full_schedule, num_tokens, require_class_token, schedule_macs
+from .tokens import (
+    SMALLEST,
+    full_schedule,
+    learned_schedule,
+    num_tokens,
+    ranking_layers,
+    require_class_token,
+    schedule_macs,
+)
 from .unit_groups import quantities
 
 # Size of a token that is hidden: its attention is multiplied by this, as in the published code's masked softmax.
@@ -72,7 +80,7 @@ class TokenSearchConfig:
         target = int(self.target_macs * dense) if self.target_macs <= 1 else int(self.target_macs)
         if target > dense:
             raise ValueError(f"target_macs is {target:,}, more than the {dense:,} of the model with all its tokens.")
-        smallest = schedule_macs(config, full_schedule(config)[:1] + [SMALLEST] * (config.num_hidden_layers - 1))
+        smallest = schedule_macs(config, learned_schedule(config, [SMALLEST] * (len(ranking_layers(config)) - 2)))
         if smallest > target:
             raise UnreachableBudgetError(
                 f"target_macs is {target:,}, below the smallest token schedule, which costs {smallest:,}; raise it to "
@@ -167,32 +175,34 @@ def install_learned_counts(model: PreTrainedModel, granularity: int = 1) -> OFBV
     """A copy of a classifier in which every layer but two learns how many tokens to keep, and nothing else learns.
 
     The first keeps all tokens: its class token has not seen the image yet (as in DiffRate). The last keeps one patch:
-    nobody reads the others (the published schedules learned that, down to their smallest candidate).
+    no attention reads the others (the published schedules learned that, down to their smallest candidate). Layers
+    without attention do not count: they let all tokens pass.
 
     Args:
         model: a ViT classifier, stock or ours; a schedule that it has does not count.
 
     Raises:
-        UnsupportedArchitectureError: for models without a class token, and for those of fewer than three layers.
+        UnsupportedArchitectureError: for models without a class token, and for those with attention in fewer than three
+            layers.
     """
     require_class_token(model)
-    if (layers := model.config.num_hidden_layers) < 3:
+    if len(layers := ranking_layers(model.config)) < 3:
         raise UnsupportedArchitectureError(
-            f"num_hidden_layers is {layers}; the first layer keeps all tokens and the last one patch, so tokens are "
-            "searched in models of at least 3 layers. Give a token_schedule by hand."
+            f"num_hidden_layers is {model.config.num_hidden_layers}, with attention in layers {layers}; the first of "
+            "them keeps all tokens and the last one patch, so tokens are searched in models with attention in at least "
+            "3 layers. Give a token_schedule by hand."
         )
     ours = OFBViTForImageClassification.from_dense(model, token_schedule=full_schedule(model.config))
-    if blind := [layer for layer in range(layers) if not ours.config.layer_sizes(layer)["num_attention_heads"]]:
-        raise UnsupportedArchitectureError(
-            f"layers {blind} have no attention to rank tokens by; tokens are searched where all have one. Search "
-            "widths without search_depth, or give a token_schedule by hand that lets all tokens pass there."
-        )
     ours.requires_grad_(False)
-    for layer in ours.vit.layers[1:]:
-        layer.reduction = TokenReduction(*SMALLEST)
-    for layer in ours.vit.layers[1:-1]:
-        layer.reduction = LearnedReduction(num_tokens(model.config), granularity).to(model.device)
+    for layer in layers[1:-1]:
+        ours.vit.layers[layer].reduction = LearnedReduction(num_tokens(model.config), granularity).to(model.device)
+    ours.vit.layers[layers[-1]].reduction = TokenReduction(*SMALLEST)
     return ours
+
+
+def learned_reductions(model: OFBViTForImageClassification) -> list[LearnedReduction]:
+    """What learns, from the first such layer to the last."""
+    return [layer.reduction for layer in model.vit.layers if isinstance(layer.reduction, LearnedReduction)]
 
 
 def expected_macs(model: OFBViTForImageClassification) -> Tensor:
@@ -204,17 +214,16 @@ def expected_macs(model: OFBViTForImageClassification) -> Tensor:
     """
     config = model.config
     left = model.classifier.weight.new_tensor(num_tokens(config), dtype=torch.float32)
-    counts = [(left, left, left)]
-    for layer in model.vit.layers[1:-1]:
-        before, own = left, torch.minimum(layer.reduction.kept(), layer.reduction.merged())
-        kept = torch.minimum(before, layer.reduction.kept())
-        left = own + (torch.minimum(before, own) - own).detach()
-        counts.append((before, kept, left))
-    counts.append((left, *SMALLEST))
-    return evaluate_terms(vit_mac_terms(config, counts), quantities(describe(config).sizes))
+    learned = []
+    for reduction in learned_reductions(model):
+        own = torch.minimum(reduction.kept(), reduction.merged())
+        kept = torch.minimum(left, reduction.kept())
+        left = own + (torch.minimum(left, own) - own).detach()
+        learned.append([kept, left])
+    terms = vit_schedule_terms(config, learned_schedule(config, learned))
+    return evaluate_terms(terms, quantities(describe(config).sizes))
 
 
 def read_expected_counts(model: OFBViTForImageClassification) -> list[list[float]]:
-    """Learned (kept, merged) of every layer between the first and the last, as expectations."""
-    reductions = [layer.reduction for layer in model.vit.layers[1:-1]]
-    return [[r.kept.expected().item(), r.merged.expected().item()] for r in reductions]
+    """Learned (kept, merged) of the layers that learn, as expectations."""
+    return [[r.kept.expected().item(), r.merged.expected().item()] for r in learned_reductions(model)]

@@ -34,15 +34,23 @@ def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str) -> str:
     """
     left_out = results.get("left_out", {})
     widths = "\n".join(f"- `{name}`: {_width(size, left_out.get(name))}" for name, size in subnet.sizes.items())
-    return _filled("model_card.md", results, table, widths=widths)
+    tokens = ""
+    if subnet.token_schedule is not None:
+        said = "Tokens kept after dropping, and after merging, class token included:"
+        tokens = f"\n{said}\n\n{_table(subnet.token_schedule)}\n"
+    return _filled("model_card.md", results, table, widths=widths, tokens=tokens)
 
 
 def render_token_card(results: dict[str, Any], table: str) -> str:
     """The card of a model with a learned token schedule, which is in `results`; arguments as for `render_card`."""
-    rows = [f"| {layer} | {kept} | {merged} |" for layer, (kept, merged) in enumerate(results["token_schedule"])]
-    schedule = "\n".join(["| layer | after dropping | after merging |", "| ---: | ---: | ---: |", *rows])
+    schedule = _table(results["token_schedule"])
     tuned = "Its weights were finetuned." if results.get("finetuned") else "Its weights are those of the parent."
     return _filled("token_card.md", results, table, schedule=schedule, weights=tuned)
+
+
+def _table(token_schedule: list[list[int]]) -> str:
+    rows = [f"| {layer} | {kept} | {merged} |" for layer, (kept, merged) in enumerate(token_schedule)]
+    return "\n".join(["| layer | after dropping | after merging |", "| ---: | ---: | ---: |", *rows])
 
 
 def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> str:
@@ -121,14 +129,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def plain_card(macs: int, params: int) -> str:
+def plain_card(macs: int, params: int, token_schedule: list[list[int]] | None = None) -> str:
     """The card of a model that nothing was measured on.
 
     Args:
         macs, params: its exact cost and size.
+        token_schedule: as in `OFBViTConfig`.
     """
     template = Template((TEMPLATES / "plain_card.md").read_text(encoding="utf-8"))
-    return template.substitute(macs=f"{macs:,}", params=f"{params:,}")
+    twin = (
+        "Where this repository has a branch `stock`, that is the same model as a checkpoint of transformers' own class"
+        ', which needs no\ncode at all (`revision="stock"`).'
+    )
+    if token_schedule is not None:
+        twin = (
+            "Its layers drop and merge patch tokens, which transformers' own class would not do: there is no "
+            f"checkpoint of that class.\nTokens kept, class token included:\n\n{_table(token_schedule)}"
+        )
+    return template.substitute(macs=f"{macs:,}", params=f"{params:,}", twin=twin)
 
 
 def _lost(classes: dict[str, list[float]]) -> str:

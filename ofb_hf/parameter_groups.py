@@ -28,7 +28,8 @@ def parameter_groups(supernet: Supernet, args: OFBTrainingArguments) -> list[dic
         },
         "pmim_decoder": weights | {"weight_decay": args.weight_decay},
     }
-    groups: dict[str, list[nn.Parameter]] = {}
+    # The decoder goes with the tokens that it repaints, its group stays.
+    groups: dict[str, list[nn.Parameter]] = {"pmim_decoder": []} if config.pmim else {}
     undecayed = family_of(supernet.config).undecayed
     for name, parameter in supernet.named_parameters():
         group = groups.setdefault(_group_of(name, parameter, undecayed), [])

@@ -34,7 +34,8 @@ def plot_search(
     budget: str,
     path: str | Path,
 ) -> None:
-    """Draws a search: cost against the budget, candidates in the race, and what is left of every layer.
+    """Draws a search: cost against the budget, candidates in the race, what is left of every layer, and of its tokens
+    where these were searched.
 
     Args:
         history: rows of `search_history.jsonl`.
@@ -45,10 +46,34 @@ def plot_search(
         path: PNG to write.
     """
     rows = [row for row in history if row["phase"] == "search"]
-    with drawing(path, 1, 3, figsize=(17, 4.6), width_ratios=[1, 0.8, 1.5]) as (cost, race, widths):
+    tokens = [0.8] if subnet.token_schedule else []
+    with drawing(
+        path, 1, 3 + len(tokens), figsize=(17 + 4 * len(tokens), 4.6), width_ratios=[1, 0.8, 1.5, *tokens]
+    ) as (
+        cost,
+        race,
+        widths,
+        *counts,
+    ):
         _draw_cost(cost, rows, target, budget)
         _draw_race(race, rows)
         _draw_widths(widths, subnet, dense_sizes)
+        for axes in counts:
+            draw_schedule(axes, subnet.token_schedule)
+
+
+def draw_schedule(axes: Any, schedule: list[list[int]]) -> None:
+    """Draws what is dropped, merged and left of the tokens of every layer.
+
+    Args:
+        axes: of matplotlib. schedule: as in `OFBViTConfig.token_schedule`.
+    """
+    layers, before = range(len(schedule)), [schedule[0][0], *(merged for _, merged in schedule[:-1])]
+    axes.bar(layers, before, color="0.9", label="dropped")
+    axes.bar(layers, [kept for kept, _ in schedule], color="tab:purple", alpha=0.5, label="merged")
+    axes.bar(layers, [merged for _, merged in schedule], color="tab:blue", label="left")
+    axes.set(title="Tokens between attention and MLP", xlabel="layer", xticks=layers)
+    axes.legend()
 
 
 def plot_family(results: dict[str, dict[str, Any]], path: str | Path) -> None:

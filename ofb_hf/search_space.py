@@ -179,6 +179,7 @@ class SubnetSpec:
         kept: submodule name -> sorted unit indices of the dense parent; for attention
             `{head index: sorted channel indices inside that head}`, equally many channels in every kept head.
             Nothing at all, `()` or `{}`, is the attention or MLP left out.
+        token_schedule: tokens that are left in each layer, as in `OFBViTConfig`; None = as the parent has them.
 
     Raises:
         ValueError: for indices that are negative, unsorted or repeated, and for heads that keep none or different
@@ -186,6 +187,7 @@ class SubnetSpec:
     """
 
     kept: dict[str, Kept]
+    token_schedule: list[list[int]] | None = None
 
     def __post_init__(self):
         for name, kept in self.kept.items():
@@ -224,7 +226,7 @@ class SubnetSpec:
                 }
             else:
                 kept[name] = tuple(before[unit] for unit in units)
-        return SubnetSpec(kept)
+        return SubnetSpec(kept, self.token_schedule or parent.token_schedule)
 
     @property
     def sizes(self) -> dict[str, int | tuple[int, int]]:
@@ -234,7 +236,8 @@ class SubnetSpec:
     def to_json(self) -> str:
         """The subnet as a JSON string with one line per submodule; `from_json` gives an equal one back."""
         rows = (f"    {json.dumps(name)}: {json.dumps(kept)}" for name, kept in self.kept.items())
-        return '{\n  "kept": {\n' + ",\n".join(rows) + "\n  }\n}\n"
+        tokens = f',\n  "token_schedule": {json.dumps(self.token_schedule)}' if self.token_schedule else ""
+        return '{\n  "kept": {\n' + ",\n".join(rows) + "\n  }" + tokens + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> "SubnetSpec":
@@ -250,7 +253,8 @@ class SubnetSpec:
             return tuple(kept)
 
         try:
-            kept = {name: read(indices) for name, indices in json.loads(text)["kept"].items()}
+            content = json.loads(text)
+            kept = {name: read(indices) for name, indices in content["kept"].items()}
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError('not a subnet: expected a JSON object {"kept": {submodule: indices}}.') from error
-        return cls(kept)
+        return cls(kept, content.get("token_schedule"))

@@ -47,11 +47,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Settlement:
-    """A choice for every submodule, its exact cost and its score."""
+    """A choice for every submodule, its exact cost and score; and a token schedule where tokens are chosen, too."""
 
     choice: dict[str, Option]
     cost: int
     score: float
+    token_schedule: list[list[int]] | None = None
 
 
 def settle(

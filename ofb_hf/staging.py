@@ -66,7 +66,9 @@ def stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) 
     if "/" in results.get("data", ""):
         _add_evaluation(folder, results)
     if not (folder / CARD).is_file():
-        (folder / CARD).write_text(plain_card(count_macs(loaded), count_params(loaded)), encoding="utf-8")
+        schedule = getattr(loaded.config, "token_schedule", None)
+        card = plain_card(count_macs(loaded), count_params(loaded), schedule)
+        (folder / CARD).write_text(card, encoding="utf-8")
     return loaded
 
 

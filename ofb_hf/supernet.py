@@ -9,18 +9,18 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .architectures import describe, family_of, require_classifier
+from .architectures import UnsupportedArchitectureError, describe, family_of, require_classifier
 from .bi_mask import BiMask, TiedBiMask
-from .candidates import candidate_options, first_order_options, search_scores
+from .choices import Choices
 from .configuration import BiMaskConfig, default_config
-from .flops import ExpectedCost, count_macs, evaluate_terms
+from .flops import count_macs, evaluate_terms
 from .mask_stack import MaskStacks
 from .masked_layers import GateStore, apply_gates_, install_gates
 from .pmim import PMIMDecoder, window_for_patch
-from .search_space import SubnetSpec, all_units
-from .settlement import TIGHTNESS, Option, Settlement, settle
+from .search_space import SubnetSpec
+from .searched_tokens import SearchedTokens
 from .surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
-from .unit_groups import Architecture, Slot, Submodule, Term, heads_of, presence_of, quantities
+from .unit_groups import Architecture, Slot, Submodule, quantities
 
 
 @dataclass
@@ -30,13 +30,14 @@ class SupernetOutput(ImageClassifierOutput):
     reconstruction: Tensor | None = None
 
 
-class Supernet(nn.Module):
+class Supernet(Choices):
     """A classifier whose units are scaled by bi-masks. Made by `install_bi_masks`; `compress` takes the masks off.
 
     Attributes:
         model: the classifier, with the state-dict keys it always had. It shrinks during the search.
         bi_masks: one `BiMask` per searched submodule; `named_masks` gives them by name.
-        pmim_decoder: repaints masked patches, or None.
+        tokens: what is known and decided about tokens, or None where they are not searched.
+        pmim_decoder: repaints masked patches, or None; gone as soon as there are fewer tokens.
         bi_mask_config, space: what is searched, and the candidates for the dense model.
         dense_architecture, dense_sizes, dense_macs: of the model before the search.
         dense_cost, target: in the budget's unit.
@@ -53,6 +54,7 @@ class Supernet(nn.Module):
         self.model, self.bi_mask_config = model, config
         architecture = self.dense_architecture = self.architecture
         self.space = config.search_space(model.config)
+        self.tokens = SearchedTokens(model.config) if config.search_tokens else None
         self.dense_sizes, self.dense_macs = architecture.sizes, count_macs(model)
         self.dense_cost = evaluate_terms(self.terms, quantities(architecture.sizes))
         self.target = config.target(self.dense_cost)
@@ -80,8 +82,7 @@ class Supernet(nn.Module):
         self.register_buffer("folded", torch.tensor(False))
         self.is_folded = False
         self.register_buffer("pmim_ratio", torch.tensor(1.0))
-        names = list(quantities(architecture.sizes))
-        self.expected_cost, self.expected_macs = ExpectedCost(self.terms, names), ExpectedCost(architecture.macs, names)
+        self.expect_costs_()
         self._stack_masks()
         self._gate_store = GateStore()
         install_gates(model, self._searched(architecture), self._gate_store)
@@ -93,42 +94,9 @@ class Supernet(nn.Module):
         return describe(self.model.config)
 
     @property
-    def terms(self) -> tuple[Term, ...]:
-        """The cost terms that the budget counts: MACs, parameters or picoseconds."""
-        return self.bi_mask_config.terms(self.architecture)
-
-    @property
     def config(self):
         """The classifier's config; it follows the network as it shrinks."""
         return self.model.config
-
-    @property
-    def named_masks(self) -> dict[str, BiMask]:
-        """Submodule name -> its bi-mask."""
-        return {mask.name: mask for mask in self.bi_masks}
-
-    @property
-    def leaders(self) -> dict[str, str]:
-        """Submodule name -> the submodule whose choice it follows; its own name unless it is tied."""
-        return {space.name: space.tied_to or space.name for space in self.space}
-
-    @property
-    def groups(self) -> list[list[BiMask]]:
-        """The bi-masks that choose together, the one that owns the choice first."""
-        groups: dict[str, list[BiMask]] = {}
-        for mask in self.bi_masks:
-            groups.setdefault(self.leaders[mask.name], []).append(mask)
-        return list(groups.values())
-
-    @property
-    def num_active_candidates(self) -> int:
-        """Candidates still in the race, over all submodules that choose for themselves."""
-        return int(torch.stack([leader.active_candidates.sum() for leader, *_ in self.groups]).sum())
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether every submodule has one candidate left."""
-        return self.num_active_candidates == len(self.groups)
 
     @property
     def repaints(self) -> bool:
@@ -220,67 +188,6 @@ class Supernet(nn.Module):
         stacks = MaskStacks(self.bi_masks, quantities(self.dense_sizes))
         self._stacks = stacks.to(self.lam.device)
 
-    def options(self) -> dict[str, list[Option]]:
-        """Every active candidate of every submodule that chooses, with its score."""
-        return candidate_options(self.groups, lambda mask: search_scores(mask, self.terms, self.dense_sizes))
-
-    def settlement(self, options: dict[str, list[Option]] | None = None) -> Settlement:
-        """The best choice within the budget as things stand, for every searched submodule.
-
-        Args:
-            options: with other scores than those of `options`.
-
-        Raises:
-            UnreachableBudgetError: naming the smallest possible cost.
-        """
-        fixed = quantities({name: size for name, size in self.dense_sizes.items() if name not in self.named_masks})
-        named = (str, heads_of, presence_of)
-        follows = {quantity(name): quantity(leader) for name, leader in self.leaders.items() for quantity in named}
-        terms = [replace(term, factors=tuple(follows.get(f, f) for f in term.factors)) for term in self.terms]
-        needed = self.dense_architecture.attentions
-        settings = {"tightness": TIGHTNESS, "needed": needed, "show": self.bi_mask_config.show}
-        settlement = settle(options or self.options(), tuple(terms), fixed, self.target, **settings)
-        choice = {name: settlement.choice[leader] for name, leader in self.leaders.items()}
-        return replace(settlement, choice=choice)
-
-    def settle_(self) -> SubnetSpec:
-        """Makes the final choice in every submodule and returns it; the units left out are exactly 0 from now on."""
-        choice = self.settlement().choice
-        for mask in self.bi_masks:
-            mask.settle_(*choice[mask.name].size)
-        kept = {name: all_units(shape) for name, shape in self.dense_sizes.items()}
-        return SubnetSpec(kept | {mask.name: mask.kept() for mask in self.bi_masks})
-
-    def retire_candidates(self) -> int:
-        """Retires weak candidates, except those of the best choice within the budget. Returns how many.
-
-        Sparing that choice keeps the budget within reach whatever the softmaxes do.
-        """
-        best = self.settlement().choice
-        retired = 0
-        for leader, *tied in self.groups:
-            weak = leader.weak_candidates(self.bi_mask_config.retire_threshold)
-            weak[leader.index_of(best[leader.name].size)] = False
-            if weak.any():
-                for mask in (leader, *tied):
-                    mask.retire_(weak)
-                retired += int(weak.sum())
-        return retired
-
-    def estimate_importance_(self) -> None:
-        """Sets importance from the gradients that were observed: high for the units that the best choice within the
-        budget keeps, if each unit is worth its first-order score. Without any observation importance stays."""
-        if options := first_order_options(self.groups):
-            choice = self.settlement(options).choice
-            for mask in self.bi_masks:
-                mask.estimate_importance_(choice[mask.name].units)
-
-    def fit_alpha_(self) -> None:
-        """Fits every alpha to the importance curve of its submodule, or to the mean of those tied together."""
-        for leader, *tied in self.groups:
-            curves = [mask.importance_by_rank() for mask in (leader, *tied)]
-            leader.fit_alpha_(curve=torch.stack(curves).mean(0))
-
     @torch.no_grad()
     def shrink_(self) -> tuple[dict[nn.Parameter, nn.Parameter | None], dict[str, Entries]]:
         """Removes all units that are not alive, physically, from classifier, masks and decoder; attentions and MLPs
@@ -292,8 +199,10 @@ class Supernet(nn.Module):
             follow. Both empty if there was nothing to remove.
         """
         gone = [mask for mask in self.bi_masks if not mask.alive.all()]
+        ready = self.token_schedule is not None and self.is_settled and not self.tokens.acts
+        retired = self._reduce_tokens_() if ready else {}
         if not gone:
-            return {}, {}
+            return retired, {}
         kept = {mask.name: mask.alive.flatten().nonzero()[:, 0] for mask in gone}
         submodules, before = self._submodules_with_decoder(), set(self.parameters())
         living = {mask.name: tuple(indices.shape[-1] for indices in mask.alive_units()) for mask in gone}
@@ -305,10 +214,25 @@ class Supernet(nn.Module):
         replaced = dict.fromkeys(before - set(self.parameters())) | slice_tensors_(self, plan)
         # Masks of what is gone: nothing in the forward pass reads them any more, so DDP must not wait for them.
         idle = {p.requires_grad_(False) for mask in gone if not mask.alive.numel() for p in mask.parameters()}
-        replaced = {old: None if new in idle else new for old, new in replaced.items()}
+        replaced = retired | {old: None if new in idle else new for old, new in replaced.items()}
         self._stack_masks()
         self._gate_store.clear()
         return replaced, plan
+
+    def _reduce_tokens_(self) -> dict[nn.Parameter, None]:
+        """Lets the model reduce its tokens; the decoder, which paints from all of them, goes.
+
+        Returns:
+            The parameters that are gone.
+        """
+        before = set(self.parameters())
+        self.tokens.acts.fill_(True)
+        self.config.token_schedule = self.token_schedule
+        if self.pmim_decoder is not None:
+            self.pmim_decoder = None
+            self.model.get_submodule(self.dense_architecture.embeddings).mask_token = None
+        resize_(self.model, self.architecture.sizes)
+        return dict.fromkeys(before - set(self.parameters()))
 
     def _submodules_with_decoder(self) -> list[Submodule]:
         """The model's submodules with slots named as in the supernet, the decoder's input included."""
@@ -342,6 +266,11 @@ class Supernet(nn.Module):
             ]
             mask.active_candidates.copy_(present[0][:, None] & present[1] if mask.is_grid else present[0])
         self.shrink_()
+        if self.tokens is not None:
+            self.tokens.schedule.copy_(state["tokens.schedule"])
+            self.expect_costs_()
+            if state["tokens.acts"]:
+                self._reduce_tokens_()
         if state["folded"]:
             self._rest_()
 
@@ -393,7 +322,7 @@ class Supernet(nn.Module):
         folded.to(device=self.model.device, dtype=self.model.dtype)
         folded.load_state_dict(state)
         living = {mask.name: mask.kept_now() for mask in self.bi_masks}
-        return slice_model(folded, SubnetSpec(living)).train(self.training)
+        return slice_model(folded, SubnetSpec(living, self.token_schedule)).train(self.training)
 
 
 def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None) -> Supernet:
@@ -411,6 +340,12 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
         UnreachableBudgetError: if no subnet fits the budget, naming the smallest possible value.
     """
     require_classifier(model)
+    if getattr(model.config, "token_schedule", None) is not None:
+        raise UnsupportedArchitectureError(
+            "the model has a token_schedule, and widths cannot be searched on top of it: masked images are repainted "
+            "from all tokens, and heads that are switched off would still vote on which tokens stay. Search widths "
+            "first (load the model with token_schedule=None), then tokens; or both together (search_tokens=True)."
+        )
     family = family_of(model.config)
     config = config if config is not None else default_config(model.config)
     activation = describe(model.config).activation
@@ -446,3 +381,11 @@ def compress(supernet: Supernet) -> PreTrainedModel:
     settled = copy.deepcopy(supernet)
     settled.settle_()
     return settled.fold()
+
+
+def dense_parent(supernet: Supernet) -> PreTrainedModel:
+    """The classifier as it was before masks scaled it. Meant for a supernet that has not been trained yet."""
+    state = {k: v.clone() for k, v in supernet.model.state_dict().items() if not k.endswith(".mask_token")}
+    dense = family_of(supernet.config).model_class(copy.deepcopy(supernet.config))
+    dense.load_state_dict(state)
+    return dense.to(supernet.model.device, supernet.model.dtype).eval()

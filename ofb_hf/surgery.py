@@ -71,6 +71,8 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     sizes = {name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()}
     family.pin(config)
     family.resize(config, architecture.sizes | sizes)
+    if subnet.token_schedule is not None:
+        config.token_schedule = subnet.token_schedule
     smaller = family.model_class(config).to(device=model.device, dtype=model.dtype)
     smaller.load_state_dict({name: slice_tensor(state[name], plan.get(name, ())) for name in smaller.state_dict()})
     return smaller.train(model.training)

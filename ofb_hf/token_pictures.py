@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import TokenReduction, match_tokens, rank_tokens
-from .plots import drawing
+from .plots import draw_schedule, drawing
 from .tokens import Schedule, num_tokens, require_class_token
 
 DROPPED = -1
@@ -141,15 +141,9 @@ def plot_token_search(history: list[dict[str, Any]], schedule: Schedule, target:
     """
     rows = [row for row in history if row["phase"] == "search"]
     scale, unit = (1e9, "G") if target >= 1e9 else (1e6, "M")
-    layers = range(len(schedule))
-    before = [schedule[0][0], *(merged for _, merged in schedule[:-1])]
     with drawing(path, 1, 2, figsize=(11, 4.2)) as (cost, counts):
         cost.plot([row["step"] for row in rows], [row["expected_macs"] / scale for row in rows], label="learned counts")
         cost.axhline(target / scale, label="budget", color="tab:red", linestyle="--", linewidth=1)
         cost.set(title="Cost of the network", xlabel="search step", ylabel=f"{unit} MACs", ylim=(0, None))
         cost.legend()
-        counts.bar(layers, before, color="0.9", label="dropped")
-        counts.bar(layers, [kept for kept, _ in schedule], color="tab:purple", alpha=0.5, label="merged")
-        counts.bar(layers, [merged for _, merged in schedule], color="tab:blue", label="left")
-        counts.set(title="Tokens between attention and MLP", xlabel="layer", xticks=layers)
-        counts.legend()
+        draw_schedule(counts, schedule)

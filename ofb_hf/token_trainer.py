@@ -1,5 +1,6 @@
 """The run in which token counts are learned: a classifier's weights rest, and only the logits of the counts move."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .models import OFBViTForImageClassification
 from .tokens import Schedule, full_schedule, schedule_macs, settle_schedule
 from .training_args import OFBTrainingArguments
 
+TOKEN_SEARCH_FILE = "token_search_config.json"
 # The pull of the budget is strong at first: remembered for long, it would keep all later steps small.
 BETAS = (0.9, 0.9)
 
@@ -96,7 +98,27 @@ class TokenTrainer(DistillationTrainer):
             self.optimizer = torch.optim.AdamW(logits, rate, BETAS, self.args.adam_epsilon, weight_decay=0.0)
         return self.optimizer
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            content = self.token_config.to_dict() | {"target": self.target}
+            (folder / TOKEN_SEARCH_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _require_same_search(self, checkpoint: Path) -> None:
+        ours = self.token_config.to_dict() | {"target": self.target}
+        if not (checkpoint / TOKEN_SEARCH_FILE).is_file():
+            raise ValueError(f"the checkpoint {checkpoint} has no {TOKEN_SEARCH_FILE}: it is not one of such a search.")
+        theirs = json.loads((checkpoint / TOKEN_SEARCH_FILE).read_text(encoding="utf-8"))
+        differing = {name: (theirs.get(name), value) for name, value in ours.items() if theirs.get(name) != value}
+        if differing:
+            raise ValueError(
+                f"the checkpoint {checkpoint} belongs to another search; (checkpoint, this run) differ in {differing}. "
+                "Resume with the same settings, or start over with another output_dir."
+            )
+
     def _load_weights(self, checkpoint: Path) -> None:
+        self._require_same_search(checkpoint)
         self._load_average(checkpoint)
         # Not by from_pretrained, which would build the model from its config, without learned counts.
         self.learner.load_state_dict(safetensors.torch.load_file(checkpoint / SAFE_WEIGHTS_NAME))

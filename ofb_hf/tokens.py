@@ -6,11 +6,12 @@ model does with it is in `models/`; how one is learned, in `learned_tokens.py`.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from transformers import ViTConfig
 
-from .architectures import UnsupportedArchitectureError, describe, vit_mac_terms
+from .architectures import UnsupportedArchitectureError, describe, vit_schedule_terms
 from .flops import evaluate_terms
 from .settlement import UnreachableBudgetError
 from .unit_groups import quantities
@@ -112,6 +113,30 @@ def full_schedule(config: ViTConfig) -> Schedule:
     return [[num_tokens(config)] * 2 for _ in range(config.num_hidden_layers)]
 
 
+def ranking_layers(config: ViTConfig) -> list[int]:
+    """The layers that have an attention to rank tokens by."""
+    sizes = describe(config).sizes
+    return [layer for layer in range(config.num_hidden_layers) if math.prod(sizes[f"layers.{layer}.attention"])]
+
+
+def learned_schedule(config: ViTConfig, counts: list[list[Any]]) -> list[list[Any]]:
+    """The schedule with these counts in the layers that learn them.
+
+    Those are the layers with attention, but for the first, which keeps all tokens, and the last, which keeps one patch.
+    A layer without attention hands on what it gets.
+
+    Args:
+        counts: [kept after dropping, kept after merging] of each of them.
+    """
+    _, *learning, last = ranking_layers(config)
+    given = dict(zip(learning, counts, strict=True)) | {last: SMALLEST}
+    schedule: list[list[Any]] = []
+    for layer in range(config.num_hidden_layers):
+        left = schedule[-1][1] if schedule else num_tokens(config)
+        schedule.append(list(given.get(layer, (left, left))))
+    return schedule
+
+
 def schedule_macs(config: ViTConfig, schedule: Schedule) -> int:
     """Exact MACs of a model under a schedule whose counts do not rise; `count_macs` of the model that obeys it."""
     return _mac_counter(config)(schedule)
@@ -119,14 +144,8 @@ def schedule_macs(config: ViTConfig, schedule: Schedule) -> int:
 
 def _mac_counter(config: ViTConfig) -> Callable[[Schedule], int]:
     """`schedule_macs` for many schedules of one model."""
-    tokens, amounts = num_tokens(config), quantities(describe(config).sizes)
-
-    def count(schedule: Schedule) -> int:
-        entering = [tokens, *(merged for _, merged in schedule)]
-        counts = [(before, *after) for before, after in zip(entering, schedule, strict=False)]
-        return evaluate_terms(vit_mac_terms(config, counts), amounts)
-
-    return count
+    amounts = quantities(describe(config).sizes)
+    return lambda schedule: evaluate_terms(vit_schedule_terms(config, schedule), amounts)
 
 
 def published_schedule(config: ViTConfig, gmacs: float) -> Schedule:
@@ -171,14 +190,13 @@ def fixed_rate_schedule(config: ViTConfig, target: int, merge: bool = True) -> S
         UnreachableBudgetError: where none fits.
     """
 
-    tokens, sizes = num_tokens(config), describe(config).sizes
-    attends = [math.prod(sizes[f"layers.{layer}.attention"]) for layer in range(config.num_hidden_layers)]
+    tokens, attends = num_tokens(config), ranking_layers(config)
 
     def at(rate: float) -> Schedule:
         schedule = [[tokens, tokens]]
         for layer in range(1, config.num_hidden_layers):
             # Where there is no attention, there is nothing to rank tokens by: all that come in go on.
-            left = max(2, round(tokens - rate * layer)) if attends[layer] else schedule[-1][1]
+            left = max(2, round(tokens - rate * layer)) if layer in attends else schedule[-1][1]
             schedule.append([schedule[-1][1] if merge else left, left])
         return schedule
 
@@ -189,8 +207,7 @@ def settle_schedule(config: ViTConfig, expected: list[list[float]], target: int)
     """Whole counts near learned ones, whose MACs are at most the budget, and as near to it as one token allows.
 
     Args:
-        expected: learned (kept, merged), as expectations, of every layer but the first, which keeps all tokens, and the
-            last, which keeps one patch.
+        expected: learned (kept, merged), as expectations, of the layers that learn them (`learned_schedule`).
         target: budget in MACs.
 
     Raises:
@@ -199,16 +216,20 @@ def settle_schedule(config: ViTConfig, expected: list[list[float]], target: int)
     tokens, macs = num_tokens(config), _mac_counter(config)
 
     def at(removed: float) -> Schedule:
-        schedule = [[tokens, tokens]]
+        left, learned = tokens, []
         for counts in expected:
             kept, merged = (max(2, math.floor(count - removed + 0.5)) for count in counts)
-            kept = min(schedule[-1][1], kept)
-            schedule.append([kept, min(kept, merged)])
-        return [*schedule, SMALLEST]
+            kept = min(left, kept)
+            left = min(kept, merged)
+            learned.append([kept, left])
+        return learned
 
-    removed = _smallest_rate(macs, target, at, -float(tokens), float(tokens))
+    def count(learned: Schedule) -> int:
+        return macs(learned_schedule(config, learned))
+
+    removed = _smallest_rate(count, target, at, -float(tokens), float(tokens))
     wanted = [[count - removed for count in counts] for counts in expected]
-    return _filled(macs, at(removed), wanted, target)
+    return learned_schedule(config, _filled(count, at(removed), wanted, target, tokens))
 
 
 def _smallest_rate(
@@ -225,23 +246,27 @@ def _smallest_rate(
     return high
 
 
-def _filled(macs: Callable[[Schedule], int], schedule: Schedule, wanted: list[list[float]], target: int) -> Schedule:
+def _filled(
+    macs: Callable[[Schedule], int], learned: Schedule, wanted: list[list[float]], target: int, tokens: int
+) -> Schedule:
     """Gives single tokens back while the budget allows it, first where rounding took most.
 
     Args:
-        wanted: of every layer but first and last; no count rises above the whole number after it.
+        macs: cost under whole counts of the layers that learn them. learned: these counts.
+        wanted: of the same layers; no count rises above the whole number after it.
+        tokens: that enter the first of them.
     """
     while True:
         options = []
-        for layer, counts in enumerate(wanted, 1):
+        for layer, counts in enumerate(wanted):
             for place in (0, 1):
-                more = [list(pair) for pair in schedule]
+                more = [list(pair) for pair in learned]
                 more[layer][place] += 1
-                falls = more[layer - 1][1] >= more[layer][0] >= more[layer][1]
-                missing = counts[place] - schedule[layer][place]
+                falls = (more[layer - 1][1] if layer else tokens) >= more[layer][0] >= more[layer][1]
+                missing = counts[place] - learned[layer][place]
                 if falls and missing > -1 and macs(more) <= target:
                     options.append((missing, layer, place))
         if not options:
-            return schedule
+            return learned
         _, layer, place = max(options)
-        schedule[layer][place] += 1
+        learned[layer][place] += 1

@@ -1,6 +1,5 @@
 """The search: one training run that learns weights, importance and widths together, and shrinks the network."""
 
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import schedule
-from .architectures import family_of
 from .callbacks import SearchCallback
 from .compensation import Compensation
 from .configuration import BiMaskConfig
@@ -28,8 +26,10 @@ from .losses import budget_loss, flops_loss
 from .parameter_groups import parameter_groups
 from .pmim import mask_patches, normalize_target, reconstruction_loss, refine_mask
 from .search_space import SubnetSpec
-from .supernet import Supernet, compress, install_bi_masks, read_subnet
+from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
 from .surgery import rebuild_ddp_, slice_optimizer_
+from .token_measure import nearest_settlement
+from .tokens import Schedule
 from .training_args import OFBTrainingArguments, check_search_arguments
 
 BI_MASK_CONFIG_FILE = "bi_mask_config.json"
@@ -97,6 +97,7 @@ class OFBTrainer(DistillationTrainer):
         self._pmim_sums = torch.zeros(2, device=args.device)
         self._schedule: dict[str, float] = {}
         self._handed_over = False
+        self._seen: list[Tensor] = []  # images of this step, while tokens are observed
         self._unobserved = 0  # images whose gradients are added up and not observed yet
 
     def training_losses(
@@ -104,6 +105,8 @@ class OFBTrainer(DistillationTrainer):
     ) -> tuple[Any, dict[str, Tensor], Tensor]:
         """Classification, PMIM, budget, one-hot and importance losses of one micro-batch."""
         supernet, config, now = self.supernet, self.bi_mask_config, self._schedule
+        if supernet.tokens is not None and now["importance_phase"]:
+            self._seen.append(pixel_values)
         architecture, hidden = supernet.dense_architecture, self._hide_tokens(len(pixel_values))
         if hidden is None:
             outputs = model(pixel_values=pixel_values)
@@ -151,6 +154,7 @@ class OFBTrainer(DistillationTrainer):
     def begin_search(self) -> None:
         """Finds out, once, whether a resumed run has its importance phase behind it."""
         self._handed_over = not self.bi_mask_config.importance_hold or bool(self.supernet.importance_known)
+        self.supernet.watch_tokens_(self._observes and not self._handed_over)
 
     def begin_search_step(self) -> None:
         """Sets everything that follows the global step; the step about to run is `state.global_step`."""
@@ -174,6 +178,7 @@ class OFBTrainer(DistillationTrainer):
         supernet.lam.fill_(lam)
         supernet.refresh_liveness()
         self._pmim_sums.zero_()
+        self._seen = []
 
     @property
     def _observes(self) -> bool:
@@ -192,14 +197,18 @@ class OFBTrainer(DistillationTrainer):
     def _hand_over(self) -> None:
         """Ends the importance phase: importance as it was observed, alpha as importance suggests."""
         masks = self.supernet.bi_masks
+        self.supernet.watch_tokens_(False)
 
-        def decide() -> list[tuple[Tensor, Tensor]]:
+        def decide() -> tuple[list[tuple[Tensor, Tensor]], Schedule | None]:
             if self._observes:
-                self.supernet.estimate_importance_()
+                nearest = lambda found: nearest_settlement(self.supernet, found, torch.cat(self._seen))  # noqa: E731
+                self.supernet.estimate_importance_(nearest)
             self.supernet.fit_alpha_()
-            return [(mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks]
+            return [(mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks], self.supernet.token_schedule
 
-        for mask, (importance, alpha) in zip(masks, decided_by_rank_0(decide), strict=True):
+        scores, token_schedule = decided_by_rank_0(decide)
+        self.supernet.decide_tokens_(token_schedule)
+        for mask, (importance, alpha) in zip(masks, scores, strict=True):
             mask.importance_logits.copy_(importance)
             mask.alpha.copy_(alpha)
             self.optimizer.state.pop(mask.alpha, None)  # its momentum is of the time when alpha rested
@@ -218,19 +227,22 @@ class OFBTrainer(DistillationTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         masks, parts = self.supernet.bi_masks, max(1, len(inputs["pixel_values"]) // OBSERVED_TOGETHER)
         observed = torch.zeros(sum(mask.first_order.numel() for mask in masks), device=self.args.device)
+        of_tokens = torch.zeros_like(self.supernet.first_order_of_tokens)
         chunks, losses = [inputs[name].tensor_split(parts) for name in ("pixel_values", "labels")], []
         for images, labels in zip(*chunks, strict=True):
             losses.append(self._backward_of_few({"pixel_values": images, "labels": labels}, num_items_in_batch))
             self._unobserved += len(images)
+            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+            of_tokens += self.supernet.squared_token_changes(scale)
             if self._unobserved < OBSERVED_TOGETHER and not self.accelerator.sync_gradients:
                 continue  # micro-batches smaller than that are looked at together
-            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
             observed += torch.cat([mask.squared_gradient(scale).flatten() for mask in masks])
             self.supernet.zero_grad(set_to_none=False)  # so that the optimizer, and a scaler, find that nothing moves
             self._unobserved = 0
         observed = self.accelerator.reduce(observed)
         for mask, squares in zip(masks, observed.split([m.first_order.numel() for m in masks]), strict=True):
             mask.first_order += squares.view_as(mask.first_order)
+        self.supernet.first_order_of_tokens.add_(self.accelerator.reduce(of_tokens))
         return torch.stack(losses).mean()
 
     def _backward_of_few(self, part: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -427,11 +439,3 @@ class OFBTrainer(DistillationTrainer):
             self.compensation.load(checkpoint, self.args.device)
         self.supernet.shrink_to_(safetensors.torch.load_file(checkpoint / SAFE_WEIGHTS_NAME))
         super()._load_weights(checkpoint)
-
-
-def dense_parent(supernet: Supernet) -> PreTrainedModel:
-    """The classifier as it was before masks scaled it. Meant for a supernet that has not been trained yet."""
-    state = {k: v.clone() for k, v in supernet.model.state_dict().items() if not k.endswith(".mask_token")}
-    dense = family_of(supernet.config).model_class(copy.deepcopy(supernet.config))
-    dense.load_state_dict(state)
-    return dense.to(supernet.model.device, supernet.model.dtype).eval()

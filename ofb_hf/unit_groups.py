@@ -164,6 +164,19 @@ def block_macs(width: str, attention: str, mlp: str, tokens: int, attending: int
     ]
 
 
+def reduction_macs(width: str, attention: str, before: int, kept: int, merged: int) -> list[Term]:
+    """MACs of dropping and merging tokens between attention and MLP.
+
+    Args:
+        width, attention: submodules of the block.
+        before, kept, merged: tokens that come in, that are left after dropping, and after merging.
+    """
+    return [
+        Term(before * (merged < before), (attention,)),  # the class token's row of the map, once more
+        Term(2 * (kept - merged) * (merged - 1), (width,)),  # similarities, and sums of what is merged
+    ]
+
+
 def block_params(width: str, attention: str, mlp: str, qkv_bias: bool) -> list[Term]:
     """Parameters of one block; arguments as for `block_macs`, and whether q, k and v have biases."""
     return [

@@ -45,6 +45,21 @@ def test_two_ranks_hold_the_same_network_after_every_step(tmp_path, family, dept
 
 
 @pytest.mark.slow
+def test_two_ranks_choose_the_same_tokens(tmp_path):
+    """Each sees other images; one of them decides. The decoder, which goes with the tokens, is missed by neither."""
+    config = RETIRING | {"search_tokens": True, "search_depth": True, "target_macs": 0.45}
+    options = {"config": config, "model": {"num_hidden_layers": 3}, "compare_ranks": True}
+    options["arguments"] = {"max_steps": 20, "per_device_train_batch_size": 4, "ema_decay": 0.9}
+    status, said = finish(start_search(tmp_path, options, ranks=2))
+    assert status == 0, said[-3000:]
+    first, second = results(tmp_path, ranks=2)
+    assert [step["different"] for step in first["steps"]] == [[]] * 20
+    assert first["subnet"] == second["subnet"]
+    assert first["subnet"]["token_schedule"][-1] == [2, 2]
+    assert first["weights"] == second["weights"]
+
+
+@pytest.mark.slow
 def test_a_compiled_search_with_activation_checkpointing_is_the_same_on_both_ranks(tmp_path):
     arguments = {"torch_compile": True, "torch_compile_backend": "eager", "activation_checkpointing": True}
     options = {"config": RETIRING, "shrink_at": SHRINK_AT, "compare_ranks": True}

@@ -62,6 +62,7 @@ FAULTS |= {
     "commit-cut": ("/commit/", "cut upload", 1, None),
     "commit-conflict": ("/commit/", 412, 1, "somebody else changed lab/commit-conflict"),
 }
+SCHEDULE = [[17, 17], [9, 7]]
 REFUSED = {
     "hf_wrong": "does not accept your token",
     "hf_old": "does not accept your token",
@@ -99,6 +100,11 @@ def outcomes(hub, output, tmp_path_factory):
     (better / "README.md").write_text((output / "README.md").read_text() + "\nBetter.\n")
     cases += [["pr", str(better), "lab/half", "hf_write", {"create_pr": True, "commit_message": "Better"}]]
     cases += [["branch", str(output), "lab/half", "hf_write", {"revision": "v2", "private": True}]]
+    scheduled = shutil.copytree(output, tmp_path_factory.mktemp("scheduled") / "half")
+    config = json.loads((output / "config.json").read_text())
+    (scheduled / "config.json").write_text(json.dumps(config | {"token_schedule": SCHEDULE}))
+    cases += [["twin", str(output), "lab/tokens", "hf_write", {}]]
+    cases += [["no-twin", str(scheduled), "lab/tokens", "hf_write", {}] for _ in range(2)]
     cases += [[name, str(output), f"lab/{name}", "hf_write", {}] for name in FAULTS]
     cases += [[token, str(output), f"lab/{token[3:]}", token, {}] for token in REFUSED]
     current, left = [""], {name: times for name, (_, _, times, _) in FAULTS.items()}
@@ -143,6 +149,15 @@ def test_one_commit_holds_everything_and_a_second_one_nothing(hub, output, outco
         "AutoModelForImageClassification": "modeling_ofb_vit.OFBViTForImageClassification",
     }
     assert repository.files["README.md"] == (output / "README.md").read_bytes()
+
+
+def test_a_model_without_a_stock_twin_leaves_none_of_an_earlier_one(hub, outcomes):
+    repository = hub.repositories["lab/tokens"]
+    assert json.loads(repository.files["config.json"])["token_schedule"] == SCHEDULE
+    on_stock = [commit for commit in repository.commits if commit.revision == "stock"]
+    assert "model.safetensors" in on_stock[-2].files
+    assert set(on_stock[-1].files) == set(repository.at("stock").files) == {".gitattributes"}
+    assert outcomes["no-twin"]["oid"] == repository.references["main"]
 
 
 def test_the_weights_say_what_they_are(hub, output, outcomes, tmp_path):

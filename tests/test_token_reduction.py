@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForImageClassification
 
-from ofb_hf import OFBSwinConfig, OFBViTConfig, OFBViTForImageClassification, count_macs, install_bi_masks, publish
+from ofb_hf import (
+    OFBSwinConfig,
+    OFBSwinForImageClassification,
+    OFBViTConfig,
+    OFBViTForImageClassification,
+    count_macs,
+    install_bi_masks,
+    publish,
+)
 from ofb_hf.architectures import UnsupportedArchitectureError
 from ofb_hf.export import export_onnx, export_torch
 from ofb_hf.learned_tokens import install_learned_counts
@@ -200,7 +208,7 @@ def test_a_layer_without_attention_lets_all_tokens_pass():
     model = OFBViTForImageClassification(config).eval()
     hidden = model(tiny_images(), output_hidden_states=True).hidden_states
     assert [state.shape[1] for state in hidden] == [17, 8, 8, 4]
-    with pytest.raises(UnsupportedArchitectureError, match=r"layers \[1\] have no attention"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"attention in layers \[0, 2\]"):
         install_learned_counts(OFBViTForImageClassification(OFBViTConfig(**sizes)))
 
 
@@ -214,6 +222,8 @@ def test_what_cannot_work_is_refused():
         pad_to_stock(model)
     with pytest.raises(TypeError, match="OFBSwinForImageClassification"):
         OFBViTForImageClassification.from_dense(non_uniform_swin(), token_schedule=SCHEDULE)
+    with pytest.raises(ValueError, match=r"token_schedule.*windows"):
+        OFBSwinForImageClassification.from_dense(non_uniform_swin(), token_schedule=SCHEDULE)
     with pytest.raises(ValueError, match=r"token_schedule.*windows"):
         OFBSwinConfig(token_schedule=SCHEDULE)
     model.config._attn_implementation = "flex_attention"

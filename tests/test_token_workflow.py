@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import non_uniform_vit, tiny_images, tiny_vit
+from factories import tiny_images, tiny_vit
 from PIL import Image
-from runs import PRODUCT, QUICK
+from runs import PRODUCT, QUICK, walk
 from test_token_reduction import scheduled_vit
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
-from ofb_hf import cli, count_macs, publish
+from ofb_hf import OFBViTForImageClassification, SubnetSpec, cli, count_macs, publish
 from ofb_hf.architectures import UnsupportedArchitectureError
+from ofb_hf.surgery import slice_model
 from ofb_hf.token_pictures import DROPPED, draw_tokens, paint_tokens, trace_tokens
 
 SETTINGS = ["--target_macs", "0.75", "--token_learning_rate", "0.3", "--max_steps", "8", *QUICK]
@@ -91,14 +92,45 @@ def test_a_second_search_is_measured_against_the_model_with_all_its_tokens(outpu
     assert results["dense"]["macs"] == first["dense"]["macs"] > results["searched"]["macs"] > first["searched"]["macs"]
 
 
+def test_tokens_after_widths_keep_the_record_of_the_units(checkpoint, images, tmp_path):
+    """A search for widths and depth, and one for tokens of what it made."""
+    narrow = tmp_path / "narrow"
+    walk(checkpoint, images, narrow, "--target_macs", "0.7", "--search_depth", "mlp", "--finetune_max_steps", "0")
+    results = search_tokens(narrow, images, tmp_path / "both", "--token_pictures", "0")
+    before, after = (
+        SubnetSpec.from_json((folder / "subnet.json").read_text()) for folder in (narrow, tmp_path / "both")
+    )
+    assert after.kept == before.kept
+    assert after.token_schedule == results["token_schedule"]
+    dense = OFBViTForImageClassification.from_dense(AutoModelForImageClassification.from_pretrained(checkpoint))
+    assert slice_model(dense, after).config.token_schedule == results["token_schedule"]
+    assert count_macs(dense, after) == results["searched"]["macs"]
+
+
+def test_widths_and_tokens_in_one_run(checkpoint, images, tmp_path):
+    """`ofb-hf search --search_tokens`: everything that a search writes, with the tokens in it."""
+    folder, published = tmp_path / "out", tmp_path / "published"
+    results = walk(checkpoint, images, folder, "--target_macs", "0.4", "--search_tokens", "--search_depth")
+    assert {path.name for path in folder.iterdir()} >= PRODUCT
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert results["token_schedule"] == model.config.token_schedule
+    assert 0.98 * results["target_macs"] <= results["finetuned"]["macs"] == count_macs(model) <= results["target_macs"]
+    subnet = SubnetSpec.from_json((folder / "subnet.json").read_text())
+    assert subnet.token_schedule == model.config.token_schedule
+    kept, merged = subnet.token_schedule[-1]
+    assert f"| 3 | {kept} | {merged} |" in (folder / "README.md").read_text()
+    rows = [json.loads(line) for line in (folder / "search_history.jsonl").read_text().splitlines()]
+    assert rows[-1]["tokens"] == [left for _, left in subnet.token_schedule]
+    assert "stock" not in {path.name for path in publish(folder, output_dir=published).iterdir()}
+
+
 def test_models_whose_tokens_nothing_ranks_are_refused_before_anything_starts(images, tmp_path, capsys):
-    model = non_uniform_vit()
-    model.save_pretrained(tmp_path / "gone")
+    tiny_vit(num_hidden_layers=2).save_pretrained(tmp_path / "gone")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "gone")
     with pytest.raises(SystemExit) as stopped:
         search_tokens(tmp_path / "gone", images, tmp_path / "out")
     assert stopped.value.code == 2
-    assert "have no attention to rank tokens by" in capsys.readouterr().err
+    assert "in models with attention in at least 3 layers" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -261,6 +261,41 @@ def test_a_checkpoint_without_an_average_is_refused_where_one_is_wanted(tmp_path
         token_trainer(tmp_path, ema_decay=0.9).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 
+def test_another_budget_is_not_resumed(tmp_path):
+    token_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    other = TokenSearchConfig(target_macs=0.8, token_learning_rate=0.3)
+    again = TokenTrainer(tiny_vit(num_hidden_layers=4), arguments(tmp_path), other, train_dataset=rows())
+    with pytest.raises(ValueError, match=r"another search.*'target_macs': \(0.7, 0.8\)"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_tokens_are_searched_where_layers_have_lost_their_attention(tmp_path):
+    """Attention in layers 0, 1, 2 and 4 of six: the first keeps all, 1 and 2 learn, 4 keeps one patch."""
+    trainer = token_trainer(tmp_path, non_uniform_vit().train(), max_steps=6)
+    trainer.train()
+    assert len(read_expected_counts(trainer.learner)) == 2
+    schedule, model = trainer.schedule(), trainer.scheduled().eval()
+    assert schedule[0] == [17, 17]
+    assert schedule[3] == [schedule[2][1]] * 2
+    assert schedule[4] == schedule[5] == [2, 2]
+    assert 0.9 * trainer.target <= count_macs(model) <= trainer.target
+    hidden = model(tiny_images(), output_hidden_states=True).hidden_states
+    assert [state.shape[1] for state in hidden[1:]] == [left for _, left in schedule]
+
+
+def test_hidden_tokens_count_as_removed_ones_beside_missing_attentions():
+    model = non_uniform_vit(dtype=torch.float64)
+    learner, images = install_learned_counts(model), tiny_images(2, dtype=torch.float64)
+    for layer, counts in ((1, (14, 11)), (2, (9, 6))):
+        reduction = learner.vit.layers[layer].reduction
+        for proxy, count in zip((reduction.kept, reduction.merged), counts, strict=True):
+            proxy.logits.data[proxy.candidates == count] = 60.0
+    schedule = [[17, 17], [14, 11], [9, 6], [6, 6], [2, 2], [2, 2]]
+    cut = OFBViTForImageClassification.from_dense(model, token_schedule=schedule)
+    torch.testing.assert_close(learner(images).logits, cut(images).logits, rtol=0, atol=1e-3)
+    assert expected_macs(learner).item() == pytest.approx(count_macs(cut), rel=1e-6)
+
+
 def test_fixed_rates_let_all_tokens_pass_where_nothing_ranks_them():
     config = non_uniform_vit().config
     for merge in (True, False):

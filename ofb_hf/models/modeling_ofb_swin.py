@@ -217,11 +217,14 @@ class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassifi
         self.post_init()
 
     @classmethod
-    def from_dense(cls, model: SwinForImageClassification) -> "OFBSwinForImageClassification":
+    def from_dense(
+        cls, model: SwinForImageClassification, token_schedule: list[list[int]] | None = None
+    ) -> "OFBSwinForImageClassification":
         """Copies a stock Swin classifier into this class; `model` is left as it is.
 
         Args:
             model: any `SwinForImageClassification`, also one loaded from a checkpoint with old key names.
+            token_schedule: for ViTs only; refused here in words.
 
         Returns:
             A model with the same weights, dtype, device, attention implementation and training mode, whose logits
@@ -229,6 +232,7 @@ class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassifi
 
         Raises:
             TypeError: if `model` is no Swin classifier.
+            ValueError: for a `token_schedule`, as `OFBSwinConfig` says.
         """
         if not isinstance(model, SwinForImageClassification):
             raise TypeError(
@@ -238,6 +242,8 @@ class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassifi
         fields = model.config.to_dict()
         for key in ("model_type", "architectures", "transformers_version", "dtype"):
             fields.pop(key, None)
+        if token_schedule is not None:
+            fields["token_schedule"] = token_schedule
         config = OFBSwinConfig(**fields, attn_implementation=model.config._attn_implementation)
         copy = cls(config)
         copy.load_state_dict(model.state_dict(), strict=True)

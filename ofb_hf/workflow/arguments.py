@@ -102,6 +102,11 @@ class SearchArguments(BiMaskConfig):
         super().__post_init__()
         self.budgets = given[self.budget[0]] or [self.budget[1]]
         self.by_budget()  # refuses each budget that is none
+        if self.search_tokens and len(self.budgets) > 1:
+            raise ValueError(
+                f"search_tokens is True and {self.budget[0]} is {self.budgets}: a family is searched on from model to "
+                "model, and the first one's tokens would be gone already. Give one budget at a time."
+            )
 
     def by_budget(self) -> dict[str, dict[str, Any]]:
         """For each budget its subfolder of the output, and the fields of a `BiMaskConfig`.

@@ -14,6 +14,7 @@ from ..flops import count_cost, count_macs, count_params
 from ..latency import count_latency, milliseconds
 from ..search_space import Kept, SubnetSpec
 from ..supernet import install_bi_masks
+from ..token_choice import smallest_schedule
 from ..training_args import OFBTrainingArguments, check_search_arguments
 from .arguments import PlanArguments, SearchArguments
 from .inputs import load_for_counting
@@ -87,7 +88,8 @@ def describe_space(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, An
     """
     space = config.search_space(model.config)
     sizes = {submodule.name: submodule.sizes for submodule in space if submodule.tied_to is None}
-    smallest = SubnetSpec({submodule.name: _first_units(submodule.sizes[0]) for submodule in space})
+    units = {submodule.name: _first_units(submodule.sizes[0]) for submodule in space}
+    smallest = SubnetSpec(units, smallest_schedule(model.config) if config.search_tokens else None)
     return {
         "choices": len(sizes),
         "candidates": space.num_candidates,

@@ -53,6 +53,7 @@ class Walk:
         targets: subfolder -> budget in MACs, parameters or milliseconds, the largest first; `config` asks for the
             first one.
         start, start_subnet: what the search begins with where that is not `dense`, and its units as units of `dense`.
+            In a search for tokens, the units of `dense` as those of the model it was cut from, where they are known.
         steps_before: of search, that `start` has behind it.
     """
 
@@ -263,6 +264,8 @@ def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -
     results |= measured(walk, models)
     if walk.config.table is not None:
         _add_latency(results, models, walk.config.table)
+    if subnet.token_schedule is not None:
+        results["token_schedule"] = subnet.token_schedule
     final = models.get("finetuned", models["searched"])
     write_output(walk, final, results, lambda folder: _write_extras(walk, subnet, results, folder))
     return results

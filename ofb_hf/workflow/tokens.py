@@ -1,17 +1,23 @@
 """Learn how many tokens each layer keeps, finetune if asked to, evaluate, write down: one run."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import httpx
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers.utils import logging
 
+from ..architectures import describe
 from ..callbacks import HISTORY_FILE, read_history
 from ..data import AugmentationArguments, DataArguments
 from ..learned_tokens import TokenSearchConfig, install_learned_counts
 from ..model_card import render_token_card
 from ..models import OFBViTForImageClassification
+from ..models.shapes import SHAPES
+from ..search_space import SubnetSpec
 from ..token_pictures import draw_tokens, plot_token_search
 from ..token_trainer import TokenTrainer
 from ..tokens import full_schedule
@@ -20,7 +26,9 @@ from . import output, search
 from .arguments import ModelArguments, TokenPhaseArguments, phase_arguments
 from .inputs import load, load_teacher
 from .report import markdown_table, results_rows
-from .search import Walk
+from .search import SUBNET_FILE, Walk
+
+logger = logging.get_logger(__name__)
 
 
 def prepare(
@@ -47,7 +55,25 @@ def prepare(
         dense = OFBViTForImageClassification.from_dense(dense, token_schedule=full_schedule(dense.config))
     targets = {"": config.target(dense.config)}
     teacher, licence = load_teacher(model_args.teacher_name_or_path, inputs), search.license_of(name)
-    return Walk(model_args, phase_args, args, config, settings, inputs, dense, teacher, targets, licence)
+    subnet = subnet_of(name, dense)
+    return Walk(model_args, phase_args, args, config, settings, inputs, dense, teacher, targets, licence, None, subnet)
+
+
+def subnet_of(name_or_path: str, model: PreTrainedModel) -> SubnetSpec | None:
+    """The `subnet.json` beside a model that a search for widths made; None without one that fits."""
+    folder = Path(name_or_path)
+    if name_or_path in SHAPES:
+        return None
+    try:
+        file = folder / SUBNET_FILE if folder.is_dir() else Path(hf_hub_download(name_or_path, SUBNET_FILE))
+        subnet = SubnetSpec.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, httpx.RequestError):  # there is none, or none that could be fetched
+        return None
+    sizes = {name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()}
+    if sizes != describe(model.config).sizes:
+        logger.warning(f"the {SUBNET_FILE} of {name_or_path} does not fit its widths, so it is left behind.")
+        return None
+    return subnet
 
 
 def run(walk: Walk) -> dict[str, Any]:
@@ -89,7 +115,10 @@ def finish(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
 
 
 def _write_extras(walk: Walk, final: PreTrainedModel, results: dict[str, Any], folder: Path) -> None:
-    """Card and pictures."""
+    """Card and pictures, and the units of the parent's parent where these are known."""
+    if walk.start_subnet is not None:
+        subnet = replace(walk.start_subnet, token_schedule=results["token_schedule"])
+        (folder / SUBNET_FILE).write_text(subnet.to_json(), "utf-8")
     (folder / "README.md").write_text(render_token_card(results, markdown_table(results_rows(results))), "utf-8")
     history, processor = read_history(walk.folder / HISTORY_FILE), walk.inputs.processor
     plot_token_search(history, results["token_schedule"], walk.target, folder / "search.png")

@@ -1,0 +1,196 @@
+"""Which token schedules a search under one budget has to consider, and the best of them with the widths beside it.
+
+Under a price on MACs the best schedule is a shortest path through the layers. Falling prices give a family of
+schedules, from the smallest to the one with all tokens; each leaves the widths a budget of their own.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+import numpy as np
+from transformers import ViTConfig
+
+from .flops import evaluate_terms
+from .settlement import Settlement, UnreachableBudgetError
+from .tokens import Schedule, num_tokens
+from .unit_groups import block_macs, reduction_macs
+
+SMALLEST_COUNT = 2  # the class token and a patch
+PRICES = 40
+# A family of more schedules than this is looked at in such steps first.
+SHORT, STRIDE = 24, 4
+# So many members of a family, at most, are held against each other where it can be measured what they lose.
+ALTERNATIVES = 16
+# Neighbours in a family whose costs are further apart than this share of the dense cost get others between them.
+LARGEST_GAP = 0.02
+
+
+def attention_of(layer: int) -> str:
+    """The submodule by which a layer of a ViT ranks its tokens."""
+    return f"layers.{layer}.attention"
+
+
+def schedule_of(left: list[int], tokens: int) -> Schedule:
+    """The schedule that merges down to these counts; the last layer drops, for nobody reads its patches.
+
+    Args:
+        left: tokens that leave each layer, none more than before. tokens: that enter the first one.
+    """
+    entering = [tokens, *left]
+    return [[before, after] for before, after in zip(entering[:-2], left[:-1], strict=True)] + [[left[-1]] * 2]
+
+
+def smallest_schedule(config: ViTConfig) -> Schedule:
+    """All tokens in the first layer, whose class token has not seen the image yet, and one patch from the second on."""
+    tokens = num_tokens(config)
+    return schedule_of([tokens, *[SMALLEST_COUNT] * (config.num_hidden_layers - 1)], tokens)
+
+
+def reducing_layers(schedule: Schedule, tokens: int) -> list[int]:
+    """The layers that hand on fewer tokens than they get."""
+    entering = [tokens, *(left for _, left in schedule)]
+    return [layer for layer, (_, left) in enumerate(schedule) if left < entering[layer]]
+
+
+def schedule_loss(curves: np.ndarray, schedule: Schedule) -> float:
+    """What a schedule loses: in each layer, what going from the tokens that come in to those that are left adds.
+
+    Args:
+        curves: (layers, tokens + 1), what a layer loses by going from all tokens to n.
+    """
+    entering = [curves.shape[1] - 1, *(left for _, left in schedule)]
+    pairs = enumerate(zip(entering, schedule, strict=False))
+    return sum(float(curves[layer, left] - curves[layer, before]) for layer, (before, (_, left)) in pairs)
+
+
+def schedule_family(
+    config: ViTConfig, amounts: Mapping[str, int], curves: np.ndarray, reducing: Collection[int]
+) -> list[Schedule]:
+    """Schedules that are worth considering, from all tokens to the fewest.
+
+    Args:
+        config: of the model.
+        amounts: the quantities that cost terms multiply, for widths that the result may have.
+        curves: as for `schedule_loss`, falling with n.
+        reducing: layers that may reduce their tokens.
+    """
+    tokens, layers = num_tokens(config), range(config.num_hidden_layers)
+    counts = np.arange(SMALLEST_COUNT, tokens + 1)
+    tables = [_layer_table(layer, config, amounts, curves[layer], counts, layer in reducing) for layer in layers]
+    unit = sum(float(cost[-1, -1]) for _, cost in tables)  # all tokens everywhere
+    prices = np.geomspace(1e-6, 1e2, PRICES) * max(float(curves.max()), 1e-12) / unit
+    family = [[tokens] * len(layers)]
+    for price in prices:
+        left = _shortest_path([loss + price * cost for loss, cost in tables], counts)
+        if left not in family:
+            family.append(left)
+    smallest = [tokens if layer < min(reducing, default=len(layers)) else SMALLEST_COUNT for layer in layers]
+    if smallest not in family:
+        family.append(smallest)
+
+    def share(left: list[int]) -> float:
+        at = [count - SMALLEST_COUNT for count in (tokens, *left)]
+        return sum(float(table[1][a, b]) for table, a, b in zip(tables, at, at[1:], strict=False)) / unit
+
+    return [schedule_of(left, tokens) for left in _filled_in(family, share)]
+
+
+def _layer_table(
+    layer: int, config: ViTConfig, amounts: Mapping[str, int], curve: np.ndarray, counts: np.ndarray, reduces: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and MACs of a layer for each pair of tokens that come in and that are left, (counts, counts) both."""
+    before, after = counts[:, None], counts[None]
+    attention, width = attention_of(layer), "embeddings"
+    terms = block_macs(width, attention, f"layers.{layer}.mlp", tokens=after, attending=before, window=before)
+    kept = before if layer < config.num_hidden_layers - 1 else after
+    cost = evaluate_terms((*terms, *reduction_macs(width, attention, before, kept, after)), amounts).astype(float)
+    impossible = after > before if reduces else after != before
+    return np.where(impossible, np.inf, curve[after] - curve[before]), np.where(impossible, np.inf, cost)
+
+
+def _shortest_path(tables: list[np.ndarray], counts: np.ndarray) -> list[int]:
+    """The counts after each layer that cost least in all, coming from the last of the counts."""
+    best = np.full(len(counts), np.inf)
+    best[-1], origins = 0.0, []
+    for table in tables:
+        total = best[:, None] + table
+        origins.append(total.argmin(0))
+        best = total.min(0)
+    at, left = int(best.argmin()), []
+    for origin in reversed(origins):
+        left.append(int(counts[at]))
+        at = int(origin[at])
+    return left[::-1]
+
+
+def _filled_in(family: list[list[int]], share: Callable[[list[int]], float]) -> list[list[int]]:
+    """The family with more members where two neighbours are far from each other."""
+    filled = family[:1]
+    for before, after in itertools.pairwise(family):
+        steps = int(abs(share(before) - share(after)) / LARGEST_GAP) + 1
+        for step in range(1, steps + 1):
+            between = [round(a + (b - a) * step / steps) for a, b in zip(before, after, strict=True)]
+            if between not in filled:
+                filled.append(between)
+    return filled
+
+
+def best_in_family(
+    family: list[Schedule], solve: Callable[[Schedule], Settlement], curves: np.ndarray, lowest: float
+) -> Settlement:
+    """The schedule that is worth most together with the widths that its budget allows.
+
+    Of a long family looks at every fourth schedule, then closer around the best: worth rises and falls once, or nearly.
+
+    Args:
+        solve: the best widths under a schedule; raises UnreachableBudgetError where none fit.
+        curves: as for `schedule_loss`, in the unit of the settlements' scores.
+        lowest: cost from which on the budget counts as used.
+
+    Returns:
+        A settlement with its `token_schedule`, and what the tokens lose taken off its score.
+
+    Raises:
+        UnreachableBudgetError: if not even the smallest schedule lets the widths fit.
+    """
+
+    @functools.cache
+    def at(index: int) -> Settlement | None:
+        return _with_widths(family[index], solve, curves)
+
+    def rank(index: int) -> tuple[bool, bool, float]:
+        settlement = at(index)
+        if settlement is None:
+            return False, False, index
+        within = settlement.cost >= lowest
+        return True, within, settlement.score if within else settlement.cost
+
+    last = len(family) - 1
+    if at(last) is None:
+        solve(family[last])  # says what the smallest costs
+    stride = 1 if len(family) <= SHORT else STRIDE
+    best = max([*range(0, last, stride), last], key=rank)
+    while stride > 1:
+        stride //= 2
+        best = max((index for index in (best, best - stride, best + stride) if 0 <= index <= last), key=rank)
+    return at(best)
+
+
+def spread_over_family(
+    family: list[Schedule], solve: Callable[[Schedule], Settlement], curves: np.ndarray, lowest: float
+) -> list[Settlement]:
+    """Settlements from all parts of a family, in its order, that use the budget; arguments as for `best_in_family`."""
+    stride = -(-len(family) // ALTERNATIVES)
+    found = [_with_widths(schedule, solve, curves) for schedule in family[::stride]]
+    return [settlement for settlement in found if settlement is not None and settlement.cost >= lowest]
+
+
+def _with_widths(schedule: Schedule, solve: Callable[[Schedule], Settlement], curves: np.ndarray) -> Settlement | None:
+    """A schedule with the best widths beside it; None if it leaves too many tokens for any."""
+    try:
+        widths = solve(schedule)
+    except UnreachableBudgetError:
+        return None
+    return replace(widths, score=widths.score - schedule_loss(curves, schedule), token_schedule=schedule)

@@ -1,0 +1,46 @@
+"""How far from the network as it is the networks are that a choice of widths and tokens might leave.
+
+First-order scores rank units against units and tokens against tokens well; but how much of the budget each of the two
+is to give up they tell less reliably (docs/LOG.md). A look at what some networks answer settles that.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from .losses import distillation_loss
+from .settlement import Settlement
+from .supernet import Supernet, compress
+
+
+@torch.no_grad()
+def nearest_settlement(supernet: Supernet, settlements: list[Settlement], images: Tensor) -> Settlement:
+    """The settlement whose network predicts most nearly what the network predicts now.
+
+    Args:
+        supernet: observed, and not scaled by its masks to speak of.
+        settlements: of all of its bi-masks, each with a token schedule. The first is taken if others are no nearer.
+        images: (B, C, H, W).
+    """
+    was_training = supernet.training
+    supernet.eval()
+    answers, best, least = supernet(images).logits, settlements[0], torch.inf
+    with torch.random.fork_rng():  # new networks draw weights, which are overwritten; the run shall not notice
+        for settlement in settlements:
+            distance = float(distillation_loss(_cut(supernet, settlement)(images).logits, answers, temperature=1.0))
+            if distance < least:
+                best, least = settlement, distance
+    supernet.train(was_training)
+    return best
+
+
+def _cut(supernet: Supernet, settlement: Settlement) -> torch.nn.Module:
+    """The network that a settlement leaves, with the units of the highest first order, as they were."""
+    trial = copy.deepcopy(supernet)
+    trial.decide_tokens_(settlement.token_schedule)
+    for mask in trial.bi_masks:
+        mask.estimate_importance_(settlement.choice[mask.name].units)
+        mask.settle_(*settlement.choice[mask.name].size)
+    trial.lam.fill_(0.0)  # units that stay count in full
+    return compress(trial)

@@ -1,0 +1,283 @@
+"""Widths, depth and tokens searched together under one budget: what is observed, chosen, cut, stored and refused."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from factories import non_uniform_vit, randomize_masks_, search_config, tiny_images, tiny_swin, tiny_vit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import searcher
+from torch.utils.flop_counter import FlopCounterMode
+
+from ofb_hf import SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig, compress, count_macs, install_bi_masks, read_subnet
+from ofb_hf.callbacks import HistoryCallback, read_history
+from ofb_hf.models.modeling_ofb_vit import merge_tokens, rank_tokens
+from ofb_hf.searched_tokens import TokenProbe, merging_changes, tried_counts
+from ofb_hf.settlement import UnreachableBudgetError
+from ofb_hf.surgery import slice_model
+from ofb_hf.token_choice import reducing_layers, schedule_family, schedule_loss, schedule_of
+from ofb_hf.tokens import full_schedule, schedule_macs
+from ofb_hf.unit_groups import quantities
+from ofb_hf.workflow.arguments import SearchArguments
+
+
+def joint_config(**changes):
+    """A search over widths and tokens."""
+    return search_config(**({"target_macs": 0.4, "search_tokens": True} | changes))
+
+
+def observed_supernet(seed=0, shape=None, **changes):
+    """A supernet that is to believe it has observed units and tokens: random numbers, fewer tokens worth more."""
+    supernet = install_bi_masks(tiny_vit(seed, **({"num_hidden_layers": 3} | (shape or {}))), joint_config(**changes))
+    randomize_masks_(supernet, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for buffer in [*(mask.first_order for mask in supernet.bi_masks), supernet.tokens.first_order[1:-1]]:
+        buffer.copy_(torch.rand(buffer.shape, generator=generator))
+    return supernet
+
+
+def flops(model):
+    """Twice the MACs, as torch counts them."""
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tiny_images(1, model.config.image_size))
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------- observing
+
+
+def test_what_merging_would_change_is_the_gradient_along_the_way_to_the_merged_tokens():
+    generator = torch.Generator().manual_seed(0)
+    tokens, gradient = torch.randn(2, 3, 9, 5, generator=generator, dtype=torch.float64)
+    importance = torch.rand(3, 8, generator=generator, dtype=torch.float64)
+    changes = merging_changes(tokens, gradient, importance, [2, 4, 8])
+    assert changes.shape == (3, 3)
+    order = rank_tokens(importance, 9)
+    for count, row in zip([2, 4, 8], changes, strict=True):
+        for image in range(3):
+            ranked, slope = tokens[image, order[image]], gradient[image, order[image]]
+            merged, _ = merge_tokens(ranked[None], torch.ones(1, 9), count)
+            # Where each token went: the token of the merged ones that holds it.
+            similarity = torch.cosine_similarity(ranked[:, None], ranked[None, 1:count], dim=-1)
+            place = torch.tensor([i if i < count else int(similarity[i].argmax()) + 1 for i in range(9)])
+            torch.testing.assert_close(row[image], (slope * (merged[0, place] - ranked)).sum())
+
+
+def test_a_probe_changes_nothing_and_sees_every_backward_pass():
+    model, images = tiny_vit(num_hidden_layers=3), tiny_images(4)
+    supernet = install_bi_masks(model, joint_config())
+    before = supernet(images).logits
+    supernet.watch_tokens_(True)
+    watched = supernet(images)
+    assert torch.equal(watched.logits, before)
+    assert supernet.squared_token_changes(1.0).sum() == 0
+    watched.logits.square().mean().backward()
+    squares = supernet.squared_token_changes(1.0)
+    assert (squares[1] > 0).all()
+    assert (squares[[0, 2]] == 0).all()  # the first layer is not asked, and nobody reads the last one's patches
+    assert supernet.squared_token_changes(1.0).sum() == 0  # what was seen is seen once
+    supernet.watch_tokens_(False)
+    assert not any(isinstance(module, TokenProbe) for module in supernet.modules())
+
+
+def test_merging_is_tried_from_one_patch_to_all_but_one():
+    assert tried_counts(3) == [2]
+    for tokens in (5, 17, 197):
+        counts = tried_counts(tokens)
+        assert counts[0] == 2
+        assert counts == sorted(set(counts))
+        assert counts[-1] == tokens - 1
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+
+
+@given(st.integers(0, 1000), st.sets(st.integers(1, 4)))
+def test_a_family_goes_from_all_tokens_to_the_fewest(seed, reducing):
+    config = tiny_vit(num_hidden_layers=5).config
+    generator = np.random.default_rng(seed)
+    curves = np.sort(generator.exponential(size=(5, 18)), axis=1)[:, ::-1].copy()
+    curves[:, 17] = 0
+    family = schedule_family(config, quantities({"embeddings": (40,), **block_sizes(5)}), curves, reducing)
+    assert family[0] == full_schedule(config)
+    assert all(set(reducing_layers(schedule, 17)) <= reducing for schedule in family)
+    assert reducing_layers(family[-1], 17) == sorted(reducing)[:1]
+    for schedule in family:
+        counts = [17, *itertools.chain.from_iterable(schedule)]
+        assert counts == sorted(counts, reverse=True)
+        assert schedule_loss(curves, schedule) >= 0
+    macs = [schedule_macs(config, schedule) for schedule in family]
+    assert min(macs) == macs[-1]
+
+
+def block_sizes(layers):
+    """Sizes of the blocks of `vit_config`."""
+    return {f"layers.{i}.{half}": size for i in range(layers) for half, size in (("attention", (5, 8)), ("mlp", (72,)))}
+
+
+# ------------------------------------------------------------------------------------------------------------ choosing
+
+
+@settings(max_examples=12)
+@given(st.integers(0, 1000), st.floats(0.25, 0.9), st.sampled_from([False, True, "attention"]), st.booleans())
+def test_the_budget_holds_and_is_used_and_costs_are_exact(seed, share, depth, large):
+    shape = {"image_size": 32} if large else {}
+    supernet = observed_supernet(seed, shape, target_macs=share, search_depth=depth)
+    dense = compress_dense(supernet)
+    supernet.estimate_importance_()
+    subnet, small = read_subnet(supernet), compress(supernet)
+    assert 0.98 * supernet.target <= count_macs(small) <= supernet.target
+    assert flops(small) == 2 * count_macs(small)
+    assert count_macs(dense, subnet) == count_macs(small)
+    assert SubnetSpec.from_json(subnet.to_json()) == subnet
+    schedule = small.config.token_schedule
+    assert subnet.token_schedule == supernet.token_schedule == (schedule or full_schedule(small.config))
+    assert slice_model(dense, subnet).config.to_dict() == small.config.to_dict()
+
+
+def compress_dense(supernet):
+    """A classifier of the dense widths."""
+    model = type(supernet.model)(supernet.config)
+    model.load_state_dict({k: v for k, v in supernet.model.state_dict().items() if not k.endswith("mask_token")})
+    return model
+
+
+def test_expected_macs_of_one_choice_are_those_of_the_result():
+    supernet = observed_supernet()
+    supernet.estimate_importance_()
+    choice = supernet.settlement()
+    with torch.no_grad():
+        for mask in supernet.bi_masks:
+            mask.alpha.fill_(-60.0)
+            mask.alpha[mask.index_of(choice.choice[mask.name].size)] = 60.0
+    expected = supernet.expected_macs(supernet.sizes("sparsity"))
+    assert choice.cost == count_macs(compress(supernet))
+    assert expected.item() == pytest.approx(choice.cost, rel=1e-6)
+    assert supernet.expected_cost(supernet.sizes("sparsity")).item() == expected.item()
+
+
+def test_tokens_that_are_worth_nothing_go_and_units_stay():
+    supernet = observed_supernet(target_macs=0.7)
+    supernet.tokens.first_order.mul_(1e-9)
+    supernet.estimate_importance_()
+    tokens_only = count_macs(compress_dense(supernet), SubnetSpec({}, supernet.token_schedule))
+    assert tokens_only <= 1.02 * supernet.target
+    precious = observed_supernet(target_macs=0.7)
+    precious.tokens.first_order.mul_(1e9)
+    precious.estimate_importance_()
+    assert reducing_layers(precious.token_schedule, 17) == [2]  # where it costs nothing
+
+
+def test_a_budget_below_the_smallest_network_is_refused_with_its_cost():
+    model = tiny_vit(num_hidden_layers=3)
+    with pytest.raises(UnreachableBudgetError, match=r"smallest subnet.*costs ([\d,]+)") as refused:
+        install_bi_masks(model, joint_config(target_macs=0.01))
+    smallest = int(str(refused.value).split("costs ")[1].split(";")[0].replace(",", ""))
+    supernet = install_bi_masks(model, joint_config(target_macs=smallest))
+    assert count_macs(compress(supernet)) == smallest
+    assert smallest < 0.5 * count_macs(model) * 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A joint search with depth, and where it saved checkpoints."""
+    folder = tmp_path_factory.mktemp("joint")
+    return run(folder, save_strategy="steps", save_steps=4), folder
+
+
+def run(folder, checkpoint=None, **changes):
+    """A joint search of a tiny model of four layers."""
+    config = joint_config(search_depth=True, target_macs=0.45)
+    trainer = searcher(folder, config, tiny_vit(num_hidden_layers=4).train(), **changes)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def test_a_search_ends_with_fewer_units_and_fewer_tokens(finished):
+    trainer, _ = finished
+    supernet, small = trainer.supernet.eval(), trainer.compress().eval()
+    assert 0.98 * supernet.target <= count_macs(small) <= supernet.target
+    assert small.config.token_schedule == supernet.config.token_schedule == supernet.token_schedule
+    assert supernet.is_settled
+    assert bool(supernet.tokens.acts)
+    assert supernet.pmim_decoder is None
+    images = tiny_images(8)
+    with torch.no_grad():
+        torch.testing.assert_close(supernet(images).logits, small(images).logits, rtol=0, atol=1e-5)
+    assert not any(name.startswith("pmim_decoder") for name in supernet.state_dict())
+
+
+@pytest.mark.parametrize("step", [4, 12, 20])
+def test_a_resumed_search_ends_where_the_uninterrupted_one_does(finished, step, tmp_path):
+    """From among the observing steps, from between choice of tokens and settlement, and from after it."""
+    trainer, folder = finished
+    again = run(tmp_path, str(folder / f"checkpoint-{step}"))
+    ours, theirs = again.supernet.state_dict(), trainer.supernet.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert again.read_subnet() == trainer.read_subnet()
+
+
+def test_small_micro_batches_observe_what_large_ones_do(tmp_path):
+    """Of the same images: the scale of the loss is that of the units', so both are counted in the same money."""
+    found = []
+    for batch, accumulate in ((8, 1), (4, 2)):
+        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "max_steps": 4}
+        trainer = searcher(tmp_path / str(batch), joint_config(), tiny_vit(num_hidden_layers=3).train(), **changes)
+        trainer.train()
+        units = sum(float(mask.first_order.sum()) for mask in trainer.supernet.bi_masks)
+        found.append(trainer.supernet.tokens.first_order / units)
+    assert found[0].sum() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_params": 0.5}, "target_params is 0.5.*give target_macs"),
+        ({"preset": "paper"}, "importance_from is 'descent'.*preset='ours'"),
+        ({"pmim_until_settled": False}, "pmim_until_settled is False"),
+        ({"prune_during_search": False}, "prune_during_search is False.*vote"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_in_words(fields, message):
+    with pytest.raises(ValueError, match=f"search_tokens is True.*{message}"):
+        ViTBiMaskConfig(search_tokens=True, **fields)
+
+
+def test_models_without_a_class_token_and_families_are_refused():
+    with pytest.raises(ValueError, match=r"SwinConfig has no class token"):
+        install_bi_masks(tiny_swin(), SwinBiMaskConfig(search_tokens=True))
+    with pytest.raises(ValueError, match=r"search_tokens is True and target_macs is \[0.7, 0.5\].*one budget"):
+        SearchArguments(search_tokens=True, target_macs=["0.7,0.5"])
+
+
+def test_layers_that_have_lost_their_attention_already_let_tokens_pass():
+    model = non_uniform_vit()  # without attention in the fourth and the last of six layers
+    supernet = install_bi_masks(model, ViTBiMaskConfig(target_macs=0.6, multiple_of=1, search_tokens=True))
+    assert set(reducing_layers(read_subnet(supernet).token_schedule, 17)) <= {1, 2, 4}
+    assert 0.98 * supernet.target <= count_macs(compress(supernet)) <= supernet.target
+
+
+def test_schedules_of_counts():
+    assert schedule_of([9, 7, 7, 2], 9) == [[9, 9], [9, 7], [7, 7], [2, 2]]
+    assert reducing_layers([[9, 9], [9, 7], [7, 7], [2, 2]], 9) == [1, 3]
+
+
+def test_history_says_what_is_left(tmp_path):
+    history = HistoryCallback(tmp_path / "history.jsonl", "search")
+    config = joint_config(target_macs=0.45)
+    trainer = searcher(tmp_path, config, tiny_vit(num_hidden_layers=3).train(), callbacks=[history])
+    trainer.train()
+    left = [row.get("tokens") for row in read_history(tmp_path / "history.jsonl")]
+    assert left[0] is None
+    assert left[-1] == [merged for _, merged in trainer.supernet.token_schedule]
