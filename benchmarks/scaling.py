@@ -2,8 +2,8 @@
 
 Starts from one ViT (224 pixels, patches of 16, heads of 64, 1,000 labels) and changes one thing at a time. Every row is
 a process of its own, two for two ranks (DDP over gloo), so that the peak of memory belongs to it: what the process
-holds at most beyond what it held before there was a model. Seconds are processor time of a process, which waiting for others
-does not add to; medians of a few steps, before the choice and after it.
+holds at most beyond what it held before there was a model. Seconds are processor time of a process, which waiting for
+others does not add to; medians of a few steps, before the choice and after it.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py
 """
