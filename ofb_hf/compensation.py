@@ -86,7 +86,8 @@ class Compensation:
     def load(self, folder: Path, device: torch.device) -> None:
         """Reads them from a checkpoint; one that was saved after the choice has none."""
         file = folder / IMAGES_FILE
-        self._images = list(safetensors.torch.load_file(file, str(device)).values()) if file.is_file() else []
+        saved = safetensors.torch.load_file(file).values() if file.is_file() else []
+        self._images = [images.to(device) for images in saved]
 
 
 @torch.no_grad()
