@@ -20,8 +20,8 @@ class WeightAverage:
     """
 
     def __init__(self, module: nn.Module, decay: float):
-        self.decay, self.updates = decay, 0
-        self.average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        self.decay = decay
+        self.restart(module)
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -30,6 +30,11 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, parameter in module.named_parameters():
             self.average[name].lerp_(parameter.detach(), 1 - decay)
+
+    def restart(self, module: nn.Module) -> None:
+        """Forgets everything but the current parameters."""
+        self.updates = 0
+        self.average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
     def slice_(self, plan: Plan, names: Collection[str]) -> None:
         """Follows the module through a shrink.

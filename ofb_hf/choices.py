@@ -180,7 +180,7 @@ class Choices(nn.Module):
             return self.lam.new_zeros(0)
         mask = self.bi_masks[0]  # all importance logits are equal while anything is observed
         slope = self.lam * (mask.importance() * (1 - mask.importance_logits.sigmoid())).max()
-        return self.tokens.squared_changes(self.model, float(slope) / scale)
+        return self.tokens.squared_changes(self.model, slope / scale)
 
     @property
     def token_schedule(self) -> Schedule | None:

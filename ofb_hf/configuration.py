@@ -201,9 +201,9 @@ class BiMaskConfig(Budget):
                 self.target_params is not None,
                 "give target_macs",
             ),
-            f"target_latency_ms is {self.target_latency_ms}, and the latency table knows one number of tokens": (
-                self.target_latency_ms is not None,
-                "give target_macs",
+            "latency_table is given, and knows one number of tokens only": (
+                self.latency_table is not None,
+                "leave it out, and give target_macs",
             ),
             f"importance_from is {self.importance_from!r}, which observes nothing that tells what tokens are worth": (
                 self.importance_from != "first_order",

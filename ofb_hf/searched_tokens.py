@@ -17,7 +17,7 @@ from .architectures import vit_schedule_terms
 from .candidates import IMPORTANCE_SCORE
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import rank_tokens
-from .settlement import TIGHTNESS, Settlement
+from .settlement import TIGHTNESS, Settlement, UnreachableBudgetError
 from .token_choice import (
     SMALLEST_COUNT,
     attention_of,
@@ -105,6 +105,11 @@ class SearchedTokens(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         layers = config.num_hidden_layers
+        if num_tokens(config) < 4:
+            raise ValueError(
+                f"search_tokens is True, but an image has {num_tokens(config) - 1} patches, too few to merge any "
+                f"(image_size {config.image_size}, patch_size {config.patch_size}); turn it off."
+            )
         self.num_tokens, self.counts = num_tokens(config), tried_counts(num_tokens(config))
         self.register_buffer("first_order", torch.zeros(layers, len(self.counts)))
         self.register_buffer("schedule", torch.zeros(layers, 2, dtype=torch.long))
@@ -126,7 +131,7 @@ class SearchedTokens(nn.Module):
                 layer.reduction = TokenProbe(self.counts) if on else None
 
     @torch.no_grad()
-    def squared_changes(self, model: OFBViTForImageClassification, slope: float) -> Tensor:
+    def squared_changes(self, model: OFBViTForImageClassification, slope: Tensor) -> Tensor:
         """What the probes saw in the last backward pass, squared and summed over images; to be added to `first_order`.
 
         What is not finite (an overflow of fp16) counts as 0.
@@ -197,7 +202,12 @@ class SearchedTokens(nn.Module):
         for _ in range(ROUNDS):
             reducing = [layer for layer in range(1, config.num_hidden_layers) if amounts[attention_of(layer)]]
             family = schedule_family(config, amounts, curves, reducing)
-            found = best_in_family(family, widths, curves, TIGHTNESS * target)
+            try:
+                found = best_in_family(family, widths, curves, TIGHTNESS * target)
+            except UnreachableBudgetError:
+                if best is None:
+                    raise
+                break  # too few attentions to reduce tokens in; the family before had more
             if best is None or (found.cost >= TIGHTNESS * target, found.score) > (
                 best.cost >= TIGHTNESS * target,
                 best.score,

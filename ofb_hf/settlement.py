@@ -29,7 +29,15 @@ RELAXATION_STEPS = 40
 
 
 class UnreachableBudgetError(ValueError):
-    """The budget lies below the smallest subnet of the space."""
+    """The budget lies below the smallest subnet of the space.
+
+    Args:
+        message: in words. smallest: what that subnet costs, in the unit of the cost terms, where it is known.
+    """
+
+    def __init__(self, message: str, smallest: int | None = None):
+        super().__init__(message)
+        self.smallest = smallest
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,8 @@ def settle(
     if floor > target:
         raise UnreachableBudgetError(
             f"the budget of {show(target)} is below the smallest subnet of the search space, which costs "
-            f"{show(floor)}; raise the target to at least that, or allow smaller candidates."
+            f"{show(floor)}; raise the target to at least that, or allow smaller candidates.",
+            floor,
         )
     best = _solve(free)
     if not restricted or any(best.choice[name].units for name in needed if name in best.choice):

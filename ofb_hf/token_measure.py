@@ -15,20 +15,22 @@ from .supernet import Supernet, compress
 
 
 @torch.no_grad()
-def nearest_settlement(supernet: Supernet, settlements: list[Settlement], images: Tensor) -> Settlement:
+def nearest_settlement(supernet: Supernet, settlements: list[Settlement], batches: list[Tensor]) -> Settlement:
     """The settlement whose network predicts most nearly what the network predicts now.
 
     Args:
         supernet: observed, and not scaled by its masks to speak of.
         settlements: of all of its bi-masks, each with a token schedule. The first is taken if others are no nearer.
-        images: (B, C, H, W).
+        batches: images, (B, C, H, W) each.
     """
     was_training = supernet.training
     supernet.eval()
-    answers, best, least = supernet(images).logits, settlements[0], torch.inf
+    answers, best, least = [supernet(images).logits for images in batches], settlements[0], torch.inf
     with torch.random.fork_rng():  # new networks draw weights, which are overwritten; the run shall not notice
         for settlement in settlements:
-            distance = float(distillation_loss(_cut(supernet, settlement)(images).logits, answers, temperature=1.0))
+            trial, distance = _cut(supernet, settlement), 0.0
+            for images, answer in zip(batches, answers, strict=True):
+                distance += len(images) * float(distillation_loss(trial(images).logits, answer, temperature=1.0))
             if distance < least:
                 best, least = settlement, distance
     supernet.train(was_training)

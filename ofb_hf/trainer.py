@@ -105,6 +105,8 @@ class OFBTrainer(DistillationTrainer):
     ) -> tuple[Any, dict[str, Tensor], Tensor]:
         """Classification, PMIM, budget, one-hot and importance losses of one micro-batch."""
         supernet, config, now = self.supernet, self.bi_mask_config, self._schedule
+        if self.compensation is not None and self.args.process_index == 0:
+            self.compensation.remember(pixel_values)
         if supernet.tokens is not None and now["importance_phase"]:
             self._seen.append(pixel_values)
         architecture, hidden = supernet.dense_architecture, self._hide_tokens(len(pixel_values))
@@ -201,7 +203,7 @@ class OFBTrainer(DistillationTrainer):
 
         def decide() -> tuple[list[tuple[Tensor, Tensor]], Schedule | None]:
             if self._observes:
-                nearest = lambda found: nearest_settlement(self.supernet, found, torch.cat(self._seen))  # noqa: E731
+                nearest = lambda found: nearest_settlement(self.supernet, found, self._seen)  # noqa: E731
                 self.supernet.estimate_importance_(nearest)
             self.supernet.fit_alpha_()
             return [(mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks], self.supernet.token_schedule
@@ -221,8 +223,6 @@ class OFBTrainer(DistillationTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward pass, or many small ones where gradients are only observed."""
-        if self.compensation is not None and self.args.process_index == 0:
-            self.compensation.remember(inputs["pixel_values"])
         if not (self._observes and self._schedule["importance_phase"]):
             return super().training_step(model, inputs, num_items_in_batch)
         masks, parts = self.supernet.bi_masks, max(1, len(inputs["pixel_values"]) // OBSERVED_TOGETHER)
@@ -282,7 +282,7 @@ class OFBTrainer(DistillationTrainer):
         if settles or retires:
             self._decide(supernet.settle_ if settles else supernet.retire_candidates)
         if step == total or (config.prune_during_search and (settles or retires)):
-            self.shrink(fold=settles and step < total)
+            self.shrink(fold=settles or step == total)
         elif settles or retires:
             self._require_identical_ranks()
 
@@ -291,11 +291,13 @@ class OFBTrainer(DistillationTrainer):
         masks = self.supernet.bi_masks
         before = [mask.active_candidates.clone() for mask in masks]
 
-        def decision() -> list[tuple[Tensor, Tensor]]:
+        def decision() -> tuple[list[tuple[Tensor, Tensor]], Schedule | None]:
             decide()
-            return [(mask.active_candidates.cpu(), mask.alive.cpu()) for mask in masks]
+            return [(mask.active_candidates.cpu(), mask.alive.cpu()) for mask in masks], self.supernet.token_schedule
 
-        for mask, (active, alive), previous in zip(masks, decided_by_rank_0(decision), before, strict=True):
+        choices, token_schedule = decided_by_rank_0(decision)
+        self.supernet.decide_tokens_(token_schedule)
+        for mask, (active, alive), previous in zip(masks, choices, before, strict=True):
             mask.active_candidates.copy_(active)
             mask.alive.copy_(alive)
             if not torch.equal(mask.active_candidates, previous):
@@ -344,14 +346,13 @@ class OFBTrainer(DistillationTrainer):
 
     @torch.no_grad()
     def _compensate(self) -> None:
-        small, average = self.supernet.model, self.average.part_of("model.") if self.average is not None else {}
-        compensation, self.compensation = self.compensation, None
+        small, compensation, self.compensation = self.supernet.model, self.compensation, None
         for name, values in decided_by_rank_0(lambda: compensation.fit_(small, self.read_subnet())).items():
             parameter = small.get_parameter(name)
             parameter.copy_(values)
             self.optimizer.state.pop(parameter, None)
-            if name in average:
-                average[name].copy_(values)
+        if self.average is not None:
+            self.average.restart(self.supernet)  # layers fitted to each other, not to averages of what they were
 
     def _require_identical_ranks(self) -> None:
         if self.args.world_size > 1:
@@ -435,7 +436,9 @@ class OFBTrainer(DistillationTrainer):
                 f"the checkpoint {checkpoint} belongs to another search; (checkpoint, this run) differ in {differing}. "
                 "Resume with the same settings, or start over with another output_dir."
             )
-        if self.compensation is not None:
-            self.compensation.load(checkpoint, self.args.device)
         self.supernet.shrink_to_(safetensors.torch.load_file(checkpoint / SAFE_WEIGHTS_NAME))
+        if self.supernet.is_folded:
+            self.compensation = None
+        elif self.compensation is not None:
+            self.compensation.load(checkpoint, self.args.device)
         super()._load_weights(checkpoint)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from ofb_hf import ViTBiMaskConfig, baselines, compensation, count_macs
 from ofb_hf.architectures import family_of
 from ofb_hf.compensation import IMAGES_FILE, Compensation, compensate_, images_to_remember, writers
+from ofb_hf.data import BatchAugmentation
 from ofb_hf.surgery import slice_model
 
 both_families = pytest.mark.parametrize("family", ["vit", "swin"])
@@ -148,6 +149,45 @@ def test_a_search_resumed_before_its_choice_fits_to_the_same_images(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{CHOICE - 3}"))
     expected = straight.supernet.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.supernet.state_dict().items())
+
+
+def test_it_looks_at_images_as_the_network_does(tmp_path):
+    """Augmentation of whole batches comes with normalisation: before it, images are bytes."""
+    trainer = searcher(tmp_path, max_steps=2)
+    trainer.batch_augmentation = BatchAugmentation((127.5,) * 3, (127.5,) * 3, 3)
+    trainer.train_dataset = [
+        row | {"pixel_values": (50 * row["pixel_values"] + 100).clamp(0, 255).byte()} for row in trainer.train_dataset
+    ]
+    seen = []
+    trainer.compensation.remember = lambda images: seen.append(images)
+    trainer.train()
+    assert seen
+    assert all(images.is_floating_point() and images.abs().max() < 10 for images in seen)
+
+
+@pytest.mark.parametrize("changes", [{"settle_at": 1.0}, {"prune_during_search": False}])
+def test_it_fits_in_the_last_step_where_that_is_the_first_cut(tmp_path, changes):
+    fitted = []
+    trainer = searcher(tmp_path, search_config(target_macs=0.6, **changes))
+    fit = trainer.compensation.fit_
+    trainer.compensation.fit_ = lambda *args: fitted.append(fit(*args)) or fitted[0]
+    trainer.train()
+    assert len(fitted) == 1
+    assert fitted[0]
+    compressed = trainer.compress()
+    for name, values in fitted[0].items():
+        torch.testing.assert_close(compressed.get_parameter(name), values)
+
+
+def test_no_image_is_kept_after_the_choice(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    searcher(tmp_path / "straight", **saving).train()
+    resumed = searcher(tmp_path / "again", **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{CHOICE + 3}"))
+    resumed.save_model(str(tmp_path / "final"))
+    assert resumed.compensation is None
+    assert not list((tmp_path / "again").rglob(IMAGES_FILE))
+    assert not list((tmp_path / "final").rglob(IMAGES_FILE))
 
 
 def test_the_papers_preset_does_not_fit():

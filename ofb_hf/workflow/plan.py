@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from transformers import PreTrainedModel
 from ..configuration import BiMaskConfig, default_config
 from ..flops import count_cost, count_macs, count_params
 from ..latency import count_latency, milliseconds
-from ..search_space import Kept, SubnetSpec
+from ..search_space import SubnetSpec
+from ..settlement import UnreachableBudgetError
 from ..supernet import install_bi_masks
-from ..token_choice import smallest_schedule
 from ..training_args import OFBTrainingArguments, check_search_arguments
 from .arguments import PlanArguments, SearchArguments
 from .inputs import load_for_counting
@@ -88,8 +89,7 @@ def describe_space(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, An
     """
     space = config.search_space(model.config)
     sizes = {submodule.name: submodule.sizes for submodule in space if submodule.tied_to is None}
-    units = {submodule.name: _first_units(submodule.sizes[0]) for submodule in space}
-    smallest = SubnetSpec(units, smallest_schedule(model.config) if config.search_tokens else None)
+    smallest = _smallest(model, config)
     return {
         "choices": len(sizes),
         "candidates": space.num_candidates,
@@ -97,6 +97,15 @@ def describe_space(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, An
         **_costs(model, config, smallest),
         "share": math.ceil(1e4 * count_cost(model, config.terms, smallest) / count_cost(model, config.terms)) / 1e4,
     }
+
+
+def _smallest(model: PreTrainedModel, config: BiMaskConfig) -> SubnetSpec:
+    """What the search would choose under the lowest budget that it does not refuse."""
+    name, _ = config.budget
+    try:
+        return install_bi_masks(model, replace(config, **{name: 2 / config.unit})).settle_()
+    except UnreachableBudgetError as error:
+        return install_bi_masks(model, replace(config, **{name: config.absolute(error.smallest)})).settle_()
 
 
 def plan_text(plan: dict[str, Any]) -> str:
@@ -178,9 +187,3 @@ def _step_seconds(trial: TrialSearch, batch: dict[str, Tensor], limit: float) ->
         float(trial.step(batch))  # waits for the device
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def _first_units(size: tuple[int, ...]) -> Kept:
-    """A choice of units that has this size, (U',) or (heads, channels per head); which ones does not matter."""
-    units = tuple(range(size[-1]))
-    return units if len(size) == 1 else dict.fromkeys(range(size[0]), units)
