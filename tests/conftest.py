@@ -27,6 +27,15 @@ hypothesis.settings.register_profile("quick", max_examples=25, deadline=None, de
 hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None, database=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
+
+def pytest_collection_modifyitems(items):
+    """Leaves out, unless `THOROUGH` is set, what shows once more what another test shows, and takes long."""
+    if not os.environ.get("THOROUGH"):
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(pytest.mark.skip(reason="THOROUGH=1 runs it"))
+
+
 measure.SECONDS_PER_ROUND = 0.01  # speed is reported by these tests, and judged by none
 
 

@@ -99,7 +99,7 @@ def test_ranks_that_drift_apart_are_caught_and_the_parameter_is_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("family", ["vit", pytest.param("swin", marks=pytest.mark.thorough)])
 def test_two_ranks_search_as_one_with_twice_the_batch(tmp_path, family):
     """Same images per step, nothing random: the same losses up to rounding, and the same subnet."""
     runs = []

@@ -28,7 +28,12 @@ def latest_step(folder: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "ranks"),
-    [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)],
+    [
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.thorough),
+        (signal.SIGINT, 1),
+        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.thorough),
+    ],
     ids=["TERM", "INT", "TERM-2", "INT-2"],
 )
 def test_a_signal_saves_a_checkpoint_and_the_search_goes_on_from_it(tmp_path, number, ranks):

@@ -36,7 +36,7 @@ def test_ours_removes_the_useless_and_keeps_the_useful(planted, noise, removed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_blocks_that_add_nothing_are_left_out_and_no_others(seed):
     useless = planted_task.plant_blocks()
     model = planted_task.train_dense(useless, seed, steps=250, layers=planted_task.BLOCKS)
@@ -53,7 +53,7 @@ def test_blocks_that_add_nothing_are_left_out_and_no_others(seed):
 @pytest.mark.slow
 def test_paper_preset_meets_the_budget_but_is_not_led_by_the_data(planted):
     units, model = planted
-    result = planted_task.run("paper", units, model, seed=4, steps=500)
+    result = planted_task.run("paper", units, model, seed=4, steps=200)
     assert 0.98 * result["target"] <= result["macs_share"] <= result["target"]
     assert result["useless_removed"] < 70
 

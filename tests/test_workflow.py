@@ -447,15 +447,22 @@ def test_commands_in_cards_name_no_folder_of_the_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["search_deit", "search_swin", "search_tokens", "finetune", "evaluate", "publish"])
-def test_recipes_start_and_teach(recipe, tmp_path):
-    """Also from another folder, where evaluate.py must not hide the package of that name."""
-    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--help"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert ("--model_dir" if recipe == "publish" else "--model_name_or_path") in result.stdout
+def test_recipes_start_and_teach(recipe, tmp_path, monkeypatch, capsys):
+    """Also as a program from another folder, where evaluate.py must not hide the package of that name."""
+    command = [str(ROOT / "recipes" / f"{recipe}.py"), "--help"]
+    if recipe == "evaluate":
+        result = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        said = result.stdout
+    else:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(command[0], run_name="__main__")
+        said = capsys.readouterr().out
+    assert ("--model_dir" if recipe == "publish" else "--model_name_or_path") in said
     if recipe.startswith("search"):
         for flag in ("--target_macs", "--finetune_epochs", "--config", "--resume_from_checkpoint"):
-            assert flag in result.stdout
+            assert flag in said
 
 
 def test_readme_is_true(tmp_path):
