@@ -63,19 +63,21 @@ def test_folded_result_equals_the_supernet_that_was_trained(tmp_path):
 
 
 def test_every_trainable_parameter_has_one_named_group_and_gets_a_gradient(tmp_path):
-    seen = {}
+    seen, groups = {}, {}
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            for group in kwargs["optimizer"].param_groups:
+                groups[group["name"]] = group | {"params": [*group["params"]]}
             for name, parameter in kwargs["model"].named_parameters():
                 seen[name] = parameter.grad is not None and bool(parameter.grad.isfinite().all())
 
     trainer = searcher(tmp_path, callbacks=[Look()], max_steps=2)
+    parameters = sorted(id(parameter) for parameter in trainer.supernet.parameters())
     trainer.train()
-    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
     assert list(groups) == ["weights", "weights_no_decay", "importance", "architecture", "pmim_decoder"]
     grouped = [id(parameter) for group in groups.values() for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in trainer.supernet.parameters())
+    assert sorted(grouped) == parameters
     assert groups["architecture"]["betas"] == (0.5, 0.999)
     assert all(parameter.ndim > 1 for parameter in groups["weights"]["params"])
     assert all(seen.values()), [name for name, good in seen.items() if not good]
