@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .distillation import DistillationTrainer
 from .flops import count_macs, count_params
 from .latency import count_latency, milliseconds
 from .losses import budget_loss, flops_loss
+from .observation import OBSERVED_IMAGES, Observation
 from .parameter_groups import parameter_groups
 from .pmim import mask_patches, normalize_target, reconstruction_loss, refine_mask
 from .search_space import SubnetSpec
@@ -33,9 +35,6 @@ from .tokens import Schedule
 from .training_args import OFBTrainingArguments, check_search_arguments
 
 BI_MASK_CONFIG_FILE = "bi_mask_config.json"
-# Gradients of a few images each rank units better than as many of large batches, and of more images no better
-# (docs/LOG.md).
-OBSERVED_TOGETHER, OBSERVED_IMAGES = 8, 2048
 
 
 class OFBTrainer(DistillationTrainer):
@@ -97,8 +96,7 @@ class OFBTrainer(DistillationTrainer):
         self._pmim_sums = torch.zeros(2, device=args.device)
         self._schedule: dict[str, float] = {}
         self._handed_over = False
-        self._seen: list[Tensor] = []  # images of this step, while tokens are observed
-        self._unobserved = 0  # images whose gradients are added up and not observed yet
+        self.observation = Observation(supernet, self.accelerator)
 
     def training_losses(
         self, model: nn.Module, pixel_values: Tensor, labels: Tensor
@@ -108,7 +106,7 @@ class OFBTrainer(DistillationTrainer):
         if self.compensation is not None and self.args.process_index == 0:
             self.compensation.remember(pixel_values)
         if supernet.tokens is not None and now["importance_phase"]:
-            self._seen.append(pixel_values)
+            self.observation.images.append(pixel_values)
         architecture, hidden = supernet.dense_architecture, self._hide_tokens(len(pixel_values))
         if hidden is None:
             outputs = model(pixel_values=pixel_values)
@@ -180,7 +178,7 @@ class OFBTrainer(DistillationTrainer):
         supernet.lam.fill_(lam)
         supernet.refresh_liveness()
         self._pmim_sums.zero_()
-        self._seen = []
+        self.observation.images = []
 
     @property
     def _observes(self) -> bool:
@@ -203,7 +201,7 @@ class OFBTrainer(DistillationTrainer):
 
         def decide() -> tuple[list[tuple[Tensor, Tensor]], Schedule | None]:
             if self._observes:
-                nearest = lambda found: nearest_settlement(self.supernet, found, self._seen)  # noqa: E731
+                nearest = lambda found: nearest_settlement(self.supernet, found, self.observation.images)  # noqa: E731
                 self.supernet.estimate_importance_(nearest)
             self.supernet.fit_alpha_()
             return [(mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks], self.supernet.token_schedule
@@ -225,38 +223,9 @@ class OFBTrainer(DistillationTrainer):
         """One forward and backward pass, or many small ones where gradients are only observed."""
         if not (self._observes and self._schedule["importance_phase"]):
             return super().training_step(model, inputs, num_items_in_batch)
-        masks, parts = self.supernet.bi_masks, max(1, len(inputs["pixel_values"]) // OBSERVED_TOGETHER)
-        observed = torch.zeros(sum(mask.first_order.numel() for mask in masks), device=self.args.device)
-        of_tokens = torch.zeros_like(self.supernet.first_order_of_tokens)
-        chunks, losses = [inputs[name].tensor_split(parts) for name in ("pixel_values", "labels")], []
-        for images, labels in zip(*chunks, strict=True):
-            losses.append(self._backward_of_few({"pixel_values": images, "labels": labels}, num_items_in_batch))
-            self._unobserved += len(images)
-            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
-            of_tokens += self.supernet.squared_token_changes(scale)
-            if self._unobserved < OBSERVED_TOGETHER and not self.accelerator.sync_gradients:
-                continue  # micro-batches smaller than that are looked at together
-            observed += torch.cat([mask.squared_gradient(scale).flatten() for mask in masks])
-            self.supernet.zero_grad(set_to_none=False)  # so that the optimizer, and a scaler, find that nothing moves
-            self._unobserved = 0
-        observed = self.accelerator.reduce(observed)
-        for mask, squares in zip(masks, observed.split([m.first_order.numel() for m in masks]), strict=True):
-            mask.first_order += squares.view_as(mask.first_order)
-        self.supernet.first_order_of_tokens.add_(self.accelerator.reduce(of_tokens))
-        return torch.stack(losses).mean()
-
-    def _backward_of_few(self, part: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Gradients of a few images; with fp16, again under a smaller scale until none of them overflows."""
-        while True:
-            # The bare network: ranks add up what they saw afterwards, and nothing is compiled for such small batches.
-            loss = super().training_step(self.supernet, part, num_items_in_batch)
-            scaler = self.accelerator.scaler
-            gradients = [mask.importance_logits.grad for mask in self.supernet.bi_masks]
-            finite = scaler is None or all(bool(g.isfinite().all()) for g in gradients if g is not None)
-            if finite or scaler.get_scale() <= 1:
-                return loss
-            self.supernet.zero_grad()
-            scaler.update(scaler.get_scale() / 2)
+        # The bare network: ranks add up what they saw afterwards, and nothing is compiled for such small batches.
+        backward = partial(super().training_step, self.supernet, num_items_in_batch=num_items_in_batch)
+        return self.observation.observe(inputs, backward)
 
     @torch.no_grad()
     def end_search_step(self) -> None:
