@@ -81,8 +81,8 @@ class GatedLinearFunction(torch.autograd.Function):
         for_x, for_weight, for_bias, for_gate = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         grad_x = grad_weight = grad_bias = grad_gate = None
-        if for_x:
-            grad_x = grad @ apply_gate(weight, gate, 0).to(grad.dtype)
+        if for_x:  # of flat rows: as many products as there are images, with the same weights, take longer than one
+            grad_x = (rows @ apply_gate(weight, gate, 0).to(grad.dtype)).view(x.shape)
         if for_weight or for_gate:
             grad_weight = (rows.mT @ x.flatten(0, -2)).to(weight.dtype)  # of the gated weight, so far
         if bias is not None and (for_bias or for_gate):
