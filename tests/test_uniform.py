@@ -152,7 +152,7 @@ def test_a_search_ends_uniform_within_its_budget(tmp_path, family, prune_during_
     assert isinstance(trainer.supernet.named_masks[next(iter(TIED[family]))], TiedBiMask)
 
 
-@both_families
+@pytest.mark.parametrize("family", ["vit", pytest.param("swin", marks=pytest.mark.thorough)])
 def test_a_compiled_search_is_the_eager_one(tmp_path, family):
     settings = {"config": uniform(family, target_macs=0.6), "family": family, "max_steps": 20}
     eager = searcher(tmp_path / "eager", **settings)
