@@ -2,6 +2,7 @@
 
     ours, paper       a search with that preset: some epochs of search, the rest finetuning
     depth             ours, and attentions and MLPs may be left out altogether
+    tokens            ours, and patch tokens may be merged or dropped (ViT)
     uniform           the same share of every width, units by magnitude
     random            random sizes and units (as many draws as --num_random)
     l1, taylor        one-shot pruning by magnitude, and by first-order importance on the training data
@@ -176,6 +177,7 @@ CONTESTANTS: dict[str, Callable[[Job], tuple[PreTrainedModel, float]]] = {
     "taylor": one_shot(taylor, TAYLOR_IMAGES),
     "random": one_shot(lambda job: baselines.random_subnet(job.dense, job.config, job.seed)),
     "depth": ours,
+    "tokens": ours,
     "paper": paper,
     "torch_pruning": torch_pruning,
     "scratch": scratch,
@@ -214,9 +216,10 @@ def speeds(job: Job, small: PreTrainedModel) -> dict[str, float]:
 
 
 def available(names: list[str], dense: PreTrainedModel) -> list[str]:
-    """The contestants that can run: torch-pruning has to be installed, and prunes only ViTs here."""
-    missing = find_spec("torch_pruning") is None or dense.config.model_type != "vit"
-    return [name for name in names if not (name == "torch_pruning" and missing)]
+    """The contestants that can run: only ViTs have tokens to drop; torch-pruning has to be installed, and prunes ViTs."""
+    is_vit = dense.config.model_type == "vit"
+    can_run = {"tokens": is_vit, "torch_pruning": is_vit and find_spec("torch_pruning") is not None}
+    return [name for name in names if can_run.get(name, True)]
 
 
 def plan(settings: Settings, budgets: list[float], seeds: list[int], names: list[str]) -> list[tuple[str, float, int]]:
@@ -274,7 +277,8 @@ def main() -> None:
         if (name, budget, seed) in done:
             continue
         preset = "paper" if name == "paper" else "ours"
-        fields = {"target_macs": budget, "preset": preset, "search_depth": name == "depth"}
+        fields = {"target_macs": budget, "preset": preset}
+        fields |= {"search_depth": name == "depth", "search_tokens": name == "tokens"}
         job = Job(settings, dense, inputs, default_config(dense.config, **fields), seed)
         row = {"contestant": name, "budget": budget, "seed": seed} | run(name, job)
         row |= provenance(seed, dense.device)
