@@ -216,7 +216,7 @@ def speeds(job: Job, small: PreTrainedModel) -> dict[str, float]:
 
 
 def available(names: list[str], dense: PreTrainedModel) -> list[str]:
-    """The contestants that can run: only ViTs have tokens to drop; torch-pruning has to be installed, and prunes ViTs."""
+    """The contestants that can run: tokens are a matter of ViTs; torch-pruning prunes them, if it is installed."""
     is_vit = dense.config.model_type == "vit"
     can_run = {"tokens": is_vit, "torch_pruning": is_vit and find_spec("torch_pruning") is not None}
     return [name for name in names if can_run.get(name, True)]
