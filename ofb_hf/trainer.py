@@ -96,6 +96,7 @@ class OFBTrainer(DistillationTrainer):
         self._pmim_sums = torch.zeros(2, device=args.device)
         self._schedule: dict[str, float] = {}
         self._handed_over = False
+        self._final_choice: tuple[Tensor, ...] | None = None
         self.observation = Observation(supernet, self.accelerator)
 
     def training_losses(
@@ -124,21 +125,29 @@ class OFBTrainer(DistillationTrainer):
         elif supernet.pmim_decoder is not None:
             parts["pmim"] = torch.zeros_like(parts["task"])
 
-        sizes = supernet.sizes("bi_mask" if now["importance_phase"] else "sparsity")
-        expected = supernet.expected_cost(sizes)
-        parts["expected_macs"] = supernet.expected_macs(sizes)
+        expected, parts["expected_macs"], parts["one_hot"], parts["importance"] = self._choice()
         parts["flops"] = flops_loss(expected, now["target"], supernet.dense_cost)
         if now["importance_phase"] and config.importance_from == "descent":
             gap = (expected - now["target"]) / supernet.dense_cost
             loss = loss + budget_loss(gap, supernet.multiplier, config.flops_weight)
         elif not now["importance_phase"]:
             loss = loss + config.flops_weight * parts["flops"]
-        parts["one_hot"] = supernet.one_hot_loss()
         loss = loss + now["one_hot_weight"] * parts["one_hot"]
-        parts["importance"] = supernet.importance_penalty()
         if config.importance_penalty:
             loss = loss + config.importance_penalty * parts["importance"]
         return outputs, parts, loss
+
+    def _choice(self) -> tuple[Tensor, ...]:
+        """Expected cost, expected MACs, one-hot loss and importance penalty; scalars."""
+        if self._final_choice is not None:
+            return self._final_choice
+        supernet = self.supernet
+        sizes = supernet.sizes("bi_mask" if self._schedule["importance_phase"] else "sparsity")
+        costs = supernet.expected_cost(sizes), supernet.expected_macs(sizes)
+        choice = (*costs, supernet.one_hot_loss(), supernet.importance_penalty())
+        if supernet.is_folded:  # nothing of it will ever change again
+            self._final_choice = choice
+        return choice
 
     def _hide_tokens(self, batch_size: int) -> Tensor | None:
         # Nothing hidden is a mask like any other, as long as there may be something again: the same graph to compile,
