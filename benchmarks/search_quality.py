@@ -36,6 +36,7 @@ from transformers.utils import logging
 
 from ofb_hf import OFBTrainer, OFBTrainingArguments, baselines, compress, count_macs, count_params
 from ofb_hf.architectures import family_of
+from ofb_hf.callbacks import read_history
 from ofb_hf.configuration import BiMaskConfig, default_config
 from ofb_hf.data import DataArguments
 from ofb_hf.distillation import DistillationTrainer
@@ -241,11 +242,13 @@ def dense_model(settings: Settings, folder: Path) -> tuple[PreTrainedModel, Inpu
     model, inputs = load(str(trained) if trained.is_dir() else settings.model, data, seed=0)
     if settings.dense_epochs and not trained.is_dir():
         job = Job(settings, model, inputs, default_config(model.config), seed=0)
-        with tempfile.TemporaryDirectory() as aside:
-            args = job.arguments(aside, settings.dense_epochs, settings.dense_learning_rate)
+        with tempfile.TemporaryDirectory() as scratch:
+            args = job.arguments(scratch, settings.dense_epochs, settings.dense_learning_rate)
             DistillationTrainer(model, args, train_dataset=inputs.train, **METRICS).train()
-        model.save_pretrained(trained)
-        inputs.processor.save_pretrained(trained)
+        aside = trained.with_name("dense.incomplete")
+        model.save_pretrained(aside)
+        inputs.processor.save_pretrained(aside)
+        aside.rename(trained)
     return model.eval(), inputs
 
 
@@ -271,7 +274,9 @@ def main() -> None:
         parser.error(f"{wanted.output_dir} holds results of other settings; give another --output_dir.")
     about.write_text(json.dumps(asdict(settings), indent=2) + "\n")
     dense, inputs = dense_model(settings, wanted.output_dir)
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    rows = read_history(results) if results.is_file() else []
+    if results.is_file():  # without a line that a kill cut short
+        results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = {(row["contestant"], row["budget"], row["seed"]) for row in rows}
     for name, budget, seed in plan(settings, wanted.budgets, wanted.seeds, available(wanted.contestants, dense)):
         if (name, budget, seed) in done:

@@ -3,12 +3,13 @@
 python benchmarks/search_quality_report.py runs/quality
 """
 
-import json
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from ofb_hf.callbacks import read_history
 
 HEAD = (
     "budget",
@@ -27,7 +28,7 @@ HEAD = (
 
 def write_report(folder: Path) -> str:
     """Writes table.md and quality.png; returns the table."""
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    rows = read_history(folder / "results.jsonl")
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in table_rows(rows)) + "\n"
     (folder / "table.md").write_text(table)
     plot(rows, folder / "quality.png")
@@ -52,9 +53,11 @@ def table_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [HEAD, ("---:", "---", *["---:"] * (len(HEAD) - 2))]
     for (budget, name), runs in grouped(rows).items():
         top1 = [row["top1"] for row in runs]
-        cells = [f"{budget:.2f}", name, str(len(runs)), f"{mean(runs, 'top1'):.2f}", f"{max(top1) - min(top1):.2f}"]
-        cells += [f"{max(top1):.2f}", after_cut(runs), f"{mean(runs, 'share'):.3f}"]
-        lines.append((*cells, f"{mean(runs, 'params') / 1e6:.3f}", f"{100 * width_spread(runs):.0f} %", speed(runs)))
+        spreads = f"{max(top1) - min(top1):.2f}", f"{100 * width_spread(runs):.0f} %"
+        spread, widths = spreads if len(runs) > 1 else ("-", "-")
+        cells = [f"{budget:.2f}", name, str(len(runs)), f"{mean(runs, 'top1'):.2f}", spread, f"{max(top1):.2f}"]
+        cells += [after_cut(runs), f"{mean(runs, 'share'):.3f}", f"{mean(runs, 'params') / 1e6:.3f}"]
+        lines.append((*cells, widths, speed(runs)))
     return lines
 
 

@@ -128,7 +128,7 @@ class BiMaskConfig(Budget):
     compensate: bool | None = _field(
         None,
         "Right after the choice, fit the layers that write into the residual stream by least squares, so that what "
-        "stays makes up for what went. Preset.",
+        "stays makes up for what went; not where training goes on before the cut (prune_during_search=False). Preset.",
     )
     retire_events: int = _field(40, "How many times in a search weak candidates retire, evenly spaced.")
 

@@ -89,7 +89,10 @@ class OFBTrainer(DistillationTrainer):
                     "give that model as teacher, or distillation_weight=0."
                 )
             teacher = dense
-        self.compensation = Compensation(dense) if supernet.bi_mask_config.compensate and dense is not None else None
+        config = supernet.bi_mask_config
+        # A network that trains on with its choice learns by itself what a fit, long afterwards, would undo.
+        fits = config.compensate and (config.prune_during_search or config.settle_at == 1)
+        self.compensation = Compensation(dense) if fits and dense is not None else None
         super().__init__(model=supernet, args=args, teacher=teacher, distillation_weight=weight, **kwargs)
         self.supernet, self.bi_mask_config = supernet, supernet.bi_mask_config
         self.add_callback(SearchCallback(self))
@@ -234,7 +237,7 @@ class OFBTrainer(DistillationTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         # The bare network: ranks add up what they saw afterwards, and nothing is compiled for such small batches.
         backward = partial(super().training_step, self.supernet, num_items_in_batch=num_items_in_batch)
-        return self.observation.observe(inputs, backward)
+        return self.observation.observe(inputs, backward, self.current_gradient_accumulation_steps)
 
     @torch.no_grad()
     def end_search_step(self) -> None:
@@ -325,6 +328,8 @@ class OFBTrainer(DistillationTrainer):
     @torch.no_grad()
     def _compensate(self) -> None:
         small, compensation, self.compensation = self.supernet.model, self.compensation, None
+        if self.average is not None and self.state.global_step == self.state.max_steps:
+            self.average.copy_to_(self.supernet)  # no step will follow: the average is what is kept, so it is fitted
         for name, values in decided_by_rank_0(lambda: compensation.fit_(small, self.read_subnet())).items():
             parameter = small.get_parameter(name)
             parameter.copy_(values)

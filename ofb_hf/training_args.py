@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+SEARCH_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 
 @dataclass
@@ -69,6 +72,11 @@ def check_search_arguments(args: OFBTrainingArguments) -> None:
         raise ValueError(
             "load_best_model_at_end cannot go with a search: earlier checkpoints are larger networks that miss the "
             "budget. Leave it off for the search; finetuning may use it."
+        )
+    if args.optim not in SEARCH_OPTIMIZERS:
+        raise ValueError(
+            f"optim is {args.optim.value!r}; a search has one AdamW, whose state is cut with the network, so allowed "
+            f"are {', '.join(repr(name.value) for name in SEARCH_OPTIMIZERS)}. Finetuning afterwards may use any."
         )
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         raise ValueError(

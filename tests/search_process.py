@@ -2,8 +2,9 @@
 
 OPTIONS is JSON: `family`, `config` (fields of the search config), `arguments` (training arguments), `compare_ranks`
 (hash everything after every step), `leave_rebuild_out` (a DDP wrapper that is not rebuilt), `shrink_at` (steps at which
-submodules lose their largest candidate). It resumes from the newest
-checkpoint in FOLDER if there is one, says `step N` and `shrunk N` as it goes, and writes `result-RANK.json`.
+submodules lose their largest candidate), `loss_scale` (fp16 under this scale, as accelerate sets it up on a GPU). It
+resumes from the newest checkpoint in FOLDER if there is one, says `step N` and `shrunk N` as it goes, and writes
+`result-RANK.json`.
 """
 
 import hashlib
@@ -94,6 +95,17 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     config = search_config(family, **({"target_macs": 0.6} | options.get("config", {})))
     model = tiny_model(family, **options.get("model", {})).train()
     trainer = report.trainer = searcher(folder, config, model, **options.get("arguments", {}))
+    if "loss_scale" in options:
+        trainer.accelerator.native_amp, trainer.accelerator.state._mixed_precision = True, "fp16"
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=options["loss_scale"])
+    hide, hidden = trainer._hide_tokens, []
+
+    def noted(batch_size: int) -> Tensor | None:
+        masked = hide(batch_size)
+        hidden.append(None if masked is None else digest({"masked": masked})["masked"])
+        return masked
+
+    trainer._hide_tokens = noted
     shrinks = Shrinks(options.get("shrink_at", []))
     shrinks.trainer = trainer
     trainer.add_callback(shrinks)
@@ -106,6 +118,7 @@ def main(folder: Path, options: dict[str, Any]) -> None:
         "steps": report.steps,
         "losses": report.losses,
         "random": report.random,
+        "hidden": hidden,
     }
     (folder / f"result-{trainer.args.process_index}.json").write_text(json.dumps(result), encoding="utf-8")
     # Everything is said. Gloo's threads now and then abort an interpreter that shuts down, so this one does not.

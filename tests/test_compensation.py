@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from factories import search_config, tiny_model
+from invariants import assert_equal_states
 from runs import STEPS, searcher
 from transformers import TrainerCallback
 
@@ -165,18 +166,39 @@ def test_it_looks_at_images_as_the_network_does(tmp_path):
     assert all(images.is_floating_point() and images.abs().max() < 10 for images in seen)
 
 
-@pytest.mark.parametrize("changes", [{"settle_at": 1.0}, {"prune_during_search": False}])
-def test_it_fits_in_the_last_step_where_that_is_the_first_cut(tmp_path, changes):
-    fitted = []
-    trainer = searcher(tmp_path, search_config(target_macs=0.6, **changes))
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_it_fits_in_the_last_step_where_the_choice_falls_there(tmp_path, ema_decay):
+    """And fits what is kept: the average of the weights, where there is one."""
+    fitted, before = [], []
+    trainer = searcher(tmp_path, search_config(target_macs=0.6, settle_at=1.0), ema_decay=ema_decay)
     fit = trainer.compensation.fit_
-    trainer.compensation.fit_ = lambda *args: fitted.append(fit(*args)) or fitted[0]
+
+    def noted(small, subnet):
+        names = [f"{path}.weight" for path in writers(small)]
+        current = trainer.average.part_of("model.") if trainer.average else dict(small.named_parameters())
+        before.append([torch.equal(small.get_parameter(name), current[name]) for name in names])
+        fitted.append(fit(small, subnet))
+        return fitted[0]
+
+    trainer.compensation.fit_ = noted
     trainer.train()
     assert len(fitted) == 1
     assert fitted[0]
+    assert all(before[0])
     compressed = trainer.compress()
     for name, values in fitted[0].items():
         torch.testing.assert_close(compressed.get_parameter(name), values)
+
+
+def test_what_trained_on_with_its_choice_is_not_fitted_when_it_is_cut(tmp_path):
+    """The fit knows the dense network's layers, not what was learned since the choice."""
+    compressed = {}
+    for compensate in (True, False):
+        config = search_config(target_macs=0.6, prune_during_search=False, compensate=compensate)
+        trainer = searcher(tmp_path, config, ema_decay=0.9)
+        trainer.train()
+        compressed[compensate] = trainer.compress().state_dict()
+    assert_equal_states(compressed[True], compressed[False])
 
 
 def test_no_image_is_kept_after_the_choice(tmp_path):

@@ -42,6 +42,20 @@ def test_two_ranks_hold_the_same_network_after_every_step(tmp_path, family, dept
     assert first["subnet"] == second["subnet"]
     assert (list(first["subnet"]["kept"].values())[-1] == []) == depth
     assert first["random"] != second["random"]
+    hidden = [pair for pair in zip(first["hidden"], second["hidden"], strict=True) if pair != (None, None)]
+    assert sum(one != other for one, other in hidden) > len(hidden) / 2  # few patches: now and then they agree
+
+
+@pytest.mark.slow
+def test_two_ranks_in_fp16_go_on_under_one_loss_scale(tmp_path):
+    """While they observe, each lowers its own until its gradients are finite: other images overflow elsewhere."""
+    options = {"loss_scale": 2.0**22, "compare_ranks": True}
+    options["arguments"] = {"max_steps": 12, "max_grad_norm": 0.5, "per_device_train_batch_size": 4}
+    status, said = finish(start_search(tmp_path, options, ranks=2))
+    assert status == 0, said[-3000:]
+    first, second = results(tmp_path, ranks=2)
+    assert [step["different"] for step in first["steps"]] == [[]] * 12
+    assert first["weights"] == second["weights"]
 
 
 @pytest.mark.slow

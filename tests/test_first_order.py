@@ -168,6 +168,52 @@ def test_a_loss_scale_that_overflows_is_lowered_and_nothing_is_lost(tmp_path):
         torch.testing.assert_close(other.first_order, one.first_order, rtol=1e-3, atol=0)
 
 
+def test_an_overflow_is_repeated_with_the_micro_batches_before_it(tmp_path):
+    trainer = searcher(tmp_path, gradient_accumulation_steps=2)
+    accelerator, masks = trainer.accelerator, trainer.supernet.bi_masks
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    accelerator.scaler.scale(torch.tensor(0.0))  # before it has scaled anything it cannot be changed
+
+    def backward(part):
+        for mask in masks:
+            gradient = torch.full_like(mask.importance_logits, accelerator.scaler.get_scale()) * 2.0 ** part["labels"]
+            before = mask.importance_logits.grad
+            mask.importance_logits.grad = gradient if before is None else before + gradient
+        return torch.tensor(0.0)
+
+    trainer.supernet.zero_grad()
+    images, slopes = torch.zeros(1, 3, 16, 16), (26, 28)  # 2^(100 + 28) is infinite, in single precision
+    for last, slope in enumerate(slopes):
+        accelerator.gradient_state._set_sync_gradients(bool(last))
+        trainer.observation.observe({"pixel_values": images, "labels": torch.tensor([slope])}, backward)
+    assert accelerator.scaler.get_scale() == 2.0**99
+    mean = (2.0**26 + 2.0**28) / 2
+    for mask in masks:
+        torch.testing.assert_close(mask.first_order, torch.full_like(mask.first_order, mean**2))
+
+
+def test_images_count_alike_however_many_micro_batches_a_step_has(tmp_path):
+    """The last step of an epoch has fewer, and divides its losses by fewer."""
+    seen = []
+    for accumulation, steps in ((1, 5), (4, 2)):
+        config = search_config(target_macs=0.6, importance_hold=1.0, settle_at=1.0)
+        trainer = searcher(tmp_path, config, max_steps=steps, gradient_accumulation_steps=accumulation)
+        trainer.train_dataset = rows(40)
+        found, estimate = {}, trainer.supernet.estimate_importance_
+        masks = trainer.supernet.named_masks
+
+        def noted(*args, found=found, masks=masks, estimate=estimate):
+            found |= {name: mask.first_order.clone() for name, mask in masks.items()}
+            return estimate(*args)
+
+        trainer.supernet.estimate_importance_ = noted
+        trainer.train()
+        seen.append(found)
+    assert seen[0]
+    for name, squares in seen[0].items():
+        torch.testing.assert_close(seen[1][name], squares, rtol=1e-3, atol=1e-9)
+
+
 @pytest.mark.parametrize("value", ["gradient", ""])
 def test_another_source_of_importance_is_refused(value):
     with pytest.raises(ValueError, match=f"importance_from is '{value}'; allowed are"):

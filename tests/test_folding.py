@@ -123,3 +123,27 @@ def test_a_search_folds_when_it_settles(prune, tmp_path):
     images = tiny_images()
     with torch.no_grad():
         assert_close(trainer.compress().eval()(images).logits, trainer.supernet.eval()(images).logits)
+
+
+@both_families
+def test_the_average_is_folded_with_masks_of_its_own(tmp_path, family):
+    config = search_config(family, target_macs=0.6, compensate=False)
+    trainer = searcher(tmp_path, config, family=family, ema_decay=0.9)
+    images, fold, seen = tiny_images(), trainer._fold, []
+
+    def averaged():
+        with trainer.average.applied_to(trainer.supernet), torch.no_grad():
+            logits = trainer.supernet.eval()(images).logits
+        trainer.supernet.train()
+        return logits
+
+    def noted():
+        before, resting = averaged(), fold()
+        seen.append((before, averaged(), bool(resting)))
+        return resting
+
+    trainer._fold = noted
+    trainer.train()
+    assert [folded for *_, folded in seen] == [True, False]  # at the choice; in the last step there is nothing left to
+    for before, after, _ in seen:
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)

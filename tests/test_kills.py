@@ -41,7 +41,7 @@ def kill_at(folder: Path, options: dict, ranks: int, moment: str, rng: random.Ra
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "family", "depth", "first"), [(1, "swin", {}, 0), (2, "vit", {}, 1), (1, "vit", LEAVE_OUT, 2)]
+    ("ranks", "family", "depth", "first"), [(1, "swin", LEAVE_OUT, 0), (2, "vit", {}, 1), (1, "vit", LEAVE_OUT, 2)]
 )
 def test_a_killed_search_ends_where_the_straight_one_ends(tmp_path, ranks, family, depth, first):
     """Each begins with another of the moments."""

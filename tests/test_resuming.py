@@ -153,7 +153,7 @@ def stopped(checkpoint, images, tmp_path_factory):
         (["--head_candidates", "1", "5"], r"head_candidates': \("),
         (["--weight_decay", "0.1"], r"weight_decay': \(0\.0, 0\.1\)"),
         (["--bf16"], r"mixed_precision': \('no', 'bf16'\)"),
-        (["--optim", "sgd"], r"optim': \('adamw_torch\w*', 'sgd'\)"),
+        (["--optim", "adamw_torch"], r"optim': \('adamw_torch_fused', 'adamw_torch'\)"),
         (["--data_seed", "5"], r"data_seed': \(None, 5\)"),
         (["--finetune_learning_rate", "1e-3"], r"finetune_learning_rate': \("),
         (["--finetune_max_steps", "9"], r"finetune_max_steps': \(3, 9\)"),

@@ -192,6 +192,7 @@ def test_non_finite_loss_stops_at_the_first_step(tmp_path, value):
             "load_best_model_at_end",
         ),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"optim": "sgd"}, "optim is 'sgd'.*allowed are 'adamw_torch', 'adamw_torch_fused'"),
         ({"distillation_weight": 1.5}, r"distillation_weight is 1\.5"),
         ({"distillation_type": "firm"}, "distillation_type is 'firm'"),
         ({"distillation_temperature": 0.0}, "distillation_temperature is 0"),
