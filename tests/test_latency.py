@@ -27,7 +27,7 @@ from ofb_hf.latency import (
 from ofb_hf.settlement import REACHABLE, Option, UnreachableBudgetError, settle
 from ofb_hf.unit_groups import Term, quantities
 from ofb_hf.workflow.inputs import load_for_counting
-from ofb_hf.workflow.latency_table import Timeline, sample_schedule, warn_if_elsewhere
+from ofb_hf.workflow.latency_table import Timeline, measured_latency, sample_schedule, warn_if_elsewhere
 
 TINY = ["--networks", "8", "--rounds", "1", "--disable_tqdm", "true", "--num_threads", "1"]
 # A search with a budget in milliseconds of the demonstration, as short as can be.
@@ -271,13 +271,16 @@ def test_a_table_is_of_the_model_with_all_its_tokens(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_command_measures_and_writes_a_table(family, checkpoint, swin_checkpoint, tmp_path, capsys):
     folder, file = {"vit": checkpoint, "swin": swin_checkpoint}[family], tmp_path / "table.json"
-    table = cli.latency_table([str(folder), "--output", str(file), *TINY])
+    clock = ["--clock", "cpu"] if family == "vit" else []
+    table = cli.latency_table([str(folder), "--output", str(file), *TINY, *clock])
     assert list(tmp_path.iterdir()) == [file]
     assert LatencyTable.load(file) == table
     assert torch.get_num_threads() == 1
     dense = tiny_model(family)
     assert count_latency(dense, table) > 0
     assert table.sizes == {name: list(size) for name, size in describe(dense.config).sizes.items()}
+    assert table.settings["clock"] == {"vit": "cpu", "swin": "wall"}[family]
+    assert all(elapsed > 0 for elapsed in measured_latency({"dense": dense}, table).values())
     reduced = [row for row in table.check["networks"] if "token_schedule" in row]
     assert (len(table.check["networks"]), len(reduced)) == {"vit": (9, 4), "swin": (5, 0)}[family]
     said = capsys.readouterr().out
@@ -291,6 +294,8 @@ def test_the_command_measures_and_writes_a_table(family, checkpoint, swin_checkp
         (["--networks", "3"], "--networks is 3"),
         (["--dtype", "int8"], "--dtype is 'int8'"),
         (["--device", "tpu"], "--device is 'tpu'"),
+        (["--clock", "sun"], "--clock is 'sun'"),
+        (["--clock", "cpu", "--num_threads", "2"], "--clock is cpu, with --device cpu and --num_threads 2"),
         (["--batch_size", "0"], "--batch_size is 0"),
     ],
 )

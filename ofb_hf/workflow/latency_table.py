@@ -49,6 +49,7 @@ ROUNDS = 15  # of the models of a run, whose latency is measured at its end
 UNREST = 0.1  # by how much the median of whole passes may lie above the fastest of them
 CALLS = 50  # of an empty module, to see what marks cost
 CHECKED = 4  # whole networks that the fit does not see: of random widths, and as many with fewer tokens
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SECONDS_PER_TURN, RUNS_PER_TURN = 0.03, 20
 
 
@@ -57,12 +58,13 @@ class Timeline:
 
     Args:
         model: classifier of ours, on the device to measure.
+        clock: seconds, on a CPU.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model, self._marks = model, []
+    def __init__(self, model: PreTrainedModel, clock: Callable[[], float] = time.perf_counter):
+        self.model, self.clock, self._marks = model, clock, []
         self._is_cuda = model.device.type == "cuda"
-        self._cost = 0.0 if self._is_cuda else _cost_of_a_hook()
+        self._cost = 0.0 if self._is_cuda else _cost_of_a_hook(clock)
         architecture = describe(model.config)
         paths = {
             submodule.name.rpartition(".")[0]: submodule.slots[0].parameter.partition(f".{submodule.kind}.")[0]
@@ -98,7 +100,7 @@ class Timeline:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
-            now = time.perf_counter()
+            now = self.clock()
         self._marks.append((name, now))
 
     def __call__(self, pixel_values: Tensor) -> dict[str, float]:
@@ -113,16 +115,16 @@ class Timeline:
         return {name: a.elapsed_time(b) if self._is_cuda else 1e3 * (b - a) - self._cost for (_, a), (name, b) in pairs}
 
 
-def _cost_of_a_hook() -> float:
+def _cost_of_a_hook(clock: Callable[[], float]) -> float:
     """Milliseconds that a mark adds to a forward pass: nothing beside a large network, some percent of a tiny one."""
     plain, marked = nn.Identity(), nn.Identity()
-    marked.register_forward_hook(lambda *_: time.perf_counter())
+    marked.register_forward_hook(lambda *_: clock())
 
     def seconds(module: nn.Module) -> float:
-        began = time.perf_counter()
+        began = clock()
         for _ in range(CALLS):
             module(None)
-        return time.perf_counter() - began
+        return clock() - began
 
     return 1e3 / CALLS * max(0.0, statistics.median(seconds(marked) - seconds(plain) for _ in range(CALLS)))
 
@@ -169,7 +171,7 @@ def run_latency_table(wanted: LatencyTableArguments) -> LatencyTable:
                 "attention": fitted[0].config._attn_implementation,
                 "multiple_of": wanted.multiple_of,
             },
-            **{name: getattr(wanted, name) for name in ("networks", "rounds", "seed")},
+            **{name: getattr(wanted, name) for name in ("clock", "networks", "rounds", "seed")},
         },
         hardware=processor(device),
         versions=library_versions(),
@@ -230,7 +232,8 @@ def _measure(
     fitted: list[PreTrainedModel], checked: list[PreTrainedModel], images: Tensor, wanted: LatencyTableArguments
 ) -> tuple[list[dict[str, list[float]]], list[list[float]]]:
     """Milliseconds of every part of the first networks, and of the others as a whole; samples of all rounds."""
-    timelines = list(map(Timeline, fitted))
+    clock = CLOCKS[wanted.clock]
+    timelines = [Timeline(model, clock) for model in fitted]
     times: list[dict[str, list[float]]] = [{} for _ in fitted]
     totals: list[list[float]] = [[] for _ in checked]
     turns = tqdm(total=wanted.rounds * (len(fitted) + len(checked)), unit="turn", disable=wanted.disable_tqdm)
@@ -241,7 +244,7 @@ def _measure(
                     parts.setdefault(name, []).append(elapsed)
             turns.update()
         for model, total in zip(checked, totals, strict=True):
-            total += turn(lambda model=model: whole_pass(model, images))
+            total += turn(lambda model=model: whole_pass(model, images, clock))
             turns.update()
     turns.close()
     return times, totals
@@ -256,13 +259,13 @@ def turn(run: Callable[[], Any]) -> list[Any]:
     return samples
 
 
-def whole_pass(model: nn.Module, images: Tensor) -> float:
+def whole_pass(model: nn.Module, images: Tensor, clock: Callable[[], float]) -> float:
     """Milliseconds of one forward pass."""
-    began = time.perf_counter()
+    began = clock()
     model(pixel_values=images)
     if images.is_cuda:
         torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - began)
+    return 1e3 * (clock() - began)
 
 
 def measured_latency(models: dict[str, PreTrainedModel], table: LatencyTable) -> dict[str, float]:
@@ -276,13 +279,14 @@ def measured_latency(models: dict[str, PreTrainedModel], table: LatencyTable) ->
         logger.warning("the latency table was measured on a GPU and there is none here; latency is not measured.")
         return {}
     place = torch.device(settings["device"]), getattr(torch, settings["dtype"])
+    clock = CLOCKS[settings.get("clock", "wall")]
     copies = {name: copy.deepcopy(model).eval().to(*place) for name, model in models.items()}
     samples: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode(), threads(settings["num_threads"]):
         for _ in range(ROUNDS):
             for name, model in copies.items():
                 images = random_images(model.config, settings["batch_size"]).to(*place)
-                samples[name] += turn(lambda model=model, images=images: whole_pass(model, images))
+                samples[name] += turn(lambda model=model, images=images: whole_pass(model, images, clock))
     return {name: round(statistics.median(times), 4) for name, times in samples.items()}
 
 
@@ -336,7 +340,7 @@ def table_text(table: LatencyTable) -> str:
     settings, check = table.settings, table.check
     lines = [
         f"{table.model} on {table.hardware}, {settings['device']}, {settings['num_threads']} threads, batch "
-        f"{settings['batch_size']}, {settings['dtype']}, {settings['engine']}",
+        f"{settings['batch_size']}, {settings['dtype']}, {settings['engine']}, {settings['clock']} time",
         "",
     ]
     rows = [["part", "points", "median error", "worst error"]]
