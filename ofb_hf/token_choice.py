@@ -43,12 +43,6 @@ def schedule_of(left: list[int], tokens: int) -> Schedule:
     return [[before, after] for before, after in zip(entering[:-2], left[:-1], strict=True)] + [[left[-1]] * 2]
 
 
-def smallest_schedule(config: ViTConfig) -> Schedule:
-    """All tokens in the first layer, whose class token has not seen the image yet, and one patch from the second on."""
-    tokens = num_tokens(config)
-    return schedule_of([tokens, *[SMALLEST_COUNT] * (config.num_hidden_layers - 1)], tokens)
-
-
 def reducing_layers(schedule: Schedule, tokens: int) -> list[int]:
     """The layers that hand on fewer tokens than they get."""
     entering = [tokens, *(left for _, left in schedule)]
