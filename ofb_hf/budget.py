@@ -14,10 +14,10 @@ BUDGETS = ("target_macs", "target_params", "target_latency_ms")
 
 @dataclass
 class Budget:
-    """The half of a search's config that knows about cost. It has one budget; fields beside these are of its kind.
+    """The half of a search's config that knows about cost.
 
     Attributes:
-        default_macs: the budget where none is given. target_params: None unless a search has such a field.
+        target_params: a field of searches for what has parameters. default_macs: the budget where none is given.
         table: the latency table, None if none is given.
     """
 
@@ -99,8 +99,7 @@ class Budget:
             ValueError: for a budget above what the dense model costs.
         """
         name, value = self.budget
-        is_share = self.unit == 1 and value <= 1
-        target = int(value * dense_cost) if is_share else round(value * self.unit) if self.unit > 1 else int(value)
+        target = round(value * self.unit) if self.unit > 1 else int(value * dense_cost if value <= 1 else value)
         if target > dense_cost:
             raise ValueError(
                 f"{name} is {value:,}, more than the {self.show(dense_cost)} of the model itself; nothing would be "

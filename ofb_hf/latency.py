@@ -3,8 +3,8 @@
 The forward pass is cut into parts: what comes before the first block, the attention and MLP halves of every block with
 their norm and residual, the reduction of tokens between them, patch merging, and what comes after the last block. The
 time of a part is fitted as a sum of products of sizes and tokens that work and memory traffic are proportional to
-(`parts.py`) with coefficients that are 0 or positive, so that nothing gets faster by growing. They are integers, in
-picoseconds: a network's predicted latency is exact arithmetic, whatever the measurement was worth.
+(`parts.py`) with coefficients that are 0 or positive, so that nothing gets faster by growing. The terms that they make
+are whole picoseconds: a network's predicted latency is exact arithmetic, whatever the measurement was worth.
 """
 
 import itertools
@@ -33,8 +33,8 @@ def amounts_of(part: Part, amounts: dict[str, int]) -> dict[str, int]:
     return {name: evaluate_terms((product,), amounts) for name, product in part.products.items()}
 
 
-def fit_coefficients(rows: list[list[int]], picoseconds: list[float]) -> list[int]:
-    """Coefficients, 0 or positive, with which sums over products come closest to times, in relative terms.
+def fit_coefficients(rows: list[list[int]], picoseconds: list[float]) -> list[float]:
+    """Coefficients, 0 or positive, with which sums over products come closest to times, in relative terms; six digits.
 
     Args:
         rows: (P, K) values of the products of every point.
@@ -53,7 +53,7 @@ def fit_coefficients(rows: list[list[int]], picoseconds: list[float]) -> list[in
             if (found >= 0).all() and error < least:
                 best, least = np.zeros(values.shape[1]), error
                 best[chosen] = found
-    return [round(value) for value in (best / scale).tolist()]
+    return [float(f"{value:.6g}") for value in (best / scale).tolist()]
 
 
 @dataclass
@@ -75,7 +75,7 @@ class LatencyTable:
         points: what was measured: {"kind", one entry per product, "ms"}.
 
     Raises:
-        ValueError: for coefficients that are no whole numbers of 0 or more.
+        ValueError: for coefficients that are no numbers of 0 or more.
     """
 
     model: str
@@ -84,7 +84,7 @@ class LatencyTable:
     settings: dict[str, Any]
     hardware: str
     versions: dict[str, str]
-    coefficients: dict[str, dict[str, int]]
+    coefficients: dict[str, dict[str, float]]
     residuals: dict[str, dict[str, float]] = field(default_factory=dict)
     check: dict[str, Any] = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
@@ -92,10 +92,10 @@ class LatencyTable:
     def __post_init__(self):
         for kind, products in self.coefficients.items():
             for product, value in products.items():
-                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                     raise ValueError(
-                        f"the coefficient of {product!r} in {kind!r} is {value!r}; it is a whole number of "
-                        f"picoseconds, 0 or more. Measure the table again: {COMMAND}."
+                        f"the coefficient of {product!r} in {kind!r} is {value!r}; it is a number of picoseconds, 0 or "
+                        f"more. Measure the table again: {COMMAND}."
                     )
 
     def terms(self, architecture: Architecture) -> tuple[Term, ...]:
@@ -117,7 +117,7 @@ class LatencyTable:
                     f"for this model: {COMMAND}."
                 )
             found = ((known[name], product) for name, product in part.products.items())
-            terms += [Term(each * product.coefficient, product.factors) for each, product in found if each]
+            terms += [Term(_whole(each * product.coefficient), product.factors) for each, product in found if each]
         return tuple(terms)
 
     def require_fit(self, architecture: Architecture) -> None:
@@ -212,6 +212,13 @@ def count_latency(
 def milliseconds(picoseconds: float) -> float:
     """The same time, for people."""
     return picoseconds / PICOSECONDS
+
+
+def _whole(picoseconds: Any) -> Any:
+    """The whole number next to a number, or those next to an array; scalar tensors, to be differentiated, stay."""
+    if isinstance(picoseconds, int | float):
+        return round(picoseconds)
+    return np.rint(picoseconds) if isinstance(picoseconds, np.ndarray) else picoseconds
 
 
 def _summary(sizes: dict[str, tuple[int, ...]]) -> str:

@@ -355,7 +355,7 @@ def invented_table(model: PreTrainedModel, seed: int = 0) -> LatencyTable:
         versions={},
         coefficients={
             part.kind: {
-                name: rng.randrange(10**5, 10**7) // max(1, product.coefficient)
+                name: rng.randrange(10**5, 10**7) / max(1, product.coefficient)
                 for name, product in part.products.items()
             }
             for part in parts

@@ -303,7 +303,7 @@ def _points(networks: list[PreTrainedModel], times: list[dict[str, list[float]]]
     return points
 
 
-def _fitted(points: list[dict[str, Any]]) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, float]]]:
+def _fitted(points: list[dict[str, Any]]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Coefficients of every kind of part, and how far the fit is from its points."""
     coefficients, residuals = {}, {}
     for kind in dict.fromkeys(point["kind"] for point in points):
