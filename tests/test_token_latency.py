@@ -1,6 +1,10 @@
 """Token schedules for milliseconds: the same cost path as for MACs, with other coefficients."""
 
+import copy
 import json
+import random
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from runs import arguments, rows
 from test_tokens import decided
 
 from ofb_hf import OFBViTForImageClassification, SubnetSpec, compress, install_bi_masks
-from ofb_hf.architectures import describe, scheduled, vit_layer_parts
+from ofb_hf.architectures import describe, family_of, scheduled, vit_layer_parts
 from ofb_hf.flops import count_macs, evaluate_terms
 from ofb_hf.latency import PICOSECONDS, count_latency
 from ofb_hf.learned_tokens import TokenSearchConfig, expected_cost
@@ -21,6 +25,7 @@ from ofb_hf.token_choice import _layer_costs, reducing_layers, schedule_family
 from ofb_hf.token_trainer import TokenTrainer
 from ofb_hf.tokens import fixed_rate_schedule, full_schedule, schedule_cost, settle_schedule
 from ofb_hf.unit_groups import macs_of, quantities
+from ofb_hf.workflow.latency_table import _fitted, _points, _reduce_tokens_, sample_sizes
 
 
 def falling(draw, layers, tokens):
@@ -94,6 +99,36 @@ def test_milliseconds_press_on_every_count():
     assert len(gradients) == 4
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert sum(bool(gradient.abs().sum() > 0) for gradient in gradients) >= 3  # of two counts the one that binds
+
+
+def test_random_networks_tell_what_others_take():
+    """Times that a table makes up are found again: the products differ enough over what is measured."""
+    config = OFBViTForImageClassification.from_dense(tiny_vit(num_hidden_layers=6, image_size=32)).config
+    truth, family = invented_table(tiny_vit(num_hidden_layers=6, image_size=32)), family_of(config)
+    family.pin(config)
+    sizes = describe(config).sizes
+
+    def networks(seed):
+        rng, configs = random.Random(seed), [copy.deepcopy(config) for _ in range(24)]
+        for each, units in zip(
+            configs, sample_sizes(search_config().search_space(config), sizes, 24, rng), strict=True
+        ):
+            family.resize(each, units)
+        _reduce_tokens_(configs, config, rng)
+        assert sum(each.token_schedule is not None for each in configs) == 12
+        return [SimpleNamespace(config=each) for each in configs]
+
+    def milliseconds_of(part, each):
+        return evaluate_terms(truth.terms_of([part]), quantities(describe(each.config).sizes)) / PICOSECONDS
+
+    seen = networks(0)
+    times = [{part.name: [milliseconds_of(part, each)] for part in describe(each.config).parts} for each in seen]
+    coefficients, residuals = _fitted(_points(seen, times))
+    found = replace(truth, coefficients=coefficients)
+    assert set(coefficients) == set(truth.coefficients)
+    assert max(residual["worst"] for residual in residuals.values()) < 0.01
+    for each in networks(1):
+        assert count_latency(each.config, found) == pytest.approx(count_latency(each.config, truth), rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------- whole counts
