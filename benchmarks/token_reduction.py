@@ -12,9 +12,14 @@
     joint search      the same with --search_tokens: widths and tokens in one settlement
 
 All are held to the same budgets and evaluated on the same images; `both` to a budget of its own. Speed is measured in
-turns, so read it as ratios to dense.
+turns, so read it as ratios to dense. With a table of `ofb-hf latency-table` budgets are shares of the milliseconds that
+it predicts for the dense model, and the result says what every model was predicted to take and takes, by the table's
+settings and clock.
 
     python benchmarks/token_reduction.py --model vit-cifar10 --data_dir cifar10 --output_dir runs/tokens --steps 100
+    ofb-hf latency-table vit-cifar10 --batch_size 32 --num_threads 1 --clock cpu --output table.json
+    python benchmarks/token_reduction.py --model vit-cifar10 --data_dir cifar10 --output_dir runs/ms --steps 100 \\
+        --latency_table table.json --only learned "fixed merging" "joint search"
 """
 
 import argparse
@@ -31,12 +36,14 @@ from transformers import PreTrainedModel, set_seed
 from ofb_hf import OFBTrainer, OFBTrainingArguments, OFBViTForImageClassification, baselines, count_macs
 from ofb_hf.configuration import default_config
 from ofb_hf.data import DataArguments
+from ofb_hf.latency import LatencyTable, count_latency, milliseconds
 from ofb_hf.learned_tokens import TokenSearchConfig
 from ofb_hf.models.modeling_ofb_vit import TokenReduction
 from ofb_hf.surgery import slice_model
 from ofb_hf.token_trainer import TokenTrainer
 from ofb_hf.tokens import fixed_rate_schedule
 from ofb_hf.workflow.inputs import Inputs, load
+from ofb_hf.workflow.latency_table import measured_latency
 from ofb_hf.workflow.measure import images_per_second, provenance
 from ofb_hf.workflow.report import markdown_table
 
@@ -52,27 +59,40 @@ class RandomReduction(TokenReduction):
         return super().forward(tokens, sizes, torch.rand_like(importance))
 
 
-def learned(model: PreTrainedModel, inputs: Inputs, target: float, options: argparse.Namespace) -> PreTrainedModel:
-    """The model with learned counts. `target` as `TokenSearchConfig.target_macs`."""
+def budget(dense: PreTrainedModel, share: float, options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a search's config that hold it to a share of what the dense model costs."""
+    if options.latency_table is None:
+        return {"target_macs": int(share * count_macs(dense))}
+    table = LatencyTable.load(options.latency_table)
+    target = share * milliseconds(count_latency(dense, table))
+    return {"target_latency_ms": target, "latency_table": options.latency_table}
+
+
+def learned(
+    model: PreTrainedModel, inputs: Inputs, target: dict[str, Any], options: argparse.Namespace
+) -> PreTrainedModel:
+    """The model with learned counts. `target` as `budget` gives it."""
     settings = {"max_steps": options.steps, "per_device_train_batch_size": options.batch_size, "use_cpu": options.cpu}
     settings |= {"lr_scheduler_type": "cosine", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     args = OFBTrainingArguments(str(options.output_dir), seed=options.seed, **settings)
-    trainer = TokenTrainer(model, args, TokenSearchConfig(target_macs=target), train_dataset=inputs.train)
+    trainer = TokenTrainer(model, args, TokenSearchConfig(**target), train_dataset=inputs.train)
     trainer.train()
     return trainer.scheduled().eval()
 
 
-def narrowed(model: PreTrainedModel, inputs: Inputs, share: float, options: argparse.Namespace) -> PreTrainedModel:
+def narrowed(
+    model: PreTrainedModel, inputs: Inputs, target: dict[str, Any], options: argparse.Namespace
+) -> PreTrainedModel:
     """The model with fewer heads and MLP channels, pruned in one shot."""
     rows = torch.randperm(len(inputs.train), generator=torch.Generator().manual_seed(options.seed))
     loader = DataLoader(inputs.train, options.batch_size, sampler=rows[: TAYLOR_BATCHES * options.batch_size].tolist())
-    config = default_config(model.config, target_macs=share, search_embedding=False)
+    config = default_config(model.config, **target, search_embedding=False)
     subnet = baselines.pruned_subnet(model, config, baselines.taylor_scores(model, loader))
     return slice_model(OFBViTForImageClassification.from_dense(model), subnet).eval()
 
 
 def searched(
-    model: PreTrainedModel, inputs: Inputs, target: float, tokens: bool, options: argparse.Namespace
+    model: PreTrainedModel, inputs: Inputs, target: dict[str, Any], tokens: bool, options: argparse.Namespace
 ) -> PreTrainedModel:
     """What a search settles on after it has observed; nothing is trained."""
     steps = -(-OBSERVED_IMAGES // options.batch_size)
@@ -81,12 +101,17 @@ def searched(
     args = OFBTrainingArguments(str(options.output_dir), seed=options.seed, **settings)
     phases = {"importance_hold": steps / (steps + 2), "settle_at": (steps + 1) / (steps + 2), "retire_begin": 1.0}
     rests = {"architecture_learning_rate": 0.0, "pmim": False}
-    config = default_config(
-        model.config, target_macs=target, search_embedding=False, search_tokens=tokens, **phases, **rests
-    )
+    config = default_config(model.config, **target, search_embedding=False, search_tokens=tokens, **phases, **rests)
     trainer = OFBTrainer(model, args, config, train_dataset=inputs.train)
     trainer.train()
     return trainer.compress().eval()
+
+
+def at_fixed_rate(model: PreTrainedModel, target: dict[str, Any], merge: bool) -> PreTrainedModel:
+    """The model with as many tokens fewer in every layer."""
+    config = TokenSearchConfig(**target)
+    schedule = fixed_rate_schedule(model.config, config.target_for(model.config), merge, config.terms_of)
+    return OFBViTForImageClassification.from_dense(model, schedule)
 
 
 def dropping(model: PreTrainedModel, by_chance: bool) -> PreTrainedModel:
@@ -119,28 +144,32 @@ def contestants(dense: PreTrainedModel, inputs: Inputs, options: argparse.Namesp
         began = time.perf_counter()
         models[name] = make().eval(), time.perf_counter() - began
 
-    full, scheduled = count_macs(dense), OFBViTForImageClassification.from_dense
     for share in options.shares:
-        target = int(share * full)
-        add(f"learned, {share}", lambda share=share: learned(dense, inputs, share, options))
+        target = budget(dense, share, options)
+        add(f"learned, {share}", lambda target=target: learned(dense, inputs, target, options))
         for name, merge in (("fixed merging", True), ("fixed dropping", False)):
-            schedule = fixed_rate_schedule(dense.config, target, merge)
-            add(f"{name}, {share}", lambda schedule=schedule: scheduled(dense, schedule))
+            add(f"{name}, {share}", lambda target=target, merge=merge: at_fixed_rate(dense, target, merge))
         if f"learned, {share}" in models:
             found = models[f"learned, {share}"][0]
             add(f"ranked dropping, {share}", lambda found=found: dropping(found, by_chance=False))
             add(f"random dropping, {share}", lambda found=found: dropping(found, by_chance=True))
-        add(f"widths, {share}", lambda share=share: narrowed(dense, inputs, share, options))
-        add(f"search, {share}", lambda share=share: searched(dense, inputs, share, False, options))
-        add(f"joint search, {share}", lambda share=share: searched(dense, inputs, share, True, options))
-    both = int(options.both * full)
-    add(
-        f"both, {options.both}",
-        lambda: learned(narrowed(dense, inputs, WIDTH_SHARE, options), inputs, both, options),
-    )
+        add(f"widths, {share}", lambda target=target: narrowed(dense, inputs, target, options))
+        add(f"search, {share}", lambda target=target: searched(dense, inputs, target, False, options))
+        add(f"joint search, {share}", lambda target=target: searched(dense, inputs, target, True, options))
+    both, width = (budget(dense, share, options) for share in (options.both, WIDTH_SHARE))
+    add(f"both, {options.both}", lambda: learned(narrowed(dense, inputs, width, options), inputs, both, options))
     for name, tokens in (("search", False), ("joint search", True)):
-        add(f"{name}, {options.both}", lambda tokens=tokens: searched(dense, inputs, options.both, tokens, options))
+        add(f"{name}, {options.both}", lambda tokens=tokens: searched(dense, inputs, both, tokens, options))
     return models
+
+
+def add_latency(rows: list[dict[str, Any]], models: dict[str, PreTrainedModel], file: str) -> None:
+    """What the table predicts for every model, and what it takes, all of them in turns."""
+    table = LatencyTable.load(file)
+    taken = measured_latency(models, table)
+    for row in rows:
+        row["predicted_latency_ms"] = milliseconds(count_latency(models[row["name"]], table))
+        row["latency_ms"] = taken[row["name"]]
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -171,6 +200,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--both", type=float, default=0.35)
     parser.add_argument("--only", nargs="+", help="Names of contestants, as 'joint search'; all if not given.")
+    parser.add_argument("--latency_table", help="File of `ofb-hf latency-table`: budgets are shares of milliseconds.")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_eval_samples", type=int)
@@ -201,10 +231,16 @@ def main() -> None:
         }
         for name, (model, seconds) in models.items()
     ]
-    table = [["model, share of the MACs", "top-1 %", "MMACs", "of dense", "speed, of dense", "made in s"]]
+    if options.latency_table is not None:
+        add_latency(rows, {name: model for name, (model, _) in models.items()}, options.latency_table)
+    table = [["model, share of the budget", "top-1 %", "MMACs", "of dense", "speed, of dense", "made in s"]]
+    table[0] += ["predicted ms", "ms", "of dense"] if options.latency_table else []
     for row in rows:
         share, ratio = (row[key] / rows[0][key] for key in ("macs", "images_per_second"))
         cells = [f"{row['top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{share:.3f}", f"{ratio:.2f}", f"{row['seconds']}"]
+        if options.latency_table is not None:
+            cells += [f"{row[key]:.2f}" for key in ("predicted_latency_ms", "latency_ms")]
+            cells.append(f"{row['latency_ms'] / rows[0]['latency_ms']:.3f}")
         table.append([row["name"], *cells])
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results = {"rows": rows, "num_examples": len(images.dataset)} | provenance(options.seed, device)

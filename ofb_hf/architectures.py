@@ -20,7 +20,8 @@ from .models.configuration_ofb_swin import OFBSwinConfig
 from .models.configuration_ofb_vit import OFBViTConfig
 from .models.modeling_ofb_swin import OFBSwinForImageClassification
 from .models.modeling_ofb_vit import OFBViTForImageClassification, TokenReduction
-from .unit_groups import Architecture, Family, Slot, Submodule, Term, block_macs, block_params, heads_of, reduction_macs
+from .parts import REDUCTION, end_part, merging_part, reducing_block, windowed_block
+from .unit_groups import Architecture, Family, Part, Slot, Submodule, Term, block_params, heads_of
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -108,13 +109,18 @@ def _block_attributes(path: str, sizes: dict[str, int]) -> dict[str, dict[str, A
     return attributes
 
 
+def _vit_grid(config: ViTConfig) -> tuple[int, int]:
+    """Patches of an image, (rows, columns)."""
+    (height, width), patch = _pair(config.image_size), _square_patch(config)
+    return height // patch, width // patch
+
+
 def _describe_vit(config: ViTConfig) -> Architecture:
-    image_size, patch = _pair(config.image_size), _square_patch(config)
-    grid = (image_size[0] // patch, image_size[1] // patch)
+    grid, patch = _vit_grid(config), _square_patch(config)
     pixels, tokens, layers = config.num_channels * patch**2, grid[0] * grid[1] + 1, range(config.num_hidden_layers)
     is_ours = isinstance(config, OFBViTConfig)
     layer_sizes = OFBViTConfig.layer_sizes if is_ours else _dense_vit_layer_sizes
-    counts = [config.token_counts(layer) if is_ours else (tokens,) * 3 for layer in layers]
+    schedule = [config.token_counts(layer)[1:] if is_ours else (tokens, tokens) for layer in layers]
 
     residual = [
         *_linear("vit.embeddings.patch_embeddings.projection", 0, gated=True),
@@ -122,8 +128,7 @@ def _describe_vit(config: ViTConfig) -> Architecture:
         *_norm("vit.layernorm"),
         *_linear("classifier", 1),
     ]
-    norms = ["vit.layernorm"]
-    submodules: list[Submodule] = []
+    norms, submodules = ["vit.layernorm"], []
     params = [Term(pixels + 1 + 1 + tokens + 2 + config.num_labels, ("embeddings",)), Term(config.num_labels)]
     for layer in layers:
         path, name, sizes = _vit_layer(layer), f"layers.{layer}", layer_sizes(config, layer)
@@ -135,7 +140,7 @@ def _describe_vit(config: ViTConfig) -> Architecture:
     embedding = Submodule("embeddings", "embedding", (config.hidden_size,), tuple(residual), tuple(norms))
     return Architecture(
         submodules=(embedding, *submodules),
-        macs=tuple(term for term in vit_mac_terms(config, counts) if term.coefficient),
+        parts=vit_parts(config, schedule),
         params=tuple(params),
         patch_grid=grid,
         patch_size=patch,
@@ -149,29 +154,24 @@ def _describe_vit(config: ViTConfig) -> Architecture:
     )
 
 
-def vit_mac_terms(config: ViTConfig, counts: Sequence[tuple[int, int, int]]) -> list[Term]:
-    """MACs of a ViT classifier whose blocks drop and merge tokens between attention and MLP.
-
-    Args:
-        config: for everything but the token counts.
-        counts: of every layer, tokens that enter it, that are left after dropping, and after merging, class token
-            included. Scalar tensors give coefficients to differentiate.
-    """
-    patch, (height, width) = _square_patch(config), _pair(config.image_size)
-    patches, residual = (height // patch) * (width // patch), "embeddings"
-    terms = [Term(patches * config.num_channels * patch**2, (residual,)), Term(config.num_labels, (residual,))]
-    for layer, (before, kept, merged) in enumerate(counts):
-        attention, mlp = f"layers.{layer}.attention", f"layers.{layer}.mlp"
-        terms += block_macs(residual, attention, mlp, tokens=merged, attending=before, window=before)
-        terms += reduction_macs(residual, attention, before, kept, merged)
-    return terms
+def vit_parts(config: ViTConfig, schedule: Sequence[Sequence[Any]]) -> tuple[Part, ...]:
+    """The parts of a ViT classifier under a token schedule whose counts do not rise; they may be scalar tensors."""
+    patches = math.prod(_vit_grid(config))
+    parts = [end_part("stem", "embeddings", patches * config.num_channels * _square_patch(config) ** 2)]
+    entering = [patches + 1, *(merged for _, merged in schedule)]
+    for layer, (before, (kept, merged)) in enumerate(zip(entering, schedule, strict=False)):
+        parts += vit_layer_parts(config, layer, before, kept, merged)
+    return (*parts, end_part("head", "embeddings", config.num_labels))
 
 
-def vit_schedule_terms(config: ViTConfig, schedule: Sequence[Sequence[int]]) -> tuple[Term, ...]:
-    """`vit_mac_terms` under a token schedule whose counts do not rise; they may be scalar tensors."""
-    entering = [math.prod(_describe_vit(config).patch_grid) + 1, *(merged for _, merged in schedule)]
-    counts = [(before, kept, merged) for before, (kept, merged) in zip(entering, schedule, strict=False)]
-    return tuple(vit_mac_terms(config, counts))
+def vit_layer_parts(config: ViTConfig, layer: int, before: Any, kept: Any, merged: Any) -> tuple[Part, ...]:
+    """The parts of one of its layers; counts as for `reducing_block`."""
+    return reducing_block("embeddings", f"layers.{layer}", math.prod(_vit_grid(config)) + 1, before, kept, merged)
+
+
+def scheduled(config: ViTConfig, schedule: Sequence[Sequence[int]]) -> Architecture:
+    """The architecture of a ViT under another token schedule than its own."""
+    return replace(_describe_vit(config), parts=vit_parts(config, schedule))
 
 
 def _vit_layer(layer: int) -> str:
@@ -239,7 +239,7 @@ def _vit_attributes(config: OFBViTConfig) -> dict[str, dict[str, Any]]:
     for layer in range(config.num_hidden_layers):
         attributes |= _block_attributes(_vit_layer(layer), config.layer_sizes(layer))
         before, kept, merged = config.token_counts(layer)
-        attributes[_vit_layer(layer)]["reduction"] = TokenReduction(kept, merged) if merged < before else None
+        attributes[_vit_layer(layer)][REDUCTION] = TokenReduction(kept, merged) if merged < before else None
     return attributes
 
 
@@ -287,7 +287,8 @@ def _swin_grids(config: SwinConfig) -> list[tuple[int, int]]:
 def _describe_swin(config: SwinConfig) -> Architecture:
     grids, patch, last = _swin_grids(config), _square_patch(config), len(config.depths) - 1
     submodules: list[Submodule] = []
-    macs, params = _swin_ends(config)
+    (stem, head), params = _swin_ends(config)
+    parts = [stem]
     for stage, depth in enumerate(config.depths):
         path, width = f"swin.encoder.layers.{stage}", f"stages.{stage}.width"
         slots, norms = _swin_entry_slots(stage)
@@ -301,14 +302,14 @@ def _describe_swin(config: SwinConfig) -> Architecture:
             blocks += [attention, mlp]
             slots += _block_residual_slots(at)
             norms += _block_norms(at, sizes)
-            macs += block_macs(width, attention.name, mlp.name, *_swin_token_counts(config, grids[stage]))
+            parts += windowed_block(width, name, stage, attention.variant, *_swin_token_counts(config, grids[stage]))
             params += block_params(width, attention.name, mlp.name, config.qkv_bias)
             params.append(Term((2 * config.window_size - 1) ** 2, (heads_of(attention.name),)))
         if stage < last:
             # Patch merging concatenates 2 x 2 neighbours: channel i stands at i, i + C, i + 2C and i + 3C.
             norms.append(f"{path}.downsample.norm")
             slots += [*_norm(norms[-1], tiles=4), Slot(f"{path}.downsample.reduction.weight", 1, tiles=4)]
-            macs.append(Term(4 * math.prod(grids[stage + 1]), (width, f"stages.{stage + 1}.width")))
+            parts.append(merging_part(stage, width, f"stages.{stage + 1}.width", math.prod(grids[stage + 1])))
             params += [Term(8, (width,)), Term(4, (width, f"stages.{stage + 1}.width"))]
         else:
             norms.append("swin.layernorm")
@@ -317,7 +318,7 @@ def _describe_swin(config: SwinConfig) -> Architecture:
         submodules += [Submodule(width, "embedding", units, tuple(slots), tuple(norms)), *blocks]
     return Architecture(
         submodules=tuple(submodules),
-        macs=tuple(macs),
+        parts=(*parts, head),
         params=tuple(params),
         patch_grid=grids[0],
         patch_size=patch,
@@ -331,15 +332,15 @@ def _describe_swin(config: SwinConfig) -> Architecture:
     )
 
 
-def _swin_ends(config: SwinConfig) -> tuple[list[Term], list[Term]]:
-    """MACs and parameters of patch embedding, final LayerNorm and classifier."""
-    first, last = ("stages.0.width",), (f"stages.{len(config.depths) - 1}.width",)
+def _swin_ends(config: SwinConfig) -> tuple[tuple[Part, Part], list[Term]]:
+    """What comes before and after the blocks (patch embedding, final LayerNorm and classifier), and its parameters."""
+    first, last = "stages.0.width", f"stages.{len(config.depths) - 1}.width"
     patch = _square_patch(config)
     pixels, patches = config.num_channels * patch**2, math.prod(_swin_grids(config)[0])
     positions = math.prod(side // patch for side in _pair(config.image_size)) * bool(config.use_absolute_embeddings)
-    macs = [Term(patches * pixels, first), Term(config.num_labels, last)]
-    params = [Term(pixels + 1 + 2 + positions, first), Term(2 + config.num_labels, last), Term(config.num_labels)]
-    return macs, params
+    parts = end_part("stem", first, patches * pixels), end_part("head", last, config.num_labels)
+    params = [Term(pixels + 1 + 2 + positions, (first,)), Term(2 + config.num_labels, (last,)), Term(config.num_labels)]
+    return parts, params
 
 
 def _swin_token_counts(config: SwinConfig, grid: tuple[int, int]) -> tuple[int, int, int]:

@@ -1,27 +1,46 @@
 """What the result of a search may cost: MACs, parameters or milliseconds, each a sum of terms."""
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from .latency import COMMAND, PICOSECONDS, LatencyTable
-from .unit_groups import Architecture, Term
+from .unit_groups import Architecture, Part, Term, macs_of
 
 # The fields of which a search has one.
 BUDGETS = ("target_macs", "target_params", "target_latency_ms")
 
 
+@dataclass
 class Budget:
-    """The half of a search's config that knows about cost. `BiMaskConfig` has the fields.
+    """The half of a search's config that knows about cost.
 
     Attributes:
+        target_params: a field of searches for what has parameters. default_macs: the budget where none is given.
         table: the latency table, None if none is given.
     """
 
-    target_macs: float | None
-    target_params: float | None
-    target_latency_ms: float | None
-    latency_table: dict[str, Any] | str | None
-    table: LatencyTable | None
+    target_macs: float | None = None
+    target_latency_ms: float | None = field(
+        default=None,
+        metadata={
+            "help": "Budget in milliseconds of one batch instead, as latency_table predicts them; always absolute."
+        },
+    )
+    # In this order: the command line takes the second of a union's types.
+    latency_table: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "File of `ofb-hf latency-table`, which measures this machine for this model; what it says becomes "
+            "part of the config. Needed by target_latency_ms; beside other budgets the predicted latency is written "
+            "down."
+        },
+    )
+
+    target_params: ClassVar[float | None] = None
+    default_macs: ClassVar[float] = 0.5
+    table: ClassVar[LatencyTable | None] = None
 
     def check_budget(self) -> None:
         """Reads the latency table and fills in the default budget.
@@ -39,7 +58,7 @@ class Budget:
                 "a search has one budget, give one of them."
             )
         if not given:
-            self.target_macs = 0.5
+            self.target_macs = self.default_macs
         name, target = self.budget
         if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < math.inf:
             allowed = "a share of the dense model in (0, 1] or an absolute number above 1"
@@ -67,15 +86,26 @@ class Budget:
 
     def terms(self, architecture: Architecture) -> tuple[Term, ...]:
         """What the budget counts, as a sum of terms: MACs, parameters, or picoseconds."""
-        name, _ = self.budget
-        return self.table.terms(architecture) if self.unit > 1 else getattr(architecture, name.removeprefix("target_"))
+        return architecture.params if self.target_params is not None else self.terms_of(architecture.parts)
+
+    def terms_of(self, parts: Iterable[Part]) -> tuple[Term, ...]:
+        """The same of parts of the forward pass, which have no parameters."""
+        return macs_of(parts) if self.unit == 1 else self.table.terms_of(parts)
 
     def target(self, dense_cost: int) -> int:
-        """The budget as an absolute cost, given what the dense model costs; in the unit of the terms."""
-        _, target = self.budget
-        if self.unit > 1:
-            return round(target * self.unit)
-        return int(target * dense_cost) if target <= 1 else int(target)
+        """The budget as an absolute cost, given what the dense model costs; in the unit of the terms.
+
+        Raises:
+            ValueError: for a budget above what the dense model costs.
+        """
+        name, value = self.budget
+        target = round(value * self.unit) if self.unit > 1 else int(value * dense_cost if value <= 1 else value)
+        if target > dense_cost:
+            raise ValueError(
+                f"{name} is {value:,}, more than the {self.show(dense_cost)} of the model itself; nothing would be "
+                "removed."
+            )
+        return target
 
     def absolute(self, cost: int) -> int | float:
         """A cost in the unit of the terms as one gives it for a budget: a count, or milliseconds."""

@@ -147,7 +147,8 @@ class HistoryCallback(TrainerCallback):
             return
         row = {"step": state.global_step, "phase": self.phase}
         row |= {name: logs.get(name) for name in HISTORY_FIELDS if name not in row}
-        row |= {name: logs[name] for name in ("latency_ms",) if name in logs}  # predicted, with a latency table
+        # Predicted, with a latency table.
+        row |= {name: logs[name] for name in ("latency_ms", "expected_latency_ms") if name in logs}
         # Names, which loggers of numbers could not take: straight from the network as it is, and only if there are any.
         architecture = getattr(kwargs.get("model"), "architecture", None)
         if architecture is not None and architecture.left_out:

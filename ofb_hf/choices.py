@@ -33,15 +33,18 @@ class Choices(nn.Module):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """What the budget counts: MACs (with the tokens that were decided on), parameters or picoseconds."""
-        if self.tokens is not None:
-            return self.tokens.terms(self.config)
-        return self.bi_mask_config.terms(self.architecture)
+        """What the budget counts: MACs, parameters or picoseconds."""
+        return self.bi_mask_config.terms(self.decided_architecture)
+
+    @property
+    def decided_architecture(self) -> Architecture:
+        """The model with the tokens that were decided on, whether they act yet or not."""
+        return self.architecture if self.tokens is None else self.tokens.architecture(self.config)
 
     def expect_costs_(self) -> None:
         """Brings the differentiable costs up to date with what was decided about tokens."""
-        names, macs = list(quantities(self.dense_sizes)), self.terms if self.tokens is not None else None
-        for name, terms in (("expected_cost", self.terms), ("expected_macs", macs or self.architecture.macs)):
+        names = list(quantities(self.dense_sizes))
+        for name, terms in (("expected_cost", self.terms), ("expected_macs", self.decided_architecture.macs)):
             setattr(self, name, ExpectedCost(terms, names).to(self.model.device))
 
     @property
@@ -95,10 +98,11 @@ class Choices(nn.Module):
         if self.tokens is None:
             return self._settled_widths(options, self.terms)
 
-        def solve(terms: tuple[Term, ...], kept: Collection[str]) -> Settlement:
-            return self._settled_widths(options, terms, kept)
+        def solve(architecture: Architecture, kept: Collection[str]) -> Settlement:
+            return self._settled_widths(options, self.bi_mask_config.terms(architecture), kept)
 
-        return self.tokens.settle(self.config, self.dense_sizes, self.target, total, solve, choose)
+        cost = self.bi_mask_config.terms_of
+        return self.tokens.settle(self.config, self.dense_sizes, self.target, total, cost, solve, choose)
 
     def _settled_widths(
         self, options: dict[str, list[Option]], terms: tuple[Term, ...], kept: Collection[str] = ()

@@ -78,6 +78,7 @@ digits. Otherwise:
     accelerate launch recipes/search_tokens.py --model_name_or_path facebook/deit-small-patch16-224 \\
         --data_dir PHOTOS --target_macs 0.6 --num_train_epochs 3 --output_dir runs/tokens
 
+A budget may be in milliseconds of this machine (--target_latency_ms 20 --latency_table FILE of `ofb-hf latency-table`).
 Published schedules of DeiT-T/S/B need no search: ofb_hf.tokens.published_schedule. --finetune_epochs trains the weights
 afterwards, with the tokens that are left. tokens.png shows what becomes of some images."""
 
@@ -101,13 +102,15 @@ LATENCY_TABLE = """Measure how long the parts of a model take on this machine, f
 
     ofb-hf latency-table deit_small --batch_size 1 --num_threads 2 --output deit_small.json
     ofb-hf search ... --latency_table deit_small.json --target_latency_ms 25
+    ofb-hf search-tokens ... --latency_table deit_small.json --target_latency_ms 25
 
-Networks of random sizes from the model's search space take turns; what each half of a block took is fitted as a sum
-over its widths. The table, in JSON, holds measurements, fit and settings, and how well it predicts whole networks that
-the fit did not see. It is of this model, this machine, these threads and this batch size: measure again for others,
+Networks of random sizes from the model's search space, and for a ViT with random token schedules, take turns; what each
+half of a block took is fitted as a sum over its widths and tokens. The table, in JSON, holds measurements, fit and
+settings, and how well it predicts whole networks that the fit did not see. It is of this model, this machine, these
+threads and this batch size: measure again for others,
 with nothing else running if you can."""
 
-TOKEN_DEMO = {"output_dir": "runs/demo_tokens", "target_macs": 0.7, "num_train_epochs": 10, "finetune_epochs": 0}
+TOKEN_DEMO = {"output_dir": "runs/demo_tokens", "num_train_epochs": 10, "finetune_epochs": 0}
 
 EVALUATE = """Measure an image classifier: top-1, top-5, MACs, parameters, file size, images per second. Prints JSON."""
 

@@ -44,15 +44,6 @@ class BiMaskConfig(Budget):
         None, "Budget in MACs: at most 1 = share of the dense model, above 1 = absolute. 0.5 if no target is given."
     )
     target_params: float | None = _field(None, "Budget in parameters instead, likewise. Give one target, not both.")
-    target_latency_ms: float | None = _field(
-        None, "Budget in milliseconds of one batch instead, as latency_table predicts them; always absolute."
-    )
-    # In this order: the command line takes the second of a union's types.
-    latency_table: dict[str, Any] | str | None = _field(
-        None,
-        "File of `ofb-hf latency-table`, which measures this machine; what it says becomes part of the config. Beside "
-        "other budgets the predicted latency is written down.",
-    )
     search_embedding: bool = _field(True, "Search the width of the residual stream (of every stage).")
     search_attention: bool = _field(True, "Search heads x channels per head, jointly, in every attention.")
     search_mlp: bool = _field(True, "Search the hidden width of every MLP.")
@@ -64,7 +55,7 @@ class BiMaskConfig(Budget):
         },
     )
     search_tokens: bool = _field(
-        False, "Search how many tokens each layer keeps, too, under the same budget in MACs. ViT only."
+        False, "Search how many tokens each layer keeps, too, under the same budget in MACs or milliseconds. ViT only."
     )
     embedding_candidates: list[int] | None = _field(None, "Residual widths to choose from; every full one included.")
     head_candidates: list[int] | None = _field(None, "Numbers of heads to choose from; every full one included.")
@@ -199,11 +190,7 @@ class BiMaskConfig(Budget):
         conflicts = {
             f"target_params is {self.target_params}, and tokens have no parameters": (
                 self.target_params is not None,
-                "give target_macs",
-            ),
-            "latency_table is given, and knows one number of tokens only": (
-                self.latency_table is not None,
-                "leave it out, and give target_macs",
+                "give target_macs or target_latency_ms",
             ),
             f"importance_from is {self.importance_from!r}, which observes nothing that tells what tokens are worth": (
                 self.importance_from != "first_order",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architectures import describe, require_classifier, vit_schedule_terms
+from .architectures import describe, require_classifier, scheduled
 from .search_space import SubnetSpec
 from .unit_groups import Architecture, Term, quantities
 
@@ -27,10 +27,7 @@ def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | N
     Raises:
         UnsupportedArchitectureError: for a model of another family.
     """
-    if subnet is None or subnet.token_schedule is None:
-        return count_cost(model, lambda architecture: architecture.macs, subnet)
-    scheduled = vit_schedule_terms(model.config if isinstance(model, nn.Module) else model, subnet.token_schedule)
-    return count_cost(model, lambda architecture: scheduled, subnet)
+    return count_cost(model, lambda architecture: architecture.macs, subnet)
 
 
 def count_params(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:
@@ -49,7 +46,7 @@ def count_cost(
         model, subnet: as for `count_macs`.
         terms_of: the cost terms of an architecture.
     """
-    architecture = _architecture(model)
+    architecture = _architecture(model, None if subnet is None else subnet.token_schedule)
     sizes = dict(architecture.sizes)
     if subnet is not None:
         sizes |= {name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()}
@@ -83,8 +80,10 @@ class ExpectedCost(nn.Module):
         return (self.coefficients * first * second).sum()
 
 
-def _architecture(model: PreTrainedModel | PreTrainedConfig) -> Architecture:
+def _architecture(
+    model: PreTrainedModel | PreTrainedConfig, token_schedule: list[list[int]] | None = None
+) -> Architecture:
     if isinstance(model, nn.Module):
         require_classifier(model)
-        return describe(model.config)
-    return describe(model)
+        model = model.config
+    return describe(model) if token_schedule is None else scheduled(model, token_schedule)

@@ -1,16 +1,16 @@
 """Milliseconds as a cost like MACs and parameters: a sum of terms, with coefficients measured on one machine.
 
 The forward pass is cut into parts: what comes before the first block, the attention and MLP halves of every block with
-their norm and residual, patch merging, and what comes after the last block. The time of a part is fitted as a sum of
-products of sizes that work and memory traffic are proportional to (presence, width, heads, units, width x units) with
-coefficients that are 0 or positive, so that nothing gets faster by growing. They are integers, in picoseconds: a
-network's predicted latency is exact arithmetic, whatever the measurement was worth.
+their norm and residual, the reduction of tokens between them, patch merging, and what comes after the last block. The
+time of a part is fitted as a sum of products of sizes and tokens that work and memory traffic are proportional to
+(`parts.py`) with coefficients that are 0 or positive, so that nothing gets faster by growing. The terms that they make
+are whole picoseconds: a network's predicted latency is exact arithmetic, whatever the measurement was worth.
 """
 
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .flops import count_cost, evaluate_terms
 from .search_space import SubnetSpec
-from .unit_groups import Architecture, Term, heads_of, presence_of, quantities
+from .unit_groups import Architecture, Part, Term, quantities
 
 PICOSECONDS = 10**9  # in a millisecond
 LATENCY_TABLE_FILE = "latency_table.json"
@@ -28,54 +28,13 @@ SETTINGS = ("batch_size", "num_threads", "device", "dtype")  # under which laten
 COMMAND = "ofb-hf latency-table MODEL --output FILE"
 
 
-@dataclass(frozen=True)
-class Part:
-    """A stretch of the forward pass that is timed as one.
-
-    Args:
-        name: the submodule, or `stem`, `stages.0.merging`, `head`.
-        kind: parts of one kind share their coefficients.
-        products: what its time is a sum of: word -> the quantities that are multiplied.
-    """
-
-    name: str
-    kind: str
-    products: dict[str, tuple[str, ...]]
-
-
-def parts_of(architecture: Architecture) -> Iterator[Part]:
-    """The parts of a network in the order of its forward pass; together they are all of it."""
-    width, stage = "", -1
-    for submodule in architecture.submodules:
-        name, kind = submodule.name, submodule.kind
-        if kind == "embedding":
-            if width:
-                merging = {
-                    "constant": (),
-                    "width": (width,),
-                    "next width": (name,),
-                    "width x next width": (width, name),
-                }
-                yield Part(f"stages.{stage}.merging", f"stages.{stage}.merging", merging)
-            else:
-                yield Part("stem", "stem", {"constant": (), "width": (name,)})
-            width, stage = name, stage + 1
-            continue
-        present = presence_of(name)
-        products = {"presence": (present,), "width": (width, present)}
-        products |= {"heads": (heads_of(name),)} if kind == "attention" else {}
-        products |= {"units": (name,), "width x units": (width, name)}
-        yield Part(name, ".".join(filter(None, ["stages", str(stage), kind, submodule.variant])), products)
-    yield Part("head", "head", {"constant": (), "width": (width,)})
-
-
-def amounts_of(part: Part, amounts: dict[str, int]) -> list[int]:
+def amounts_of(part: Part, amounts: dict[str, int]) -> dict[str, int]:
     """The values of a part's products, given the value of every quantity."""
-    return [math.prod(amounts[name] for name in factors) for factors in part.products.values()]
+    return {name: evaluate_terms((product,), amounts) for name, product in part.products.items()}
 
 
-def fit_coefficients(rows: list[list[int]], picoseconds: list[float]) -> list[int]:
-    """Coefficients, 0 or positive, with which sums over products come closest to times, in relative terms.
+def fit_coefficients(rows: list[list[int]], picoseconds: list[float]) -> list[float]:
+    """Coefficients, 0 or positive, with which sums over products come closest to times, in relative terms; six digits.
 
     Args:
         rows: (P, K) values of the products of every point.
@@ -94,7 +53,7 @@ def fit_coefficients(rows: list[list[int]], picoseconds: list[float]) -> list[in
             if (found >= 0).all() and error < least:
                 best, least = np.zeros(values.shape[1]), error
                 best[chosen] = found
-    return [round(value) for value in (best / scale).tolist()]
+    return [float(f"{value:.6g}") for value in (best / scale).tolist()]
 
 
 @dataclass
@@ -116,7 +75,7 @@ class LatencyTable:
         points: what was measured: {"kind", one entry per product, "ms"}.
 
     Raises:
-        ValueError: for coefficients that are no whole numbers of 0 or more.
+        ValueError: for coefficients that are no numbers of 0 or more.
     """
 
     model: str
@@ -125,7 +84,7 @@ class LatencyTable:
     settings: dict[str, Any]
     hardware: str
     versions: dict[str, str]
-    coefficients: dict[str, dict[str, int]]
+    coefficients: dict[str, dict[str, float]]
     residuals: dict[str, dict[str, float]] = field(default_factory=dict)
     check: dict[str, Any] = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
@@ -133,31 +92,37 @@ class LatencyTable:
     def __post_init__(self):
         for kind, products in self.coefficients.items():
             for product, value in products.items():
-                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                     raise ValueError(
-                        f"the coefficient of {product!r} in {kind!r} is {value!r}; it is a whole number of "
-                        f"picoseconds, 0 or more. Measure the table again: {COMMAND}."
+                        f"the coefficient of {product!r} in {kind!r} is {value!r}; it is a number of picoseconds, 0 or "
+                        f"more. Measure the table again: {COMMAND}."
                     )
 
     def terms(self, architecture: Architecture) -> tuple[Term, ...]:
-        """The predicted latency of a network, in picoseconds, as a cost.
+        """The predicted latency of a network, in picoseconds, as a cost; errors as `terms_of`."""
+        return self.terms_of(architecture.parts)
+
+    def terms_of(self, parts: Iterable[Part]) -> tuple[Term, ...]:
+        """That of parts of one.
 
         Raises:
-            ValueError: if a part of it has no coefficients here.
+            ValueError: if a part has no coefficients here.
         """
         terms = []
-        for part in parts_of(architecture):
+        for part in parts:
             known = self.coefficients.get(part.kind)
             if known is None or set(known) != set(part.products):
                 raise ValueError(
                     f"the latency table of {self.model} has no {list(part.products)} for {part.kind!r}; measure one "
                     f"for this model: {COMMAND}."
                 )
-            terms += [Term(known[product], factors) for product, factors in part.products.items()]
-        return tuple(term for term in terms if term.coefficient)
+            found = ((known[name], product) for name, product in part.products.items())
+            terms += [Term(_whole(each * product.coefficient), product.factors) for each, product in found if each]
+        return tuple(terms)
 
     def require_fit(self, architecture: Architecture) -> None:
-        """Raises ValueError, in words, unless an architecture is the measured one or could be cut from it."""
+        """Raises ValueError, in words, unless an architecture is the measured one or could be cut from it, and all of
+        its parts were measured."""
         theirs, ours = {name: tuple(size) for name, size in self.sizes.items()}, architecture.sizes
         differing: dict[str, tuple[Any, Any]] = {}
         if list(theirs) != list(ours):
@@ -172,6 +137,7 @@ class LatencyTable:
                 f"the latency table is of {self.model}, which this model is no smaller version of; (table, here) "
                 f"differ in {differing}. Measure one for this model, with as many labels: {COMMAND}."
             )
+        self.terms(architecture)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -246,6 +212,13 @@ def count_latency(
 def milliseconds(picoseconds: float) -> float:
     """The same time, for people."""
     return picoseconds / PICOSECONDS
+
+
+def _whole(picoseconds: Any) -> Any:
+    """The whole number next to a number, or those next to an array; scalar tensors, to be differentiated, stay."""
+    if isinstance(picoseconds, int | float):
+        return round(picoseconds)
+    return np.rint(picoseconds) if isinstance(picoseconds, np.ndarray) else picoseconds
 
 
 def _summary(sizes: dict[str, tuple[int, ...]]) -> str:

@@ -7,43 +7,59 @@ be worth.
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTConfig
 
-from .architectures import UnsupportedArchitectureError, describe, vit_schedule_terms
-from .flops import evaluate_terms
+from .architectures import UnsupportedArchitectureError, scheduled
+from .budget import Budget
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import TokenReduction
 from .settlement import UnreachableBudgetError
 from .tokens import (
     SMALLEST,
+    Cost,
     full_schedule,
     learned_schedule,
     num_tokens,
     ranking_layers,
     require_class_token,
-    schedule_macs,
+    schedule_cost,
 )
-from .unit_groups import quantities
+from .unit_groups import macs_of
 
 # Size of a token that is hidden: its attention is multiplied by this, as in the published code's masked softmax.
 HIDDEN = 1e-6
 
 
 @dataclass
-class TokenSearchConfig:
-    """How tokens are searched.
+class TokenSearchConfig(Budget):
+    """How tokens are searched, and what the result may cost.
 
     Raises:
-        ValueError: for values out of range, naming them.
-    """
+        ValueError: for two budgets, one that is no share and no count, a latency table that is missing or none, and
+            values out of range, naming them.
 
-    target_macs: float = field(
-        default=0.7, metadata={"help": "Budget: up to 1 a share of the model's MACs, above 1 MACs of one image."}
+    Example:
+
+    ```python
+    >>> from ofb_hf.learned_tokens import TokenSearchConfig
+
+    >>> TokenSearchConfig(token_granularity=4).budget
+    ('target_macs', 0.7)
+    ```"""
+
+    default_macs: ClassVar[float] = 0.7
+
+    target_macs: float | None = field(
+        default=None,
+        metadata={
+            "help": "Budget in MACs: at most 1 = share of the model with all its tokens, above 1 = absolute. 0.7 if no "
+            "target is given."
+        },
     )
     token_granularity: int = field(
         default=1, metadata={"help": "Gap between candidate token counts (ours; DiffRate's default is 4)."}
@@ -57,8 +73,7 @@ class TokenSearchConfig:
     )
 
     def __post_init__(self):
-        if not self.target_macs > 0:
-            raise ValueError(f"target_macs is {self.target_macs}; give a share up to 1, or a number of MACs above 1.")
+        self.check_budget()
         if self.token_granularity < 1:
             raise ValueError(f"token_granularity is {self.token_granularity}; it is a gap of at least 1 token.")
         for name in ("token_learning_rate", "token_macs_weight"):
@@ -69,22 +84,27 @@ class TokenSearchConfig:
         """All fields by name."""
         return asdict(self)
 
-    def target(self, config: ViTConfig) -> int:
-        """The budget in MACs for a model that keeps all its tokens.
+    def target_for(self, config: ViTConfig) -> int:
+        """The budget for a model that keeps all its tokens, as an absolute cost in MACs or picoseconds.
 
         Raises:
-            ValueError: for a budget above what the model costs.
+            ValueError: for a budget above what the model costs, and for a latency table of another model.
             UnreachableBudgetError: for one below the smallest schedule, naming what that costs.
         """
-        dense = schedule_macs(config, full_schedule(config))
-        target = int(self.target_macs * dense) if self.target_macs <= 1 else int(self.target_macs)
-        if target > dense:
-            raise ValueError(f"target_macs is {target:,}, more than the {dense:,} of the model with all its tokens.")
-        smallest = schedule_macs(config, learned_schedule(config, [SMALLEST] * (len(ranking_layers(config)) - 2)))
+        fewest = learned_schedule(config, [SMALLEST] * (len(ranking_layers(config)) - 2))
+        if self.table is not None:
+            self.table.require_fit(scheduled(config, full_schedule(config)))
+            self.table.terms(scheduled(config, fewest))  # reductions have been measured, too
+        dense, smallest = (schedule_cost(config, each, self.terms_of) for each in (full_schedule(config), fewest))
+        target = self.target(dense)
         if smallest > target:
+            advice = "raise it to at least that, or make the model narrower first"
+            if smallest >= dense:
+                advice = f"all tokens cost {self.show(dense)}, so fewer gain nothing here; more images in a batch may"
             raise UnreachableBudgetError(
-                f"target_macs is {target:,}, below the smallest token schedule, which costs {smallest:,}; raise it to "
-                "at least that, or make the model narrower first."
+                f"{self.budget[0]} is {self.show(target)}, below the smallest token schedule, which costs "
+                f"{self.show(smallest)}; {advice}.",
+                smallest,
             )
         return target
 
@@ -205,8 +225,8 @@ def learned_reductions(model: OFBViTForImageClassification) -> list[LearnedReduc
     return [layer.reduction for layer in model.vit.layers if isinstance(layer.reduction, LearnedReduction)]
 
 
-def expected_macs(model: OFBViTForImageClassification) -> Tensor:
-    """MACs under the counts as they are now, rounded up; a scalar to differentiate.
+def expected_cost(model: OFBViTForImageClassification, cost: Cost = macs_of) -> Tensor:
+    """MACs, or what else counts, under the counts as they are now, rounded up; a scalar to differentiate.
 
     As in the published code, a layer feels the price of its count even where an earlier layer left fewer tokens. But of
     its two counts only the one that binds: tokens that are merged away cost nothing more if fewer are dropped. (The
@@ -220,8 +240,7 @@ def expected_macs(model: OFBViTForImageClassification) -> Tensor:
         kept = torch.minimum(left, reduction.kept())
         left = own + (torch.minimum(left, own) - own).detach()
         learned.append([kept, left])
-    terms = vit_schedule_terms(config, learned_schedule(config, learned))
-    return evaluate_terms(terms, quantities(describe(config).sizes))
+    return schedule_cost(config, learned_schedule(config, learned), cost)
 
 
 def read_expected_counts(model: OFBViTForImageClassification) -> list[list[float]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig
 
-from .architectures import vit_schedule_terms
+from .architectures import scheduled
 from .candidates import IMPORTANCE_SCORE
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import rank_tokens
@@ -26,8 +26,8 @@ from .token_choice import (
     schedule_family,
     spread_over_family,
 )
-from .tokens import Schedule, num_tokens
-from .unit_groups import Term, quantities
+from .tokens import Cost, Schedule, full_schedule, num_tokens
+from .unit_groups import Architecture, quantities
 
 TRIED = 16  # numbers of tokens to which merging is tried in each layer, about evenly apart on a scale of square roots
 ROUNDS = 2
@@ -163,10 +163,9 @@ class SearchedTokens(nn.Module):
         falling = np.maximum.accumulate(observed[:, ::-1], axis=1)[:, ::-1]  # fewer tokens are never worth more
         return IMPORTANCE_SCORE / total * np.stack([np.interp(every, points, row) for row in falling])
 
-    def terms(self, config: ViTConfig, schedule: Schedule | None = None) -> tuple[Term, ...]:
-        """MACs of the model under a schedule, by default under the one that was decided, or with all tokens."""
-        full = [[self.num_tokens] * 2] * config.num_hidden_layers
-        return vit_schedule_terms(config, schedule or self.decided or full)
+    def architecture(self, config: ViTConfig) -> Architecture:
+        """The model under the schedule that was decided, or with all tokens."""
+        return scheduled(config, self.decided or full_schedule(config))
 
     def settle(
         self,
@@ -174,7 +173,8 @@ class SearchedTokens(nn.Module):
         sizes: Mapping[str, tuple[int, ...]],
         target: int,
         total: float | None,
-        solve: Callable[[tuple[Term, ...], list[str]], Settlement],
+        cost: Cost,
+        solve: Callable[[Architecture, list[str]], Settlement],
         choose: Callable[[list[Settlement]], Settlement] | None = None,
     ) -> Settlement:
         """The best widths and schedule under one budget; a schedule that was decided stays.
@@ -184,8 +184,8 @@ class SearchedTokens(nn.Module):
 
         Args:
             config: of the model. sizes: submodule name -> units, of the dense model.
-            target: the budget. total: as for `curves`.
-            solve: (cost terms, attentions that have to keep units) -> the best widths.
+            target: the budget, in what `cost` counts. total: as for `curves`.
+            solve: (the model under a schedule, attentions that have to keep units) -> the best widths.
             choose: picks among settlements that differ in how much of the budget tokens give up; by default the one
                 with the best score.
 
@@ -194,14 +194,15 @@ class SearchedTokens(nn.Module):
         """
 
         def widths(schedule: Schedule) -> Settlement:
-            return solve(self.terms(config, schedule), [*map(attention_of, reducing_layers(schedule, self.num_tokens))])
+            needed = [*map(attention_of, reducing_layers(schedule, self.num_tokens))]
+            return solve(scheduled(config, schedule), needed)
 
         if (decided := self.decided) is not None:
             return widths(decided)
         curves, best, amounts = self.curves(total), None, quantities(sizes)
         for _ in range(ROUNDS):
             reducing = [layer for layer in range(1, config.num_hidden_layers) if amounts[attention_of(layer)]]
-            family = schedule_family(config, amounts, curves, reducing)
+            family = schedule_family(config, amounts, curves, reducing, cost)
             try:
                 found = best_in_family(family, widths, curves, TIGHTNESS * target)
             except UnreachableBudgetError:
@@ -213,7 +214,7 @@ class SearchedTokens(nn.Module):
                 best.score,
             ):
                 best, chosen_from = found, family
-            free = solve(self.terms(config, best.token_schedule), []).choice
+            free = solve(scheduled(config, best.token_schedule), []).choice
             amounts = quantities(dict(sizes) | {name: option.size for name, option in free.items()})
         if choose is None:
             return best

@@ -58,12 +58,6 @@ class Supernet(Choices):
         self.dense_sizes, self.dense_macs = architecture.sizes, count_macs(model)
         self.dense_cost = evaluate_terms(self.terms, quantities(architecture.sizes))
         self.target = config.target(self.dense_cost)
-        if self.target > self.dense_cost:
-            name, value = config.budget
-            raise ValueError(
-                f"{name} is {value:,}, more than the {config.show(self.dense_cost)} of the model itself; nothing would "
-                "be removed."
-            )
         self.bi_masks = nn.ModuleList()
         for space in self.space:
             leader = () if space.tied_to is None else (self.named_masks[space.tied_to],)

@@ -1,6 +1,6 @@
 """Which token schedules a search under one budget has to consider, and the best of them with the widths beside it.
 
-Under a price on MACs the best schedule is a shortest path through the layers. Falling prices give a family of
+Under a price on what they cost the best schedule is a shortest path through the layers. Falling prices give a family of
 schedules, from the smallest to the one with all tokens; each leaves the widths a budget of their own.
 """
 
@@ -12,10 +12,11 @@ from dataclasses import replace
 import numpy as np
 from transformers import ViTConfig
 
+from .architectures import vit_layer_parts
 from .flops import evaluate_terms
 from .settlement import Settlement, UnreachableBudgetError
-from .tokens import Schedule, num_tokens
-from .unit_groups import block_macs, reduction_macs
+from .tokens import Cost, Schedule, num_tokens
+from .unit_groups import macs_of
 
 SMALLEST_COUNT = 2  # the class token and a patch
 PRICES = 40
@@ -42,12 +43,6 @@ def schedule_of(left: list[int], tokens: int) -> Schedule:
     return [[before, after] for before, after in zip(entering[:-2], left[:-1], strict=True)] + [[left[-1]] * 2]
 
 
-def smallest_schedule(config: ViTConfig) -> Schedule:
-    """All tokens in the first layer, whose class token has not seen the image yet, and one patch from the second on."""
-    tokens = num_tokens(config)
-    return schedule_of([tokens, *[SMALLEST_COUNT] * (config.num_hidden_layers - 1)], tokens)
-
-
 def reducing_layers(schedule: Schedule, tokens: int) -> list[int]:
     """The layers that hand on fewer tokens than they get."""
     entering = [tokens, *(left for _, left in schedule)]
@@ -66,7 +61,11 @@ def schedule_loss(curves: np.ndarray, schedule: Schedule) -> float:
 
 
 def schedule_family(
-    config: ViTConfig, amounts: Mapping[str, int], curves: np.ndarray, reducing: Collection[int]
+    config: ViTConfig,
+    amounts: Mapping[str, int],
+    curves: np.ndarray,
+    reducing: Collection[int],
+    cost: Cost = macs_of,
 ) -> list[Schedule]:
     """Schedules that are worth considering, from all tokens to the fewest.
 
@@ -75,15 +74,17 @@ def schedule_family(
         amounts: the quantities that cost terms multiply, for widths that the result may have.
         curves: as for `schedule_loss`, falling with n.
         reducing: layers that may reduce their tokens.
+        cost: what counts.
     """
     tokens, layers = num_tokens(config), range(config.num_hidden_layers)
     counts = np.arange(SMALLEST_COUNT, tokens + 1)
-    tables = [_layer_table(layer, config, amounts, curves[layer], counts, layer in reducing) for layer in layers]
-    unit = sum(float(cost[-1, -1]) for _, cost in tables)  # all tokens everywhere
+    costs = [_layer_costs(layer, config, amounts, counts, cost) for layer in layers]
+    tables = [_layer_table(curves[layer], costs[layer], counts, layer in reducing) for layer in layers]
+    unit = sum(float(priced[-1, -1]) for _, priced in tables)  # all tokens everywhere
     prices = np.geomspace(1e-6, 1e2, PRICES) * max(float(curves.max()), 1e-12) / unit
     family = [[tokens] * len(layers)]
     for price in prices:
-        left = _shortest_path([loss + price * cost for loss, cost in tables], counts)
+        left = _shortest_path([loss + price * priced for loss, priced in tables], counts)
         if left not in family:
             family.append(left)
     smallest = [tokens if layer < min(reducing, default=len(layers)) else SMALLEST_COUNT for layer in layers]
@@ -97,17 +98,23 @@ def schedule_family(
     return [schedule_of(left, tokens) for left in _filled_in(family, share)]
 
 
-def _layer_table(
-    layer: int, config: ViTConfig, amounts: Mapping[str, int], curve: np.ndarray, counts: np.ndarray, reduces: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and MACs of a layer for each pair of tokens that come in and that are left, (counts, counts) both."""
+def _layer_costs(
+    layer: int, config: ViTConfig, amounts: Mapping[str, int], counts: np.ndarray, cost: Cost
+) -> np.ndarray:
+    """Of each pair of tokens that come in and that are left, (counts, counts)."""
     before, after = counts[:, None], counts[None]
-    attention, width = attention_of(layer), "embeddings"
-    terms = block_macs(width, attention, f"layers.{layer}.mlp", tokens=after, attending=before, window=before)
     kept = before if layer < config.num_hidden_layers - 1 else after
-    cost = evaluate_terms((*terms, *reduction_macs(width, attention, before, kept, after)), amounts).astype(float)
+    found = evaluate_terms(cost(vit_layer_parts(config, layer, before, kept, after)), amounts)
+    return np.broadcast_to(found, (len(counts), len(counts))).astype(float)
+
+
+def _layer_table(
+    curve: np.ndarray, costs: np.ndarray, counts: np.ndarray, reduces: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a layer loses and costs for each of these pairs, infinite for those that cannot be."""
+    before, after = counts[:, None], counts[None]
     impossible = after > before if reduces else after != before
-    return np.where(impossible, np.inf, curve[after] - curve[before]), np.where(impossible, np.inf, cost)
+    return np.where(impossible, np.inf, curve[after] - curve[before]), np.where(impossible, np.inf, costs)
 
 
 def _shortest_path(tables: list[np.ndarray], counts: np.ndarray) -> list[int]:

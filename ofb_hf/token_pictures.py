@@ -130,20 +130,26 @@ def draw_tokens(
             axis.set_title(f"layer {layer}\n{fates}", fontsize=8)
 
 
-def plot_token_search(history: list[dict[str, Any]], schedule: Schedule, target: int, path: str | Path) -> None:
+def plot_token_search(
+    history: list[dict[str, Any]], schedule: Schedule, target: float, budget: str, path: str | Path
+) -> None:
     """Draws a search for token counts: cost against the budget, and what is left in every layer.
 
     Args:
         history: rows of `search_history.jsonl`.
         schedule: the result.
-        target: the budget in MACs.
+        target: the budget, in MACs or milliseconds.
+        budget: `target_macs` or `target_latency_ms`.
         path: PNG to write.
     """
     rows = [row for row in history if row["phase"] == "search"]
-    scale, unit = (1e9, "G") if target >= 1e9 else (1e6, "M")
+    scale, unit = (1e9, "G MACs") if target >= 1e9 else (1e6, "M MACs")
+    if budget == "target_latency_ms":
+        scale, unit = 1, "predicted ms"
+    expected = budget.replace("target", "expected")
     with drawing(path, 1, 2, figsize=(11, 4.2)) as (cost, counts):
-        cost.plot([row["step"] for row in rows], [row["expected_macs"] / scale for row in rows], label="learned counts")
+        cost.plot([row["step"] for row in rows], [row[expected] / scale for row in rows], label="learned counts")
         cost.axhline(target / scale, label="budget", color="tab:red", linestyle="--", linewidth=1)
-        cost.set(title="Cost of the network", xlabel="search step", ylabel=f"{unit} MACs", ylim=(0, None))
+        cost.set(title="Cost of the network", xlabel="search step", ylabel=unit, ylim=(0, None))
         cost.legend()
         draw_schedule(counts, schedule)

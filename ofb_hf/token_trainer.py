@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .distillation import DistillationTrainer
-from .learned_tokens import TokenSearchConfig, expected_macs, install_learned_counts, read_expected_counts
+from .learned_tokens import TokenSearchConfig, expected_cost, install_learned_counts, read_expected_counts
 from .losses import flops_loss
 from .models import OFBViTForImageClassification
-from .tokens import Schedule, full_schedule, schedule_macs, settle_schedule
+from .tokens import Schedule, full_schedule, schedule_cost, settle_schedule
 from .training_args import OFBTrainingArguments
 
 TOKEN_SEARCH_FILE = "token_search_config.json"
@@ -56,8 +56,8 @@ class TokenTrainer(DistillationTrainer):
     ):
         self.token_config = config or TokenSearchConfig()
         learner = install_learned_counts(model, self.token_config.token_granularity)
-        self.target = self.token_config.target(learner.config)
-        self.dense_macs = schedule_macs(learner.config, full_schedule(learner.config))
+        self.target = self.token_config.target_for(learner.config)
+        self.dense_cost = schedule_cost(learner.config, full_schedule(learner.config), self.token_config.terms_of)
         if teacher is None and args.distillation_weight != 0:
             teacher = OFBViTForImageClassification.from_dense(model, token_schedule=full_schedule(learner.config))
         super().__init__(learner.train(model.training), args, teacher, distillation_weight=0.5, **kwargs)
@@ -67,8 +67,11 @@ class TokenTrainer(DistillationTrainer):
     ) -> tuple[Any, dict[str, Tensor], Tensor]:
         """Classification and budget losses of one micro-batch."""
         outputs, parts, loss = super().training_losses(model, pixel_values, labels)
-        parts["expected_macs"] = expected_macs(self.learner)
-        parts["flops"] = flops_loss(parts["expected_macs"], self.target, self.dense_macs)
+        expected = expected_cost(self.learner, self.token_config.terms_of)
+        name, _ = self.token_config.budget
+        parts["expected_macs"] = expected_cost(self.learner)
+        parts[name.replace("target", "expected")] = expected / self.token_config.unit
+        parts["flops"] = flops_loss(expected, self.target, self.dense_cost)
         return outputs, parts, loss + self.token_config.token_macs_weight * parts["flops"]
 
     @property
@@ -77,8 +80,9 @@ class TokenTrainer(DistillationTrainer):
         return self.accelerator.unwrap_model(self.model)
 
     def schedule(self) -> Schedule:
-        """The whole counts that the learned ones stand for now; its MACs are at most the budget."""
-        return settle_schedule(self.learner.config, read_expected_counts(self.learner), self.target)
+        """The whole counts that the learned ones stand for now; what they cost is at most the budget."""
+        counts = read_expected_counts(self.learner)
+        return settle_schedule(self.learner.config, counts, self.target, self.token_config.terms_of)
 
     def scheduled(self) -> OFBViTForImageClassification:
         """A classifier with the weights as they were, and the schedule as it is now."""

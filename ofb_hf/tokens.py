@@ -5,18 +5,20 @@ model does with it is in `models/`; how one is learned, in `learned_tokens.py`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 from transformers import ViTConfig
 
-from .architectures import UnsupportedArchitectureError, describe, vit_schedule_terms
+from .architectures import UnsupportedArchitectureError, describe, vit_parts
 from .flops import evaluate_terms
 from .settlement import UnreachableBudgetError
-from .unit_groups import quantities
+from .unit_groups import Part, Term, macs_of, quantities
 
 Schedule = list[list[int]]
+# What is counted of parts of the forward pass: `macs_of`, or picoseconds (`LatencyTable.terms_of`).
+Cost = Callable[[Iterable[Part]], tuple[Term, ...]]
 
 SMALLEST = [2, 2]  # the class token and one patch
 # How near a schedule is brought to its budget before single tokens are counted, in tokens per layer.
@@ -137,15 +139,20 @@ def learned_schedule(config: ViTConfig, counts: list[list[Any]]) -> list[list[An
     return schedule
 
 
-def schedule_macs(config: ViTConfig, schedule: Schedule) -> int:
-    """Exact MACs of a model under a schedule whose counts do not rise; `count_macs` of the model that obeys it."""
-    return _mac_counter(config)(schedule)
+def schedule_cost(config: ViTConfig, schedule: list[list[Any]], cost: Cost = macs_of) -> Any:
+    """What a model costs under a schedule whose counts do not rise; `count_cost` of the model that obeys it.
+
+    Args:
+        schedule: whole numbers, for exact costs, or scalar tensors, for a cost to differentiate.
+        cost: what counts.
+    """
+    return _counter(config, cost)(schedule)
 
 
-def _mac_counter(config: ViTConfig) -> Callable[[Schedule], int]:
-    """`schedule_macs` for many schedules of one model."""
+def _counter(config: ViTConfig, cost: Cost) -> Callable[[list[list[Any]]], Any]:
+    """`schedule_cost` for many schedules of one model."""
     amounts = quantities(describe(config).sizes)
-    return lambda schedule: evaluate_terms(vit_schedule_terms(config, schedule), amounts)
+    return lambda schedule: evaluate_terms(cost(vit_parts(config, schedule)), amounts)
 
 
 def published_schedule(config: ViTConfig, gmacs: float) -> Schedule:
@@ -180,11 +187,11 @@ def published_schedule(config: ViTConfig, gmacs: float) -> Schedule:
     return [[kept, merged] for kept, merged in zip(*known[gmacs], strict=True)]
 
 
-def fixed_rate_schedule(config: ViTConfig, target: int, merge: bool = True) -> Schedule:
+def fixed_rate_schedule(config: ViTConfig, target: int, merge: bool = True, cost: Cost = macs_of) -> Schedule:
     """As many tokens fewer in every layer but the first, by merging (ToMe, arXiv:2210.09461) or dropping.
 
     Args:
-        target: budget in MACs; the schedule is the largest of its kind that fits.
+        target: budget in what `cost` counts; the schedule is the largest of its kind that fits.
 
     Raises:
         UnreachableBudgetError: where none fits.
@@ -200,71 +207,102 @@ def fixed_rate_schedule(config: ViTConfig, target: int, merge: bool = True) -> S
             schedule.append([schedule[-1][1] if merge else left, left])
         return schedule
 
-    return at(_smallest_rate(_mac_counter(config), target, at, 0.0, float(tokens)))
+    return at(_smallest_rate(_counter(config, cost), target, at, 0.0, float(tokens)))
 
 
-def settle_schedule(config: ViTConfig, expected: list[list[float]], target: int) -> Schedule:
-    """Whole counts near learned ones, whose MACs are at most the budget, and as near to it as one token allows.
+def settle_schedule(config: ViTConfig, expected: list[list[float]], target: int, cost: Cost = macs_of) -> Schedule:
+    """Whole counts near learned ones, whose cost is at most the budget, and as near to it as one token allows.
 
     Args:
         expected: learned (kept, merged), as expectations, of the layers that learn them (`learned_schedule`).
-        target: budget in MACs.
+        target: budget in what `cost` counts.
 
     Raises:
         UnreachableBudgetError: where no schedule fits.
     """
-    tokens, macs = num_tokens(config), _mac_counter(config)
+    tokens, counted = num_tokens(config), _counter(config, cost)
 
-    def at(removed: float) -> Schedule:
-        left, learned = tokens, []
-        for counts in expected:
-            kept, merged = (max(2, math.floor(count - removed + 0.5)) for count in counts)
-            kept = min(left, kept)
-            left = min(kept, merged)
-            learned.append([kept, left])
-        return learned
+    def meant(learned: Schedule) -> Schedule:
+        return learned_schedule(config, _falling(learned, tokens))
 
     def count(learned: Schedule) -> int:
-        return macs(learned_schedule(config, learned))
+        return counted(meant(learned))
+
+    def at(removed: float) -> Schedule:
+        rounded = [[max(2, math.floor(count - removed + 0.5)) for count in counts] for counts in expected]
+        return _worthwhile(count, _falling(rounded, tokens), tokens)
 
     removed = _smallest_rate(count, target, at, -float(tokens), float(tokens))
     wanted = [[count - removed for count in counts] for counts in expected]
-    return learned_schedule(config, _filled(count, at(removed), wanted, target, tokens))
+    learned, best = [], at(removed)
+    while best != learned:
+        learned, best = best, _worthwhile(count, _filled(count, best, wanted, target, tokens), tokens)
+    return meant(best)
+
+
+def _falling(counts: Schedule, tokens: int) -> Schedule:
+    """The counts that are meant: no more than before. `tokens` enter the first layer."""
+    left, falling = tokens, []
+    for kept, merged in counts:
+        kept = min(left, kept)
+        left = min(kept, merged)
+        falling.append([kept, left])
+    return falling
+
+
+def _worthwhile(count: Callable[[Schedule], int], learned: Schedule, tokens: int) -> Schedule:
+    """The counts without reductions that cost more than they save; such layers have `tokens`, and let all pass.
+
+    A reduction has a price of its own, in time above all: a few large ones may be worth it where many small ones are
+    not.
+    """
+    while True:
+        reducing = [layer for layer, counts in enumerate(learned) if counts != [tokens, tokens]]
+        fewer = [[*learned[:layer], [tokens, tokens], *learned[layer + 1 :]] for layer in reducing]
+        cheapest = min(fewer, key=count, default=learned)
+        if not reducing or count(cheapest) >= count(learned):
+            return learned
+        learned = cheapest
 
 
 def _smallest_rate(
-    macs: Callable[[Schedule], int], target: int, at: Callable[[float], Schedule], low: float, high: float
+    count: Callable[[Schedule], int], target: int, at: Callable[[float], Schedule], low: float, high: float
 ) -> float:
     """Where the schedules between two rates begin to fit; the schedule of what is returned does."""
-    if macs(at(high)) > target:
-        raise UnreachableBudgetError(f"no token schedule of this kind costs at most {target:,} MACs; raise the budget.")
-    if macs(at(low)) <= target:
+    if (smallest := count(at(high))) > target:
+        raise UnreachableBudgetError(
+            f"no token schedule of this kind costs at most {target:,}, the smallest costs {smallest:,}; raise the "
+            "budget to at least that.",
+            smallest,
+        )
+    if count(at(low)) <= target:
         return low
     while high - low > FINENESS:
         middle = (low + high) / 2
-        low, high = (low, middle) if macs(at(middle)) <= target else (middle, high)
+        low, high = (low, middle) if count(at(middle)) <= target else (middle, high)
     return high
 
 
 def _filled(
-    macs: Callable[[Schedule], int], learned: Schedule, wanted: list[list[float]], target: int, tokens: int
+    count: Callable[[Schedule], int], learned: Schedule, wanted: list[list[float]], target: int, tokens: int
 ) -> Schedule:
-    """Gives single tokens back while the budget allows it, first where rounding took most.
+    """The counts with single tokens given back while the budget allows it, first where rounding took most.
 
     Args:
-        macs: cost under whole counts of the layers that learn them. learned: these counts.
+        count: cost under whole counts of the layers that learn them. learned: these counts.
         wanted: of the same layers; no count rises above the whole number after it.
         tokens: that enter the first of them.
     """
+    learned = [list(pair) for pair in learned]
     while True:
-        options = []
+        options, entering = [], [tokens, *(left for _, left in _falling(learned, tokens))]
         for layer, counts in enumerate(wanted):
             for place in (0, 1):
                 more = [list(pair) for pair in learned]
                 more[layer][place] += 1
-                falls = (more[layer - 1][1] if layer else tokens) >= more[layer][0] >= more[layer][1]
+                falls = entering[layer] >= more[layer][0] >= more[layer][1]
                 missing = counts[place] - learned[layer][place]
-                if falls and missing > -1 and macs(more) <= target:
+                if falls and missing > -1 and count(more) <= target:
                     options.append((missing, layer, place))
         if not options:
             return learned

@@ -3,11 +3,12 @@
 A *submodule* owns units that are kept or removed. Removing one touches many tensors at once: all of them, each with
 its axis, form the submodule's unit group (`Slot`s). A slot that is *gated* is multiplied by the bi-mask where the
 unit's value is written, which switches the unit off everywhere; the others only read it. Slicing all slots of the
-group removes the unit for good. Costs are sums of products of submodule sizes (`Term`s), for integers and for tensors.
+group removes the unit for good. Costs are sums of products of submodule sizes (`Term`s), for integers and for tensors,
+over the `Part`s of the forward pass.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,12 +107,35 @@ def quantities(sizes: dict[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stretch of the forward pass that is timed as one.
+
+    Args:
+        name: the submodule, or `layers.3.reduction`, `stem`, `stages.0.merging`, `head`.
+        kind: parts of one kind share the coefficients of their time.
+        macs: multiply-accumulates of one image.
+        products: what its time is a sum of, by name; before each stands a coefficient that is measured (`latency.py`).
+    """
+
+    name: str
+    kind: str
+    macs: tuple[Term, ...]
+    products: dict[str, Term]
+
+
+def macs_of(parts: Iterable[Part]) -> tuple[Term, ...]:
+    """MACs as a cost."""
+    return tuple(term for part in parts for term in part.macs)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One concrete network: its submodules, what they cost, and where images enter it.
 
     Args:
         submodules: in the order of the model.
-        macs, params: cost of one image, and size, as sums over terms.
+        parts: in the order of the forward pass; together they are all of it.
+        params: size as a sum over terms.
         patch_grid, patch_size: the patches that go in, (rows, columns), and pixels along a side of one.
         token_grid, token_size: the same for the patch tokens that come out.
         num_channels: colour channels.
@@ -121,7 +145,7 @@ class Architecture:
     """
 
     submodules: tuple[Submodule, ...]
-    macs: tuple[Term, ...]
+    parts: tuple[Part, ...]
     params: tuple[Term, ...]
     patch_grid: tuple[int, int]
     patch_size: int
@@ -132,6 +156,11 @@ class Architecture:
     last_width: str
     embeddings: str
     activation: str
+
+    @property
+    def macs(self) -> tuple[Term, ...]:
+        """Cost of one image as a sum over terms."""
+        return macs_of(self.parts)
 
     @property
     def sizes(self) -> dict[str, tuple[int, ...]]:
@@ -149,36 +178,8 @@ class Architecture:
         return [submodule.name for submodule in self.submodules if submodule.kind == "attention"]
 
 
-def block_macs(width: str, attention: str, mlp: str, tokens: int, attending: int, window: int) -> list[Term]:
-    """MACs of one block.
-
-    Args:
-        width, attention, mlp: its submodules.
-        tokens, attending: tokens of the image, and those that attention works on (padding included).
-        window: tokens that one token attends to.
-    """
-    return [
-        Term(4 * attending, (width, attention)),  # q, k, v and output projections
-        Term(2 * attending * window, (attention,)),  # attention map, and its product with v
-        Term(2 * tokens, (width, mlp)),
-    ]
-
-
-def reduction_macs(width: str, attention: str, before: int, kept: int, merged: int) -> list[Term]:
-    """MACs of dropping and merging tokens between attention and MLP.
-
-    Args:
-        width, attention: submodules of the block.
-        before, kept, merged: tokens that come in, that are left after dropping, and after merging.
-    """
-    return [
-        Term(before * (merged < before), (attention,)),  # the class token's row of the map, once more
-        Term(2 * (kept - merged) * (merged - 1), (width,)),  # similarities, and sums of what is merged
-    ]
-
-
 def block_params(width: str, attention: str, mlp: str, qkv_bias: bool) -> list[Term]:
-    """Parameters of one block; arguments as for `block_macs`, and whether q, k and v have biases."""
+    """Parameters of one block: its residual width and halves, and whether q, k and v have biases."""
     return [
         Term(4, (width, attention)),
         Term(3 * bool(qkv_bias), (attention,)),

@@ -21,8 +21,10 @@ from ofb_hf import (
     ViTBiMaskConfig,
     install_bi_masks,
 )
+from ofb_hf.architectures import describe, scheduled
 from ofb_hf.bi_mask import BiMask
 from ofb_hf.configuration import BiMaskConfig
+from ofb_hf.latency import LatencyTable, frame_of
 from ofb_hf.search_space import SubmoduleSpace
 from ofb_hf.supernet import Supernet
 
@@ -335,3 +337,27 @@ def vit_shapes(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, list[int]]]:
 
 
 SHAPES = {"vit": vit_shapes, "swin": swin_shapes}
+
+
+def invented_table(model: PreTrainedModel, seed: int = 0) -> LatencyTable:
+    """A table for a model, with coefficients that nobody measured; they let tokens and widths count alike."""
+    rng, architecture = random.Random(seed), describe(model.config)
+    parts = list(architecture.parts)
+    if isinstance(model.config, ViTConfig):
+        half = (describe(model.config).patch_grid[0] ** 2 + 1) // 2
+        parts += scheduled(model.config, [[half, half // 2]] * model.config.num_hidden_layers).parts
+    return LatencyTable(
+        model="tiny",
+        sizes={name: list(size) for name, size in architecture.sizes.items()},
+        frame=frame_of(architecture, architecture.sizes),
+        settings={"batch_size": 1, "num_threads": 1, "device": "cpu", "dtype": "float32"},
+        hardware="a machine",
+        versions={},
+        coefficients={
+            part.kind: {
+                name: rng.randrange(10**5, 10**7) / max(1, product.coefficient)
+                for name, product in part.products.items()
+            }
+            for part in parts
+        },
+    )

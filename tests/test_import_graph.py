@@ -27,6 +27,7 @@ THIRD_PARTY = {
     "losses.py": {"torch"},
     "pmim.py": {"torch"},
     "latency.py": {"numpy", "transformers"},
+    "parts.py": set(),
     "budget.py": set(),
     "tokens.py": {"torch", "transformers"},
     "learned_tokens.py": {"torch", "transformers"},
@@ -42,10 +43,11 @@ OURS = {
     "pmim.py": set(),
     # A cost like the others: nothing of searching or of training.
     "latency.py": {f"ofb_hf.{name}" for name in ("flops", "search_space", "unit_groups")},
+    "parts.py": {"ofb_hf.unit_groups"},
     "budget.py": {"ofb_hf.latency", "ofb_hf.unit_groups"},
     "tokens.py": {f"ofb_hf.{name}" for name in ("architectures", "flops", "settlement", "unit_groups")},
     "learned_tokens.py": {
-        *(f"ofb_hf.{name}" for name in ("architectures", "flops", "settlement", "unit_groups", "tokens")),
+        *(f"ofb_hf.{name}" for name in ("architectures", "budget", "settlement", "unit_groups", "tokens")),
         *("ofb_hf.models", "ofb_hf.models.modeling_ofb_vit"),
     },
     # What a step costs is seen without data.

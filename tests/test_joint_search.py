@@ -18,7 +18,7 @@ from ofb_hf.searched_tokens import TokenProbe, merging_changes, tried_counts
 from ofb_hf.settlement import UnreachableBudgetError
 from ofb_hf.surgery import slice_model
 from ofb_hf.token_choice import reducing_layers, schedule_family, schedule_loss, schedule_of
-from ofb_hf.tokens import full_schedule, schedule_macs
+from ofb_hf.tokens import full_schedule, schedule_cost
 from ofb_hf.unit_groups import quantities
 from ofb_hf.workflow.arguments import SearchArguments
 
@@ -109,7 +109,7 @@ def test_a_family_goes_from_all_tokens_to_the_fewest(seed, reducing):
         counts = [17, *itertools.chain.from_iterable(schedule)]
         assert counts == sorted(counts, reverse=True)
         assert schedule_loss(curves, schedule) >= 0
-    macs = [schedule_macs(config, schedule) for schedule in family]
+    macs = [schedule_cost(config, schedule) for schedule in family]
     assert min(macs) == macs[-1]
 
 

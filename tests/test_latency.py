@@ -1,17 +1,19 @@
 """Milliseconds are a cost like any other: exact, differentiable, met by the settlement, and independent of the file."""
 
+import itertools
 import json
 import math
 import random
 
 import pytest
 import torch
-from factories import FAMILIES, SEARCHES, search_config, tiny_model
+from factories import FAMILIES, SEARCHES, invented_table, non_uniform_vit, search_config, tiny_model, tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import QUICK
+from test_token_reduction import scheduled_vit
 
-from ofb_hf import cli, compress, install_bi_masks
+from ofb_hf import OFBViTForImageClassification, cli, compress, install_bi_masks
 from ofb_hf.architectures import describe
 from ofb_hf.callbacks import read_history
 from ofb_hf.configuration import default_config
@@ -21,34 +23,15 @@ from ofb_hf.latency import (
     LatencyTable,
     count_latency,
     fit_coefficients,
-    frame_of,
-    parts_of,
 )
 from ofb_hf.settlement import REACHABLE, Option, UnreachableBudgetError, settle
 from ofb_hf.unit_groups import Term, quantities
 from ofb_hf.workflow.inputs import load_for_counting
-from ofb_hf.workflow.latency_table import Timeline, warn_if_elsewhere
+from ofb_hf.workflow.latency_table import Timeline, measured_latency, sample_schedule, warn_if_elsewhere
 
 TINY = ["--networks", "8", "--rounds", "1", "--disable_tqdm", "true", "--num_threads", "1"]
 # A search with a budget in milliseconds of the demonstration, as short as can be.
 DIGITS = ["--model_name_or_path", "digits_vit", "--max_steps", "6", "--finetune_max_steps", "1", *QUICK]
-
-
-def invented_table(model, seed=0):
-    """A table for a model, with coefficients that nobody measured."""
-    rng, architecture = random.Random(seed), describe(model.config)
-    return LatencyTable(
-        model="tiny",
-        sizes={name: list(size) for name, size in architecture.sizes.items()},
-        frame=frame_of(architecture, architecture.sizes),
-        settings={"batch_size": 1, "num_threads": 1, "device": "cpu", "dtype": "float32"},
-        hardware="a machine",
-        versions={},
-        coefficients={
-            part.kind: {product: rng.randrange(10**5, 10**7) for product in part.products}
-            for part in parts_of(architecture)
-        },
-    )
 
 
 @pytest.fixture(params=FAMILIES)
@@ -78,9 +61,20 @@ def test_the_fit_finds_the_coefficients_that_made_the_points():
     assert fit_coefficients(rows, times) == pytest.approx(truth, rel=1e-3, abs=100)
     noisy = [time * rng.uniform(0.97, 1.03) for time in times]
     found = fit_coefficients(rows, noisy)
-    assert all(isinstance(value, int) and value >= 0 for value in found)
+    assert all(value >= 0 for value in found)
     predicted = [sum(c * value for c, value in zip(found, row, strict=True)) for row in rows]
     assert predicted == pytest.approx(times, rel=0.04)
+
+
+def test_products_of_less_than_a_picosecond_count():
+    rows = [[1, size] for size in range(10**6, 10**8, 10**7)]
+    assert fit_coefficients(rows, [5e5 + 0.031 * size for _, size in rows]) == pytest.approx([5e5, 0.031], rel=1e-3)
+    table, architecture = invented_table(tiny_vit()), describe(tiny_vit().config)
+    table.coefficients["stages.0.mlp"]["tokens x width x units"] = 0.031
+    (factor,) = {t.coefficient for t in table.terms(architecture) if t.factors == ("embeddings", "layers.0.mlp")} - {
+        table.coefficients["stages.0.mlp"]["width x units"]
+    }
+    assert factor == round(0.031 * 17) == 1
 
 
 def test_what_seems_to_get_faster_by_growing_is_held_at_0():
@@ -127,12 +121,12 @@ def test_the_budget_in_milliseconds_holds_and_is_used(dense, family, share, dept
 
 
 def test_milliseconds_that_nothing_meets_are_refused_with_those_that_something_does(dense, family):
-    with pytest.raises(UnreachableBudgetError, match=r"costs ([\d.]+) ms") as refusal:
+    with pytest.raises(UnreachableBudgetError, match=r"costs ([\d,.]+) ms") as refusal:
         install_bi_masks(dense, search(dense, family, 0.001)[0])
-    smallest = float(str(refusal.value).partition("which costs ")[2].split()[0])
+    smallest = float(str(refusal.value).partition("which costs ")[2].split()[0].replace(",", ""))
     table = invented_table(dense).to_dict()
     compress(install_bi_masks(dense, search_config(family, target_latency_ms=smallest, latency_table=table)))
-    with pytest.raises(ValueError, match=r"more than the [\d.]+ ms of the model itself"):
+    with pytest.raises(ValueError, match=r"more than the [\d,.]+ ms of the model itself"):
         install_bi_masks(dense, search(dense, family, 1.1)[0])
 
 
@@ -249,22 +243,57 @@ def test_marks_cut_the_whole_forward_pass_into_its_parts(dense, family, depth):
     architecture, image = describe(model.config), torch.randn(1, 3, 16, 16)
     with torch.inference_mode():
         elapsed = Timeline(model.eval())(image)
-    living = [part.name for part in parts_of(architecture) if part.name not in architecture.left_out]
+    living = [part.name for part in architecture.parts if part.name not in architecture.left_out]
     assert list(elapsed) == living
     assert bool(architecture.left_out) == depth
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_marks_know_reductions_and_what_lies_around_them(narrow):
+    """Beside layers that have lost their attention, their MLP or both."""
+    model = non_uniform_vit() if narrow else tiny_vit(num_hidden_layers=6)
+    schedule = [[17, 17], [17, 11], [9, 9], [9, 9], [2, 2], [2, 2]]
+    model = OFBViTForImageClassification.from_dense(model, token_schedule=schedule)
+    architecture = describe(model.config)
+    with torch.inference_mode():
+        elapsed = Timeline(model.eval())(torch.randn(1, 3, 16, 16))
+    assert list(elapsed) == [part.name for part in architecture.parts if part.name not in architecture.left_out]
+    assert [name for name in elapsed if name.endswith("reduction")] == [f"layers.{i}.reduction" for i in (1, 2, 4)]
+
+
+@given(seed=st.integers(0, 1000), layers=st.integers(2, 8))
+def test_measured_schedules_are_such_as_a_model_may_have(seed, layers):
+    config = OFBViTForImageClassification.from_dense(tiny_vit(num_hidden_layers=layers)).config
+    schedule = sample_schedule(config, random.Random(seed))
+    counts = [17, *itertools.chain.from_iterable(schedule)]
+    assert counts == sorted(counts, reverse=True)
+    assert (schedule[0], schedule[-1]) == ([17, 17], [2, 2])
+    config.token_schedule = schedule
+    assert [config.token_counts(layer)[1:] for layer in range(layers)] == [tuple(pair) for pair in schedule]
+
+
+def test_a_table_is_of_the_model_with_all_its_tokens(tmp_path):
+    scheduled_vit().save_pretrained(tmp_path / "fast")
+    table = cli.latency_table([str(tmp_path / "fast"), "--output", str(tmp_path / "table.json"), *TINY])
+    table.require_fit(describe(tiny_vit(num_hidden_layers=3).config))
+    assert table.residuals["stages.0.reduction"]["points"] >= 4  # at least one in each network with fewer tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_command_measures_and_writes_a_table(family, checkpoint, swin_checkpoint, tmp_path, capsys):
     folder, file = {"vit": checkpoint, "swin": swin_checkpoint}[family], tmp_path / "table.json"
-    table = cli.latency_table([str(folder), "--output", str(file), *TINY])
+    clock = ["--clock", "cpu"] if family == "vit" else []
+    table = cli.latency_table([str(folder), "--output", str(file), *TINY, *clock])
     assert list(tmp_path.iterdir()) == [file]
     assert LatencyTable.load(file) == table
     assert torch.get_num_threads() == 1
     dense = tiny_model(family)
     assert count_latency(dense, table) > 0
     assert table.sizes == {name: list(size) for name, size in describe(dense.config).sizes.items()}
-    assert len(table.check["networks"]) == 5
+    assert table.settings["clock"] == {"vit": "cpu", "swin": "wall"}[family]
+    assert all(elapsed > 0 for elapsed in measured_latency({"dense": dense}, table).values())
+    reduced = [row for row in table.check["networks"] if "token_schedule" in row]
+    assert (len(table.check["networks"]), len(reduced)) == {"vit": (9, 4), "swin": (5, 0)}[family]
     said = capsys.readouterr().out
     assert all(kind in said for kind in table.coefficients)
     assert f"written to {file}" in said
@@ -276,6 +305,8 @@ def test_the_command_measures_and_writes_a_table(family, checkpoint, swin_checkp
         (["--networks", "3"], "--networks is 3"),
         (["--dtype", "int8"], "--dtype is 'int8'"),
         (["--device", "tpu"], "--device is 'tpu'"),
+        (["--clock", "sun"], "--clock is 'sun'"),
+        (["--clock", "cpu", "--num_threads", "2"], "--clock is cpu, with --device cpu and --num_threads 2"),
         (["--batch_size", "0"], "--batch_size is 0"),
     ],
 )

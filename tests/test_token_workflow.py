@@ -16,16 +16,19 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from ofb_hf import OFBViTForImageClassification, SubnetSpec, cli, count_macs, publish
 from ofb_hf.architectures import UnsupportedArchitectureError
+from ofb_hf.latency import PICOSECONDS, LatencyTable, count_latency
+from ofb_hf.learned_tokens import TokenSearchConfig
+from ofb_hf.settlement import UnreachableBudgetError
 from ofb_hf.surgery import slice_model
 from ofb_hf.token_pictures import DROPPED, draw_tokens, paint_tokens, trace_tokens
 
-SETTINGS = ["--target_macs", "0.75", "--token_learning_rate", "0.3", "--max_steps", "8", *QUICK]
+SETTINGS = ["--token_learning_rate", "0.3", "--max_steps", "8", *QUICK]
 
 
-def search_tokens(checkpoint, images, output, *flags):
-    """The command on a checkpoint and a folder of images."""
+def search_tokens(checkpoint, images, output, *flags, macs=True):
+    """The command on a checkpoint and a folder of images, under a budget in MACs unless the flags have another."""
     places = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
-    return cli.search_tokens([*places, *SETTINGS, *flags])
+    return cli.search_tokens([*places, *SETTINGS, *(["--target_macs", "0.75"] if macs else []), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,56 @@ def test_widths_and_tokens_in_one_run(checkpoint, images, tmp_path):
     rows = [json.loads(line) for line in (folder / "search_history.jsonl").read_text().splitlines()]
     assert rows[-1]["tokens"] == [left for _, left in subnet.token_schedule]
     assert "stock" not in {path.name for path in publish(folder, output_dir=published).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def measured(checkpoint, tmp_path_factory):
+    """A measured table of that model with large batches, which fewer tokens make faster; and a budget within reach."""
+    file = tmp_path_factory.mktemp("table") / "table.json"
+    flags = ["--networks", "12", "--rounds", "2", "--batch_size", "256", "--num_threads", "1", "--disable_tqdm", "true"]
+    table, model = cli.latency_table([str(checkpoint), "--output", str(file), *flags]), tiny_vit(num_hidden_layers=4)
+    with pytest.raises(UnreachableBudgetError) as refusal:
+        TokenSearchConfig(target_latency_ms=1e-3, latency_table=table.to_dict()).target_for(model.config)
+    between = (refusal.value.smallest + count_latency(model, table)) / 2
+    return ["--latency_table", str(file), "--target_latency_ms", str(between / PICOSECONDS)], table
+
+
+def test_tokens_for_milliseconds_and_their_record(checkpoint, images, measured, tmp_path, capsys):
+    folder, (flags, table) = tmp_path / "out", measured
+    results = search_tokens(checkpoint, images, folder, *flags, macs=False)
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert LatencyTable.load(folder / "latency_table.json").coefficients == table.coefficients
+    assert results["target_macs"] is None
+    assert count_latency(model, table) <= round(results["target_latency_ms"] * PICOSECONDS)
+    assert results["searched"]["predicted_latency_ms"] == count_latency(model, table) / PICOSECONDS
+    assert results["dense"]["predicted_latency_ms"] > results["target_latency_ms"]
+    assert all(results[name]["latency_ms"] > 0 for name in ("dense", "searched"))
+    said = f"budget of at most {results['target_latency_ms']:,} ms for a batch of 256 with 1 threads"
+    assert said in (folder / "README.md").read_text()
+    rows = [json.loads(line) for line in (folder / "search_history.jsonl").read_text().splitlines()]
+    assert all(row["expected_latency_ms"] > 0 for row in rows if row["phase"] == "search")
+    again = ["--resume_from_checkpoint", "auto"]
+    assert search_tokens(checkpoint, images, folder, *flags, *again, macs=False)["token_schedule"]
+    for other, name in (
+        (["--target_latency_ms", "1e9"], "target_latency_ms"),
+        (["--target_macs", "0.7"], "one budget"),
+    ):
+        with pytest.raises(SystemExit):
+            search_tokens(checkpoint, images, folder, *flags, *other, *again, macs=False)
+        assert name in capsys.readouterr().err
+
+
+def test_milliseconds_are_written_down_beside_macs_and_for_widths_and_tokens_together(
+    checkpoint, images, measured, tmp_path
+):
+    flags, table = measured
+    results = search_tokens(checkpoint, images, tmp_path / "macs", *flags[:2])
+    assert results["searched"]["macs"] <= results["target_macs"]
+    assert results["searched"]["predicted_latency_ms"] > 0
+    together = walk(checkpoint, images, tmp_path / "both", *flags, "--search_tokens", "--finetune_max_steps", "0")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "both")
+    assert count_latency(model, table) <= round(together["target_latency_ms"] * PICOSECONDS)
+    assert together["searched"]["predicted_latency_ms"] == count_latency(model, table) / PICOSECONDS
 
 
 def test_models_whose_tokens_nothing_ranks_are_refused_before_anything_starts(images, tmp_path, capsys):

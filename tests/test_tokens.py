@@ -15,7 +15,7 @@ from ofb_hf.architectures import UnsupportedArchitectureError
 from ofb_hf.learned_tokens import (
     LearnedCount,
     TokenSearchConfig,
-    expected_macs,
+    expected_cost,
     install_learned_counts,
     read_expected_counts,
 )
@@ -27,7 +27,7 @@ from ofb_hf.tokens import (
     fixed_rate_schedule,
     full_schedule,
     published_schedule,
-    schedule_macs,
+    schedule_cost,
     settle_schedule,
 )
 
@@ -86,7 +86,7 @@ def test_published_schedules_cost_what_was_recomputed(shape, gmacs):
     fields = {k: v for k, v in deit_config(shape).to_dict().items() if k != "model_type"}
     config = OFBViTConfig(**fields, token_schedule=schedule)
     assert round(count_macs(config) / 1e9, 4) == exact
-    assert count_macs(config) == schedule_macs(deit_config(shape), config.token_schedule)
+    assert count_macs(config) == schedule_cost(deit_config(shape), config.token_schedule)
 
 
 def test_every_published_schedule_is_there():
@@ -116,7 +116,7 @@ def test_settled_schedules_hold_the_budget_and_use_it(share, data):
         OFBViTConfig(**fields_of(config), token_schedule=schedule)
     ).config.token_schedule
     assert (schedule[0], schedule[3]) == ([65, 65], [2, 2])
-    assert 0.98 * target <= schedule_macs(config, schedule) <= target
+    assert 0.98 * target <= schedule_cost(config, schedule) <= target
 
 
 def fields_of(config):
@@ -132,17 +132,17 @@ def test_fixed_rates_take_as_many_tokens_in_every_layer(merge):
     steps = [a - b for a, b in itertools.pairwise(left)]
     assert max(steps) - min(steps) <= 1
     assert all((kept == after) != merge for kept, after in schedule[1:])
-    assert 0.95 <= schedule_macs(config, schedule) / (0.8 * count_macs(config)) <= 1
+    assert 0.95 <= schedule_cost(config, schedule) / (0.8 * count_macs(config)) <= 1
 
 
 def test_budgets_out_of_reach_are_refused():
     config = vit_config(num_hidden_layers=3)
-    smallest = schedule_macs(config, [[17, 17], [2, 2], [2, 2]])
-    assert TokenSearchConfig(target_macs=smallest).target(config) == smallest
+    smallest = schedule_cost(config, [[17, 17], [2, 2], [2, 2]])
+    assert TokenSearchConfig(target_macs=smallest).target_for(config) == smallest
     with pytest.raises(UnreachableBudgetError, match=f"{smallest - 1:,}.*{smallest:,}"):
-        TokenSearchConfig(target_macs=smallest - 1).target(config)
+        TokenSearchConfig(target_macs=smallest - 1).target_for(config)
     with pytest.raises(ValueError, match="more than the"):
-        TokenSearchConfig(target_macs=count_macs(config) + 1).target(config)
+        TokenSearchConfig(target_macs=count_macs(config) + 1).target_for(config)
     for field in ("target_macs", "token_granularity", "token_learning_rate", "token_macs_weight"):
         with pytest.raises(ValueError, match=f"{field} is 0"):
             TokenSearchConfig(**{field: 0})
@@ -192,8 +192,8 @@ def test_hidden_tokens_count_as_removed_ones(counts, seed):
     learner, images = decided(schedule, seed=seed, dtype=torch.float64), tiny_images(2, seed=seed, dtype=torch.float64)
     model = scheduled_vit(schedule, num_hidden_layers=4, seed=seed, dtype=torch.float64)
     torch.testing.assert_close(learner(images).logits, model(images).logits, rtol=0, atol=1e-3)
-    assert expected_macs(learner).item() == pytest.approx(count_macs(model), rel=1e-6)
-    exact = schedule_macs(model.config, model.config.token_schedule)
+    assert expected_cost(learner).item() == pytest.approx(count_macs(model), rel=1e-6)
+    exact = schedule_cost(model.config, model.config.token_schedule)
     assert exact == count_macs(model)
 
 
@@ -202,7 +202,7 @@ def test_loss_and_cost_reach_every_count_and_no_weight():
     learning = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     assert len(learning) == 4
     assert all(name.endswith(".logits") for name in learning)
-    for loss in (learner(images, labels=torch.arange(4) % 3).loss, expected_macs(learner)):
+    for loss in (learner(images, labels=torch.arange(4) % 3).loss, expected_cost(learner)):
         gradients = torch.autograd.grad(loss, list(learning.values()))
         assert all(gradient.abs().sum() > 0 for gradient in gradients)
         assert all(gradient.isfinite().all() for gradient in gradients)
@@ -234,7 +234,7 @@ def test_training_moves_the_counts_to_the_budget_and_nothing_else(tmp_path):
     start = read_expected_counts(trainer.learner)
     trainer.train()
     assert read_expected_counts(trainer.learner) != start
-    assert abs(expected_macs(trainer.learner).item() / trainer.target - 1) < 0.1
+    assert abs(expected_cost(trainer.learner).item() / trainer.target - 1) < 0.1
     result = trainer.scheduled()
     assert result.config.token_schedule == trainer.schedule()
     assert 0.95 * trainer.target <= count_macs(result) <= trainer.target  # a token of a model this small is 2 %
@@ -293,15 +293,15 @@ def test_hidden_tokens_count_as_removed_ones_beside_missing_attentions():
     schedule = [[17, 17], [14, 11], [9, 6], [6, 6], [2, 2], [2, 2]]
     cut = OFBViTForImageClassification.from_dense(model, token_schedule=schedule)
     torch.testing.assert_close(learner(images).logits, cut(images).logits, rtol=0, atol=1e-3)
-    assert expected_macs(learner).item() == pytest.approx(count_macs(cut), rel=1e-6)
+    assert expected_cost(learner).item() == pytest.approx(count_macs(cut), rel=1e-6)
 
 
 def test_fixed_rates_let_all_tokens_pass_where_nothing_ranks_them():
     config = non_uniform_vit().config
     for merge in (True, False):
-        schedule = fixed_rate_schedule(config, int(0.8 * schedule_macs(config, full_schedule(config))), merge)
+        schedule = fixed_rate_schedule(config, int(0.8 * schedule_cost(config, full_schedule(config))), merge)
         model = OFBViTForImageClassification.from_dense(non_uniform_vit(), token_schedule=schedule)
-        assert count_macs(model) == schedule_macs(config, schedule)
+        assert count_macs(model) == schedule_cost(config, schedule)
 
 
 def test_tokens_are_searched_on_top_of_narrow_layers_and_an_old_schedule(tmp_path):
@@ -312,6 +312,6 @@ def test_tokens_are_searched_on_top_of_narrow_layers_and_an_old_schedule(tmp_pat
     randomize_weights_(model)
     trainer = token_trainer(tmp_path, model, max_steps=2)
     result = trainer.scheduled()
-    assert trainer.dense_macs == schedule_macs(config, full_schedule(config)) > count_macs(model)
-    assert count_macs(result) <= trainer.target == int(0.7 * trainer.dense_macs)
+    assert trainer.dense_cost == schedule_cost(config, full_schedule(config)) > count_macs(model)
+    assert count_macs(result) <= trainer.target == int(0.7 * trainer.dense_cost)
     assert result.config.intermediate_size_per_layer == [9, 30, 72]

@@ -87,13 +87,6 @@ class SearchArguments(BiMaskConfig):
             "give a family."
         ),
     )
-    latency_table: str | None = field(
-        default=None,
-        metadata=_help(
-            "File of `ofb-hf latency-table`, which measures this machine for this model. Needed by "
-            "--target_latency_ms; beside other budgets, predicted and measured latency are written down."
-        ),
-    )
 
     def __post_init__(self):
         given = {name: _numbers(name, getattr(self, name)) for name in BUDGETS}
@@ -255,6 +248,10 @@ class LatencyTableArguments:
     )
     networks: int = field(default=24, metadata=_help("Networks to fit to, the dense one among them."))
     rounds: int = field(default=8, metadata=_help("How often each has its turn; more on a busy machine."))
+    clock: str = field(
+        default="wall",
+        metadata=_help("wall, or cpu: CPU time of a single thread, which other work on the machine hardly adds to."),
+    )
     seed: int = field(default=0, metadata=_help("Of their sizes."))
     disable_tqdm: bool = field(default=False, metadata=_help("No progress bar."))
 
@@ -274,6 +271,13 @@ class LatencyTableArguments:
             raise ValueError(f"--device is {self.device!r}; allowed are cpu and cuda.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device is cuda, but there is no GPU that torch can use here; give cpu.")
+        if self.clock not in ("wall", "cpu"):
+            raise ValueError(f"--clock is {self.clock!r}; allowed are wall and cpu.")
+        if self.clock == "cpu" and (self.device, self.num_threads) != ("cpu", 1):
+            raise ValueError(
+                f"--clock is cpu, with --device {self.device} and --num_threads {self.num_threads}; CPU time says how "
+                "long something takes with one thread on a CPU only. Give --num_threads 1 there, or --clock wall."
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}; allowed are {', '.join(DTYPES)}.")
 

@@ -1,8 +1,8 @@
 """Measures how long the parts of one model take on this machine, and fits a `LatencyTable` to that.
 
-Networks of the model's search space, of random sizes, run whole, and marks in the forward pass say when each part is
-done: every half of a block is timed where it will run, with the weights and activations of a whole network in the
-caches. Networks take turns, so that a machine that is busy for a while is so for all of them.
+Networks of the model's search space, of random sizes and token schedules, run whole, and marks in the forward pass say
+when each part is done: every half of a block is timed where it will run, with the weights and activations of a whole
+network in the caches. Networks take turns, so that a machine that is busy for a while is so for all of them.
 """
 
 import copy
@@ -10,13 +10,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..architectures import BLOCK_HALVES, describe, family_of
@@ -30,9 +31,11 @@ from ..latency import (
     fit_coefficients,
     frame_of,
     milliseconds,
-    parts_of,
 )
+from ..models import OFBViTConfig
+from ..parts import REDUCTION
 from ..search_space import SearchSpace
+from ..tokens import Schedule, learned_schedule, num_tokens, ranking_layers
 from ..unit_groups import quantities
 from . import output
 from .arguments import LatencyTableArguments
@@ -45,7 +48,8 @@ logger = logging.get_logger(__name__)
 ROUNDS = 15  # of the models of a run, whose latency is measured at its end
 UNREST = 0.1  # by how much the median of whole passes may lie above the fastest of them
 CALLS = 50  # of an empty module, to see what marks cost
-CHECKED = 4  # whole networks beside the dense one that the fit does not see
+CHECKED = 4  # whole networks that the fit does not see: of random widths, and as many with fewer tokens
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SECONDS_PER_TURN, RUNS_PER_TURN = 0.03, 20
 
 
@@ -54,35 +58,39 @@ class Timeline:
 
     Args:
         model: classifier of ours, on the device to measure.
+        clock: seconds, on a CPU.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model, self._marks = model, []
+    def __init__(self, model: PreTrainedModel, clock: Callable[[], float] = time.perf_counter):
+        self.model, self.clock, self._marks = model, clock, []
         self._is_cuda = model.device.type == "cuda"
-        self._cost = 0.0 if self._is_cuda else _cost_of_a_hook()
+        self._cost = 0.0 if self._is_cuda else _cost_of_a_hook(clock)
         architecture = describe(model.config)
-        parts = [part.name for part in parts_of(architecture) if "." not in part.name or part.name.endswith("merging")]
-        living = {name for name, size in architecture.sizes.items() if name not in architecture.left_out}
-        blocks: dict[str, dict[str, str]] = {}
-        enters = False
-        for submodule in architecture.submodules:
-            if submodule.kind == "embedding":
-                enters = True
+        paths = {
+            submodule.name.rpartition(".")[0]: submodule.slots[0].parameter.partition(f".{submodule.kind}.")[0]
+            for submodule in architecture.submodules
+            if submodule.kind != "embedding"
+        }
+        between, blocks = "", {}
+        for part in architecture.parts[:-1]:  # the last one ends with the pass
+            block, _, kind = part.name.rpartition(".")
+            path = paths.get(block)
+            if path is None:
+                between = part.name
                 continue
-            path = submodule.slots[0].parameter.partition(f".{submodule.kind}.")[0]
-            if enters:  # the first block behind the stem, or behind a merging
-                model.get_submodule(path).register_forward_pre_hook(self._marker(parts.pop(0)))
-                enters = False
-            blocks.setdefault(path, {})
-            if submodule.name in living:
-                blocks[path][submodule.kind] = submodule.name
+            if between:  # the stem, or a merging: it ends where the first block behind it begins
+                model.get_submodule(path).register_forward_pre_hook(self._marker(between))
+                between = ""
+            halves = blocks.setdefault(path, {})
+            if part.name not in architecture.left_out:
+                halves[kind] = part.name
         for path, halves in blocks.items():
             block = model.get_submodule(path)
-            if len(halves) == len(BLOCK_HALVES):
-                norm = block.get_submodule(BLOCK_HALVES["mlp"][0])
-                norm.register_forward_pre_hook(self._marker(halves["attention"]))
+            begins = {"mlp": block.get_submodule(BLOCK_HALVES["mlp"][0]), REDUCTION: getattr(block, REDUCTION, None)}
+            for before, after in pairwise(halves):
+                begins[after].register_forward_pre_hook(self._marker(halves[before]))
             if halves:
-                block.register_forward_hook(self._marker(halves.get("mlp", halves.get("attention"))))
+                block.register_forward_hook(self._marker([*halves.values()][-1]))
 
     def _marker(self, name: str) -> Callable[..., None]:
         return lambda *_: self._mark(name)
@@ -92,7 +100,7 @@ class Timeline:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
-            now = time.perf_counter()
+            now = self.clock()
         self._marks.append((name, now))
 
     def __call__(self, pixel_values: Tensor) -> dict[str, float]:
@@ -107,16 +115,16 @@ class Timeline:
         return {name: a.elapsed_time(b) if self._is_cuda else 1e3 * (b - a) - self._cost for (_, a), (name, b) in pairs}
 
 
-def _cost_of_a_hook() -> float:
+def _cost_of_a_hook(clock: Callable[[], float]) -> float:
     """Milliseconds that a mark adds to a forward pass: nothing beside a large network, some percent of a tiny one."""
     plain, marked = nn.Identity(), nn.Identity()
-    marked.register_forward_hook(lambda *_: time.perf_counter())
+    marked.register_forward_hook(lambda *_: clock())
 
     def seconds(module: nn.Module) -> float:
-        began = time.perf_counter()
+        began = clock()
         for _ in range(CALLS):
             module(None)
-        return time.perf_counter() - began
+        return clock() - began
 
     return 1e3 / CALLS * max(0.0, statistics.median(seconds(marked) - seconds(plain) for _ in range(CALLS)))
 
@@ -130,20 +138,23 @@ def run_latency_table(wanted: LatencyTableArguments) -> LatencyTable:
     model = load_for_counting(wanted.model_name_or_path, wanted.num_labels)
     family = family_of(model.config)
     config = copy.deepcopy(model.config) if isinstance(model, family.model_class) else family.from_dense(model).config
+    if getattr(config, "token_schedule", None):
+        config.token_schedule = None
     family.pin(config)
     sampled = {} if wanted.multiple_of is None else {"multiple_of": wanted.multiple_of}
     space = default_config(config, **sampled).search_space(config)
     sizes, rng = describe(config).sizes, random.Random(wanted.seed)
     device, dtype = torch.device(wanted.device), getattr(torch, wanted.dtype)
 
-    def network(units: dict[str, tuple[int, ...]]) -> PreTrainedModel:
-        resized = copy.deepcopy(config)
-        family.resize(resized, units)
-        return family.model_class(resized).eval().to(device, dtype)
+    def networks(count: int) -> list[PreTrainedModel]:
+        configs = [copy.deepcopy(config) for _ in range(count)]
+        for each, units in zip(configs, [sizes, *sample_sizes(space, sizes, count - 1, rng)], strict=True):
+            family.resize(each, units)
+        _reduce_tokens_(configs, config, rng)
+        return [family.model_class(each).eval().to(device, dtype) for each in configs]
 
     torch.manual_seed(wanted.seed)
-    fitted = [network(units) for units in [sizes, *sample_sizes(space, sizes, wanted.networks - 1, rng)]]
-    checked = [network(units) for units in [sizes, *sample_sizes(space, sizes, CHECKED, rng)]]
+    fitted, checked = networks(wanted.networks), networks(1 + CHECKED * (2 if may_reduce_tokens(config) else 1))
     images = random_images(config, wanted.batch_size).to(device, dtype)
     with torch.inference_mode(), threads(wanted.num_threads):
         times, totals = _measure(fitted, checked, images, wanted)
@@ -160,7 +171,7 @@ def run_latency_table(wanted: LatencyTableArguments) -> LatencyTable:
                 "attention": fitted[0].config._attn_implementation,
                 "multiple_of": wanted.multiple_of,
             },
-            **{name: getattr(wanted, name) for name in ("networks", "rounds", "seed")},
+            **{name: getattr(wanted, name) for name in ("clock", "networks", "rounds", "seed")},
         },
         hardware=processor(device),
         versions=library_versions(),
@@ -191,11 +202,38 @@ def sample_sizes(
     return rows
 
 
+def may_reduce_tokens(config: PreTrainedConfig) -> bool:
+    """Whether a network of this config, ours, may have a token schedule."""
+    return isinstance(config, OFBViTConfig) and num_tokens(config) > 2 and len(ranking_layers(config)) > 1
+
+
+def sample_schedule(config: OFBViTConfig, rng: random.Random) -> Schedule:
+    """A random token schedule that might be learned: with layers that let all pass, only drop, only merge, or both."""
+    left = num_tokens(config)
+    learning = range(len(ranking_layers(config)) - 2)
+    falling, counts = sorted(rng.choices(range(2, left + 1), k=len(learning)), reverse=True), []
+    for layer in learning:
+        before, left = left, rng.choice([left, falling[layer], falling[layer]])
+        counts.append([rng.choice([before, left, rng.randint(left, before)]), left])
+    return learned_schedule(config, counts)
+
+
+def _reduce_tokens_(configs: list[PreTrainedConfig], dense: PreTrainedConfig, rng: random.Random) -> None:
+    """Gives every second config a random token schedule, if such networks may have one, and every fourth all widths."""
+    if not may_reduce_tokens(dense):
+        return
+    for number in range(1, len(configs), 2):
+        if number % 4 == 1:  # as a search for tokens alone leaves it
+            configs[number] = copy.deepcopy(dense)
+        configs[number].token_schedule = sample_schedule(dense, rng)
+
+
 def _measure(
     fitted: list[PreTrainedModel], checked: list[PreTrainedModel], images: Tensor, wanted: LatencyTableArguments
 ) -> tuple[list[dict[str, list[float]]], list[list[float]]]:
     """Milliseconds of every part of the first networks, and of the others as a whole; samples of all rounds."""
-    timelines = list(map(Timeline, fitted))
+    clock = CLOCKS[wanted.clock]
+    timelines = [Timeline(model, clock) for model in fitted]
     times: list[dict[str, list[float]]] = [{} for _ in fitted]
     totals: list[list[float]] = [[] for _ in checked]
     turns = tqdm(total=wanted.rounds * (len(fitted) + len(checked)), unit="turn", disable=wanted.disable_tqdm)
@@ -206,7 +244,7 @@ def _measure(
                     parts.setdefault(name, []).append(elapsed)
             turns.update()
         for model, total in zip(checked, totals, strict=True):
-            total += turn(lambda model=model: whole_pass(model, images))
+            total += turn(lambda model=model: whole_pass(model, images, clock))
             turns.update()
     turns.close()
     return times, totals
@@ -221,13 +259,13 @@ def turn(run: Callable[[], Any]) -> list[Any]:
     return samples
 
 
-def whole_pass(model: nn.Module, images: Tensor) -> float:
+def whole_pass(model: nn.Module, images: Tensor, clock: Callable[[], float]) -> float:
     """Milliseconds of one forward pass."""
-    began = time.perf_counter()
+    began = clock()
     model(pixel_values=images)
     if images.is_cuda:
         torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - began)
+    return 1e3 * (clock() - began)
 
 
 def measured_latency(models: dict[str, PreTrainedModel], table: LatencyTable) -> dict[str, float]:
@@ -241,13 +279,14 @@ def measured_latency(models: dict[str, PreTrainedModel], table: LatencyTable) ->
         logger.warning("the latency table was measured on a GPU and there is none here; latency is not measured.")
         return {}
     place = torch.device(settings["device"]), getattr(torch, settings["dtype"])
+    clock = CLOCKS[settings.get("clock", "wall")]
     copies = {name: copy.deepcopy(model).eval().to(*place) for name, model in models.items()}
     samples: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode(), threads(settings["num_threads"]):
         for _ in range(ROUNDS):
             for name, model in copies.items():
                 images = random_images(model.config, settings["batch_size"]).to(*place)
-                samples[name] += turn(lambda model=model, images=images: whole_pass(model, images))
+                samples[name] += turn(lambda model=model, images=images: whole_pass(model, images, clock))
     return {name: round(statistics.median(times), 4) for name, times in samples.items()}
 
 
@@ -257,14 +296,14 @@ def _points(networks: list[PreTrainedModel], times: list[dict[str, list[float]]]
     for network, samples in zip(networks, times, strict=True):
         architecture = describe(network.config)
         amounts = quantities(architecture.sizes)
-        for part in parts_of(architecture):
+        for part in architecture.parts:
             if part.name in samples:
-                values = dict(zip(part.products, amounts_of(part, amounts), strict=True))
-                points.append({"kind": part.kind, **values, "ms": statistics.median(samples[part.name])})
+                elapsed = statistics.median(samples[part.name])
+                points.append({"kind": part.kind, **amounts_of(part, amounts), "ms": elapsed})
     return points
 
 
-def _fitted(points: list[dict[str, Any]]) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, float]]]:
+def _fitted(points: list[dict[str, Any]]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Coefficients of every kind of part, and how far the fit is from its points."""
     coefficients, residuals = {}, {}
     for kind in dict.fromkeys(point["kind"] for point in points):
@@ -289,7 +328,8 @@ def _checked(table: LatencyTable, networks: list[PreTrainedModel], totals: list[
         # With little else running the median of a whole pass is close to the fastest ones.
         fastest = sorted(samples)[len(samples) // 10]
         row = {"predicted_ms": predicted, "measured_ms": measured, "fastest_tenth_ms": fastest}
-        rows.append(row | {"error": predicted / measured - 1})
+        schedule = getattr(network.config, "token_schedule", None)
+        rows.append(row | {"error": predicted / measured - 1} | ({"token_schedule": schedule} if schedule else {}))
     errors = [abs(row["error"]) for row in rows]
     unrest = statistics.median(row["measured_ms"] / row["fastest_tenth_ms"] - 1 for row in rows)
     return {"median_error": statistics.median(errors), "worst_error": max(errors), "unrest": unrest, "networks": rows}
@@ -300,7 +340,7 @@ def table_text(table: LatencyTable) -> str:
     settings, check = table.settings, table.check
     lines = [
         f"{table.model} on {table.hardware}, {settings['device']}, {settings['num_threads']} threads, batch "
-        f"{settings['batch_size']}, {settings['dtype']}, {settings['engine']}",
+        f"{settings['batch_size']}, {settings['dtype']}, {settings['engine']}, {settings['clock']} time",
         "",
     ]
     rows = [["part", "points", "median error", "worst error"]]
@@ -311,7 +351,10 @@ def table_text(table: LatencyTable) -> str:
     rows = [["network", "predicted ms", "measured ms", "fastest tenth", "error"]]
     for number, row in enumerate(check["networks"]):
         values = [f"{row[name]:.3f}" for name in ("predicted_ms", "measured_ms", "fastest_tenth_ms")]
-        rows.append(["dense" if not number else f"random {number}", *values, f"{100 * row['error']:+.1f} %"])
+        name = (
+            f"random {number}, fewer tokens" if "token_schedule" in row else f"random {number}" if number else "dense"
+        )
+        rows.append([name, *values, f"{100 * row['error']:+.1f} %"])
     lines += [text_table(rows), ""]
     lines.append(f"error: {100 * check['median_error']:.1f} % median, {100 * check['worst_error']:.1f} % worst")
     if check["unrest"] > UNREST:

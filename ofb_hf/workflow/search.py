@@ -260,10 +260,7 @@ def finetune(walk: Walk, searched: PreTrainedModel) -> PreTrainedModel:
 
 def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -> dict[str, Any]:
     """Evaluates, measures, writes the output folder and prints the summary."""
-    results: dict[str, Any] = {"target_macs": None, "target_params": None, walk.config.budget[0]: walk.target}
-    results |= measured(walk, models)
-    if walk.config.table is not None:
-        _add_latency(results, models, walk.config.table)
+    results = measured(walk, models)
     if subnet.token_schedule is not None:
         results["token_schedule"] = subnet.token_schedule
     final = models.get("finetuned", models["searched"])
@@ -281,9 +278,10 @@ def _add_latency(results: dict[str, Any], models: dict[str, PreTrainedModel], ta
 
 
 def measured(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
-    """What `eval_results.json` says of any run: the models, and what made them."""
-    results, by_class = measure(models, walk.inputs.eval, phase_arguments(walk.args, "search"))
-    results |= provenance(walk.args.seed, walk.args.device)
+    """What `eval_results.json` says of any run: the budget, the models, and what made them."""
+    results: dict[str, Any] = {"target_macs": None, "target_params": None, walk.config.budget[0]: walk.target}
+    of_models, by_class = measure(models, walk.inputs.eval, phase_arguments(walk.args, "search"))
+    results |= of_models | provenance(walk.args.seed, walk.args.device)
     results["seconds"] = None if walk.resuming else round(time.monotonic() - walk.began)
     history = read_history(walk.folder / HISTORY_FILE)
     results["steps"] = {row["phase"]: row["step"] for row in history}
@@ -295,6 +293,8 @@ def measured(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     }
     results |= {"source": _source(walk), "data": walk.inputs.data.name}
     results["lost_classes"] = lost_classes(by_class["dense"], [*by_class.values()][-1], walk.inputs.data.label_names)
+    if walk.config.table is not None:
+        _add_latency(results, models, walk.config.table)
     return results
 
 

@@ -25,6 +25,7 @@ from ..training_args import OFBTrainingArguments
 from . import output, search
 from .arguments import ModelArguments, TokenPhaseArguments, phase_arguments
 from .inputs import load, load_teacher
+from .latency_table import warn_if_elsewhere
 from .report import markdown_table, results_rows
 from .search import SUBNET_FILE, Walk
 
@@ -53,7 +54,8 @@ def prepare(
     if getattr(dense.config, "token_schedule", None):
         # The budget is a share of the model with all its tokens, so that is the one to compare with.
         dense = OFBViTForImageClassification.from_dense(dense, token_schedule=full_schedule(dense.config))
-    targets = {"": config.target(dense.config)}
+    targets = {"": config.absolute(config.target_for(dense.config))}
+    warn_if_elsewhere(config.table, args.device)
     teacher, licence = load_teacher(model_args.teacher_name_or_path, inputs), search.license_of(name)
     subnet = subnet_of(name, dense)
     return Walk(model_args, phase_args, args, config, settings, inputs, dense, teacher, targets, licence, None, subnet)
@@ -106,7 +108,7 @@ def search_tokens(walk: Walk) -> PreTrainedModel:
 
 def finish(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     """Evaluates, measures, writes the output folder and prints the summary."""
-    results = {"target_macs": walk.target, "target_params": None} | search.measured(walk, models)
+    results = search.measured(walk, models)
     config = models["searched"].config
     results["token_schedule"] = config.token_schedule or full_schedule(config)
     final = models.get("finetuned", models["searched"])
@@ -121,7 +123,8 @@ def _write_extras(walk: Walk, final: PreTrainedModel, results: dict[str, Any], f
         (folder / SUBNET_FILE).write_text(subnet.to_json(), "utf-8")
     (folder / "README.md").write_text(render_token_card(results, markdown_table(results_rows(results))), "utf-8")
     history, processor = read_history(walk.folder / HISTORY_FILE), walk.inputs.processor
-    plot_token_search(history, results["token_schedule"], walk.target, folder / "search.png")
+    budget, _ = walk.config.budget
+    plot_token_search(history, results["token_schedule"], walk.target, budget, folder / "search.png")
     if count := min(walk.finetune_args.token_pictures, len(walk.inputs.eval)):
         rows = [index * len(walk.inputs.eval) // count for index in range(count)]
         images = torch.stack([walk.inputs.eval[row]["pixel_values"] for row in rows])
