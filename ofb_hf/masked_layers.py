@@ -1,8 +1,9 @@
 """How bi-masks act on a model without changing its modules, parameters or state-dict keys.
 
 A gated module reads a gated parameter as `parameter * gate` along one axis; the parameter itself stays where it was.
-Scaling weight rows costs nothing beside scaling (batch x tokens) activations, and it is literally the folding that
-`compress` does at the end. Gates are computed once per forward pass of the supernet and shared through a `GateStore`.
+Scaling weight rows costs little beside scaling (batch x tokens) activations, unless those are few, and it is literally
+the folding that `compress` does at the end. Gates are computed once per forward pass of the supernet and shared through
+a `GateStore`.
 """
 
 import torch
@@ -55,6 +56,11 @@ def apply_gate(parameter: Tensor, gate: Tensor, axis: int) -> Tensor:
     return parameter * gate.reshape(shape).to(parameter.dtype)
 
 
+def _few_rows(x: Tensor) -> bool:
+    """Whether a layer's outputs are fewer numbers than its weight, and so cheaper to scale."""
+    return x.numel() < x.shape[-1] ** 2
+
+
 class GatedLinearFunction(torch.autograd.Function):
     """A linear layer whose outputs are gated through its weight and bias; arguments as for `gated_linear`.
 
@@ -65,6 +71,9 @@ class GatedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
         """Values, in the precision of `x`."""
+        if _few_rows(x):
+            bias = None if bias is None else bias.to(x.dtype)
+            return F.linear(x, weight.to(x.dtype), bias) * gate.to(x.dtype)
         bias = None if bias is None else apply_gate(bias, gate, 0).to(x.dtype)
         return F.linear(x, apply_gate(weight, gate, 0).to(x.dtype), bias)
 
@@ -82,7 +91,11 @@ class GatedLinearFunction(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         grad_x = grad_weight = grad_bias = grad_gate = None
         if for_x:  # of flat rows: as many products as there are images, with the same weights, take longer than one
-            grad_x = (rows @ apply_gate(weight, gate, 0).to(grad.dtype)).view(x.shape)
+            if _few_rows(x):
+                grad_x = (rows * gate.to(grad.dtype)) @ weight.to(grad.dtype)
+            else:
+                grad_x = rows @ apply_gate(weight, gate, 0).to(grad.dtype)
+            grad_x = grad_x.view(x.shape)
         if for_weight or for_gate:
             grad_weight = (rows.mT @ x.flatten(0, -2)).to(weight.dtype)  # of the gated weight, so far
         if bias is not None and (for_bias or for_gate):

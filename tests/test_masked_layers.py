@@ -43,9 +43,10 @@ def test_gradients_are_those_of_central_differences(shape, bias):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_it_is_what_autograd_would_make_of_gated_weights(dtype, bias):
+@pytest.mark.parametrize("shape", [(1, 3), (2, 5, 3)], ids=["few rows", "many rows"])
+def test_it_is_what_autograd_would_make_of_gated_weights(shape, dtype, bias):
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 5e-2}[dtype]
-    tensors = inputs_of(bias=bias, dtype=dtype)
+    tensors = inputs_of(shape, bias=bias, dtype=dtype)
     for ours, theirs in zip(outcome(gated_linear, *tensors), outcome(reference, *tensors), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)

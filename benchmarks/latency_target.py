@@ -1,0 +1,63 @@
+"""Is a budget in milliseconds met? Networks chosen under one, as a latency table predicts them and as they are here.
+
+Weights are random, which speed does not depend on; units are chosen by magnitude (`baselines.pruned_subnet`, the
+settlement of the search). All networks, the dense one among them, take turns; medians of single passes.
+
+    ofb-hf latency-table deit_tiny --num_threads 1 --output deit_tiny.json
+    python benchmarks/latency_target.py --shape deit_tiny --latency_table deit_tiny.json
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from onnx_export import dense_model
+from transformers import PreTrainedModel
+
+from ofb_hf import baselines, count_macs
+from ofb_hf.architectures import family_of
+from ofb_hf.configuration import default_config
+from ofb_hf.latency import LatencyTable, count_latency, milliseconds
+from ofb_hf.models.shapes import SHAPES
+from ofb_hf.surgery import slice_model
+from ofb_hf.workflow.latency_table import measured_latency
+from ofb_hf.workflow.report import markdown_table
+
+HEAD = ["budget", "share of MACs", "predicted ms", "measured ms", "measured / predicted"]
+
+
+def pruned(dense: PreTrainedModel, **budget: object) -> PreTrainedModel:
+    """What the search space offers under a budget."""
+    subnet = baselines.pruned_subnet(dense, default_config(dense.config, **budget), baselines.magnitude_scores(dense))
+    return slice_model(family_of(dense.config).from_dense(dense), subnet).eval()
+
+
+def main() -> None:
+    """Prints one table per repetition."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="deit_tiny")
+    parser.add_argument("--latency_table", type=Path, required=True)
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.6, 0.4], help="of the dense model's milliseconds")
+    parser.add_argument("--macs", nargs="+", type=float, default=[0.5], help="budgets in MACs to compare with")
+    parser.add_argument("--repeat", type=int, default=2)
+    wanted = parser.parse_args()
+    table = LatencyTable.load(wanted.latency_table)
+    dense = dense_model(wanted.shape)
+    targets = [round(share * milliseconds(count_latency(dense, table)), 1) for share in wanted.shares]
+    models = {"dense": dense}
+    for target in targets:
+        budget = {"target_latency_ms": target, "latency_table": str(wanted.latency_table)}
+        models[f"target_latency_ms={target}"] = pruned(dense, **budget)
+    models |= {f"target_macs={share}": pruned(dense, target_macs=share) for share in wanted.macs}
+    for _ in range(wanted.repeat):
+        rows, measured = [HEAD], measured_latency(models, table)
+        for name, model in models.items():
+            predicted = milliseconds(count_latency(model, table))
+            share = count_macs(model) / count_macs(dense)
+            rows.append([name, f"{share:.3f}", f"{predicted:.2f}", f"{measured[name]:.2f}"])
+            rows[-1].append(f"{measured[name] / predicted:.3f}")
+        sys.stdout.write(markdown_table(rows) + "\n\n")
+
+
+if __name__ == "__main__":
+    main()
