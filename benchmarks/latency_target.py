@@ -15,7 +15,6 @@ from onnx_export import dense_model
 from transformers import PreTrainedModel
 
 from ofb_hf import baselines, count_macs
-from ofb_hf.architectures import family_of
 from ofb_hf.configuration import default_config
 from ofb_hf.latency import LatencyTable, count_latency, milliseconds
 from ofb_hf.models.shapes import SHAPES
@@ -29,7 +28,7 @@ HEAD = ["budget", "share of MACs", "predicted ms", "measured ms", "measured / pr
 def pruned(dense: PreTrainedModel, **budget: object) -> PreTrainedModel:
     """What the search space offers under a budget."""
     subnet = baselines.pruned_subnet(dense, default_config(dense.config, **budget), baselines.magnitude_scores(dense))
-    return slice_model(family_of(dense.config).from_dense(dense), subnet).eval()
+    return slice_model(dense, subnet).eval()
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ A baseline decides twice, as a search does: how many units each submodule keeps,
 under the same budget, over the same candidate sizes; `ofb_hf.surgery.slice_model` cuts the network accordingly.
 
     scores = taylor_scores(model, batches)
-    small = slice_model(OFBViTForImageClassification.from_dense(model), pruned_subnet(model, config, scores))
+    small = slice_model(model, pruned_subnet(model, config, scores))
 """
 
 import copy

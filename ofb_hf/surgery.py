@@ -55,13 +55,16 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     """A new, smaller classifier that holds only the units of `subnet`. `model` is left as it is.
 
     Args:
-        model: one of our classifiers; its units are what the indices of `subnet` count.
+        model: a classifier, stock or ours; its units are what the indices of `subnet` count.
 
     Raises:
         ValueError: for submodules or indices that `model` does not have.
     """
+    family = family_of(model.config)
+    if not isinstance(model, family.model_class):
+        model = family.from_dense(model)
     config = copy.deepcopy(model.config)
-    family, architecture = family_of(config), describe(config)
+    architecture = describe(config)
     check_subnet(subnet, architecture)
     kept = {
         name: flat_indices(subnet, name, shape) for name, shape in architecture.sizes.items() if name in subnet.kept

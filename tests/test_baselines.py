@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from factories import AWKWARD, FAMILIES, OURS, search_config, tiny_images, tiny_model
+from invariants import assert_equal_states
 from torch.nn import functional as F
 
 from ofb_hf import baselines, count_macs, count_params
@@ -36,7 +37,8 @@ def test_the_budget_holds_and_the_subnet_can_be_cut(family, choice, budget):
     subnet = CHOICES[choice](model, config)
     count = count_params if "target_params" in budget else count_macs
     target = config.target(count(model))
-    small = slice_model(OURS[family].from_dense(model), subnet)
+    small = slice_model(model, subnet)
+    assert_equal_states(small.state_dict(), slice_model(OURS[family].from_dense(model), subnet).state_dict())
     assert count(small) == count(model, subnet) <= target
     assert count(small) >= 0.9 * target
 
