@@ -56,48 +56,48 @@ def apply_gate(parameter: Tensor, gate: Tensor, axis: int) -> Tensor:
     return parameter * gate.reshape(shape).to(parameter.dtype)
 
 
-def _few_rows(x: Tensor) -> bool:
-    """Whether a layer's outputs are fewer numbers than its weight, and so cheaper to scale."""
-    return x.numel() < x.shape[-1] ** 2
-
-
 class GatedLinearFunction(torch.autograd.Function):
     """A linear layer whose outputs are gated through its weight and bias; arguments as for `gated_linear`.
 
     Left to autograd, `weight * gate` would be kept for the backward pass: a second copy of every weight. Here it is
-    made again there, which costs little beside the products with it.
+    made again there, which costs little beside the products with it. Where the weight rests, as while gradients are
+    only observed, it is the outputs that are kept, and the gate's gradient takes no product of matrices.
     """
 
+    # Not split into `forward` and `setup_context`: torch would inspect the signature at every call.
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
         """Values, in the precision of `x`."""
-        if _few_rows(x):
-            bias = None if bias is None else bias.to(x.dtype)
-            return F.linear(x, weight.to(x.dtype), bias) * gate.to(x.dtype)
+        _, for_weight, for_bias, for_gate = ctx.needs_input_grad
+        ctx.rests = for_gate and not (for_weight or for_bias)
+        ctx.few = x.numel() < x.shape[-1] ** 2  # outputs are fewer numbers than weights, and so cheaper to scale
+        if ctx.rests or ctx.few:
+            out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            # What is there anyway: inputs, parameters and gate.
+            ctx.save_for_backward(out if ctx.rests else x, weight, bias, gate)
+            return out * gate.to(x.dtype)
+        ctx.save_for_backward(x, weight, bias, gate)
         bias = None if bias is None else apply_gate(bias, gate, 0).to(x.dtype)
         return F.linear(x, apply_gate(weight, gate, 0).to(x.dtype), bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
-        """Remembers what is there anyway: inputs, parameters and gate."""
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of inputs, weight, bias and gate."""
-        x, weight, bias, gate = ctx.saved_tensors
+        kept, weight, bias, gate = ctx.saved_tensors
         for_x, for_weight, for_bias, for_gate = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        rows, kept = grad.flatten(0, -2), kept.flatten(0, -2)
         grad_x = grad_weight = grad_bias = grad_gate = None
         if for_x:  # of flat rows: as many products as there are images, with the same weights, take longer than one
-            if _few_rows(x):
+            if ctx.few:
                 grad_x = (rows * gate.to(grad.dtype)) @ weight.to(grad.dtype)
             else:
                 grad_x = rows @ apply_gate(weight, gate, 0).to(grad.dtype)
-            grad_x = grad_x.view(x.shape)
+            grad_x = grad_x.view(*grad.shape[:-1], -1)
+        if ctx.rests:
+            return grad_x, None, None, (rows.to(gate.dtype) * kept).sum(0)
         if for_weight or for_gate:
-            grad_weight = (rows.mT @ x.flatten(0, -2)).to(weight.dtype)  # of the gated weight, so far
+            grad_weight = (rows.mT @ kept).to(weight.dtype)  # of the gated weight, so far
         if bias is not None and (for_bias or for_gate):
             grad_bias = rows.sum(0).to(bias.dtype)
         if for_gate:

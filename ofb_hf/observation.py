@@ -4,7 +4,8 @@ A unit's score is the sum over small groups of images of its squared first-order
 eq. 8). Groups matter: gradients of a large batch cancel, and rank units worse.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -50,7 +51,8 @@ class Observation:
         chunks, losses = [inputs[name].tensor_split(parts) for name in ("pixel_values", "labels")], []
         for images, labels in zip(*chunks, strict=True):
             self._together.append({"pixel_values": images, "labels": labels})
-            losses.append(self._finite(backward))
+            with self._resting():
+                losses.append(self._finite(backward))
             self._of_tokens += self.supernet.squared_token_changes(self._loss_scale / accumulation)
             together = sum(len(part["labels"]) for part in self._together)
             if together < OBSERVED_TOGETHER and not self.accelerator.sync_gradients:
@@ -71,6 +73,19 @@ class Observation:
             mask.first_order += seen.view_as(mask.first_order)
         self.supernet.first_order_of_tokens.add_(self.accelerator.reduce(of_tokens))
         return torch.stack(losses).mean()
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        """Everything but importance without gradients: nobody would look at them."""
+        observed = {mask.importance_logits for mask in self.supernet.bi_masks}
+        resting = [p for p in self.supernet.parameters() if p.requires_grad and p not in observed]
+        for parameter in resting:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in resting:
+                parameter.requires_grad_(True)
 
     @property
     def _loss_scale(self) -> float:

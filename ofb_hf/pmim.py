@@ -1,7 +1,8 @@
 """Progressive masked image modelling (arXiv:2403.15835): a search-time loss that keeps the features rich.
 
 The growing share of hidden patches is replaced by a mask token; a one-layer decoder repaints them from the final
-tokens. Only the hidden pixels count. Used while training a supernet, thrown away by `compress`.
+tokens. Only hidden patches count, and so no others need be painted. Used while training a supernet, thrown away by
+`compress`.
 """
 
 import torch
@@ -93,8 +94,20 @@ def mask_patches(batch_size: int, num_patches: int, keep_ratio: float, generator
     return rank >= int(num_patches * keep_ratio)
 
 
+def hidden_first(masked: Tensor, count: int) -> Tensor:
+    """Which patches to repaint: all hidden ones, and after them others, so that there are as many at every step.
+
+    Args:
+        masked: (B, N) bool, at most `count` hidden in an image.
+
+    Returns:
+        (B, count) indices of patches.
+    """
+    return masked.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
 class PMIMDecoder(nn.Module):
-    """Repaints an image from its final tokens: a 1x1 convolution to stride^2 * channels, then a pixel shuffle.
+    """Repaints patches from final tokens: a 1x1 convolution to stride^2 * channels.
 
     Args:
         hidden_size: C, width of the tokens (shrinks with the network).
@@ -104,39 +117,50 @@ class PMIMDecoder(nn.Module):
 
     def __init__(self, hidden_size: int, stride: int, num_channels: int = 3):
         super().__init__()
-        self.stride = stride
         self.projection = nn.Conv2d(hidden_size, stride**2 * num_channels, kernel_size=1)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """tokens (B, N, C), N = rows * columns of `grid` -> image (B, channels, rows * stride, columns * stride).
-
-        Raises:
-            ValueError: for another number of tokens, as images of another size than the config's give.
-        """
-        if tokens.shape[1] != grid[0] * grid[1]:
-            raise ValueError(
-                f"the network gave {tokens.shape[1]} tokens, but its config's image_size makes {grid[0]} x {grid[1]}; "
-                "masked image modelling needs images of that size."
-            )
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, K, C) -> pixels of their patches (B, K, channels * stride * stride), as `cut_patches` has them."""
         # A 1x1 convolution is a linear layer, and tokens are in order for one; on CPUs that is faster.
-        pixels = F.linear(tokens, self.projection.weight.flatten(1), self.projection.bias)
-        return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, grid), self.stride)
+        return F.linear(tokens, self.projection.weight.flatten(1), self.projection.bias)
 
 
-def reconstruction_loss(reconstruction: Tensor, target: Tensor, masked_patches: Tensor, patch_size: int) -> Tensor:
+def cut_patches(images: Tensor, grid: tuple[int, int], size: int, chosen: Tensor) -> Tensor:
+    """The pixels of some patches.
+
+    Args:
+        images: (B, C, H, W). A border that no patch covers is left out; patches that reach beyond it have zeros there.
+        grid: rows and columns of patches.
+        size: side of a patch in pixels.
+        chosen: (B, K) indices of patches, row by row.
+
+    Returns:
+        (B, K, C * size * size), channel by channel.
+    """
+    beyond = [size * side - pixels for side, pixels in zip(grid, images.shape[-2:], strict=True)]
+    if any(beyond):
+        images = F.pad(images, (0, beyond[1], 0, beyond[0]))
+    patches = images.unflatten(3, (grid[1], size)).unflatten(2, (grid[0], size)).permute(0, 2, 4, 1, 3, 5)
+    every = torch.arange(len(images), device=images.device)[:, None]
+    return patches[every, chosen // grid[1], chosen % grid[1]].flatten(2)
+
+
+def reconstruction_loss(
+    reconstruction: Tensor, target: Tensor, masked: Tensor, grid: tuple[int, int], size: int, repainted: Tensor
+) -> Tensor:
     """Mean absolute error over the pixels of the hidden patches.
 
     Args:
-        reconstruction: (B, C, H, W), as large as all patches together.
-        target: (B, C, H', W'); a border that no patch covers, and one that no pixel covers, are left out.
-        masked_patches: (B, N) bool, True = hidden, N = (H // patch_size) * (W // patch_size).
+        reconstruction: (B, K, C * size * size), what the decoder makes of the tokens of `repainted`.
+        target: (B, C, H, W); a border that no patch covers, and what is painted beyond the image, are left out.
+        masked: (B, N) bool, True = hidden, for the N = rows * columns patches of `grid`, `size` pixels wide.
+        repainted: (B, K) indices of patches, all that are hidden among them.
 
     Returns:
         Scalar; 0 when nothing is hidden.
     """
-    height, width = (min(sides) for sides in zip(reconstruction.shape[-2:], target.shape[-2:], strict=True))
-    grid, pixels = tuple(side // patch_size for side in reconstruction.shape[-2:]), (height, width)
-    hidden = refine_mask(masked_patches, grid, pixels, patch_size).unflatten(1, pixels)[:, None].to(target.dtype)
-    reconstruction, target = reconstruction[..., :height, :width], target[..., :height, :width]
-    difference = (reconstruction.to(target.dtype) - target).abs() * hidden
-    return difference.sum() / (hidden.sum() + 1e-5) / target.shape[1]
+    channels, inside = target.shape[1], target.new_ones(1, 1, *target.shape[2:]).expand(len(target), -1, -1, -1)
+    difference = (reconstruction.to(target.dtype) - cut_patches(target, grid, size, repainted)).abs()
+    counted = cut_patches(inside, grid, size, repainted) * masked.gather(1, repainted)[..., None]
+    total = (difference.unflatten(2, (channels, -1)) * counted[:, :, None]).sum()
+    return total / (counted.sum() + 1e-5) / channels

@@ -25,7 +25,7 @@ from .unit_groups import Architecture, Slot, Submodule, quantities
 
 @dataclass
 class SupernetOutput(ImageClassifierOutput):
-    """Classifier output plus `reconstruction` (B, channels, height, width) when patches were masked."""
+    """Classifier output plus `reconstruction` (B, K, channels * size * size), the pixels of K patches."""
 
     reconstruction: Tensor | None = None
 
@@ -127,21 +127,32 @@ class Supernet(Choices):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def forward(
-        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, **kwargs
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, repainted: Tensor | None = None, **kwargs
     ) -> ImageClassifierOutput | SupernetOutput:
         """The classifier under its bi-masks.
 
         Args:
             pixel_values: (B, channels, height, width).
-            bool_masked_pos: (B, N) bool, patches to hide; the decoder then repaints the image.
+            bool_masked_pos: (B, N) bool, patches to hide; the decoder then repaints.
+            repainted: (B, K) indices of the final tokens whose patches to repaint; by default all, in their order.
             kwargs: for the classifier (`labels`, `output_hidden_states`, ...), without masked patches only.
+
+        Raises:
+            ValueError: for masked images of another size than the config's.
         """
         self.refresh_gates()
         if bool_masked_pos is None:
             return self.model(pixel_values=pixel_values, **kwargs)
         logits, tokens = family_of(self.config).forward_masked(self.model, pixel_values, bool_masked_pos)
-        reconstruction = self.pmim_decoder(tokens, self.dense_architecture.token_grid)
-        return SupernetOutput(logits=logits, reconstruction=reconstruction)
+        rows, columns = self.dense_architecture.token_grid
+        if tokens.shape[1] != rows * columns:
+            raise ValueError(
+                f"the network gave {tokens.shape[1]} tokens, but its config's image_size makes {rows} x {columns}; "
+                "masked image modelling needs images of that size."
+            )
+        if repainted is not None:
+            tokens = tokens.gather(1, repainted[..., None].expand(-1, -1, tokens.shape[2]))
+        return SupernetOutput(logits=logits, reconstruction=self.pmim_decoder(tokens))
 
     def refresh_gates(self) -> None:
         """Computes the bi-mask values that the gated modules read until the next call."""

@@ -26,7 +26,7 @@ from .latency import count_latency, milliseconds
 from .losses import budget_loss, flops_loss
 from .observation import OBSERVED_IMAGES, Observation
 from .parameter_groups import parameter_groups
-from .pmim import mask_patches, normalize_target, reconstruction_loss, refine_mask
+from .pmim import hidden_first, mask_patches, normalize_target, reconstruction_loss, refine_mask
 from .search_space import SubnetSpec
 from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
 from .surgery import rebuild_ddp_, slice_optimizer_
@@ -99,7 +99,7 @@ class OFBTrainer(DistillationTrainer):
         self._pmim_sums = torch.zeros(2, device=args.device)
         self._schedule: dict[str, float] = {}
         self._handed_over = False
-        self._final_choice: tuple[Tensor, ...] | None = None
+        self._resting_choice: tuple[Tensor, ...] | None = None
         self.observation = Observation(supernet, self.accelerator)
 
     def training_losses(
@@ -111,18 +111,20 @@ class OFBTrainer(DistillationTrainer):
             self.compensation.remember(pixel_values)
         if supernet.tokens is not None and now["importance_phase"]:
             self.observation.images.append(pixel_values)
-        architecture, hidden = supernet.dense_architecture, self._hide_tokens(len(pixel_values))
-        if hidden is None:
-            outputs = model(pixel_values=pixel_values)
+        hides = supernet.repaints and not self._is_observing
+        if hides:
+            grid, size = supernet.dense_architecture.token_grid, supernet.dense_architecture.token_size
+            hidden, repainted = self._hide_tokens(len(pixel_values))
+            factor = size // supernet.dense_architecture.patch_size
+            masked_patches = refine_mask(hidden, grid, supernet.dense_architecture.patch_grid, factor)
+            outputs = model(pixel_values=pixel_values, bool_masked_pos=masked_patches, repainted=repainted)
         else:
-            factor = architecture.token_size // architecture.patch_size
-            masked_patches = refine_mask(hidden, architecture.token_grid, architecture.patch_grid, factor)
-            outputs = model(pixel_values=pixel_values, bool_masked_pos=masked_patches)
+            outputs = model(pixel_values=pixel_values)
         parts = {"task": self.task_loss(outputs.logits, pixel_values, labels)}
         loss = parts["task"]
-        if hidden is not None:
+        if hides:
             target = normalize_target(pixel_values, supernet.pmim_window)
-            parts["pmim"] = reconstruction_loss(outputs.reconstruction, target, hidden, architecture.token_size)
+            parts["pmim"] = reconstruction_loss(outputs.reconstruction, target, hidden, grid, size, repainted)
             loss = loss + config.pmim_weight * supernet.pmim_ratio * parts["pmim"]
             self._pmim_sums += torch.stack([parts["task"].detach().float(), parts["pmim"].detach().float()])
         elif supernet.pmim_decoder is not None:
@@ -142,26 +144,31 @@ class OFBTrainer(DistillationTrainer):
 
     def _choice(self) -> tuple[Tensor, ...]:
         """Expected cost, expected MACs, one-hot loss and importance penalty; scalars."""
-        if self._final_choice is not None:
-            return self._final_choice
+        if self._resting_choice is not None:
+            return self._resting_choice
         supernet = self.supernet
         sizes = supernet.sizes("bi_mask" if self._schedule["importance_phase"] else "sparsity")
         costs = supernet.expected_cost(sizes), supernet.expected_macs(sizes)
         choice = (*costs, supernet.one_hot_loss(), supernet.importance_penalty())
-        if supernet.is_folded:  # nothing of it will ever change again
-            self._final_choice = choice
+        if supernet.is_folded or self._is_observing:  # no mask moves
+            self._resting_choice = tuple(part.detach() for part in choice)
+            return self._resting_choice
         return choice
 
-    def _hide_tokens(self, batch_size: int) -> Tensor | None:
-        # Nothing hidden is a mask like any other, as long as there may be something again: the same graph to compile,
-        # and every parameter takes part under DDP.
-        if not self.supernet.repaints:
-            return None
-        rows, columns = self.supernet.dense_architecture.token_grid
-        masked = mask_patches(batch_size, rows * columns, self._schedule["keep_ratio"], self.generator)
+    def _hide_tokens(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Which final tokens lose their patches (B, N), and which are repainted (B, K).
+
+        Nothing hidden is a mask like any other, and as many are repainted at every step: the same graph to compile, and
+        every parameter takes part under DDP.
+        """
+        config, grid = self.bi_mask_config, self.supernet.dense_architecture.token_grid
+        tokens = grid[0] * grid[1]
+        masked = mask_patches(batch_size, tokens, self._schedule["keep_ratio"], self.generator)
+        most = tokens - int(tokens * min(config.keep_ratio_start, config.keep_ratio_end))
+        drawn = masked, hidden_first(masked, most)
         if self.args.device.type == "cuda":
-            masked = masked.pin_memory()  # a copy from ordinary memory would wait for everything that is queued
-        return masked.to(self.args.device, non_blocking=True)
+            drawn = [tensor.pin_memory() for tensor in drawn]  # from ordinary memory it waits for all that is queued
+        return tuple(tensor.to(self.args.device, non_blocking=True) for tensor in drawn)
 
     def begin_search(self) -> None:
         """Finds out, once, whether a resumed run has its importance phase behind it."""
@@ -196,6 +203,10 @@ class OFBTrainer(DistillationTrainer):
     def _observes(self) -> bool:
         return self.bi_mask_config.importance_from == "first_order"
 
+    @property
+    def _is_observing(self) -> bool:
+        return self._observes and self._schedule["importance_phase"]
+
     def _hold_steps(self, total: int) -> int:
         """Steps of the importance phase; at least one where there has to be something to observe, and not too many."""
         hold, args = self.bi_mask_config.importance_hold, self.args
@@ -227,13 +238,13 @@ class OFBTrainer(DistillationTrainer):
         if self._observes:
             self.optimizer.state.clear()  # all of it rested: moments of nothing, grown old, make large first steps
         self.supernet.importance_known.fill_(True)
-        self._handed_over = True
+        self._handed_over, self._resting_choice = True, None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward pass, or many small ones where gradients are only observed."""
-        if not (self._observes and self._schedule["importance_phase"]):
+        if not self._is_observing:
             return super().training_step(model, inputs, num_items_in_batch)
         # The bare network: ranks add up what they saw afterwards, and nothing is compiled for such small batches.
         backward = partial(super().training_step, self.supernet, num_items_in_batch=num_items_in_batch)

@@ -100,10 +100,10 @@ def main(folder: Path, options: dict[str, Any]) -> None:
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=options["loss_scale"])
     hide, hidden = trainer._hide_tokens, []
 
-    def noted(batch_size: int) -> Tensor | None:
-        masked = hide(batch_size)
-        hidden.append(None if masked is None else digest({"masked": masked})["masked"])
-        return masked
+    def noted(batch_size: int) -> tuple[Tensor, Tensor]:
+        masked, repainted = hide(batch_size)
+        hidden.append(digest({"masked": masked})["masked"])
+        return masked, repainted
 
     trainer._hide_tokens = noted
     shrinks = Shrinks(options.get("shrink_at", []))

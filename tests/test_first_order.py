@@ -126,6 +126,26 @@ def test_the_first_phase_observes_and_changes_nothing_else(tmp_path):
     assert seen[4]["importance_known"]
 
 
+@both_families
+def test_while_gradients_are_observed_only_importance_has_any_and_afterwards_all_that_learns(tmp_path, family):
+    config, learning, choices = search_config(family, importance_hold=0.5, settle_at=1.0, target_macs=0.6), {}, {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found = {name for name, p in trainer.supernet.named_parameters() if p.grad is not None}
+            learning[state.global_step] = found
+            choices[state.global_step] = [part.item() for part in trainer._choice()]
+
+    trainer = searcher(tmp_path, config, callbacks=[Look()], family=family, max_steps=6)
+    every = {name for name, p in trainer.supernet.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert learning[0] == learning[2] == {name for name in every if name.endswith(".importance_logits")}
+    assert learning[3] == every
+    # What the choice costs is computed once while it rests, and from then on anew.
+    assert choices[0] == choices[2]
+    assert len({tuple(choices[step]) for step in (2, 3, 4, 5)}) == 4
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 9, 12])
 def test_however_short_the_search_it_looks_at_the_data_first(tmp_path, steps):
     """With the phases of the preset, which fall together in few steps."""
@@ -160,6 +180,7 @@ def test_a_loss_scale_that_overflows_is_lowered_and_nothing_is_lost(tmp_path):
     scaled = searcher(tmp_path, max_steps=3)
     scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     for trainer in (plain, scaled):
+        trainer.supernet.model.classifier.weight.data *= 64  # gradients above 1
         trainer._schedule = {"importance_phase": True, "keep_ratio": 1.0, "target": 1.0, "one_hot_weight": 0.0}
         trainer.current_gradient_accumulation_steps = 1
         trainer.training_step(trainer.supernet, default_data_collator(rows()[:8]))

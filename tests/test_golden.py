@@ -271,7 +271,9 @@ def test_reconstruction_loss_counts_hidden_pixels_only():
         row, column = divmod(index, 32 // patch)
         by_hand += target[0, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch].abs().sum()
     pixels = int(masked.sum()) * patch**2
-    loss = reconstruction_loss(torch.zeros_like(target), target, masked, patch)
+    grid, every = (32 // patch,) * 2, torch.arange(masked.shape[1])[None]
+    painted = torch.zeros(1, masked.shape[1], 3 * patch**2)
+    loss = reconstruction_loss(painted, target, masked, grid, patch, every)
     assert loss.item() == pytest.approx((by_hand / (pixels + 1e-5) / 3).item(), rel=1e-12)
 
 

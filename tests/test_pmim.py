@@ -4,9 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from ofb_hf.pmim import (
     PMIMDecoder,
+    cut_patches,
+    hidden_first,
     mask_patches,
     normalize_target,
     reconstruction_loss,
@@ -118,17 +121,37 @@ def test_a_mask_that_needs_no_refinement_stays_as_it_is():
     assert torch.equal(refine_mask(masked, (3, 4), (3, 4), 1), masked)
 
 
-def test_the_decoder_paints_every_token_in_its_place():
-    decoder = PMIMDecoder(hidden_size=5, stride=4, num_channels=2)
-    tokens = torch.zeros(1, 6, 5)
-    tokens[0, 4] = 1  # row 1, column 1 of a 2 x 3 grid
-    with torch.no_grad():
-        decoder.projection.bias.zero_()
-        image = decoder(tokens, (2, 3))
-    assert image.shape == (1, 2, 8, 12)
-    assert (image[0, :, 4:8, 4:8] != 0).all()
-    image[0, :, 4:8, 4:8] = 0
-    assert (image == 0).all()
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.data())
+def test_cut_patches_are_the_pixels_of_the_patches_that_were_asked_for(rows, columns, size, data):
+    """Whether the grid covers the image, falls short of its border or reaches beyond it."""
+    beyond = [data.draw(st.integers(1 - size, 2)) for _ in range(2)]
+    sides = [side * size + more for side, more in zip((rows, columns), beyond, strict=True)]
+    images = 1 + torch.rand(2, 3, *sides)
+    chosen = torch.randint(rows * columns, (2, 5))
+    cut = cut_patches(images, (rows, columns), size, chosen)
+    padded = torch.zeros(2, 3, max(sides[0], rows * size), max(sides[1], columns * size))
+    padded[..., : sides[0], : sides[1]] = images
+    for image, of_image, patches in zip(padded, chosen.tolist(), cut, strict=True):
+        for patch, pixels in zip(of_image, patches, strict=True):
+            row, column = (size * index for index in divmod(patch, columns))
+            assert torch.equal(pixels.view(3, size, size), image[:, row : row + size, column : column + size])
+
+
+def test_hidden_patches_come_first_among_those_that_are_repainted():
+    masked = mask_patches(5, 12, 0.75, torch.Generator().manual_seed(0))
+    repainted = hidden_first(masked, 4)
+    assert repainted.shape == (5, 4)
+    assert all(len(set(row)) == 4 for row in repainted.tolist())
+    assert (masked.gather(1, repainted) == torch.tensor([True, True, True, False])).all()
+    assert hidden_first(masked, 0).shape == (5, 0)
+
+
+def test_the_decoder_paints_a_token_as_its_patch_would_be_cut():
+    """Like a 1x1 convolution whose channels a pixel shuffle spreads out (arXiv:2403.15835)."""
+    decoder, tokens = PMIMDecoder(hidden_size=5, stride=4, num_channels=2), torch.randn(1, 6, 5)
+    picture = F.pixel_shuffle(decoder.projection(tokens.mT.unflatten(2, (2, 3))), 4)
+    chosen = torch.tensor([[4, 0, 5]])
+    torch.testing.assert_close(decoder(tokens[:, chosen[0]]), cut_patches(picture, (2, 3), 4, chosen))
 
 
 @pytest.mark.parametrize(("hidden", "params"), [(384, 295_680), (768, 590_592)])
@@ -136,50 +159,58 @@ def test_the_decoder_has_the_published_size(hidden, params):
     assert sum(parameter.numel() for parameter in PMIMDecoder(hidden, 16).parameters()) == params
 
 
-def test_reconstruction_loss_sees_hidden_patches_only():
-    target, reconstruction = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12)
+def loss_of(picture, target, masked, grid, count=None):
+    """The loss of a painted picture with patches of 4 pixels, of which `count` are looked at."""
+    repainted = hidden_first(masked, masked.shape[1] if count is None else count)
+    return reconstruction_loss(cut_patches(picture, grid, 4, repainted), target, masked, grid, 4, repainted)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_reconstruction_loss_sees_hidden_patches_only(count):
+    target, picture = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12)
     masked = torch.tensor([[True, False, False, False, False, True], [False, True, False, False, False, False]])
-    errors = (reconstruction - target).abs().mean(1)
+    errors = (picture - target).abs().mean(1)
     hidden = [errors[0, :4, :4], errors[0, 4:, 8:], errors[1, :4, 4:8]]
-    loss = reconstruction_loss(reconstruction, target, masked, 4)
+    loss = loss_of(picture, target, masked, (2, 3), count)
     assert loss.item() == pytest.approx(torch.stack(hidden).mean().item(), rel=1e-5)
-    reconstruction[0, :, :4, 4:8] += 100  # visible
-    assert reconstruction_loss(reconstruction, target, masked, 4).item() == pytest.approx(loss.item())
+    picture[0, :, :4, 4:8] += 100  # visible
+    assert loss_of(picture, target, masked, (2, 3), count).item() == pytest.approx(loss.item())
 
 
 def test_reconstruction_beyond_the_image_does_not_count():
     """6 x 9 pixels under 2 x 3 patches of 4: what is painted on padding is left out, of hidden patches too."""
-    target, reconstruction = torch.randn(2, 3, 6, 9), torch.randn(2, 3, 8, 12)
+    target, picture = torch.randn(2, 3, 6, 9), torch.randn(2, 3, 8, 12)
     masked = torch.tensor([[True, False, False, False, True, True], [False, False, True, False, False, False]])
-    errors = (reconstruction[..., :6, :9] - target).abs().mean(1)
+    errors = (picture[..., :6, :9] - target).abs().mean(1)
     hidden = [errors[0, :4, :4], errors[0, 4:, 4:8], errors[0, 4:, 8:], errors[1, :4, 8:]]
     expected = torch.cat([region.flatten() for region in hidden]).mean().item()
-    assert reconstruction_loss(reconstruction, target, masked, 4).item() == pytest.approx(expected, rel=1e-5)
-    reconstruction[..., 6:, :] = reconstruction[..., 9:] = 1e6
-    assert reconstruction_loss(reconstruction, target, masked, 4).item() == pytest.approx(expected, rel=1e-5)
+    assert loss_of(picture, target, masked, (2, 3)).item() == pytest.approx(expected, rel=1e-5)
+    picture[..., 6:, :] = picture[..., 9:] = 1e6
+    assert loss_of(picture, target, masked, (2, 3)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_pixels_that_no_patch_covers_do_not_count():
     """9 x 6 pixels over 2 x 1 patches of 4: a border of one and two pixels is never painted."""
-    target, reconstruction = torch.randn(1, 3, 9, 6), torch.randn(1, 3, 8, 4)
-    expected = (reconstruction[:, :, 4:] - target[:, :, 4:8, :4]).abs().mean().item()
+    target, picture = torch.randn(1, 3, 9, 6), torch.randn(1, 3, 8, 4)
+    expected = (picture[:, :, 4:] - target[:, :, 4:8, :4]).abs().mean().item()
     masked = torch.tensor([[False, True]])
-    assert reconstruction_loss(reconstruction, target, masked, 4).item() == pytest.approx(expected, rel=1e-5)
+    assert loss_of(picture, target, masked, (2, 1)).item() == pytest.approx(expected, rel=1e-5)
     target[..., 8:, :] = target[..., 4:] = 1e6
-    assert reconstruction_loss(reconstruction, target, masked, 4).item() == pytest.approx(expected, rel=1e-5)
+    assert loss_of(picture, target, masked, (2, 1)).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_reconstruction_loss_without_hidden_patches_is_zero_and_differentiable():
-    reconstruction = torch.randn(1, 3, 8, 8, requires_grad=True)
-    loss = reconstruction_loss(reconstruction, torch.randn(1, 3, 8, 8), torch.zeros(1, 4, dtype=torch.bool), 4)
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_reconstruction_loss_without_hidden_patches_is_zero_and_differentiable(count):
+    picture = torch.randn(1, 3, 8, 8, requires_grad=True)
+    loss = loss_of(picture, torch.randn(1, 3, 8, 8), torch.zeros(1, 4, dtype=torch.bool), (2, 2), count)
     loss.backward()
     assert loss.item() == 0
-    assert (reconstruction.grad == 0).all()
+    assert (picture.grad == 0).all()
 
 
 def test_reconstruction_loss_of_half_precision_is_taken_in_the_targets_precision():
-    reconstruction = torch.randn(1, 3, 8, 8).bfloat16().requires_grad_()
-    loss = reconstruction_loss(reconstruction, torch.randn(1, 3, 8, 8), torch.ones(1, 4, dtype=torch.bool), 4)
+    picture = torch.randn(1, 3, 8, 8).bfloat16().requires_grad_()
+    loss = loss_of(picture, torch.randn(1, 3, 8, 8), torch.ones(1, 4, dtype=torch.bool), (2, 2))
     loss.backward()
     assert loss.dtype == torch.float32
-    assert reconstruction.grad.isfinite().all()
+    assert picture.grad.isfinite().all()

@@ -8,9 +8,10 @@ import torch
 from factories import randomize_masks_, search_config, tiny_images, tiny_model, tiny_supernet
 from invariants import assert_close, images_for, masked_patches, open_masks_
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ofb_hf import install_bi_masks
-from ofb_hf.pmim import mask_patches, normalize_target, reconstruction_loss, refine_mask
+from ofb_hf.pmim import cut_patches, mask_patches, normalize_target, reconstruction_loss, refine_mask
 from ofb_hf.supernet import Supernet
 
 # A ViT ignores the pixels that no patch covers, a Swin pads: its grids of 9, and of 9 x 7, are odd.
@@ -24,6 +25,12 @@ def supernet_for(family: str, **overrides: Any) -> Supernet:
     supernet = install_bi_masks(dense, search_config(family)).double()
     randomize_masks_(supernet)
     return supernet
+
+
+def picture_of(supernet: Supernet, images: Tensor, hidden: Tensor) -> Tensor:
+    """What all final tokens paint, as a picture (B, channels, height, width)."""
+    patches, architecture = supernet(images, bool_masked_pos=hidden).reconstruction, supernet.architecture
+    return F.pixel_shuffle(patches.mT.unflatten(2, architecture.token_grid), architecture.token_size)
 
 
 def paint_(images: Tensor, patch: int, columns: int, size: int) -> Tensor:
@@ -52,7 +59,7 @@ def test_the_picture_covers_the_image_by_whole_tokens(family, image_size):
     """Swin's picture reaches over the border by less than a token; a ViT's falls short of what no patch covers."""
     supernet = supernet_for(family, image_size=image_size)
     images, stride = images_for(supernet), supernet.architecture.token_size
-    picture = supernet(images, bool_masked_pos=masked_patches(supernet)).reconstruction
+    picture = picture_of(supernet, images, masked_patches(supernet))
     assert picture.shape[:2] == images.shape[:2]
     for painted, pixels in zip(picture.shape[2:], images.shape[2:], strict=True):
         assert painted % stride == 0
@@ -73,14 +80,14 @@ def test_every_token_repaints_the_pixels_it_was_made_of(family, image_size):
     stop_mixing_(supernet.model)
     architecture, images = supernet.architecture, images_for(supernet, 1)
     nothing = torch.zeros_like(masked_patches(supernet, 1))
-    picture, stride = supernet(images, bool_masked_pos=nothing).reconstruction, architecture.token_size
+    picture, stride = picture_of(supernet, images, nothing), architecture.token_size
     rows, columns = architecture.token_grid
     for token in (0, columns - 1, columns, (rows - 1) * columns, rows * columns - 1):
         # The first pixel of a token lies in the image, whatever reaches over its border.
         other = images.clone()
         row, column = (stride * index for index in divmod(token, columns))
         other[..., row, column] += 1
-        changed = (supernet(other, bool_masked_pos=nothing).reconstruction != picture).any(1)[0]
+        changed = (picture_of(supernet, other, nothing) != picture).any(1)[0]
         assert changed[row : row + stride, column : column + stride].all()
         assert changed.sum() == stride**2
 
@@ -93,10 +100,13 @@ def test_the_loss_counts_the_pixels_of_hidden_patches_and_no_others(family, imag
     (rows, columns), patch = architecture.token_grid, architecture.patch_size
     tokens = mask_patches(2, rows * columns, 0.7, torch.Generator().manual_seed(1))
     patches = refine_mask(tokens, (rows, columns), architecture.patch_grid, architecture.token_size // patch)
-    picture = supernet(images, bool_masked_pos=patches).reconstruction
+    picture = picture_of(supernet, images, patches)
     picture.retain_grad()
-    target = normalize_target(images, supernet.pmim_window)
-    loss = reconstruction_loss(picture, target, tokens, architecture.token_size)
+    target, size = normalize_target(images, supernet.pmim_window), architecture.token_size
+    every = torch.arange(rows * columns).expand(2, -1)
+    loss = reconstruction_loss(
+        cut_patches(picture, (rows, columns), size, every), target, tokens, (rows, columns), size, every
+    )
     loss.backward()
     assert loss.isfinite()
     counted = torch.zeros(2, *picture.shape[2:], dtype=torch.bool)
@@ -133,6 +143,16 @@ def first_hidden_state(supernet: Supernet) -> Tensor:
     supernet(images_for(supernet), bool_masked_pos=masked_patches(supernet))
     hook.remove()
     return captured[0][0] if isinstance(captured[0], tuple) else captured[0]
+
+
+@every_size
+def test_tokens_that_are_not_asked_for_are_not_painted_and_the_others_as_ever(family, image_size):
+    supernet = supernet_for(family, image_size=image_size)
+    images, hidden = images_for(supernet), masked_patches(supernet)
+    every = supernet(images, bool_masked_pos=hidden).reconstruction
+    repainted = torch.stack([torch.randperm(every.shape[1])[:3] for _ in images])
+    some = supernet(images, bool_masked_pos=hidden, repainted=repainted).reconstruction
+    assert_close(some, torch.stack([of_image[chosen] for of_image, chosen in zip(every, repainted, strict=True)]))
 
 
 def test_images_of_another_size_are_refused_in_words_when_they_are_to_be_repainted():
