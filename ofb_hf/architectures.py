@@ -32,6 +32,11 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def image_sides(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width of the images a model was made for, in pixels."""
+    return _pair(config.image_size)
+
+
 def _square_patch(config: PreTrainedConfig) -> int:
     height, width = _pair(config.patch_size)
     if height != width:
@@ -111,7 +116,7 @@ def _block_attributes(path: str, sizes: dict[str, int]) -> dict[str, dict[str, A
 
 def _vit_grid(config: ViTConfig) -> tuple[int, int]:
     """Patches of an image, (rows, columns)."""
-    (height, width), patch = _pair(config.image_size), _square_patch(config)
+    (height, width), patch = image_sides(config), _square_patch(config)
     return height // patch, width // patch
 
 
@@ -243,18 +248,12 @@ def _vit_attributes(config: OFBViTConfig) -> dict[str, dict[str, Any]]:
     return attributes
 
 
-def _forward_masked_vit(model: OFBViTForImageClassification, pixel_values: Tensor, masked_patches: Tensor):
-    tokens = model.vit(pixel_values, bool_masked_pos=masked_patches).last_hidden_state
-    return model.classifier(tokens[:, 0]), tokens[:, 1:]
-
-
 _VIT = Family(
     describe=_describe_vit,
     from_dense=OFBViTForImageClassification.from_dense,
     pin=_pin_vit,
     resize=_resize_vit,
     attributes=_vit_attributes,
-    forward_masked=_forward_masked_vit,
     model_class=OFBViTForImageClassification,
     undecayed=("_token", "position_embeddings"),
 )
@@ -278,7 +277,7 @@ def _swin_layer_sizes(config: SwinConfig, stage: int, block: int) -> dict[str, i
 def _swin_grids(config: SwinConfig) -> list[tuple[int, int]]:
     """Tokens (rows, columns) of every stage; patch embedding and patch merging pad what they cannot divide."""
     patch = _square_patch(config)
-    grids = [tuple(math.ceil(pixels / patch) for pixels in _pair(config.image_size))]
+    grids = [tuple(math.ceil(pixels / patch) for pixels in image_sides(config))]
     for _ in config.depths[1:]:
         grids.append(tuple(math.ceil(tokens / 2) for tokens in grids[-1]))
     return grids
@@ -337,7 +336,7 @@ def _swin_ends(config: SwinConfig) -> tuple[tuple[Part, Part], list[Term]]:
     first, last = "stages.0.width", f"stages.{len(config.depths) - 1}.width"
     patch = _square_patch(config)
     pixels, patches = config.num_channels * patch**2, math.prod(_swin_grids(config)[0])
-    positions = math.prod(side // patch for side in _pair(config.image_size)) * bool(config.use_absolute_embeddings)
+    positions = math.prod(side // patch for side in image_sides(config)) * bool(config.use_absolute_embeddings)
     parts = end_part("stem", first, patches * pixels), end_part("head", last, config.num_labels)
     params = [Term(pixels + 1 + 2 + positions, (first,)), Term(2 + config.num_labels, (last,)), Term(config.num_labels)]
     return parts, params
@@ -400,18 +399,12 @@ def _swin_attributes(config: OFBSwinConfig) -> dict[str, dict[str, Any]]:
     return attributes
 
 
-def _forward_masked_swin(model: OFBSwinForImageClassification, pixel_values: Tensor, masked_patches: Tensor):
-    outputs = model.swin(pixel_values, bool_masked_pos=masked_patches)
-    return model.classifier(outputs.pooler_output), outputs.last_hidden_state
-
-
 _SWIN = Family(
     describe=_describe_swin,
     from_dense=OFBSwinForImageClassification.from_dense,
     pin=_pin_swin,
     resize=_resize_swin,
     attributes=_swin_attributes,
-    forward_masked=_forward_masked_swin,
     model_class=OFBSwinForImageClassification,
     undecayed=("mask_token", "position_embeddings", "relative_position_bias_table"),
 )

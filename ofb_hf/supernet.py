@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .architectures import UnsupportedArchitectureError, describe, family_of, require_classifier
+from .architectures import UnsupportedArchitectureError, describe, family_of, image_sides, require_classifier
 from .bi_mask import BiMask, TiedBiMask
 from .choices import Choices
 from .configuration import BiMaskConfig, default_config
@@ -129,7 +129,7 @@ class Supernet(Choices):
     def forward(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, repainted: Tensor | None = None, **kwargs
     ) -> ImageClassifierOutput | SupernetOutput:
-        """The classifier under its bi-masks.
+        """The classifier under its bi-masks; in training, no more of it than logits and repainted patches follow from.
 
         Args:
             pixel_values: (B, channels, height, width).
@@ -140,18 +140,22 @@ class Supernet(Choices):
         Raises:
             ValueError: for masked images of another size than the config's.
         """
-        self.refresh_gates()
-        if bool_masked_pos is None:
-            return self.model(pixel_values=pixel_values, **kwargs)
-        logits, tokens = family_of(self.config).forward_masked(self.model, pixel_values, bool_masked_pos)
-        rows, columns = self.dense_architecture.token_grid
-        if tokens.shape[1] != rows * columns:
+        sides, pixels = image_sides(self.config), tuple(pixel_values.shape[-2:])
+        if bool_masked_pos is not None and pixels != sides:
             raise ValueError(
-                f"the network gave {tokens.shape[1]} tokens, but its config's image_size makes {rows} x {columns}; "
-                "masked image modelling needs images of that size."
+                f"pixel_values are {pixels[0]} x {pixels[1]} pixels, but the config's image_size is "
+                f"{sides[0]} x {sides[1]}; masked image modelling needs images of that size."
             )
-        if repainted is not None:
-            tokens = tokens.gather(1, repainted[..., None].expand(-1, -1, tokens.shape[2]))
+        self.refresh_gates()
+        if bool_masked_pos is None and (kwargs or not self.training):
+            return self.model(pixel_values=pixel_values, **kwargs)
+        rows, columns = self.dense_architecture.token_grid
+        if repainted is None:
+            count = 0 if bool_masked_pos is None else rows * columns
+            repainted = torch.arange(count, device=pixel_values.device).expand(len(pixel_values), -1)
+        logits, tokens = self.model.forward_chosen(pixel_values, bool_masked_pos, repainted)
+        if bool_masked_pos is None:
+            return ImageClassifierOutput(logits=logits)
         return SupernetOutput(logits=logits, reconstruction=self.pmim_decoder(tokens))
 
     def refresh_gates(self) -> None:

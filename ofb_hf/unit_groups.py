@@ -201,7 +201,6 @@ class Family:
         resize: writes submodule sizes into a config.
         attributes: config -> {module path: {attribute: value}} of what modules keep beside their weights: sizes, and
             what stands in for layers that have no width.
-        forward_masked: (model, pixel_values, bool_masked_pos) -> logits (B, classes), patch tokens (B, N, C).
         model_class: our classifier.
         undecayed: how the names of parameters end that weight decay leaves alone, besides vectors.
     """
@@ -211,6 +210,5 @@ class Family:
     pin: Callable[[Any], None]
     resize: Callable[[Any, dict[str, tuple[int, ...]]], None]
     attributes: Callable[[Any], dict[str, dict[str, Any]]]
-    forward_masked: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
     model_class: type[PreTrainedModel]
     undecayed: tuple[str, ...]

@@ -157,5 +157,5 @@ def test_tokens_that_are_not_asked_for_are_not_painted_and_the_others_as_ever(fa
 
 def test_images_of_another_size_are_refused_in_words_when_they_are_to_be_repainted():
     supernet = tiny_supernet(family="swin")
-    with pytest.raises(ValueError, match="36 tokens, but its config's image_size makes 4 x 4"):
+    with pytest.raises(ValueError, match="24 x 24 pixels, but the config's image_size is 16 x 16"):
         supernet(tiny_images(size=24), bool_masked_pos=torch.zeros(2, 144, dtype=torch.bool))

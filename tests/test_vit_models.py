@@ -4,7 +4,7 @@ import pytest
 import torch
 from factories import non_uniform_vit, tiny_images
 
-from ofb_hf import OFBViTConfig
+from ofb_hf import OFBViTConfig, OFBViTForImageClassification
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,53 @@ def test_positions_are_interpolated_in_narrow_networks():
     assert model(large, interpolate_pos_encoding=True).logits.shape == (2, 3)
     with pytest.raises(ValueError, match="24"):
         model(large)
+
+
+def chosen_vit(attention="sdpa", **fields):
+    """A model in float64 whose layers differ, and a batch of two images."""
+    fields |= {"hidden_size": 20, "num_attention_heads": 4, "intermediate_size": 24, "num_hidden_layers": 3}
+    config = OFBViTConfig(**fields, image_size=16, patch_size=4, attn_implementation=attention)
+    return OFBViTForImageClassification(config).double(), tiny_images(dtype=torch.float64)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "last",
+    [
+        {},
+        {"num_attention_heads_per_layer": [4, 2, 0], "head_dim_per_layer": [5, 5, 0]},
+        {"intermediate_size_per_layer": [24, 10, 0]},
+        {
+            "num_attention_heads_per_layer": [4, 2, 0],
+            "head_dim_per_layer": [5, 5, 0],
+            "intermediate_size_per_layer": [24, 10, 0],
+        },
+    ],
+    ids=["whole", "no attention", "no MLP", "neither"],
+)
+def test_a_last_layer_of_chosen_tokens_gives_what_they_would_be_among_all(last, attention):
+    """Logits, tokens, and every gradient."""
+    model, images = chosen_vit(attention, **last)
+    chosen = torch.tensor([[3, 0, 15], [7, 9, 1]])
+    every = model.vit(images).last_hidden_state
+    expected = model.classifier(every[:, 0]), torch.stack([t[1 + c] for t, c in zip(every, chosen, strict=True)])
+    found = model.forward_chosen(images, None, chosen)
+    parameters = [p for name, p in model.named_parameters() if "mask_token" not in name]
+    for ours, full in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, full)
+    gradients = [torch.autograd.grad(sum(out.square().sum() for out in outs), parameters) for outs in (found, expected)]
+    for mine, full in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, full)
+
+
+@pytest.mark.parametrize("schedule", [None, [[12, 9], [7, 6], [6, 6]], [[12, 9], [7, 6], [4, 2]]], ids=str)
+def test_a_last_layer_of_the_class_token_alone_gives_its_logits(schedule):
+    """With fewer tokens from somewhere on; a last layer that reduces them itself computes what it has to."""
+    model, images = chosen_vit(token_schedule=schedule)
+    seen = []
+    model.vit.layers[-1].mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    logits, tokens = model.forward_chosen(images, None, torch.zeros(2, 0, dtype=torch.long))
+    torch.testing.assert_close(logits, model(images).logits)
+    reduces = schedule is not None and schedule[-1] != schedule[-2][-1:] * 2
+    assert seen == [2 if reduces else 1, 17 if schedule is None else schedule[-1][1]]
+    assert tokens.shape[1] == seen[0] - 1

@@ -216,6 +216,24 @@ class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassifi
         self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
+    def forward_chosen(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None, chosen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, and some of the final tokens; logits follow from all of them.
+
+        Args:
+            pixel_values: (B, channels, height, width).
+            bool_masked_pos: (B, N) bool, patches to hide, or None.
+            chosen: (B, K) indices of final tokens.
+
+        Returns:
+            Logits (B, classes) and tokens (B, K, C).
+        """
+        outputs = self.swin(pixel_values, bool_masked_pos=bool_masked_pos)
+        tokens = outputs.last_hidden_state
+        chosen = chosen[..., None].expand(-1, -1, tokens.shape[-1])
+        return self.classifier(outputs.pooler_output), tokens.gather(1, chosen)
+
     @classmethod
     def from_dense(
         cls, model: SwinForImageClassification, token_schedule: list[list[int]] | None = None

@@ -50,6 +50,11 @@ def class_attention(query: Tensor, key: Tensor, scaling: float, bias: Tensor | N
     return logits.softmax(-1, dtype=wide)[:, :, 0, 1:].mean(1)
 
 
+def take_tokens(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """Tokens (B, N, C), indices (B, K) -> (B, K, C)."""
+    return tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
 def rank_tokens(importance: Tensor, count: int) -> Tensor:
     """Indices (B, count) of the class token and of the most important patch tokens, in falling order.
 
@@ -114,7 +119,7 @@ class TokenReduction(nn.Module):
         """Tokens (B, N, C), sizes (B, N) or None for all 1, importance (B, N - 1) -> fewer tokens and their sizes."""
         kept = min(self.kept, tokens.shape[1])
         chosen = rank_tokens(importance.detach(), kept)
-        tokens = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+        tokens = take_tokens(tokens, chosen)
         if sizes is not None:
             sizes = sizes.gather(1, chosen)
         if self.merged >= kept:
@@ -152,23 +157,31 @@ class OFBViTAttention(ViTAttention):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=True) if width else None
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, with_importance: bool = False, **kwargs
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        with_importance: bool = False,
+        attending: Tensor | None = None,
+        **kwargs,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As the stock attention; the third output is the importance of the patches (B, N - 1), where asked for."""
+        """As the stock attention, for all tokens or for those that are `attending` (B, K, C).
+
+        The third output is the importance of the patches (B, N - 1), where asked for.
+        """
+        attending = hidden_states if attending is None else attending
         if not self.num_attention_heads:
-            batch, tokens, _ = hidden_states.shape
+            (batch, tokens, _), queries = hidden_states.shape, attending.shape[1]
             is_eager = self.config._attn_implementation == "eager"  # which alone returns maps
-            return None, hidden_states.new_empty(batch, 0, tokens, tokens) if is_eager else None, None
-        split = (*hidden_states.shape[:-1], -1, self.head_dim)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (project(hidden_states).view(split).transpose(1, 2) for project in projections)
+            return None, hidden_states.new_empty(batch, 0, queries, tokens) if is_eager else None, None
+        projected = self.q_proj(attending), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        query, key, value = (one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for one in projected)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         importance = class_attention(query, key, self.scaling, attention_mask) if with_importance else None
-        return self.o_proj(output.reshape(*split[:2], -1).contiguous()), weights, importance
+        return self.o_proj(output.flatten(2).contiguous()), weights, importance
 
 
 class OFBViTMLP(ViTMLP):
@@ -198,7 +211,12 @@ class OFBViTLayer(ViTLayer):
         self.reduction = TokenReduction(kept, merged) if merged < before else None
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, sizes: Tensor | None = None, **kwargs
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        sizes: Tensor | None = None,
+        wanted: Tensor | None = None,
+        **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """One block.
 
@@ -206,14 +224,18 @@ class OFBViTLayer(ViTLayer):
             hidden_states: (B, N, C).
             attention_mask: as for the stock block.
             sizes: (B, N), how many patches each token stands for; None before the first merging.
+            wanted: (B, K), which tokens to compute; by default, and where the schedule reduces them here, all.
 
         Returns:
-            Tokens and their sizes; fewer than came in where the schedule says so.
+            Tokens and their sizes; fewer than came in where the schedule or `wanted` says so.
         """
         if sizes is not None:  # proportional attention: a token of n patches is attended to n times (arXiv:2210.09461)
             attention_mask = sizes.log().to(hidden_states.dtype)[:, None, None]
+        attending = normed = self.layernorm_before(hidden_states)
+        if wanted is not None and self.reduction is None:
+            attending, hidden_states = take_tokens(normed, wanted), take_tokens(hidden_states, wanted)
         attended, _, importance = self.attention(
-            self.layernorm_before(hidden_states), attention_mask, with_importance=self.reduction is not None, **kwargs
+            normed, attention_mask, with_importance=self.reduction is not None, attending=attending, **kwargs
         )
         if attended is not None:
             hidden_states = hidden_states + self.dropout(attended)
@@ -265,9 +287,15 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
         bool_masked_pos: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
+        wanted: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """As `transformers.ViTModel.forward`.
+
+        Args:
+            pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask: as there.
+            wanted: (B, K), tokens that anything follows from: the last layer computes no others, and
+                `last_hidden_state` is of these. With a `token_schedule`, the class token at most.
 
         Raises:
             ValueError: with a `token_schedule`, for an `attention_mask`, and for attention without additive bias.
@@ -282,8 +310,10 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
         sizes = None
-        for layer in self.layers:
+        *others, last = self.layers
+        for layer in others:
             hidden_states, sizes = layer(hidden_states, attention_mask, sizes, **kwargs)
+        hidden_states, _ = last(hidden_states, attention_mask, sizes, wanted, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         pooled = self.pooler(hidden_states) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
@@ -325,6 +355,23 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
         self.vit = OFBViTModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
+
+    def forward_chosen(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None, chosen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` computes, but in the last layer only for the class token and the chosen patch tokens.
+
+        Args:
+            pixel_values: (B, channels, height, width).
+            bool_masked_pos: (B, N) bool, patches to hide, or None.
+            chosen: (B, K) indices of patches; K = 0 with a `token_schedule`.
+
+        Returns:
+            Logits (B, classes) and tokens (B, K, C).
+        """
+        wanted = F.pad(chosen + 1, (1, 0))  # the class token is number 0
+        tokens = self.vit(pixel_values, bool_masked_pos=bool_masked_pos, wanted=wanted).last_hidden_state
+        return self.classifier(tokens[:, 0]), tokens[:, 1:]
 
     @classmethod
     def from_dense(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._version import __version__
+from ..architectures import image_sides
 from ..distillation import DistillationTrainer
 from ..flops import count_macs, count_params
 from ..metrics import compute_topk, top5_indices
@@ -113,8 +114,7 @@ def threads(count: int) -> Iterator[None]:
 
 def random_images(config: PreTrainedConfig, count: int) -> Tensor:
     """Images (B, C, H, W) as a model takes them, always the same."""
-    sides = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
-    return torch.randn(count, config.num_channels, *sides, generator=torch.Generator().manual_seed(0))
+    return torch.randn(count, config.num_channels, *image_sides(config), generator=torch.Generator().manual_seed(0))
 
 
 def peak_bytes(device: torch.device) -> int:
