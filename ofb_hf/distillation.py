@@ -20,6 +20,14 @@ EMA_FILE = "ema.safetensors"
 BatchAugmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
+def _logits(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """Logits (B, classes), of our models without the tokens that they do not follow from."""
+    if not hasattr(model, "forward_chosen"):
+        return model(pixel_values=pixel_values).logits
+    none = torch.zeros(len(pixel_values), 0, dtype=torch.long, device=pixel_values.device)
+    return model.forward_chosen(pixel_values, None, none)[0]
+
+
 class DistillationTrainer(ResumableTrainer):
     """Finetunes a classifier; the base of `OFBTrainer`.
 
@@ -132,7 +140,7 @@ class DistillationTrainer(ResumableTrainer):
             loss = (1 - weight) * classification_loss(logits, labels, self.args.label_smoothing_factor)
         if weight > 0:
             with torch.no_grad():
-                teacher_logits = self.teacher(pixel_values=pixel_values).logits
+                teacher_logits = _logits(self.teacher, pixel_values)
             hard = self.args.distillation_type == "hard"
             loss = loss + weight * distillation_loss(
                 logits, teacher_logits, self.args.distillation_temperature, hard=hard

@@ -49,21 +49,21 @@ class Observation:
         squares = torch.zeros(sum(mask.first_order.numel() for mask in masks), device=self.accelerator.device)
         of_tokens = torch.zeros_like(self.supernet.first_order_of_tokens)
         chunks, losses = [inputs[name].tensor_split(parts) for name in ("pixel_values", "labels")], []
-        for images, labels in zip(*chunks, strict=True):
-            self._together.append({"pixel_values": images, "labels": labels})
-            with self._resting():
+        with self._resting():
+            for images, labels in zip(*chunks, strict=True):
+                self._together.append({"pixel_values": images, "labels": labels})
                 losses.append(self._finite(backward))
-            self._of_tokens += self.supernet.squared_token_changes(self._loss_scale / accumulation)
-            together = sum(len(part["labels"]) for part in self._together)
-            if together < OBSERVED_TOGETHER and not self.accelerator.sync_gradients:
-                continue  # micro-batches smaller than that are looked at together
-            mean = len(self._together)  # of so many losses, which are added up so far
-            scale = mean * self._loss_scale / accumulation
-            squares += torch.cat([mask.squared_gradient(scale).flatten() for mask in masks])
-            of_tokens += self._of_tokens / mean**2
-            self.supernet.zero_grad(set_to_none=False)  # so that the optimizer, and a scaler, find that nothing moves
-            self._of_tokens.zero_()
-            self._together = []
+                self._of_tokens += self.supernet.squared_token_changes(self._loss_scale / accumulation)
+                together = sum(len(part["labels"]) for part in self._together)
+                if together < OBSERVED_TOGETHER and not self.accelerator.sync_gradients:
+                    continue  # micro-batches smaller than that are looked at together
+                mean = len(self._together)  # of so many losses, which are added up so far
+                scale = mean * self._loss_scale / accumulation
+                squares += torch.cat([mask.squared_gradient(scale).flatten() for mask in masks])
+                of_tokens += self._of_tokens / mean**2
+                self.supernet.zero_grad(set_to_none=False)  # the optimizer, and a scaler, find that nothing moves
+                self._of_tokens.zero_()
+                self._together = []
         if self.accelerator.sync_gradients and self.accelerator.scaler:
             # Other ranks saw other images, and their gradients will be averaged: under one scale.
             scale = torch.tensor([self._loss_scale], device=squares.device)

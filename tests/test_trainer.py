@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
-from factories import search_config, tiny_vit
-from invariants import assert_equal_states
+from factories import FAMILIES, search_config, tiny_model, tiny_vit
+from invariants import assert_equal_states, ours
 from runs import STEPS, arguments, rows, searcher
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
 from ofb_hf import DistillationTrainer, OFBTrainer, count_macs, count_params, install_bi_masks
 from ofb_hf.callbacks import HISTORY_FIELDS, HistoryCallback, read_history
@@ -92,6 +92,17 @@ class KeepGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         named = kwargs["model"].named_parameters()
         self.steps.append({name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_learns_the_same_from_a_teacher_of_ours_as_from_the_stock_one(tmp_path, family):
+    stock, losses = tiny_model(family), []
+    for teacher in (stock, ours(family)):
+        trainer = DistillationTrainer(tiny_model(family, seed=1), arguments(tmp_path), teacher=teacher)
+        batch = default_data_collator(rows()[:4])
+        losses.append(trainer.task_loss(torch.zeros(4, 3), batch["pixel_values"], batch["labels"]))
+    torch.testing.assert_close(*losses)
+    assert losses[0] > 0
 
 
 @pytest.mark.parametrize("teacher_share", [0.0, 0.9])
