@@ -50,9 +50,9 @@ def test_every_member_is_complete_and_within_its_budget(family):
         assert results[name]["dense"]["top1"] == results["target_macs-0.8"]["dense"]["top1"]
 
 
-def test_each_member_keeps_some_of_the_units_of_the_one_before(family):
-    output, _ = family
-    larger, *others = (subnet_of(output / name) for name in BUDGETS)
+def assert_nested(output, names):
+    """Each member keeps some of the units of the one before, and not all of them."""
+    larger, *others = (subnet_of(output / name) for name in names)
     for smaller in others:
         for name, kept in smaller.kept.items():
             assert set(kept) <= set(larger.kept[name]), name
@@ -60,6 +60,22 @@ def test_each_member_keeps_some_of_the_units_of_the_one_before(family):
                 assert all(set(channels) <= set(larger.kept[name][head]) for head, channels in kept.items()), name
         assert smaller != larger
         larger = smaller
+
+
+def test_each_member_keeps_some_of_the_units_of_the_one_before(family):
+    output, _ = family
+    assert_nested(output, BUDGETS)
+
+
+def test_a_swin_has_a_family_too(swin_checkpoint, images, tmp_path):
+    output = tmp_path / "family"
+    results = walk(swin_checkpoint, images, output, "--target_macs", "0.8,0.5", "--keep_dense", "--max_steps", "24")
+    dense = AutoModelForImageClassification.from_pretrained(output / "dense")
+    assert_nested(output, results)
+    for name, share in (("target_macs-0.8", 0.8), ("target_macs-0.5", 0.5)):
+        macs = count_macs(AutoModelForImageClassification.from_pretrained(output / name))
+        assert results[name]["finetuned"]["macs"] == macs == count_macs(dense, subnet_of(output / name))
+        assert 0.9 * share < macs / count_macs(dense) <= share
 
 
 def test_a_family_is_resumed_where_it_stopped(family, checkpoint, images, tmp_path, monkeypatch):
