@@ -232,7 +232,7 @@ class Supernet(Choices):
         """
         before = set(self.parameters())
         self.tokens.acts.fill_(True)
-        self.config.token_schedule = self.token_schedule
+        self.config.token_schedule = self.config.meant_schedule(self.token_schedule)
         if self.pmim_decoder is not None:
             self.pmim_decoder = None
             self.model.get_submodule(self.dense_architecture.embeddings).mask_token = None

@@ -16,6 +16,7 @@ from ofb_hf.callbacks import HistoryCallback, read_history
 from ofb_hf.models.modeling_ofb_vit import merge_tokens, rank_tokens
 from ofb_hf.searched_tokens import TokenProbe, merging_changes, tried_counts
 from ofb_hf.settlement import UnreachableBudgetError
+from ofb_hf.stock import pad_to_stock
 from ofb_hf.surgery import slice_model
 from ofb_hf.token_choice import reducing_layers, schedule_family, schedule_loss, schedule_of
 from ofb_hf.tokens import full_schedule, schedule_cost
@@ -134,7 +135,8 @@ def test_the_budget_holds_and_is_used_and_costs_are_exact(seed, share, depth, la
     assert count_macs(dense, subnet) == count_macs(small)
     assert SubnetSpec.from_json(subnet.to_json()) == subnet
     schedule = small.config.token_schedule
-    assert subnet.token_schedule == supernet.token_schedule == (schedule or full_schedule(small.config))
+    assert subnet.token_schedule == schedule
+    assert supernet.token_schedule == (schedule or full_schedule(small.config))
     assert slice_model(dense, subnet).config.to_dict() == small.config.to_dict()
 
 
@@ -143,6 +145,23 @@ def compress_dense(supernet):
     model = type(supernet.model)(supernet.config)
     model.load_state_dict({k: v for k, v in supernet.model.state_dict().items() if not k.endswith("mask_token")})
     return model
+
+
+def test_all_tokens_are_no_schedule_wherever_they_were_decided_on():
+    """In the supernet, in what is cut from it, in the subnet and its JSON, and in cuts by the subnet's indices."""
+    supernet = observed_supernet(target_macs=0.9)
+    dense, every = compress_dense(supernet), full_schedule(supernet.config)
+    supernet.decide_tokens_(every)
+    subnet, small = read_subnet(supernet), compress(supernet)
+    assert supernet.token_schedule == every  # it is decided, though
+    assert small.config.token_schedule is subnet.token_schedule is None
+    assert "token_schedule" not in subnet.to_json()
+    assert slice_model(dense, SubnetSpec(subnet.kept, every)).config.to_dict() == small.config.to_dict()
+    supernet.settle_()
+    supernet.shrink_()
+    assert supernet.tokens.acts
+    assert supernet.config.token_schedule is supernet.fold().config.token_schedule is None
+    assert pad_to_stock(small)(tiny_images()).logits.shape == (2, 3)  # no schedule stands in the way of that
 
 
 def test_expected_macs_of_one_choice_are_those_of_the_result():
@@ -264,7 +283,12 @@ def test_models_without_a_class_token_and_families_are_refused():
 def test_layers_that_have_lost_their_attention_already_let_tokens_pass():
     model = non_uniform_vit()  # without attention in the fourth and the last of six layers
     supernet = install_bi_masks(model, ViTBiMaskConfig(target_macs=0.6, multiple_of=1, search_tokens=True))
-    assert set(reducing_layers(read_subnet(supernet).token_schedule, 17)) <= {1, 2, 4}
+    for mask in supernet.bi_masks:
+        mask.first_order.fill_(1.0)  # and tokens are worth nothing
+    supernet.estimate_importance_()
+    reducing = reducing_layers(read_subnet(supernet).token_schedule, 17)
+    assert reducing
+    assert set(reducing) <= {1, 2, 4}
     assert 0.98 * supernet.target <= count_macs(compress(supernet)) <= supernet.target
 
 
