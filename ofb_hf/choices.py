@@ -126,7 +126,8 @@ class Choices(nn.Module):
         for mask in self.bi_masks:
             mask.settle_(*settlement.choice[mask.name].size)
         kept = {name: all_units(shape) for name, shape in self.dense_sizes.items()}
-        return SubnetSpec(kept | {mask.name: mask.kept() for mask in self.bi_masks}, self.token_schedule)
+        schedule = self.token_schedule and self.config.meant_schedule(self.token_schedule)
+        return SubnetSpec(kept | {mask.name: mask.kept() for mask in self.bi_masks}, schedule)
 
     def retire_candidates(self) -> int:
         """Retires weak candidates, except those of the best choice within the budget. Returns how many.
@@ -188,7 +189,7 @@ class Choices(nn.Module):
 
     @property
     def token_schedule(self) -> Schedule | None:
-        """The schedule that was decided on."""
+        """The schedule that was decided on, also one of all tokens; None while there is none."""
         return None if self.tokens is None else self.tokens.decided
 
     def fit_alpha_(self) -> None:

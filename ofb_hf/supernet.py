@@ -17,6 +17,7 @@ from .flops import count_macs, evaluate_terms
 from .mask_stack import MaskStacks
 from .masked_layers import GateStore, apply_gates_, install_gates
 from .pmim import PMIMDecoder, window_for_patch
+from .recomputation import without_reentry
 from .search_space import SubnetSpec
 from .searched_tokens import SearchedTokens
 from .surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
@@ -111,12 +112,11 @@ class Supernet(Choices):
         Raises:
             ValueError: for `use_reentrant=True`, which cannot share the gates between blocks.
         """
-        settings = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
-        if settings["use_reentrant"]:
-            raise ValueError(
-                "use_reentrant is True, but all blocks share the gates of one forward pass, which reentrant "
-                "checkpointing would run backward through block by block; leave it at False."
-            )
+        settings = without_reentry(
+            activation_checkpointing_kwargs,
+            "all blocks share the gates of one forward pass, which reentrant checkpointing would run backward through "
+            "block by block",
+        )
         enable = (
             getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
         )
@@ -236,7 +236,7 @@ class Supernet(Choices):
         """
         before = set(self.parameters())
         self.tokens.acts.fill_(True)
-        self.config.token_schedule = self.token_schedule
+        self.config.token_schedule = self.config.meant_schedule(self.token_schedule)
         if self.pmim_decoder is not None:
             self.pmim_decoder = None
             self.model.get_submodule(self.dense_architecture.embeddings).mask_token = None

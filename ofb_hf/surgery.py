@@ -75,7 +75,7 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     family.pin(config)
     family.resize(config, architecture.sizes | sizes)
     if subnet.token_schedule is not None:
-        config.token_schedule = subnet.token_schedule
+        config.token_schedule = config.meant_schedule(subnet.token_schedule)
     smaller = family.model_class(config).to(device=model.device, dtype=model.dtype)
     smaller.load_state_dict({name: slice_tensor(state[name], plan.get(name, ())) for name in smaller.state_dict()})
     return smaller.train(model.training)

@@ -1,7 +1,9 @@
 """Which token schedules a search under one budget has to consider, and the best of them with the widths beside it.
 
 Under a price on what they cost the best schedule is a shortest path through the layers. Falling prices give a family of
-schedules, from the smallest to the one with all tokens; each leaves the widths a budget of their own.
+schedules, from all tokens to the fewest; each leaves the widths a budget of their own. Which of them makes the cheapest
+network depends on the widths: a reduction has a price, and next to nothing to save where the layers behind it are
+narrow or gone.
 """
 
 import functools
@@ -67,7 +69,11 @@ def schedule_family(
     reducing: Collection[int],
     cost: Cost = macs_of,
 ) -> list[Schedule]:
-    """Schedules that are worth considering, from all tokens to the fewest.
+    """Schedules that are worth considering: from all tokens to the fewest, then single reductions that are not among
+    them.
+
+    Whatever the widths, the cheapest schedule is one of these: that of all tokens, or one that goes down to one patch
+    at once. (Merging into a single patch costs no more than merging into several, and leaves less to do.)
 
     Args:
         config: of the model.
@@ -87,15 +93,16 @@ def schedule_family(
         left = _shortest_path([loss + price * priced for loss, priced in tables], counts)
         if left not in family:
             family.append(left)
-    smallest = [tokens if layer < min(reducing, default=len(layers)) else SMALLEST_COUNT for layer in layers]
-    if smallest not in family:
-        family.append(smallest)
+    singles = [[tokens] * layer + [SMALLEST_COUNT] * (len(layers) - layer) for layer in sorted(reducing)]
+    family += [left for left in singles[:1] if left not in family]
 
     def share(left: list[int]) -> float:
         at = [count - SMALLEST_COUNT for count in (tokens, *left)]
         return sum(float(table[1][a, b]) for table, a, b in zip(tables, at, at[1:], strict=False)) / unit
 
-    return [schedule_of(left, tokens) for left in _filled_in(family, share)]
+    family = _filled_in(family, share)
+    family += [left for left in singles if left not in family]
+    return [schedule_of(left, tokens) for left in family]
 
 
 def _layer_costs(
@@ -160,28 +167,30 @@ def best_in_family(
         A settlement with its `token_schedule`, and what the tokens lose taken off its score.
 
     Raises:
-        UnreachableBudgetError: if not even the smallest schedule lets the widths fit.
+        UnreachableBudgetError: if the widths fit under no schedule, naming what the smallest network of all costs.
     """
 
     @functools.cache
-    def at(index: int) -> Settlement | None:
+    def at(index: int) -> Settlement | UnreachableBudgetError:
         return _with_widths(family[index], solve, curves)
 
     def rank(index: int) -> tuple[bool, bool, float]:
-        settlement = at(index)
-        if settlement is None:
-            return False, False, index
-        within = settlement.cost >= lowest
-        return True, within, settlement.score if within else settlement.cost
+        found = at(index)
+        if isinstance(found, UnreachableBudgetError):
+            return False, False, -found.smallest
+        within = found.cost >= lowest
+        return True, within, found.score if within else found.cost
 
-    last = len(family) - 1
-    if at(last) is None:
-        solve(family[last])  # says what the smallest costs
+    every = range(len(family))
     stride = 1 if len(family) <= SHORT else STRIDE
-    best = max([*range(0, last, stride), last], key=rank)
+    best = max([*every[::stride], every[-1]], key=rank)
+    if not rank(best)[0]:  # few schedules let the widths fit, or none
+        best = max(every, key=rank)
+        if not rank(best)[0]:
+            raise at(best)
     while stride > 1:
         stride //= 2
-        best = max((index for index in (best, best - stride, best + stride) if 0 <= index <= last), key=rank)
+        best = max((index for index in (best, best - stride, best + stride) if index in every), key=rank)
     return at(best)
 
 
@@ -191,13 +200,15 @@ def spread_over_family(
     """Settlements from all parts of a family, in its order, that use the budget; arguments as for `best_in_family`."""
     stride = -(-len(family) // ALTERNATIVES)
     found = [_with_widths(schedule, solve, curves) for schedule in family[::stride]]
-    return [settlement for settlement in found if settlement is not None and settlement.cost >= lowest]
+    return [each for each in found if isinstance(each, Settlement) and each.cost >= lowest]
 
 
-def _with_widths(schedule: Schedule, solve: Callable[[Schedule], Settlement], curves: np.ndarray) -> Settlement | None:
-    """A schedule with the best widths beside it; None if it leaves too many tokens for any."""
+def _with_widths(
+    schedule: Schedule, solve: Callable[[Schedule], Settlement], curves: np.ndarray
+) -> Settlement | UnreachableBudgetError:
+    """A schedule with the best widths beside it; or the refusal, if it leaves too many tokens for any."""
     try:
         widths = solve(schedule)
-    except UnreachableBudgetError:
-        return None
+    except UnreachableBudgetError as refusal:
+        return refusal
     return replace(widths, score=widths.score - schedule_loss(curves, schedule), token_schedule=schedule)

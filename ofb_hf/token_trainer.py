@@ -14,6 +14,7 @@ from .distillation import DistillationTrainer
 from .learned_tokens import TokenSearchConfig, expected_cost, install_learned_counts, read_expected_counts
 from .losses import flops_loss
 from .models import OFBViTForImageClassification
+from .recomputation import without_reentry
 from .tokens import Schedule, full_schedule, schedule_cost, settle_schedule
 from .training_args import OFBTrainingArguments
 
@@ -35,7 +36,7 @@ class TokenTrainer(DistillationTrainer):
 
     Raises:
         UnsupportedArchitectureError: for models without a class token.
-        ValueError: for a budget out of reach, naming the smallest possible value.
+        ValueError: for a budget out of reach, naming the smallest possible value, and for reentrant checkpointing.
 
     Example:
 
@@ -54,6 +55,12 @@ class TokenTrainer(DistillationTrainer):
         teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ):
+        if args.gradient_checkpointing:
+            without_reentry(
+                args.gradient_checkpointing_kwargs,
+                "only token counts learn: with the weights at rest no input of a block needs a gradient, and then "
+                "reentrant checkpointing passes none to what is inside",
+            )
         self.token_config = config or TokenSearchConfig()
         learner = install_learned_counts(model, self.token_config.token_granularity)
         self.target = self.token_config.target_for(learner.config)

@@ -1,26 +1,31 @@
 """Widths, depth and tokens searched together under one budget: what is observed, chosen, cut, stored and refused."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from factories import non_uniform_vit, randomize_masks_, search_config, tiny_images, tiny_swin, tiny_vit
+from factories import invented_table, non_uniform_vit, randomize_masks_, search_config, tiny_images, tiny_swin, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import searcher
 from torch.utils.flop_counter import FlopCounterMode
 
 from ofb_hf import SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig, compress, count_macs, install_bi_masks, read_subnet
+from ofb_hf.architectures import describe, scheduled
 from ofb_hf.callbacks import HistoryCallback, read_history
+from ofb_hf.flops import evaluate_terms
 from ofb_hf.models.modeling_ofb_vit import merge_tokens, rank_tokens
 from ofb_hf.searched_tokens import TokenProbe, merging_changes, tried_counts
 from ofb_hf.settlement import UnreachableBudgetError
+from ofb_hf.stock import pad_to_stock
 from ofb_hf.surgery import slice_model
 from ofb_hf.token_choice import reducing_layers, schedule_family, schedule_loss, schedule_of
 from ofb_hf.tokens import full_schedule, schedule_cost
-from ofb_hf.unit_groups import quantities
+from ofb_hf.unit_groups import macs_of, quantities
 from ofb_hf.workflow.arguments import SearchArguments
+from ofb_hf.workflow.plan import describe_space
 
 
 def joint_config(**changes):
@@ -104,18 +109,50 @@ def test_a_family_goes_from_all_tokens_to_the_fewest(seed, reducing):
     family = schedule_family(config, quantities({"embeddings": (40,), **block_sizes(5)}), curves, reducing)
     assert family[0] == full_schedule(config)
     assert all(set(reducing_layers(schedule, 17)) <= reducing for schedule in family)
-    assert reducing_layers(family[-1], 17) == sorted(reducing)[:1]
     for schedule in family:
         counts = [17, *itertools.chain.from_iterable(schedule)]
         assert counts == sorted(counts, reverse=True)
         assert schedule_loss(curves, schedule) >= 0
+    singles = [schedule_of([17] * layer + [2] * (5 - layer), 17) for layer in sorted(reducing)]
+    assert all(schedule in family for schedule in singles)
     macs = [schedule_cost(config, schedule) for schedule in family]
-    assert min(macs) == macs[-1]
+    assert min(macs) == min(schedule_cost(config, schedule) for schedule in (family[0], *singles[:1]))
 
 
 def block_sizes(layers):
     """Sizes of the blocks of `vit_config`."""
     return {f"layers.{i}.{half}": size for i in range(layers) for half, size in (("attention", (5, 8)), ("mlp", (72,)))}
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1000), st.booleans(), st.sampled_from([0, 1, 10**3, 10**6]))
+def test_the_cheapest_schedule_of_any_widths_is_in_the_family(seed, timed, price):
+    """In MACs, and in milliseconds whatever a reduction costs by itself; with and without MLPs."""
+    model, generator = tiny_vit(num_hidden_layers=4), np.random.default_rng(seed)
+    table = invented_table(model, seed)
+    table.coefficients["stages.0.reduction"]["presence"] *= price
+    sizes = {"embeddings": (int(generator.integers(1, 41)),)}
+    for layer in range(4):
+        sizes[f"layers.{layer}.attention"] = tuple(map(int, generator.integers(1, [6, 9])))
+        sizes[f"layers.{layer}.mlp"] = (int(generator.choice([0, 1, 20, 72])),)
+    config, amounts = model.config, quantities(sizes)
+    cost = table.terms_of if timed else macs_of
+
+    def costs(schedule):
+        return evaluate_terms(cost(scheduled(config, schedule).parts), amounts)
+
+    curves = np.sort(generator.exponential(size=(4, 18)), axis=1)[:, ::-1].copy()
+    family = schedule_family(config, amounts, curves, {1, 2, 3}, cost)
+    assert min(map(costs, family)) == min(map(costs, falling_schedules({1, 2, 3}, 4)))
+
+
+def falling_schedules(reducing, layers):
+    """Schedules of 17 tokens that reduce in these layers only, to numbers from all over the range."""
+    for counts in itertools.combinations_with_replacement((17, 16, 12, 9, 5, 3, 2), len(reducing)):
+        at, left = dict(zip(sorted(reducing), counts, strict=True)), [17]
+        for layer in range(layers):
+            left.append(at.get(layer, left[-1]))
+        yield schedule_of(left[1:], 17)
 
 
 # ------------------------------------------------------------------------------------------------------------ choosing
@@ -134,7 +171,8 @@ def test_the_budget_holds_and_is_used_and_costs_are_exact(seed, share, depth, la
     assert count_macs(dense, subnet) == count_macs(small)
     assert SubnetSpec.from_json(subnet.to_json()) == subnet
     schedule = small.config.token_schedule
-    assert subnet.token_schedule == supernet.token_schedule == (schedule or full_schedule(small.config))
+    assert subnet.token_schedule == schedule
+    assert supernet.token_schedule == (schedule or full_schedule(small.config))
     assert slice_model(dense, subnet).config.to_dict() == small.config.to_dict()
 
 
@@ -143,6 +181,23 @@ def compress_dense(supernet):
     model = type(supernet.model)(supernet.config)
     model.load_state_dict({k: v for k, v in supernet.model.state_dict().items() if not k.endswith("mask_token")})
     return model
+
+
+def test_all_tokens_are_no_schedule_wherever_they_were_decided_on():
+    """In the supernet, in what is cut from it, in the subnet and its JSON, and in cuts by the subnet's indices."""
+    supernet = observed_supernet(target_macs=0.9)
+    dense, every = compress_dense(supernet), full_schedule(supernet.config)
+    supernet.decide_tokens_(every)
+    subnet, small = read_subnet(supernet), compress(supernet)
+    assert supernet.token_schedule == every  # it is decided, though
+    assert small.config.token_schedule is subnet.token_schedule is None
+    assert "token_schedule" not in subnet.to_json()
+    assert slice_model(dense, SubnetSpec(subnet.kept, every)).config.to_dict() == small.config.to_dict()
+    supernet.settle_()
+    supernet.shrink_()
+    assert supernet.tokens.acts
+    assert supernet.config.token_schedule is supernet.fold().config.token_schedule is None
+    assert pad_to_stock(small)(tiny_images()).logits.shape == (2, 3)  # no schedule stands in the way of that
 
 
 def test_expected_macs_of_one_choice_are_those_of_the_result():
@@ -171,14 +226,56 @@ def test_tokens_that_are_worth_nothing_go_and_units_stay():
     assert reducing_layers(precious.token_schedule, 17) == [2]  # where it costs nothing
 
 
-def test_a_budget_below_the_smallest_network_is_refused_with_its_cost():
-    model = tiny_vit(num_hidden_layers=3)
-    with pytest.raises(UnreachableBudgetError, match=r"smallest subnet.*costs ([\d,]+)") as refused:
-        install_bi_masks(model, joint_config(target_macs=0.01))
-    smallest = int(str(refused.value).split("costs ")[1].split(";")[0].replace(",", ""))
-    supernet = install_bi_masks(model, joint_config(target_macs=smallest))
-    assert count_macs(compress(supernet)) == smallest
-    assert smallest < 0.5 * count_macs(model) * 0.5
+NON_UNIFORM = {  # candidates for `non_uniform_vit`
+    "embedding_candidates": [13, 30],
+    "head_candidates": [1, 2, 3, 5],
+    "head_dim_candidates": [2, 3, 4, 7, 11],
+    "mlp_candidates": [5, 19, 23, 31, 64],
+}
+
+
+def smallest_by_trying(model, config):
+    """What the smallest network of a search costs: the smallest of all sizes and schedules that are allowed."""
+    architecture, space = describe(model.config), config.search_space(model.config)
+    attentions = [name for name in architecture.attentions if all(architecture.sizes[name])]
+    sizes = {s.name: (s.sizes[0], next(size for size in s.sizes if all(size))) for s in space}
+    reducing, costs = {int(name.split(".")[1]) for name in attentions} - {0}, []
+    for schedule in falling_schedules(reducing, model.config.num_hidden_layers):
+        terms = config.terms(scheduled(model.config, schedule))
+        needed = {f"layers.{layer}.attention" for layer in reducing_layers(schedule, 17)}
+        for present in [needed] if needed else [{name} for name in attentions]:
+            chosen = {name: some if name in present else fewest for name, (fewest, some) in sizes.items()}
+            costs.append(evaluate_terms(terms, quantities(architecture.sizes | chosen)))
+    return min(costs)
+
+
+@pytest.mark.parametrize("price", [None, 0, 10**4], ids=["macs", "cheap reductions", "dear reductions"])
+@pytest.mark.parametrize("depth", [False, True, "attention", "mlp"])
+@pytest.mark.parametrize("is_stock", [True, False])
+def test_budgets_are_refused_below_the_smallest_network_and_nowhere_else(is_stock, depth, price):
+    """Which is never larger than that of a search for widths alone."""
+    model = tiny_vit(num_hidden_layers=3) if is_stock else non_uniform_vit()
+    candidates = {} if is_stock else NON_UNIFORM
+    fields, config, smallest = {"target_macs": 2}, {}, {}
+    if price is not None:
+        table = invented_table(model)
+        table.coefficients["stages.0.reduction"]["presence"] *= price
+        fields = {"target_macs": None, "target_latency_ms": 1e-9, "latency_table": table.to_dict()}
+    for tokens in (False, True):
+        config[tokens] = search_config(search_tokens=tokens, search_depth=depth, **candidates | fields)
+        with pytest.raises(UnreachableBudgetError, match="smallest subnet") as refused:
+            install_bi_masks(model, config[tokens])
+        smallest[tokens] = refused.value.smallest
+    assert smallest[True] <= smallest[False]
+    assert smallest[True] == smallest_by_trying(model, config[True])
+    name, _ = config[True].budget
+    exactly = replace(config[True], **{name: config[True].absolute(smallest[True])})
+    small = compress(install_bi_masks(model, exactly))
+    assert (
+        evaluate_terms(exactly.terms(describe(small.config)), quantities(describe(small.config).sizes))
+        == smallest[True]
+    )
+    assert describe_space(model, config[True])["macs"] == count_macs(small)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -264,7 +361,12 @@ def test_models_without_a_class_token_and_families_are_refused():
 def test_layers_that_have_lost_their_attention_already_let_tokens_pass():
     model = non_uniform_vit()  # without attention in the fourth and the last of six layers
     supernet = install_bi_masks(model, ViTBiMaskConfig(target_macs=0.6, multiple_of=1, search_tokens=True))
-    assert set(reducing_layers(read_subnet(supernet).token_schedule, 17)) <= {1, 2, 4}
+    for mask in supernet.bi_masks:
+        mask.first_order.fill_(1.0)  # and tokens are worth nothing
+    supernet.estimate_importance_()
+    reducing = reducing_layers(read_subnet(supernet).token_schedule, 17)
+    assert reducing
+    assert set(reducing) <= {1, 2, 4}
     assert 0.98 * supernet.target <= count_macs(compress(supernet)) <= supernet.target
 
 

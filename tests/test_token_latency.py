@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runs import arguments, rows
 from test_tokens import decided
 
-from ofb_hf import OFBViTForImageClassification, SubnetSpec, compress, install_bi_masks
+from ofb_hf import OFBViTForImageClassification, SubnetSpec, compress, install_bi_masks, read_subnet
 from ofb_hf.architectures import describe, family_of, scheduled, vit_layer_parts
 from ofb_hf.flops import count_macs, evaluate_terms
 from ofb_hf.latency import PICOSECONDS, count_latency
@@ -279,7 +279,9 @@ def test_widths_and_tokens_hold_milliseconds_together(seed, depth):
     choice, small = supernet.settlement(), compress(supernet)
     assert choice.cost == count_latency(small, table)
     assert 0.9 * supernet.target <= count_latency(small, table) <= supernet.target == round(target * PICOSECONDS)
-    assert small.config.token_schedule is None or reducing_layers(small.config.token_schedule, 65)
+    schedule = small.config.token_schedule
+    assert schedule is None or reducing_layers(schedule, 65)
+    assert read_subnet(supernet).token_schedule == schedule
 
 
 def test_a_family_for_milliseconds_leaves_small_reductions_out():

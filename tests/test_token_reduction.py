@@ -1,10 +1,12 @@
 """Models with a token schedule: what they compute, cost, refuse, and that they survive every way of storing them."""
 
+import json
 import math
 import os
 import subprocess
 import sys
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -180,14 +182,23 @@ def test_macs_are_what_torch_counts(schedule, narrow):
         ([[18, 9], [9, 9]], r"token_schedule\[0\] is \[18, 9\]"),
         ([[9], [9, 9]], r"token_schedule\[0\] is \[9\]"),
         ([[9, 9, 9], [9, 9]], r"token_schedule\[0\] is \[9, 9, 9\]"),
-        ([[9.5, 9], [9, 9]], "token_schedule"),
-        ([[True, 9], [9, 9]], "token_schedule"),
-        ("9", "token_schedule"),
+        ([[9.5, 9], [9, 9]], r"token_schedule is \[\[9.5, 9\], .*give two whole numbers"),
+        ([[True, 9], [9, 9]], r"token_schedule\[0\] is \[1, 9\]"),
+        ("9", "token_schedule is '9'; give two whole numbers for each layer"),
+        ([9, 9], r"token_schedule is \[9, 9\]; give two whole numbers"),
+        ([None, [9, 9]], "give two whole numbers"),
     ],
 )
 def test_impossible_schedules_are_refused_by_layer_and_value(schedule, message):
     with pytest.raises(Exception, match=message):
         OFBViTConfig(image_size=16, patch_size=4, num_hidden_layers=2, token_schedule=schedule)
+
+
+@pytest.mark.parametrize("make", [tuple, np.array, torch.tensor])
+def test_schedules_of_other_types_become_lists_of_whole_numbers(make):
+    config = OFBViTConfig(image_size=16, patch_size=4, num_hidden_layers=2, token_schedule=make([(17, 9), (9, 5)]))
+    assert json.loads(config.to_json_string())["token_schedule"] == config.token_schedule == [[17, 9], [9, 5]]
+    assert {type(count) for counts in config.token_schedule for count in counts} == {int}
 
 
 def test_the_running_minimum_is_what_a_schedule_means():

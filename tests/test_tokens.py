@@ -243,6 +243,19 @@ def test_training_moves_the_counts_to_the_budget_and_nothing_else(tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
 
 
+def test_checkpointing_changes_no_count_and_reentrant_checkpointing_is_refused(tmp_path):
+    """It would learn from the budget alone: nothing that comes into a block needs a gradient."""
+    counts = []
+    for name, changes in (("plain", {}), ("checkpointing", {"gradient_checkpointing": True})):
+        trainer = token_trainer(tmp_path / name, max_steps=3, **changes)
+        trainer.train()
+        counts.append(read_expected_counts(trainer.learner))
+    assert counts[0] == counts[1]
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match=r"use_reentrant is True, but only token counts learn.*leave it at False"):
+        token_trainer(tmp_path / "reentrant", **reentrant)
+
+
 @pytest.mark.parametrize("ema", [{}, {"ema_decay": 0.9}])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path, ema):
     whole = token_trainer(tmp_path / "whole", **ema)

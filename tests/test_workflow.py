@@ -446,6 +446,27 @@ def test_commands_in_cards_name_no_folder_of_the_machine(monkeypatch):
     assert command_line() == f"search_deit.py {said}"
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--search_tokens --search_depth mlp --seed 3", None),
+        ("--search_tokens true --token_learning_rate 0.3 --token_granularity=4 --token_pictures 2", None),
+        ("--hub_token abc --seed 3", "--hub_token HIDDEN --seed 3"),
+        ("--hub_token=abc --hub-token a=b", "--hub_token=HIDDEN --hub-token HIDDEN"),
+        ("--push_to_hub_token=abc=def --token abc", "--push_to_hub_token=HIDDEN --token HIDDEN"),
+    ],
+)
+def test_commands_in_cards_hide_secrets_and_nothing_else(typed, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ofb-hf", "search", *typed.split()])
+    assert command_line() == f"ofb-hf search {said or typed}"
+
+
+def test_flags_have_one_name():
+    """A shortened one would show the secret behind it."""
+    with pytest.raises(ValueError, match="--hub_tok"):
+        parse([OFBTrainingArguments], ["--hub_tok", "abc"], "")
+
+
 @pytest.mark.parametrize("recipe", ["search_deit", "search_swin", "search_tokens", "finetune", "evaluate", "publish"])
 def test_recipes_start_and_teach(recipe, tmp_path, monkeypatch, capsys):
     """Also as a program from another folder, where evaluate.py must not hide the package of that name."""

@@ -1,5 +1,9 @@
 """Configuration of a ViT whose layers may have different widths."""
 
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
@@ -27,9 +31,9 @@ class OFBViTConfig(ViTConfig):
 
     Raises:
         ValueError: for a list whose length is not `num_hidden_layers`, for a negative width, for more heads than
-            `num_attention_heads`, and for token counts that are no pair, below 2 (the class token and a patch), above
-            the tokens of an image, or falling in a layer without attention. The message names the field, the layer and
-            the value.
+            `num_attention_heads`, and for token counts that are no pair of whole numbers, below 2 (the class token and
+            a patch), above the tokens of an image, or falling in a layer without attention. The message names the
+            field, the layer and the value.
 
     Example:
 
@@ -47,7 +51,7 @@ class OFBViTConfig(ViTConfig):
     head_dim_per_layer: list[int] | None = None
     intermediate_size_per_layer: list[int] | None = None
     attention_scale: float | None = None
-    token_schedule: list[list[int]] | None = None
+    token_schedule: Any = None  # not `list[list[int]]`: tuples and numpy's numbers are as good, and become that
 
     @property
     def num_tokens(self) -> int:
@@ -61,8 +65,17 @@ class OFBViTConfig(ViTConfig):
         """Tokens that enter a layer, those left after dropping, and those left after merging; class token included."""
         if self.token_schedule is None:
             return (self.num_tokens,) * 3
-        schedule = self._checked_schedule(self.token_schedule)  # `from_pretrained` may have put in another one
+        schedule = self._falling_schedule(self.token_schedule)  # `from_pretrained` may have put in another one
         return schedule[layer - 1][1] if layer else self.num_tokens, *schedule[layer]
+
+    def meant_schedule(self, schedule: Sequence[Sequence[int]]) -> list[list[int]] | None:
+        """A schedule as `token_schedule` stores it: its running minimum, or None if it keeps all tokens.
+
+        Raises:
+            ValueError: for one that this model cannot follow; see the class.
+        """
+        falling = self._falling_schedule(schedule)
+        return falling if falling[-1][1] < self.num_tokens else None
 
     def layer_sizes(self, layer: int) -> dict[str, int]:
         """Widths of one layer: `num_attention_heads`, `head_dim` and `intermediate_size`.
@@ -102,11 +115,17 @@ class OFBViTConfig(ViTConfig):
         if self.attention_scale is not None and not self.attention_scale > 0:
             raise ValueError(f"attention_scale is {self.attention_scale}; it must be positive or None.")
         if self.token_schedule is not None:
-            schedule = self._checked_schedule(self.token_schedule)
-            self.token_schedule = schedule if schedule[-1][1] < self.num_tokens else None
+            self.token_schedule = self.meant_schedule(self.token_schedule)
 
-    def _checked_schedule(self, schedule: list[list[int]]) -> list[list[int]]:
-        """The schedule that is meant: its running minimum."""
+    def _falling_schedule(self, schedule: Sequence[Sequence[int]]) -> list[list[int]]:
+        """A schedule's running minimum, once it has been checked."""
+        try:
+            schedule = [[index(count) for count in counts] for counts in schedule]
+        except TypeError:
+            raise ValueError(
+                f"token_schedule is {schedule!r}; give two whole numbers for each layer, [kept after dropping, kept "
+                "after merging]."
+            ) from None
         if len(schedule) != self.num_hidden_layers:
             raise ValueError(
                 f"token_schedule has {len(schedule)} entries, but num_hidden_layers is {self.num_hidden_layers}; give "

@@ -303,6 +303,7 @@ def parse(
         description=description,
         usage="%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # by their full names `command_line` knows which flags take secrets
     )
     parser.add_argument("--config", help="YAML file with any of these settings; the command line wins.")
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -387,14 +388,21 @@ def changed(args: OFBTrainingArguments, **changes: Any) -> OFBTrainingArguments:
 
 
 def command_line() -> str:
-    """The command that started this process, as one can type it again: without folders of this machine, and tokens."""
+    """The command that started this process, as one can type it again: without folders of this machine, and secrets."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     return shlex.join([words[0], *(_public(before, word) for before, word in pairwise(words))])
 
 
 def _public(before: str, word: str) -> str:
-    """A word of a command line that others may read."""
-    flag, equals, value = word.rpartition("=")
-    if "token" in (flag if equals else before if before.startswith("--") and "=" not in before else ""):
-        return f"{flag}{equals}HIDDEN"
+    """A word of a command line that others may read, given the one before it."""
+    flag, equals, value = word.partition("=")
+    if not (word.startswith("--") and equals):
+        flag, equals, value = "", "", word
+    if _takes_secret(flag or before):
+        value = "HIDDEN"
     return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
+
+
+def _takes_secret(flag: str) -> bool:
+    """Whether what follows a flag is an access token of the Hub; other flags are about an image's tokens."""
+    return flag.startswith("--") and flag.lstrip("-").replace("-", "_").split("_")[-1] == "token"

@@ -119,7 +119,7 @@ def finish(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
 def _write_extras(walk: Walk, final: PreTrainedModel, results: dict[str, Any], folder: Path) -> None:
     """Card and pictures, and the units of the parent's parent where these are known."""
     if walk.start_subnet is not None:
-        subnet = replace(walk.start_subnet, token_schedule=results["token_schedule"])
+        subnet = replace(walk.start_subnet, token_schedule=final.config.token_schedule)
         (folder / SUBNET_FILE).write_text(subnet.to_json(), "utf-8")
     (folder / "README.md").write_text(render_token_card(results, markdown_table(results_rows(results))), "utf-8")
     history, processor = read_history(walk.folder / HISTORY_FILE), walk.inputs.processor
