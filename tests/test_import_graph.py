@@ -52,7 +52,8 @@ OURS = {
     },
     # What a step costs is seen without data.
     "workflow/trial.py": {
-        f"ofb_hf.{name}" for name in ("schedule", "configuration", "trainer", "training_args", "workflow.arguments")
+        *(f"ofb_hf.{name}" for name in ("architectures", "configuration", "schedule", "trainer", "training_args")),
+        "ofb_hf.workflow.arguments",
     },
 }
 # Module and parameter paths of a model family, as they appear in strings.

@@ -124,7 +124,7 @@ class SearchArguments(BiMaskConfig):
 
 @dataclass
 class FinetuneArguments:
-    """The training that follows the search. All other settings are those of the search."""
+    """What follows the search. All other settings of the training are those of the search."""
 
     finetune_epochs: float = field(default=10.0, metadata=_help("Epochs after the search; 0 = no finetuning."))
     finetune_max_steps: int = field(default=-1, metadata=_help("Optimizer steps instead of epochs; 0 = none."))
@@ -132,8 +132,14 @@ class FinetuneArguments:
     finetune_distillation_weight: float = field(
         default=0.5, metadata=_help("Share of the teacher in the finetuning loss, 0 = labels only.")
     )
+    token_pictures: int = field(
+        default=4,
+        metadata=_help("Images of the evaluation split in tokens.png, which shows what fewer tokens make of them."),
+    )
 
     def __post_init__(self):
+        if self.token_pictures < 0:
+            raise ValueError(f"token_pictures is {self.token_pictures}; it is a number of images, 0 for no picture.")
         if not 0 <= self.finetune_distillation_weight <= 1:
             raise ValueError(
                 f"finetune_distillation_weight is {self.finetune_distillation_weight}; it is a share between 0 and 1."
@@ -147,17 +153,9 @@ class FinetuneArguments:
 
 @dataclass
 class TokenPhaseArguments(FinetuneArguments):
-    """What follows the search for tokens: by default nothing is trained, and a picture is drawn."""
+    """What follows the search for tokens: by default nothing is trained."""
 
     finetune_epochs: float = field(default=0.0, metadata=_help("Epochs after the search; 0 = no finetuning."))
-    token_pictures: int = field(
-        default=4, metadata=_help("Images of the evaluation split in tokens.png, which shows what became of them.")
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.token_pictures < 0:
-            raise ValueError(f"token_pictures is {self.token_pictures}; it is a number of images, 0 for no picture.")
 
 
 @dataclass

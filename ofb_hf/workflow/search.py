@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
 from huggingface_hub import ModelCard, hf_hub_download
@@ -30,6 +31,7 @@ from ..models.shapes import SHAPES
 from ..plots import plot_search
 from ..search_space import SubnetSpec
 from ..supernet import install_bi_masks
+from ..token_pictures import draw_tokens
 from ..trainer import OFBTrainer
 from ..training_args import OFBTrainingArguments, check_search_arguments
 from . import output
@@ -264,7 +266,7 @@ def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -
     if subnet.token_schedule is not None:
         results["token_schedule"] = subnet.token_schedule
     final = models.get("finetuned", models["searched"])
-    write_output(walk, final, results, lambda folder: _write_extras(walk, subnet, results, folder))
+    write_output(walk, final, results, lambda folder: _write_extras(walk, final, subnet, results, folder))
     return results
 
 
@@ -337,13 +339,25 @@ def write_output(
     logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), folder)
 
 
-def _write_extras(walk: Walk, subnet: SubnetSpec, results: dict[str, Any], folder: Path) -> None:
-    """Kept units, card and picture."""
+def _write_extras(
+    walk: Walk, final: PreTrainedModel, subnet: SubnetSpec, results: dict[str, Any], folder: Path
+) -> None:
+    """Kept units, card and pictures."""
     (folder / SUBNET_FILE).write_text(subnet.to_json(), encoding="utf-8")
     card = render_card(results, subnet, markdown_table(results_rows(results)))
     (folder / "README.md").write_text(card, encoding="utf-8")
     history, sizes = read_history(walk.folder / HISTORY_FILE), describe(walk.dense.config).sizes
     plot_search(history, subnet, sizes, walk.target, walk.config.budget[0], folder / "search.png")
+    draw_token_pictures(walk, final, folder)
+
+
+def draw_token_pictures(walk: Walk, final: PreTrainedModel, folder: Path) -> None:
+    """What becomes of some images of the evaluation split, if the model reduces its tokens."""
+    images, processor = walk.inputs.eval, walk.inputs.processor
+    count = min(walk.finetune_args.token_pictures, len(images))
+    if count and getattr(final.config, "token_schedule", None) is not None:
+        pixels = torch.stack([images[index * len(images) // count]["pixel_values"] for index in range(count)])
+        draw_tokens(final, pixels, processor.image_mean, processor.image_std, folder / output.TOKEN_PICTURE)
 
 
 def _source(walk: Walk) -> dict[str, str | None]:

@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import httpx
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
@@ -18,7 +17,7 @@ from ..model_card import render_token_card
 from ..models import OFBViTForImageClassification
 from ..models.shapes import SHAPES
 from ..search_space import SubnetSpec
-from ..token_pictures import draw_tokens, plot_token_search
+from ..token_pictures import plot_token_search
 from ..token_trainer import TokenTrainer
 from ..tokens import full_schedule
 from ..training_args import OFBTrainingArguments
@@ -122,10 +121,6 @@ def _write_extras(walk: Walk, final: PreTrainedModel, results: dict[str, Any], f
         subnet = replace(walk.start_subnet, token_schedule=final.config.token_schedule)
         (folder / SUBNET_FILE).write_text(subnet.to_json(), "utf-8")
     (folder / "README.md").write_text(render_token_card(results, markdown_table(results_rows(results))), "utf-8")
-    history, processor = read_history(walk.folder / HISTORY_FILE), walk.inputs.processor
-    budget, _ = walk.config.budget
+    history, (budget, _) = read_history(walk.folder / HISTORY_FILE), walk.config.budget
     plot_token_search(history, results["token_schedule"], walk.target, budget, folder / "search.png")
-    if count := min(walk.finetune_args.token_pictures, len(walk.inputs.eval)):
-        rows = [index * len(walk.inputs.eval) // count for index in range(count)]
-        images = torch.stack([walk.inputs.eval[row]["pixel_values"] for row in rows])
-        draw_tokens(final, images, processor.image_mean, processor.image_std, folder / output.TOKEN_PICTURE)
+    search.draw_token_pictures(walk, final, folder)

@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import schedule
+from ..architectures import image_sides
 from ..configuration import BiMaskConfig
 from ..trainer import OFBTrainer
 from ..training_args import OFBTrainingArguments
 from .arguments import changed
-from .measure import random_images
 
 # Long enough that phases, retirement and settlement lie steps apart.
 STEPS = 10_000
@@ -46,8 +46,10 @@ class TrialSearch:
     def batch(self, size: int) -> dict[str, Tensor]:
         """Random images (B, C, H, W) and labels (B,) where the model is."""
         config, device = self.trainer.supernet.config, self.trainer.args.device
-        labels = torch.randint(config.num_labels, (size,), generator=torch.Generator().manual_seed(0))
-        return {"pixel_values": random_images(config, size).to(device), "labels": labels.to(device)}
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(size, config.num_channels, *image_sides(config), generator=generator)
+        labels = torch.randint(config.num_labels, (size,), generator=generator)
+        return {"pixel_values": images.to(device), "labels": labels.to(device)}
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """Forward, backward and optimizer, as the Trainer does them. Returns the loss, scalar.
