@@ -125,7 +125,8 @@ def _write_extras(walk: Walk, final: PreTrainedModel, results: dict[str, Any], f
     history, processor = read_history(walk.folder / HISTORY_FILE), walk.inputs.processor
     budget, _ = walk.config.budget
     plot_token_search(history, results["token_schedule"], walk.target, budget, folder / "search.png")
-    if count := min(walk.finetune_args.token_pictures, len(walk.inputs.eval)):
+    count = min(walk.finetune_args.token_pictures, len(walk.inputs.eval))
+    if count and final.config.token_schedule is not None:
         rows = [index * len(walk.inputs.eval) // count for index in range(count)]
         images = torch.stack([walk.inputs.eval[row]["pixel_values"] for row in rows])
         draw_tokens(final, images, processor.image_mean, processor.image_std, folder / output.TOKEN_PICTURE)
