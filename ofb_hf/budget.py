@@ -74,6 +74,14 @@ class Budget:
     def _read_table(table: str | dict[str, Any]) -> LatencyTable:
         return LatencyTable.from_dict(table) if isinstance(table, dict) else LatencyTable.load(table)
 
+    def require_fit(self, architecture: Architecture, *others: Architecture) -> None:
+        """Raises ValueError, in words, unless the latency table, where there is one, was measured for a network like
+        this one, and for all parts of others that a search may come to."""
+        if self.table is not None:
+            self.table.require_fit(architecture)
+            for other in others:
+                self.table.terms(other)
+
     @property
     def budget(self) -> tuple[str, float]:
         """Which budget is given, and its value: the field's name; share or absolute, or milliseconds."""
@@ -112,5 +120,5 @@ class Budget:
         return cost if self.unit == 1 else cost / self.unit
 
     def show(self, cost: int) -> str:
-        """The same in words, rounded up where it is rounded."""
-        return f"{cost:,}" if self.unit == 1 else f"{math.ceil(1e4 * cost / self.unit) / 1e4:,.4f} ms"
+        """The same in words: exact, so that it can be typed as a budget."""
+        return f"{cost:,}" if self.unit == 1 else f"{cost / self.unit:,.9f}".rstrip("0").rstrip(".") + " ms"

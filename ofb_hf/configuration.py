@@ -13,6 +13,7 @@ from .architectures import describe
 from .budget import Budget
 from .presets import PRESETS
 from .search_space import SearchSpace, SubmoduleSpace
+from .tokens import with_fewest_tokens
 from .unit_groups import Architecture, Submodule
 
 # Which halves of a block may be left out.
@@ -243,13 +244,12 @@ class BiMaskConfig(Budget):
                 f"{type(self).__name__} searches {self.family.__name__} models, got a {type(model_config).__name__}."
             )
         architecture: Architecture = describe(model_config)
-        if self.table is not None:
-            self.table.require_fit(architecture)
         if self.search_tokens and not isinstance(model_config, ViTConfig):
             raise ValueError(
                 f"search_tokens is True, but a {type(model_config).__name__} has no class token to rank tokens by (and "
                 "Swin's windows need the whole grid); turn it off."
             )
+        self.require_fit(architecture, *([with_fewest_tokens(model_config)] if self.search_tokens else []))
         wanted = {
             "embedding": self.search_embedding,
             "attention": self.search_attention,

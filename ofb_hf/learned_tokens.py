@@ -14,20 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTConfig
 
-from .architectures import UnsupportedArchitectureError, scheduled
+from .architectures import scheduled
 from .budget import Budget
 from .models import OFBViTForImageClassification
-from .models.modeling_ofb_vit import TokenReduction
+from .models.modeling_ofb_vit import TokenReduction, require_biased_attention, token_directions
 from .settlement import UnreachableBudgetError
 from .tokens import (
     SMALLEST,
     Cost,
     full_schedule,
     learned_schedule,
+    learning_layers,
     num_tokens,
-    ranking_layers,
     require_class_token,
     schedule_cost,
+    smallest_schedule,
+    with_fewest_tokens,
 )
 from .unit_groups import macs_of
 
@@ -74,8 +76,7 @@ class TokenSearchConfig(Budget):
 
     def __post_init__(self):
         self.check_budget()
-        if self.token_granularity < 1:
-            raise ValueError(f"token_granularity is {self.token_granularity}; it is a gap of at least 1 token.")
+        _require_gap(self.token_granularity)
         for name in ("token_learning_rate", "token_macs_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
@@ -91,22 +92,33 @@ class TokenSearchConfig(Budget):
             ValueError: for a budget above what the model costs, and for a latency table of another model.
             UnreachableBudgetError: for one below the smallest schedule, naming what that costs.
         """
-        fewest = learned_schedule(config, [SMALLEST] * (len(ranking_layers(config)) - 2))
-        if self.table is not None:
-            self.table.require_fit(scheduled(config, full_schedule(config)))
-            self.table.terms(scheduled(config, fewest))  # reductions have been measured, too
-        dense, smallest = (schedule_cost(config, each, self.terms_of) for each in (full_schedule(config), fewest))
+        every = full_schedule(config)
+        self.require_fit(scheduled(config, every), with_fewest_tokens(config))
+        fewest = smallest_schedule(config, self.terms_of)
+        dense, smallest = (schedule_cost(config, each, self.terms_of) for each in (every, fewest))
         target = self.target(dense)
         if smallest > target:
             advice = "raise it to at least that, or make the model narrower first"
             if smallest >= dense:
-                advice = f"all tokens cost {self.show(dense)}, so fewer gain nothing here; more images in a batch may"
+                advice = f"all tokens cost {self.show(dense)}, so fewer gain nothing here"
+                advice += "; more images in a batch may" if self.target_latency_ms is not None else ""
             raise UnreachableBudgetError(
                 f"{self.budget[0]} is {self.show(target)}, below the smallest token schedule, which costs "
                 f"{self.show(smallest)}; {advice}.",
                 smallest,
             )
         return target
+
+
+def _require_gap(granularity: Any, patches: float = math.inf) -> None:
+    """Raises ValueError, in words, unless there are several candidates that far apart."""
+    if isinstance(granularity, bool) or not isinstance(granularity, int) or not 1 <= granularity < patches:
+        below = (
+            f" and below the {patches} patches of an image, or there is nothing to choose" if patches < math.inf else ""
+        )
+        raise ValueError(
+            f"token_granularity is {granularity!r}; it is a gap in tokens, a whole number of at least 1{below}."
+        )
 
 
 class LearnedCount(nn.Module):
@@ -182,7 +194,7 @@ def _merge_in_place(tokens: Tensor, sizes: Tensor, leave: Tensor, absorb: Tensor
     Returns:
         Tokens (B, N, C), and what their sizes gain (B, N).
     """
-    directions = F.normalize(tokens.detach(), dim=-1)
+    directions = token_directions(tokens)
     targets = absorb.clone()
     targets[:, 0] = False  # nothing is merged into the class token
     similarity, match = (directions @ directions.mT).masked_fill(~targets[:, None], -2).max(-1)
@@ -202,21 +214,18 @@ def install_learned_counts(model: PreTrainedModel, granularity: int = 1) -> OFBV
         model: a ViT classifier, stock or ours; a schedule that it has does not count.
 
     Raises:
-        UnsupportedArchitectureError: for models without a class token, and for those with attention in fewer than three
-            layers.
+        UnsupportedArchitectureError: as `learning_layers`.
+        ValueError: for a gap that leaves nothing to choose, and for attention kernels that cannot count tokens by size.
     """
     require_class_token(model)
-    if len(layers := ranking_layers(model.config)) < 3:
-        raise UnsupportedArchitectureError(
-            f"num_hidden_layers is {model.config.num_hidden_layers}, with attention in layers {layers}; the first of "
-            "them keeps all tokens and the last one patch, so tokens are searched in models with attention in at least "
-            "3 layers. Give a token_schedule by hand."
-        )
+    *learning, last = learning_layers(model.config)
+    require_biased_attention(model.config)
+    _require_gap(granularity, num_tokens(model.config) - 1)
     ours = OFBViTForImageClassification.from_dense(model, token_schedule=full_schedule(model.config))
     ours.requires_grad_(False)
-    for layer in layers[1:-1]:
+    for layer in learning:
         ours.vit.layers[layer].reduction = LearnedReduction(num_tokens(model.config), granularity).to(model.device)
-    ours.vit.layers[layers[-1]].reduction = TokenReduction(*SMALLEST)
+    ours.vit.layers[last].reduction = TokenReduction(*SMALLEST)
     return ours
 
 

@@ -16,6 +16,7 @@ from .configuration import BiMaskConfig, default_config
 from .flops import count_macs, evaluate_terms
 from .mask_stack import MaskStacks
 from .masked_layers import GateStore, apply_gates_, install_gates
+from .models.modeling_ofb_vit import require_biased_attention
 from .pmim import PMIMDecoder, window_for_patch
 from .recomputation import without_reentry
 from .search_space import SubnetSpec
@@ -357,6 +358,8 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
         )
     family = family_of(model.config)
     config = config if config is not None else default_config(model.config)
+    if config.search_tokens:
+        require_biased_attention(model.config)
     activation = describe(model.config).activation
     if ACT2FN[activation](torch.zeros(1)).item() != 0:
         raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import ViTForImageClassification
 
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import TokenReduction, match_tokens, rank_tokens
@@ -29,9 +30,13 @@ def trace_tokens(model: OFBViTForImageClassification, pixel_values: Tensor) -> l
 
     Raises:
         UnsupportedArchitectureError: for models without a class token.
-        ValueError: for a model without a schedule.
+        TypeError: for one that is no classifier of ours. ValueError: for one without a schedule.
     """
     require_class_token(model)
+    if not isinstance(model, ViTForImageClassification):
+        raise TypeError(
+            f"got a {type(model).__name__}; tokens are traced in a classifier, OFBViTForImageClassification."
+        )
     if getattr(model.config, "token_schedule", None) is None:
         raise ValueError("the model has no token_schedule, so it keeps all tokens; there is nothing to trace.")
     tokens = num_tokens(model.config)

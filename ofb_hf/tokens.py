@@ -4,17 +4,18 @@ A schedule says for each layer how many tokens are left after dropping and after
 model does with it is in `models/`; how one is learned, in `learned_tokens.py`.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
-from transformers import ViTConfig
+from transformers import PreTrainedConfig, ViTConfig
 
-from .architectures import UnsupportedArchitectureError, describe, vit_parts
+from .architectures import UnsupportedArchitectureError, describe, scheduled, vit_parts
 from .flops import evaluate_terms
 from .settlement import UnreachableBudgetError
-from .unit_groups import Part, Term, macs_of, quantities
+from .unit_groups import Architecture, Part, Term, macs_of, quantities
 
 Schedule = list[list[int]]
 # What is counted of parts of the forward pass: `macs_of`, or picoseconds (`LatencyTable.terms_of`).
@@ -96,9 +97,10 @@ PUBLISHED: dict[int, dict[float, tuple[list[int], list[int]]]] = {
 }
 
 
-def require_class_token(model: nn.Module) -> None:
-    """Raises `UnsupportedArchitectureError` unless tokens of the model can be ranked by its class token."""
-    if getattr(getattr(model, "config", None), "model_type", None) not in ("vit", "ofb_vit"):
+def require_class_token(model: nn.Module | PreTrainedConfig) -> None:
+    """Raises `UnsupportedArchitectureError` unless tokens of the model, or of one with this config, can be ranked by
+    its class token."""
+    if getattr(getattr(model, "config", model), "model_type", None) not in ("vit", "ofb_vit"):
         raise UnsupportedArchitectureError(
             f"got a {type(model).__name__}; tokens are ranked by the attention of a class token, which among the "
             "supported families only ViT has. (Swin has none, and its windows need the whole grid.)"
@@ -107,6 +109,7 @@ def require_class_token(model: nn.Module) -> None:
 
 def num_tokens(config: ViTConfig) -> int:
     """Tokens of one image, class token included."""
+    require_class_token(config)
     return math.prod(describe(config).patch_grid) + 1
 
 
@@ -117,21 +120,41 @@ def full_schedule(config: ViTConfig) -> Schedule:
 
 def ranking_layers(config: ViTConfig) -> list[int]:
     """The layers that have an attention to rank tokens by."""
+    require_class_token(config)
     sizes = describe(config).sizes
     return [layer for layer in range(config.num_hidden_layers) if math.prod(sizes[f"layers.{layer}.attention"])]
 
 
-def learned_schedule(config: ViTConfig, counts: list[list[Any]]) -> list[list[Any]]:
-    """The schedule with these counts in the layers that learn them.
+def learning_layers(config: ViTConfig) -> list[int]:
+    """The layers that learn how many tokens to keep: those with attention but for the first, which keeps all tokens.
 
-    Those are the layers with attention, but for the first, which keeps all tokens, and the last, which keeps one patch.
-    A layer without attention hands on what it gets.
+    The last of them has nothing to learn: it drops to one patch, for no attention reads the others.
+
+    Raises:
+        UnsupportedArchitectureError: for models without a class token, and with attention in fewer than three layers.
+    """
+    if len(layers := ranking_layers(config)) < 3:
+        raise UnsupportedArchitectureError(
+            f"num_hidden_layers is {config.num_hidden_layers}, with attention in layers {layers}; the first of them "
+            "keeps all tokens and the last one patch, so tokens are searched in models with attention in at least 3 "
+            "layers. Give a token_schedule by hand."
+        )
+    return layers[1:]
+
+
+def with_fewest_tokens(config: ViTConfig) -> Architecture:
+    """The architecture of a ViT that drops and merges: it has every kind of part that a schedule brings along."""
+    return scheduled(config, [(3, 2)] * config.num_hidden_layers)
+
+
+def learned_schedule(config: ViTConfig, counts: list[list[Any]], last: list[int] = SMALLEST) -> list[list[Any]]:
+    """The schedule with these counts in the layers that learn them. Other layers hand on what they get.
 
     Args:
-        counts: [kept after dropping, kept after merging] of each of them.
+        counts: [kept after dropping, kept after merging] of each of `learning_layers` but the last.
+        last: the same of that one.
     """
-    _, *learning, last = ranking_layers(config)
-    given = dict(zip(learning, counts, strict=True)) | {last: SMALLEST}
+    given = dict(zip(learning_layers(config), [*counts, last], strict=True))
     schedule: list[list[Any]] = []
     for layer in range(config.num_hidden_layers):
         left = schedule[-1][1] if schedule else num_tokens(config)
@@ -210,8 +233,19 @@ def fixed_rate_schedule(config: ViTConfig, target: int, merge: bool = True, cost
     return at(_smallest_rate(_counter(config, cost), target, at, 0.0, float(tokens)))
 
 
+def smallest_schedule(config: ViTConfig, cost: Cost = macs_of) -> Schedule:
+    """One patch from the first layer that learns on, without reductions that cost more than they save: the least that
+    `settle_schedule` can come to."""
+    settling = _Settling(config, cost)
+    return settling.meant(settling.worthwhile([SMALLEST] * len(learning_layers(config))))
+
+
 def settle_schedule(config: ViTConfig, expected: list[list[float]], target: int, cost: Cost = macs_of) -> Schedule:
-    """Whole counts near learned ones, whose cost is at most the budget, and as near to it as one token allows.
+    """Whole counts near learned ones, whose cost is at most the budget.
+
+    All counts are lowered alike until they fit, or raised alike where there is room; then single tokens are given back
+    where rounding took most. No count rises beyond the whole number after it, so where counts are few, or reductions
+    dear, some of the budget may stay unused.
 
     Args:
         expected: learned (kept, merged), as expectations, of the layers that learn them (`learned_schedule`).
@@ -220,24 +254,58 @@ def settle_schedule(config: ViTConfig, expected: list[list[float]], target: int,
     Raises:
         UnreachableBudgetError: where no schedule fits.
     """
-    tokens, counted = num_tokens(config), _counter(config, cost)
-
-    def meant(learned: Schedule) -> Schedule:
-        return learned_schedule(config, _falling(learned, tokens))
-
-    def count(learned: Schedule) -> int:
-        return counted(meant(learned))
+    settling, tokens = _Settling(config, cost), num_tokens(config)
 
     def at(removed: float) -> Schedule:
         rounded = [[max(2, math.floor(count - removed + 0.5)) for count in counts] for counts in expected]
-        return _worthwhile(count, _falling(rounded, tokens), tokens)
+        return settling.worthwhile([*_falling(rounded, tokens), SMALLEST])
 
-    removed = _smallest_rate(count, target, at, -float(tokens), float(tokens))
+    removed = _smallest_rate(settling.count, target, at, -float(tokens), float(tokens))
     wanted = [[count - removed for count in counts] for counts in expected]
     learned, best = [], at(removed)
     while best != learned:
-        learned, best = best, _worthwhile(count, _filled(count, best, wanted, target, tokens), tokens)
-    return meant(best)
+        learned, best = best, settling.worthwhile(_filled(settling.count, best, wanted, target, tokens))
+    return settling.meant(best)
+
+
+class _Settling:
+    """Whole counts of the layers that learn them, the last of these included: what they mean and cost."""
+
+    def __init__(self, config: ViTConfig, cost: Cost):
+        self.config, self.tokens, self.counted = config, num_tokens(config), _counter(config, cost)
+
+    def meant(self, learned: Schedule) -> Schedule:
+        """The schedule of the model."""
+        *counts, last = _falling(learned, self.tokens)
+        return learned_schedule(self.config, counts, last)
+
+    def count(self, learned: Schedule) -> int:
+        """What the model costs under it."""
+        return self.counted(self.meant(learned))
+
+    def worthwhile(self, learned: Schedule) -> Schedule:
+        """The counts without reductions that cost more than they save; such layers have all tokens, and let them pass.
+
+        A reduction has a price of its own, in time above all: a few large ones may be worth it where many small ones
+        are not.
+        """
+        while True:
+            cheapest = min(self._with_one_less(learned), key=self.count, default=learned)
+            if self.count(cheapest) >= self.count(learned):
+                return learned
+            learned = cheapest
+
+    def _with_one_less(self, learned: Schedule) -> list[Schedule]:
+        """The counts without one of the reductions; the layers behind it, up to the next one, may make up for it, or
+        let all tokens pass as well."""
+        left = [self.tokens, *(merged for _, merged in _falling(learned, self.tokens))]
+        reducing = [layer for layer in range(len(learned)) if left[layer + 1] < left[layer]]
+        fewer = []
+        for layer, following in itertools.pairwise([*reducing, len(learned)]):
+            for end in {layer + 1, following}:
+                passing = [[self.tokens, self.tokens]] * (end - layer)
+                fewer.append([*learned[:layer], *passing, *learned[end:]])
+        return fewer
 
 
 def _falling(counts: Schedule, tokens: int) -> Schedule:
@@ -248,21 +316,6 @@ def _falling(counts: Schedule, tokens: int) -> Schedule:
         left = min(kept, merged)
         falling.append([kept, left])
     return falling
-
-
-def _worthwhile(count: Callable[[Schedule], int], learned: Schedule, tokens: int) -> Schedule:
-    """The counts without reductions that cost more than they save; such layers have `tokens`, and let all pass.
-
-    A reduction has a price of its own, in time above all: a few large ones may be worth it where many small ones are
-    not.
-    """
-    while True:
-        reducing = [layer for layer, counts in enumerate(learned) if counts != [tokens, tokens]]
-        fewer = [[*learned[:layer], [tokens, tokens], *learned[layer + 1 :]] for layer in reducing]
-        cheapest = min(fewer, key=count, default=learned)
-        if not reducing or count(cheapest) >= count(learned):
-            return learned
-        learned = cheapest
 
 
 def _smallest_rate(

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from runs import arguments, rows
 from test_tokens import decided
 
-from ofb_hf import OFBViTForImageClassification, SubnetSpec, compress, install_bi_masks, read_subnet
+from ofb_hf import OFBViTConfig, OFBViTForImageClassification, SubnetSpec, compress, install_bi_masks, read_subnet
 from ofb_hf.architectures import describe, family_of, scheduled, vit_layer_parts
 from ofb_hf.flops import count_macs, evaluate_terms
 from ofb_hf.latency import PICOSECONDS, count_latency
@@ -145,8 +146,8 @@ def test_settled_schedules_hold_the_milliseconds_to_the_picosecond(share, seed, 
     schedule = settle_schedule(config, expected, target, table.terms_of)
     cost = schedule_cost(config, schedule, table.terms_of)
     assert cost <= target
-    assert (schedule[0], schedule[4]) == ([65, 65], [2, 2])
-    for layer in reducing_layers(schedule, 65)[:-1]:  # none of them costs more than it saves
+    assert schedule[0] == [65, 65]
+    for layer in reducing_layers(schedule, 65):  # none of them costs more than it saves
         before = schedule[layer - 1][1]
         passing = [*schedule[:layer], [before, before], *schedule[layer + 1 :]]
         assert schedule_cost(config, passing, table.terms_of) >= cost
@@ -158,8 +159,8 @@ def test_the_next_token_would_exceed_the_milliseconds():
     config, dense = model.config, count_latency(model, table)
     for share in (0.6, 0.7, 0.8):
         target = int(share * dense)
-        _, [kept, left], _ = settle_schedule(config, [[30.0, 20.0]], target, table.terms_of)
-        assert schedule_cost(config, [[65, 65], [kept, left], [2, 2]], table.terms_of) <= target
+        _, [kept, left], last = settle_schedule(config, [[30.0, 20.0]], target, table.terms_of)
+        assert schedule_cost(config, [[65, 65], [kept, left], last], table.terms_of) <= target
         assert schedule_cost(config, [[65, 65], [kept + 1, left + 1], [2, 2]], table.terms_of) > target
 
 
@@ -172,6 +173,18 @@ def test_small_reductions_give_way_to_a_large_one_where_each_has_a_price():
     table.coefficients["stages.0.reduction"]["presence"] = int(0.08 * count_latency(model, table))
     dear = settle_schedule(model.config, learned, int(0.7 * count_latency(model, table)), table.terms_of)
     assert len(reducing_layers(dear, 65)) < len(reducing_layers(free, 65))
+
+
+def test_the_last_layer_drops_only_where_that_saves_something():
+    model = tiny_vit(num_hidden_layers=4, image_size=32)
+    table = invented_table(model)
+    last = {}
+    for price in (0, 10**12):
+        table.coefficients["stages.0.reduction"]["presence"] = price
+        dense = count_latency(model, table)
+        last[price] = settle_schedule(model.config, [[60.0, 50.0], [40.0, 30.0]], dense, table.terms_of)[-1]
+    assert last[0] == [2, 2]
+    assert last[10**12] == [65, 65]  # and nothing else is reduced
 
 
 def test_fixed_rates_hold_milliseconds_too():
@@ -198,8 +211,35 @@ def test_milliseconds_out_of_reach_are_refused_with_those_that_are_not():
         searched(1.01)[0].target_for(model)
     table.coefficients["stages.0.reduction"]["presence"] = 10**12
     dear = TokenSearchConfig(target_latency_ms=1e-3, latency_table=table.to_dict())
-    with pytest.raises(UnreachableBudgetError, match="fewer gain nothing here; more images in a batch"):
+    with pytest.raises(UnreachableBudgetError, match="fewer gain nothing here; more images in a batch") as refusal:
         dear.target_for(model)
+    assert refusal.value.smallest == count_latency(tiny_vit(num_hidden_layers=4), table)
+
+
+def test_refusals_show_every_picosecond():
+    config, _ = searched(0.001)
+    model = tiny_vit(num_hidden_layers=4).config
+    with pytest.raises(UnreachableBudgetError) as refusal:
+        config.target_for(model)
+    below = TokenSearchConfig(
+        target_latency_ms=(refusal.value.smallest - 1) / PICOSECONDS, latency_table=config.latency_table
+    )
+    with pytest.raises(UnreachableBudgetError) as refusal:
+        below.target_for(model)
+    target, smallest = map(float, re.findall(r"([\d.]+) ms", str(refusal.value)))
+    assert round((smallest - target) * PICOSECONDS) == 1
+
+
+def test_larger_batches_are_no_advice_for_macs():
+    config = OFBViTConfig(  # only what is not searched is left to cost anything, beside attentions of one channel
+        **{name: value for name, value in vit_config(num_hidden_layers=3).to_dict().items() if name != "model_type"},
+        num_attention_heads_per_layer=[1] * 3,
+        head_dim_per_layer=[1] * 3,
+        intermediate_size_per_layer=[0] * 3,
+    )
+    with pytest.raises(UnreachableBudgetError, match="below the smallest") as refusal:
+        TokenSearchConfig(target_macs=2).target_for(config)
+    assert "batch" not in str(refusal.value)
 
 
 def test_tables_that_do_not_fit_are_refused():
@@ -207,6 +247,10 @@ def test_tables_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"latency table is of tiny.*differ in"):
         config.target_for(vit_config(num_hidden_layers=5))
     del table.coefficients["stages.0.reduction"]
+    widths_alone, joint = ({"latency_table": table.to_dict(), "search_tokens": tokens} for tokens in (False, True))
+    install_bi_masks(tiny_vit(num_hidden_layers=4), search_config(**widths_alone))
+    with pytest.raises(ValueError, match=r"has no .* for 'stages.0.reduction'; measure one"):
+        install_bi_masks(tiny_vit(num_hidden_layers=4), search_config(**joint))
     for budget in ({"target_latency_ms": 1e-3}, {"target_macs": 0.7}):
         unmeasured = TokenSearchConfig(latency_table=table.to_dict(), **budget)
         with pytest.raises(ValueError, match=r"has no .* for 'stages.0.reduction'; measure one"):

@@ -262,3 +262,5 @@ def test_pictures_need_a_schedule(tmp_path):
         trace_tokens(tiny_vit(), tiny_images())
     with pytest.raises(UnsupportedArchitectureError, match="class token"):
         trace_tokens(torch.nn.Linear(1, 1), tiny_images())
+    with pytest.raises(TypeError, match=r"got a OFBViTModel; .*OFBViTForImageClassification"):
+        trace_tokens(scheduled_vit().vit, tiny_images())

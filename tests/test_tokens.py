@@ -4,21 +4,23 @@ import itertools
 
 import pytest
 import torch
-from factories import non_uniform_vit, randomize_weights_, tiny_images, tiny_swin, tiny_vit, vit_config
+from factories import non_uniform_vit, randomize_weights_, search_config, tiny_images, tiny_swin, tiny_vit, vit_config
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import arguments, rows
 from test_token_reduction import SCHEDULE, scheduled_vit
 
-from ofb_hf import OFBViTConfig, OFBViTForImageClassification, count_macs
+from ofb_hf import OFBViTConfig, OFBViTForImageClassification, count_macs, install_bi_masks
 from ofb_hf.architectures import UnsupportedArchitectureError
 from ofb_hf.learned_tokens import (
     LearnedCount,
+    LearnedReduction,
     TokenSearchConfig,
     expected_cost,
     install_learned_counts,
     read_expected_counts,
 )
+from ofb_hf.models.modeling_ofb_vit import merge_tokens
 from ofb_hf.models.shapes import SHAPES
 from ofb_hf.settlement import UnreachableBudgetError
 from ofb_hf.token_trainer import TokenTrainer
@@ -26,7 +28,9 @@ from ofb_hf.tokens import (
     PUBLISHED,
     fixed_rate_schedule,
     full_schedule,
+    num_tokens,
     published_schedule,
+    ranking_layers,
     schedule_cost,
     settle_schedule,
 )
@@ -208,11 +212,66 @@ def test_loss_and_cost_reach_every_count_and_no_weight():
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_models_without_a_class_token_are_refused():
+FUNCTIONS = {
+    "num_tokens": num_tokens,
+    "full_schedule": full_schedule,
+    "ranking_layers": ranking_layers,
+    "fixed_rate_schedule": lambda config: fixed_rate_schedule(config, 10**6),
+    "settle_schedule": lambda config: settle_schedule(config, [], 10**6),
+    "target_for": TokenSearchConfig().target_for,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_configs_without_a_class_token_are_refused(name):
+    with pytest.raises(UnsupportedArchitectureError, match=r"got a SwinConfig; .*class token"):
+        FUNCTIONS[name](tiny_swin().config)
+
+
+def test_models_without_a_class_token_and_with_few_attentions_are_refused():
     with pytest.raises(UnsupportedArchitectureError, match=r"SwinForImageClassification.*class token"):
         install_learned_counts(tiny_swin())
     with pytest.raises(UnsupportedArchitectureError, match="num_hidden_layers is 2"):
         install_learned_counts(tiny_vit())
+    for layers in (1, 2):
+        for ask in (TokenSearchConfig().target_for, lambda config: settle_schedule(config, [], 10**6)):
+            with pytest.raises(UnsupportedArchitectureError, match=f"num_hidden_layers is {layers}.*at least 3 layers"):
+                ask(vit_config(num_hidden_layers=layers))
+
+
+def test_attention_that_takes_no_bias_is_refused_before_anything_is_learned():
+    model = tiny_vit(num_hidden_layers=4, attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match=r"attn_implementation is 'flex_attention'.*one of \['eager', 'sdpa'\]"):
+        install_learned_counts(model)
+    with pytest.raises(ValueError, match="attn_implementation is 'flex_attention'"):
+        install_bi_masks(model, search_config(search_tokens=True))
+    assert install_bi_masks(model, search_config()).target > 0  # with all tokens it may be any
+
+
+@pytest.mark.parametrize("granularity", [16, 1000, 2.5, True, 0, "4"])
+def test_gaps_that_leave_nothing_to_choose_are_refused(granularity):
+    with pytest.raises(ValueError, match=f"token_granularity is {granularity!r}.*whole number.*below the 16 patches"):
+        install_learned_counts(tiny_vit(num_hidden_layers=4), granularity)
+    learned = install_learned_counts(tiny_vit(num_hidden_layers=4), 15).vit.layers[1].reduction
+    assert learned.kept.candidates.tolist() == [17, 2]
+    if granularity not in (16, 1000):
+        with pytest.raises(ValueError, match="token_granularity is"):
+            TokenSearchConfig(token_granularity=granularity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_features_that_are_all_zero_make_no_nan(dtype):
+    tokens = torch.randn(1, 9, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tokens[:, [2, 7]] = 0
+    merged, sizes = merge_tokens(tokens, torch.ones(1, 9), 5)
+    assert merged.isfinite().all()
+    assert (sizes >= 1).all()
+    reduction = LearnedReduction(9)
+    with torch.no_grad():
+        reduction.merged.logits.copy_(torch.tensor([0.0, 0, 0, 0, 60, 0, 0, 0]))
+    tokens, sizes = reduction(tokens, None, torch.linspace(1, 0, 8)[None])
+    assert tokens.isfinite().all()
+    assert sizes.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -283,14 +342,17 @@ def test_another_budget_is_not_resumed(tmp_path):
 
 
 def test_tokens_are_searched_where_layers_have_lost_their_attention(tmp_path):
-    """Attention in layers 0, 1, 2 and 4 of six: the first keeps all, 1 and 2 learn, 4 keeps one patch."""
+    """Attention in layers 0, 1, 2 and 4 of six: the first keeps all, 1 and 2 learn, and what 4 might drop costs nothing
+    any more, for no MLP is left behind it."""
     trainer = token_trainer(tmp_path, non_uniform_vit().train(), max_steps=6)
     trainer.train()
     assert len(read_expected_counts(trainer.learner)) == 2
     schedule, model = trainer.schedule(), trainer.scheduled().eval()
     assert schedule[0] == [17, 17]
     assert schedule[3] == [schedule[2][1]] * 2
-    assert schedule[4] == schedule[5] == [2, 2]
+    assert schedule[4] == schedule[5] == schedule[3]
+    dropping = [*schedule[:4], [2, 2], [2, 2]]
+    assert schedule_cost(model.config, dropping) > count_macs(model)
     assert 0.9 * trainer.target <= count_macs(model) <= trainer.target
     hidden = model(tiny_images(), output_hidden_states=True).hidden_states
     assert [state.shape[1] for state in hidden[1:]] == [left for _, left in schedule]

@@ -11,7 +11,7 @@ most similar to them (DiffRate, arXiv:2305.17997). How many is fixed, so all sha
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTForImageClassification, ViTModel, ViTPreTrainedModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel, ViTPreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -66,6 +66,22 @@ def rank_tokens(importance: Tensor, count: int) -> Tensor:
     return F.pad(patches, (1, 0))  # the class token is number 0
 
 
+def require_biased_attention(config: ViTConfig) -> None:
+    """Raises ValueError unless the attention kernel can count a token by its size."""
+    if config._attn_implementation not in BIASED_ATTENTION:
+        raise ValueError(
+            f"attn_implementation is {config._attn_implementation!r}, which takes no additive bias; with fewer tokens "
+            f"(token_schedule, and searches for one) it is one of {list(BIASED_ATTENTION)}."
+        )
+
+
+def token_directions(tokens: Tensor) -> Tensor:
+    """Tokens (B, N, C) at length 1; features that are all 0 stay so, also in float16, which has no number that small to
+    divide by."""
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    return F.normalize(tokens.detach().to(wide), dim=-1).to(tokens.dtype)
+
+
 def match_tokens(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """For each token from number `count` on, the most similar patch token before it.
 
@@ -76,7 +92,7 @@ def match_tokens(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
         Cosine similarity (B, N - count), and the number of the match (B, N - count), 1 to count - 1. The class token
         is no match.
     """
-    directions = F.normalize(tokens.detach(), dim=-1)
+    directions = token_directions(tokens)
     similarity, match = (directions[:, count:] @ directions[:, 1:count].mT).max(-1)
     return similarity, match + 1
 
@@ -326,11 +342,7 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
                 "attention_mask is given, but token_schedule moves and removes tokens, which it would no longer fit; "
                 "leave it out, or load the model with token_schedule=None."
             )
-        if self.config._attn_implementation not in BIASED_ATTENTION:
-            raise ValueError(
-                f"attn_implementation is {self.config._attn_implementation!r}, which takes no additive bias; with a "
-                f"token_schedule it is one of {list(BIASED_ATTENTION)}."
-            )
+        require_biased_attention(self.config)
 
 
 class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassification):
