@@ -71,7 +71,9 @@ class Budget:
             )
 
     @staticmethod
-    def _read_table(table: str | dict[str, Any]) -> LatencyTable:
+    def _read_table(table: str | dict[str, Any] | LatencyTable) -> LatencyTable:
+        if isinstance(table, LatencyTable):
+            return table
         return LatencyTable.from_dict(table) if isinstance(table, dict) else LatencyTable.load(table)
 
     def require_fit(self, architecture: Architecture, *others: Architecture) -> None:

@@ -10,7 +10,7 @@ are whole picoseconds: a network's predicted latency is exact arithmetic, whatev
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,38 @@ from .unit_groups import Architecture, Part, Term, quantities
 
 PICOSECONDS = 10**9  # in a millisecond
 LATENCY_TABLE_FILE = "latency_table.json"
-SETTINGS = ("batch_size", "num_threads", "device", "dtype")  # under which latency is measured again later
 COMMAND = "ofb-hf latency-table MODEL --output FILE"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_dict_of(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(isinstance(each, types) for each in value.values())
+
+
+def _are_sizes(value: Any) -> bool:
+    return _is_dict_of(list)(value) and all(size and all(map(_is_extent, size)) for size in value.values())
+
+
+def _is_extent(value: Any) -> bool:
+    return value == 0 or _is_whole(value)
+
+
+# What the entries of a table, and the settings under which latency is measured again later, have to be.
+ENTRIES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("model", "hardware"), _is_text),
+    **dict.fromkeys(("frame", "settings", "versions", "check"), _is_dict_of(object)),
+    **dict.fromkeys(("coefficients", "residuals"), _is_dict_of(dict)),
+    "sizes": _are_sizes,
+    "points": lambda value: isinstance(value, list),
+}
+SETTINGS = {"batch_size": _is_whole, "num_threads": _is_whole, "device": _is_text, "dtype": _is_text}
 
 
 def amounts_of(part: Part, amounts: dict[str, int]) -> dict[str, int]:
@@ -128,9 +158,12 @@ class LatencyTable:
         if list(theirs) != list(ours):
             differing["submodules"] = (_summary(theirs), _summary(ours))
         else:
-            larger = [n for n, size in ours.items() if any(a > b for a, b in zip(size, theirs[n], strict=True))]
-            differing |= {name: (theirs[name], ours[name]) for name in larger[:1]}
-            here = frame_of(architecture, theirs)
+            other = [n for n, size in ours.items() if len(size) != len(theirs[n])]
+            larger = other or [
+                n for n, size in ours.items() if any(a > b for a, b in zip(size, theirs[n], strict=True))
+            ]
+            differing |= {name: (theirs[name], ours[name]) for name in (other or larger)[:1]}
+            here = {} if other else frame_of(architecture, theirs)
             differing |= {n: (self.frame.get(n), here[n]) for n in here if self.frame.get(n) != here[n]}
         if differing:
             raise ValueError(
@@ -160,13 +193,14 @@ class LatencyTable:
         if not isinstance(values, dict) or not needed <= set(values) <= known:
             got = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"this is no latency table: it has {got}, expected {sorted(known)}. Make one: {COMMAND}.")
-        shapes = {"sizes": list, "coefficients": dict}
-        for name in ("sizes", "frame", "settings", "versions", "coefficients"):
-            inner = shapes.get(name, object)
-            if not isinstance(values[name], dict) or not all(isinstance(v, inner) for v in values[name].values()):
+        for name, is_right in ENTRIES.items():
+            if name in values and not is_right(values[name]):
                 raise ValueError(f"this is no latency table: {name} is {values[name]!r}. Make one: {COMMAND}.")
         if missing := [name for name in SETTINGS if name not in values["settings"]]:
             raise ValueError(f"this is no latency table: its settings have no {missing}. Make one: {COMMAND}.")
+        if wrong := [name for name, is_right in SETTINGS.items() if not is_right(values["settings"][name])]:
+            given = {name: values["settings"][name] for name in wrong}
+            raise ValueError(f"this is no latency table: its settings say {given}. Make one: {COMMAND}.")
         return cls(**values)
 
     @classmethod

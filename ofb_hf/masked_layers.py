@@ -86,7 +86,7 @@ class GatedLinearFunction(torch.autograd.Function):
         """Gradients of inputs, weight, bias and gate."""
         kept, weight, bias, gate = ctx.saved_tensors
         for_x, for_weight, for_bias, for_gate = ctx.needs_input_grad
-        rows, kept = grad.flatten(0, -2), kept.flatten(0, -2)
+        rows, kept = (torch.atleast_2d(each).flatten(0, -2) for each in (grad, kept))  # also a single vector
         grad_x = grad_weight = grad_bias = grad_gate = None
         if for_x:  # of flat rows: as many products as there are images, with the same weights, take longer than one
             if ctx.few:

@@ -20,6 +20,24 @@ from .interruption import Interruption, TrainingInterrupted, shield_workers
 logger = logging.get_logger(__name__)
 
 
+def require_same_search(theirs: dict[str, Any], ours: dict[str, Any], checkpoint: Path) -> None:
+    """Raises ValueError, naming what differs, unless a checkpoint has the settings of this run.
+
+    Args:
+        theirs: settings of the checkpoint. ours: of this run.
+    """
+    names = [name for name, value in ours.items() if theirs.get(name) != value]
+    if names:
+        # Of a latency table, which is hundreds of numbers, it is enough to know that it is another one.
+        large = [name for name in names if isinstance(ours[name], dict) or isinstance(theirs.get(name), dict)]
+        differing: dict[str, Any] = {name: (theirs.get(name), ours[name]) for name in names if name not in large}
+        said = " and ".join([*([str(differing)] if differing else []), *large])
+        raise ValueError(
+            f"the checkpoint {checkpoint} belongs to another search; (checkpoint, this run) differ in {said}. "
+            "Resume with the same settings, or start over with another output_dir."
+        )
+
+
 class ResumableTrainer(Trainer):
     """`transformers.Trainer` with atomic checkpoints, an orderly end after a signal, and an exact way back.
 

@@ -15,6 +15,7 @@ from .learned_tokens import TokenSearchConfig, expected_cost, install_learned_co
 from .losses import flops_loss
 from .models import OFBViTForImageClassification
 from .recomputation import without_reentry
+from .resumable import require_same_search
 from .tokens import Schedule, full_schedule, schedule_cost, settle_schedule
 from .training_args import OFBTrainingArguments
 
@@ -121,12 +122,7 @@ class TokenTrainer(DistillationTrainer):
         if not (checkpoint / TOKEN_SEARCH_FILE).is_file():
             raise ValueError(f"the checkpoint {checkpoint} has no {TOKEN_SEARCH_FILE}: it is not one of such a search.")
         theirs = json.loads((checkpoint / TOKEN_SEARCH_FILE).read_text(encoding="utf-8"))
-        differing = {name: (theirs.get(name), value) for name, value in ours.items() if theirs.get(name) != value}
-        if differing:
-            raise ValueError(
-                f"the checkpoint {checkpoint} belongs to another search; (checkpoint, this run) differ in {differing}. "
-                "Resume with the same settings, or start over with another output_dir."
-            )
+        require_same_search(theirs, ours, checkpoint)
 
     def _load_weights(self, checkpoint: Path) -> None:
         self._require_same_search(checkpoint)

@@ -151,10 +151,11 @@ def learned_schedule(config: ViTConfig, counts: list[list[Any]], last: list[int]
     """The schedule with these counts in the layers that learn them. Other layers hand on what they get.
 
     Args:
-        counts: [kept after dropping, kept after merging] of each of `learning_layers` but the last.
+        counts: [kept after dropping, kept after merging] of each of them but the last.
         last: the same of that one.
     """
-    given = dict(zip(learning_layers(config), [*counts, last], strict=True))
+    _, *layers = ranking_layers(config)
+    given = dict(zip(layers, [*counts, last], strict=True))
     schedule: list[list[Any]] = []
     for layer in range(config.num_hidden_layers):
         left = schedule[-1][1] if schedule else num_tokens(config)
@@ -237,7 +238,7 @@ def smallest_schedule(config: ViTConfig, cost: Cost = macs_of) -> Schedule:
     """One patch from the first layer that learns on, without reductions that cost more than they save: the least that
     `settle_schedule` can come to."""
     settling = _Settling(config, cost)
-    return settling.meant(settling.worthwhile([SMALLEST] * len(learning_layers(config))))
+    return settling.meant(settling.worthwhile([SMALLEST] * settling.layers))
 
 
 def settle_schedule(config: ViTConfig, expected: list[list[float]], target: int, cost: Cost = macs_of) -> Schedule:
@@ -273,6 +274,7 @@ class _Settling:
 
     def __init__(self, config: ViTConfig, cost: Cost):
         self.config, self.tokens, self.counted = config, num_tokens(config), _counter(config, cost)
+        self.layers = len(learning_layers(config))
 
     def meant(self, learned: Schedule) -> Schedule:
         """The schedule of the model."""

@@ -27,6 +27,7 @@ from .losses import budget_loss, flops_loss
 from .observation import OBSERVED_IMAGES, Observation
 from .parameter_groups import parameter_groups
 from .pmim import hidden_first, mask_patches, normalize_target, reconstruction_loss, refine_mask
+from .resumable import require_same_search
 from .search_space import SubnetSpec
 from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
 from .surgery import rebuild_ddp_, slice_optimizer_
@@ -423,13 +424,7 @@ class OFBTrainer(DistillationTrainer):
 
     def _load_weights(self, checkpoint: Path) -> None:
         saved = type(self.bi_mask_config).load(checkpoint / BI_MASK_CONFIG_FILE)
-        if saved != self.bi_mask_config:
-            ours, theirs = self.bi_mask_config.to_dict(), saved.to_dict()
-            differing = {name: (theirs[name], ours[name]) for name in ours if ours[name] != theirs[name]}
-            raise ValueError(
-                f"the checkpoint {checkpoint} belongs to another search; (checkpoint, this run) differ in {differing}. "
-                "Resume with the same settings, or start over with another output_dir."
-            )
+        require_same_search(saved.to_dict(), self.bi_mask_config.to_dict(), checkpoint)
         self.supernet.shrink_to_(safetensors.torch.load_file(checkpoint / SAFE_WEIGHTS_NAME))
         if self.supernet.is_folded:
             self.compensation = None

@@ -371,3 +371,43 @@ def test_a_search_for_milliseconds_ends_within_them_and_is_resumed(digits, tmp_p
     with pytest.raises(SystemExit):
         cli.search([*flags, "--latency_table", str(tmp_path / "other.json"), "--resume_from_checkpoint", "auto"])
     assert "differ in {'latency_table'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", 5),
+        ("hardware", 5),
+        ("check", 5),
+        ("residuals", []),
+        ("points", {}),
+        ("coefficients", {"stem": 5}),
+        ("sizes", {"embeddings": ["a"]}),
+        ("sizes", {"embeddings": []}),
+        ("sizes", {"embeddings": [40.5]}),
+    ],
+)
+def test_entries_of_the_wrong_type_are_refused(name, value):
+    table = invented_table(tiny_model("vit")).to_dict()
+    with pytest.raises(ValueError, match=f"this is no latency table: {name} is .*Make one"):
+        LatencyTable.from_dict(table | {name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_threads", "two"), ("batch_size", 0), ("device", 1), ("dtype", None)])
+def test_settings_of_the_wrong_type_are_refused(name, value):
+    table = invented_table(tiny_model("vit")).to_dict()
+    with pytest.raises(ValueError, match=f"its settings say .*{name}.*Make one"):
+        LatencyTable.from_dict(table | {"settings": table["settings"] | {name: value}})
+
+
+def test_sizes_along_fewer_axes_are_another_model():
+    model = tiny_model("vit")
+    table = invented_table(model).to_dict()
+    table["sizes"] |= {"layers.0.attention": [5]}
+    with pytest.raises(ValueError, match=r"no smaller version of.*layers\.0\.attention"):
+        search_config(latency_table=table).search_space(model.config)
+
+
+def test_a_table_may_be_given_as_it_is():
+    table = invented_table(tiny_model("vit"))
+    assert search_config(latency_table=table).to_dict() == search_config(latency_table=table.to_dict()).to_dict()
