@@ -17,8 +17,9 @@ import numpy as np
 from .unit_groups import Term, quantities
 
 BINS = 2048
-# Costs of every size below the budget are told apart exactly up to so many; picoseconds are far more, and are rounded.
-REACHABLE = 2**22
+# Costs of every size below the budget are told apart exactly up to so many. Picoseconds are far more: they are rounded,
+# to so few that there are not as many ways to each of them as there are networks.
+REACHABLE, ROUNDED = 2**22, 2**16
 # How much of the budget a choice is to use, where the space is fine enough.
 TIGHTNESS = 0.98
 # Up to this many combinations of residual widths are all tried; beyond, the search starts where a relaxation points.
@@ -327,7 +328,9 @@ def _largest_picks(costs: list[list[int]], scores: list[list[float]], room: int)
     Bit b of a set means cost b is reachable; only choices on the way to the largest such cost are compared. Where there
     are more than `REACHABLE` costs, each is rounded up, so that what is chosen still fits.
     """
-    scale = max(math.gcd(*itertools.chain.from_iterable(costs)), room // REACHABLE, 1)
+    scale = max(math.gcd(*itertools.chain.from_iterable(costs)), 1)
+    if room // scale > REACHABLE:
+        scale = room // ROUNDED
     steps = [[-(-cost // scale) for cost in row] for row in costs]
     limit = (1 << (room // scale + 1)) - 1
     reachable = [1]

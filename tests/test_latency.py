@@ -24,7 +24,7 @@ from ofb_hf.latency import (
     count_latency,
     fit_coefficients,
 )
-from ofb_hf.settlement import REACHABLE, Option, UnreachableBudgetError, settle
+from ofb_hf.settlement import ROUNDED, Option, UnreachableBudgetError, settle
 from ofb_hf.unit_groups import Term, quantities
 from ofb_hf.workflow.inputs import load_for_counting
 from ofb_hf.workflow.latency_table import Timeline, measured_latency, sample_schedule, warn_if_elsewhere
@@ -140,7 +140,7 @@ def test_costs_too_many_to_be_told_apart_are_rounded_so_that_they_still_fit():
         sum(term.coefficient * (1 + (picks >> i & 1)) for i, term in enumerate(terms)) for picks in range(2**6)
     ]
     best = max(total for total in reachable if total <= target)
-    assert best - len(options) * target / REACHABLE <= cost <= best
+    assert best - len(options) * target / ROUNDED <= cost <= best
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
