@@ -73,10 +73,9 @@ class GatedLinearFunction(torch.autograd.Function):
         ctx.few = x.numel() < x.shape[-1] ** 2  # outputs are fewer numbers than weights, and so cheaper to scale
         if ctx.rests or ctx.few:
             out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            # What is there anyway: inputs, parameters and gate.
             ctx.save_for_backward(out if ctx.rests else x, weight, bias, gate)
             return out * gate.to(x.dtype)
-        ctx.save_for_backward(x, weight, bias, gate)
+        ctx.save_for_backward(x, weight, bias, gate)  # all of which are there anyway
         bias = None if bias is None else apply_gate(bias, gate, 0).to(x.dtype)
         return F.linear(x, apply_gate(weight, gate, 0).to(x.dtype), bias)
 
