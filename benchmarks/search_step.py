@@ -102,6 +102,13 @@ def ignore_masks(supernet: Supernet) -> None:
     supernet.refresh_gates = refresh_unread
 
 
+def go_back(trial: TrialSearch) -> None:
+    """To the importance phase, in which gradients are only observed."""
+    trial.trainer.state.global_step = 0
+    trial.trainer.supernet.importance_known.fill_(False)
+    trial.trainer.begin_search()
+
+
 # Row -> what is done to the supernet.
 WITHOUT: dict[str, Callable[[Supernet], None]] = {
     "without the one-hot loss": silence("one_hot_loss"),
@@ -123,6 +130,8 @@ def contestants(shape: str, share: float, args: OFBTrainingArguments) -> dict[st
         return TrialSearch(model, args, default_config(model.config, target_macs=share, **changes))
 
     rows: dict[str, DenseStep | TrialSearch] = {"dense": DenseStep(dense(), args), "search": searching()}
+    rows["search, observing"] = searching()
+    go_back(rows["search, observing"])
     rows["search, shrunk"] = searching()
     rows["search, shrunk"].settle()
     rows["without PMIM"] = searching(pmim=False)

@@ -95,7 +95,8 @@ class BiMask(nn.Module):
         active_candidates: bool buffer shaped like alpha; False = retired, for good.
         alive: bool buffer shaped like the units; False = beyond the largest active size along an axis, for good.
         unit_ids: int buffer shaped like the units: flat index of each unit in the dense parent.
-        first_order: float buffer shaped like the units: sum of the `squared_gradient`s that were observed.
+        first_order: float buffer shaped like the units: by how much closing their gates would change the loss, squared
+            and summed over what was observed (`Observation`).
     """
 
     def __init__(self, space: SubmoduleSpace, normalize_importance: bool = False):
@@ -212,21 +213,6 @@ class BiMask(nn.Module):
             return torch.zeros_like(importance).scatter(0, rank[0], importance)
         within = torch.zeros_like(importance).scatter(1, rank[1], importance)
         return torch.zeros_like(within).index_copy(0, rank[0], within)
-
-    @torch.no_grad()
-    def squared_gradient(self, scale: float = 1.0) -> Tensor:
-        """Square of the last gradient of every importance logit, shaped like the units; to be added to `first_order`.
-
-        While all logits are equal this is, up to a common factor, the first-order estimate of the squared change of the
-        loss when a unit is removed (arXiv:1906.10771, eq. 8). What is not finite (an overflow of fp16) counts as 0.
-
-        Args:
-            scale: of the loss, divided out.
-        """
-        gradient = self.importance_logits.grad
-        if gradient is None:
-            return torch.zeros_like(self.first_order)
-        return (gradient.to(self.first_order.dtype) / scale).square().nan_to_num(posinf=0.0)
 
     @torch.no_grad()
     def estimate_importance_(self, num_kept: int) -> None:

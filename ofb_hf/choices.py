@@ -174,19 +174,6 @@ class Choices(nn.Module):
         """The buffer of what was observed of tokens, (layers, K); without any entry where they are not searched."""
         return self.lam.new_zeros(0) if self.tokens is None else self.tokens.first_order
 
-    @torch.no_grad()
-    def squared_token_changes(self, scale: float) -> Tensor:
-        """What was observed of tokens in the last backward pass, to be added to `first_order_of_tokens`.
-
-        Args:
-            scale: of the loss, divided out.
-        """
-        if self.tokens is None:
-            return self.lam.new_zeros(0)
-        mask = self.bi_masks[0]  # all importance logits are equal while anything is observed
-        slope = self.lam * (mask.importance() * (1 - mask.importance_logits.sigmoid())).max()
-        return self.tokens.squared_changes(self.model, slope / scale)
-
     @property
     def token_schedule(self) -> Schedule | None:
         """The schedule that was decided on, also one of all tokens; None while there is none."""

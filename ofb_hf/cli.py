@@ -110,7 +110,13 @@ settings, and how well it predicts whole networks that the fit did not see. It i
 threads and this batch size: measure again for others,
 with nothing else running if you can."""
 
-TOKEN_DEMO = {"output_dir": "runs/demo_tokens", "num_train_epochs": 10, "finetune_epochs": 0}
+# Numbers of tokens are learned from the dense model, so its weight is what it always is.
+TOKEN_DEMO = {
+    "output_dir": "runs/demo_tokens",
+    "num_train_epochs": 10,
+    "finetune_epochs": 0,
+    "distillation_weight": None,
+}
 
 EVALUATE = """Measure an image classifier: top-1, top-5, MACs, parameters, file size, images per second. Prints JSON."""
 

@@ -20,10 +20,16 @@ class GateStore:
     A quantity is a submodule's name, or `presence_of` it: (1,), the gate of what it adds whichever units it keeps.
     Gradient checkpointing re-reads the same tensors in the backward pass, so the values stay until the next forward.
     A copy starts out empty: non-leaf tensors cannot be deep-copied, and the copy computes its own.
+
+    Attributes:
+        values: quantity -> (U,).
+        of_images: quantity -> (B, U), one gate for every image of the batch; then there are no `values`.
+        alive: residual width -> its living channels, bool (U,), or None if all are.
     """
 
     def __init__(self):
         self.values: dict[str, Tensor] = {}
+        self.of_images: dict[str, Tensor] = {}
         self.alive: dict[str, Tensor | None] = {}
         self._versions: dict[str, tuple[int, int]] = {}
 
@@ -33,7 +39,7 @@ class GateStore:
 
     def clear(self) -> None:
         """Forgets everything, as after a shrink."""
-        self.values = {}
+        self.values, self.of_images = {}, {}
         self._versions.clear()
 
     def refresh_liveness(self, name: str, alive: Tensor) -> None:
@@ -60,22 +66,17 @@ class GatedLinearFunction(torch.autograd.Function):
     """A linear layer whose outputs are gated through its weight and bias; arguments as for `gated_linear`.
 
     Left to autograd, `weight * gate` would be kept for the backward pass: a second copy of every weight. Here it is
-    made again there, which costs little beside the products with it. Where the weight rests, as while gradients are
-    only observed, it is the outputs that are kept, and the gate's gradient takes no product of matrices.
+    made again there, which costs little beside the products with it.
     """
 
     # Not split into `forward` and `setup_context`: torch would inspect the signature at every call.
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
         """Values, in the precision of `x`."""
-        _, for_weight, for_bias, for_gate = ctx.needs_input_grad
-        ctx.rests = for_gate and not (for_weight or for_bias)
-        ctx.few = x.numel() < x.shape[-1] ** 2  # outputs are fewer numbers than weights, and so cheaper to scale
-        if ctx.rests or ctx.few:
-            out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            ctx.save_for_backward(out if ctx.rests else x, weight, bias, gate)
-            return out * gate.to(x.dtype)
         ctx.save_for_backward(x, weight, bias, gate)  # all of which are there anyway
+        ctx.few = x.numel() < x.shape[-1] ** 2  # outputs are fewer numbers than weights, and so cheaper to scale
+        if ctx.few:
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)) * gate.to(x.dtype)
         bias = None if bias is None else apply_gate(bias, gate, 0).to(x.dtype)
         return F.linear(x, apply_gate(weight, gate, 0).to(x.dtype), bias)
 
@@ -83,9 +84,9 @@ class GatedLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of inputs, weight, bias and gate."""
-        kept, weight, bias, gate = ctx.saved_tensors
+        x, weight, bias, gate = ctx.saved_tensors
         for_x, for_weight, for_bias, for_gate = ctx.needs_input_grad
-        rows, kept = (torch.atleast_2d(each).flatten(0, -2) for each in (grad, kept))  # also a single vector
+        rows, x = (torch.atleast_2d(each).flatten(0, -2) for each in (grad, x))  # also a single vector
         grad_x = grad_weight = grad_bias = grad_gate = None
         if for_x:  # of flat rows: as many products as there are images, with the same weights, take longer than one
             if ctx.few:
@@ -93,10 +94,8 @@ class GatedLinearFunction(torch.autograd.Function):
             else:
                 grad_x = rows @ apply_gate(weight, gate, 0).to(grad.dtype)
             grad_x = grad_x.view(*grad.shape[:-1], -1)
-        if ctx.rests:
-            return grad_x, None, None, (rows.to(gate.dtype) * kept).sum(0)
         if for_weight or for_gate:
-            grad_weight = (rows.mT @ kept).to(weight.dtype)  # of the gated weight, so far
+            grad_weight = (rows.mT @ x).to(weight.dtype)  # of the gated weight, so far
         if bias is not None and (for_bias or for_gate):
             grad_bias = rows.sum(0).to(bias.dtype)
         if for_gate:
@@ -125,17 +124,64 @@ class GatedLinear(nn.Linear):
     """A linear layer with gated outputs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self._gate_store.values.get(self._gated_by)
+        gate = self._gate_store.values.get(self._scaled_by[0])
         return super().forward(x) if gate is None else gated_linear(x, self.weight, self.bias, gate)
+
+
+class ScaledFunction(torch.autograd.Function):
+    """`x * gate` for a gate above 0 that broadcasts against x.
+
+    Left to autograd, x would be kept for the backward pass. Here the product is, which whoever reads it keeps as well.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor) -> Tensor:
+        """Values, in the precision of `x`."""
+        out = x * gate.to(x.dtype)
+        ctx.save_for_backward(out, gate)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and gate."""
+        out, gate = ctx.saved_tensors
+        grad_gate = (grad.to(gate.dtype) * out).sum_to_size(gate.shape) / gate
+        return grad * gate.to(grad.dtype), grad_gate
+
+
+class ImageGated:
+    """A linear layer, convolution or norm that gates its outputs image by image, where gates are given so.
+
+    Attributes:
+        _scaled_by: quantities that gate weight and bias, output by output.
+        _present_with: quantities that gate the bias besides, as a whole.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, gates = super().forward(x), self._gate_store.of_images
+        if not gates:
+            return out
+        # Images come first, and Swin lines up the windows of each; channels come last, or second after a convolution.
+        is_map, count = isinstance(self, nn.Conv2d), len(next(iter(gates.values())))
+        rows = out.flatten(2).mT if is_map else out.reshape(count, -1, out.shape[-1])
+        for gate in (gates[name] for name in self._present_with if name in gates):
+            rows = rows + self._parameters["bias"].to(out.dtype) * (gate[:, None] - 1).to(out.dtype)
+        for gate in (gates[name] for name in self._scaled_by if name in gates):
+            rows = ScaledFunction.apply(rows, gate[:, None])
+        return (rows.mT if is_map else rows).reshape(out.shape)
 
 
 def _gated_parameter(name: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
-        parameter = module._parameters[name]
-        if parameter is not None:
-            for gate, axis in module._gates[name]:
-                if gate in module._gate_store.values:
-                    parameter = apply_gate(parameter, module._gate_store.values[gate], axis)
+        parameter, store = module._parameters[name], module._gate_store
+        if parameter is None:
+            return None
+        for gate, axis in module._gates[name]:
+            if gate in store.values:
+                parameter = apply_gate(parameter, store.values[gate], axis)
+            elif gate in store.of_images and not isinstance(module, ImageGated):  # tokens, (1, N, U)
+                parameter = parameter * store.of_images[gate][:, None].to(parameter.dtype)
         return parameter
 
     return property(read)
@@ -161,17 +207,19 @@ class _LivingLayerNorm(nn.LayerNorm):
 
 def gate_parameters_(module: nn.Module, store: GateStore, gates: dict[str, list[tuple[str, int]]]) -> None:
     """Makes `module` read parameters through gates: {parameter name: [(quantity, axis)]}. Changes only its class."""
-    base = type(module)
-    outputs = [gate for gate, axis in gates.get("weight", ()) if axis == 0]
-    if base is nn.Linear and len(outputs) == 1:
-        base, module._gated_by = GatedLinear, outputs[0]
-        # What gates the outputs gates the bias; properties read what else there is.
-        gates = {name: [gate for gate in of if gate != (outputs[0], 0)] for name, of in gates.items()}
-    names = [name for name, of in gates.items() if of]
-    if names:
-        prefix = "" if base is GatedLinear else "Gated"
-        base = type(f"{prefix}{base.__name__}", (base,), {name: _gated_parameter(name) for name in names})
-    module.__class__, module._gates, module._gate_store = base, gates, store
+    base, bases = type(module), ()
+    scaled = [quantity for quantity, _ in gates.get("weight", ())]
+    if "weight" in gates or "bias" in gates:
+        module._scaled_by = scaled
+        module._present_with = [quantity for quantity, _ in gates.get("bias", ()) if quantity not in scaled]
+        bases = (ImageGated,)
+    if base is nn.Linear and len(scaled) == 1:
+        base = GatedLinear  # which gates weight and bias by itself; properties read what else there is
+        gates = {name: [gate for gate in of if gate[0] != scaled[0]] for name, of in gates.items()}
+    read = {name: _gated_parameter(name) for name, of in gates.items() if of}
+    prefix = "" if base is GatedLinear else "Gated"
+    module.__class__ = type(f"{prefix}{base.__name__}", (*bases, base), read)
+    module._gates, module._gate_store = gates, store
 
 
 def mask_norm_(norm: nn.LayerNorm, store: GateStore, residual: str) -> None:

@@ -1,11 +1,11 @@
 """Ranking units and tokens by what the loss says while nothing learns: gradients of a few images at a time, squared.
 
 A unit's score is the sum over small groups of images of its squared first-order change of the loss (arXiv:1906.10771,
-eq. 8). Groups matter: gradients of a large batch cancel, and rank units worse.
+eq. 8). Groups matter: gradients of a large batch cancel, and rank units worse. They need no passes of their own: while
+nothing but gates has gradients, every image can have gates of its own.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -32,75 +32,70 @@ class Observation:
     def __init__(self, supernet: Supernet, accelerator: Accelerator):
         self.supernet, self.accelerator = supernet, accelerator
         self.images: list[Tensor] = []
-        self._together: list[dict[str, Tensor]] = []  # images whose gradients are added up and not observed yet
-        self._of_tokens = torch.zeros_like(supernet.first_order_of_tokens)  # what is known of their tokens
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # micro-batches that are too small for a group
+        self._seen: list[Tensor] = []  # in this step
 
     def observe(
         self, inputs: dict[str, Tensor], backward: Callable[[dict[str, Tensor]], Tensor], accumulation: int = 1
     ) -> Tensor:
-        """Observes one micro-batch. Returns its mean loss, a scalar.
+        """Observes one micro-batch. Returns its loss, a scalar.
 
         Args:
             inputs: pixel_values (B, C, H, W), labels (B,).
-            backward: adds the gradients of a part of the inputs to those that are there, and returns the loss.
+            backward: runs the gradients of the mean loss of the inputs, and returns it.
             accumulation: what `backward` divides the loss by, the number of micro-batches in this step.
         """
-        masks, parts = self.supernet.bi_masks, max(1, len(inputs["pixel_values"]) // OBSERVED_TOGETHER)
-        squares = torch.zeros(sum(mask.first_order.numel() for mask in masks), device=self.accelerator.device)
-        of_tokens = torch.zeros_like(self.supernet.first_order_of_tokens)
-        chunks, losses = [inputs[name].tensor_split(parts) for name in ("pixel_values", "labels")], []
-        with self._resting():
-            for images, labels in zip(*chunks, strict=True):
-                self._together.append({"pixel_values": images, "labels": labels})
-                losses.append(self._finite(backward))
-                self._of_tokens += self.supernet.squared_token_changes(self._loss_scale / accumulation)
-                together = sum(len(part["labels"]) for part in self._together)
-                if together < OBSERVED_TOGETHER and not self.accelerator.sync_gradients:
-                    continue  # micro-batches smaller than that are looked at together
-                mean = len(self._together)  # of so many losses, which are added up so far
-                scale = mean * self._loss_scale / accumulation
-                squares += torch.cat([mask.squared_gradient(scale).flatten() for mask in masks])
-                of_tokens += self._of_tokens / mean**2
-                self.supernet.zero_grad(set_to_none=False)  # the optimizer, and a scaler, find that nothing moves
-                self._of_tokens.zero_()
-                self._together = []
-        if self.accelerator.sync_gradients and self.accelerator.scaler:
-            # Other ranks saw other images, and their gradients will be averaged: under one scale.
-            scale = torch.tensor([self._loss_scale], device=squares.device)
-            self.accelerator.scaler.update(float(self.accelerator.gather(scale).min()))
-        squares = self.accelerator.reduce(squares)
-        for mask, seen in zip(masks, squares.split([m.first_order.numel() for m in masks]), strict=True):
-            mask.first_order += seen.view_as(mask.first_order)
-        self.supernet.first_order_of_tokens.add_(self.accelerator.reduce(of_tokens))
-        return torch.stack(losses).mean()
+        masks = self.supernet.bi_masks
+        with self.supernet.separate_images():
+            loss, changes = self._finite(inputs, backward)
+        of_one = len(inputs["labels"]) * accumulation / self._loss_scale  # the loss is a mean: this makes sums of it
+        self._waiting.append(tuple((change * of_one).nan_to_num(0.0, 0.0, 0.0) for change in changes))
+        for mask in masks:  # the optimizer, and a scaler, find that nothing moves
+            mask.importance_logits.grad = torch.zeros_like(mask.importance_logits)
+        if sum(len(units) for units, _ in self._waiting) >= OBSERVED_TOGETHER or self.accelerator.sync_gradients:
+            self._seen.append(sum_of_squares(*map(torch.cat, zip(*self._waiting, strict=True))))
+            self._waiting = []
+        if self.accelerator.sync_gradients:
+            self._add_up()
+        return loss
 
-    @contextmanager
-    def _resting(self) -> Iterator[None]:
-        """Everything but importance without gradients: nobody would look at them."""
-        observed = {mask.importance_logits for mask in self.supernet.bi_masks}
-        resting = [p for p in self.supernet.parameters() if p.requires_grad and p not in observed]
-        for parameter in resting:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in resting:
-                parameter.requires_grad_(True)
+    def _add_up(self) -> None:
+        """Ends a step: every rank knows what all of them saw."""
+        seen, self._seen = self.accelerator.reduce(torch.stack(self._seen).sum(0)), []
+        observed = [*(mask.first_order for mask in self.supernet.bi_masks), self.supernet.first_order_of_tokens]
+        for buffer, squares in zip(observed, seen.split([each.numel() for each in observed]), strict=True):
+            buffer += squares.view_as(buffer)
+        if self.accelerator.scaler:
+            # Other ranks saw other images, and their gradients will be averaged: under one scale.
+            scale = torch.tensor([self._loss_scale], device=seen.device)
+            self.accelerator.scaler.update(float(self.accelerator.gather(scale).min()))
 
     @property
     def _loss_scale(self) -> float:
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
 
-    def _finite(self, backward: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
-        """Adds the gradients of the last part; with fp16, those of all parts again under a smaller scale until none
-        overflows. Returns the loss of the last part."""
-        loss = backward(self._together[-1])
-        while self._loss_scale > 1 and not self._is_finite():
-            self.supernet.zero_grad()
+    def _finite(
+        self, inputs: dict[str, Tensor], backward: Callable[[dict[str, Tensor]], Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The loss, and the changes of its images; with fp16 under a scale so small that none overflows."""
+        loss, changes = backward(inputs), self.supernet.changes_of_images()
+        while self._loss_scale > 1 and not bool(changes[0].isfinite().all()):
             self.accelerator.scaler.update(self._loss_scale / 2)
-            loss = [backward(part) for part in self._together][-1]
-        return loss
+            loss, changes = backward(inputs), self.supernet.changes_of_images()
+        return loss, changes
 
-    def _is_finite(self) -> bool:
-        gradients = [mask.importance_logits.grad for mask in self.supernet.bi_masks]
-        return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
+
+def sum_of_squares(units: Tensor, tokens: Tensor) -> Tensor:
+    """What groups of about `OBSERVED_TOGETHER` images say, added up: (U + T,).
+
+    Args:
+        units: changes of each image's loss with the gates, (B, U). They are averaged over a group before they are
+            squared, for all images are to do without the same units.
+        tokens: with what each image would merge, (B, T). Each loses tokens of its own: they are squared one by one, in
+            the same share of the group's mean loss.
+    """
+    groups = max(1, len(units) // OBSERVED_TOGETHER)
+    squares = units.new_zeros(units.shape[1] + tokens.shape[1])
+    for together, alone in zip(units.tensor_split(groups), tokens.tensor_split(groups), strict=True):
+        squares += torch.cat([together.mean(0).square(), (alone / len(alone)).square().sum(0)])
+    return squares

@@ -131,21 +131,18 @@ class SearchedTokens(nn.Module):
                 layer.reduction = TokenProbe(self.counts) if on else None
 
     @torch.no_grad()
-    def squared_changes(self, model: OFBViTForImageClassification, slope: Tensor) -> Tensor:
-        """What the probes saw in the last backward pass, squared and summed over images; to be added to `first_order`.
-
-        What is not finite (an overflow of fp16) counts as 0.
+    def changes(self, model: OFBViTForImageClassification, images: int) -> Tensor:
+        """What the probes saw in the last backward pass, (B, layers, K); 0 in layers that have none.
 
         Args:
-            slope: change of a unit's gate with its importance logit, which is what a unit's first order is about,
-                over the scale of the loss.
+            images: B, how many entered it.
         """
-        squares = torch.zeros_like(self.first_order)
-        for row, layer in zip(squares, model.vit.layers, strict=True):
+        changes = self.first_order.new_zeros(images, *self.first_order.shape)
+        for number, layer in enumerate(model.vit.layers):
             if isinstance(layer.reduction, TokenProbe) and layer.reduction.changes is not None:
-                row += (slope * layer.reduction.changes).square().sum(1).nan_to_num(posinf=0.0)
+                changes[:, number] = layer.reduction.changes.mT
                 layer.reduction.changes = None
-        return squares
+        return changes
 
     def curves(self, total: float | None) -> np.ndarray:
         """What each layer loses by going from all tokens to n, (layers, N + 1), in the unit of the settlement's scores.

@@ -1,6 +1,8 @@
 """The supernet: a classifier with bi-masks and a PMIM decoder on top, searchable, shrinkable, and removable again."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +24,7 @@ from .recomputation import without_reentry
 from .search_space import SubnetSpec
 from .searched_tokens import SearchedTokens
 from .surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
-from .unit_groups import Architecture, Slot, Submodule, quantities
+from .unit_groups import Architecture, Slot, Submodule, presence_of, quantities
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Supernet(Choices):
         self.register_buffer("multiplier", torch.tensor(0.0))
         self.register_buffer("importance_known", torch.tensor(False))
         self.register_buffer("folded", torch.tensor(False))
-        self.is_folded = False
+        self.is_folded = self._separates_images = False
         self.register_buffer("pmim_ratio", torch.tensor(1.0))
         self.expect_costs_()
         self._stack_masks()
@@ -148,6 +150,8 @@ class Supernet(Choices):
                 f"{sides[0]} x {sides[1]}; masked image modelling needs images of that size."
             )
         self.refresh_gates()
+        if self._separates_images:
+            self._separate_images(len(pixel_values))
         if bool_masked_pos is None and (kwargs or not self.training):
             return self.model(pixel_values=pixel_values, **kwargs)
         rows, columns = self.dense_architecture.token_grid
@@ -172,6 +176,47 @@ class Supernet(Choices):
         for mask in self.bi_masks:
             self._gate_store.refresh_liveness(mask.name, mask.alive)
 
+    @contextmanager
+    def separate_images(self) -> Iterator[None]:
+        """Inside, every image of a forward pass has gates of its own, equal to those of the others: one backward pass
+        tells `changes_of_images`. Nothing else has gradients, for nobody would look at them.
+        """
+        resting = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self._separates_images = True
+        for parameter in resting:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self._separates_images = False
+            self._gate_store.clear()
+            for parameter in resting:
+                parameter.requires_grad_(True)
+
+    def _separate_images(self, count: int) -> None:
+        store = self._gate_store
+        values, store.values = store.values, {}
+        store.of_images = {
+            mask.name: values[mask.name].detach().expand(count, -1).clone().requires_grad_() for mask in self.bi_masks
+        }
+        for mask in self.bi_masks:
+            if mask.may_vanish:
+                store.of_images[presence_of(mask.name)] = store.of_images[mask.name].amax(1, keepdim=True)
+
+    @torch.no_grad()
+    def changes_of_images(self) -> tuple[Tensor, Tensor]:
+        """What the last backward pass of `separate_images` said of every image, as derivatives of the loss.
+
+        Returns:
+            By the gates of all bi-masks, one after the other, (B, U). And what merging its tokens would change to first
+            order, (B, entries of `first_order_of_tokens`).
+        """
+        gates = [self._gate_store.of_images[mask.name] for mask in self.bi_masks]
+        units = torch.cat([torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in gates], 1)
+        if self.tokens is None:
+            return units, units[:, :0]
+        return units, self.tokens.changes(self.model, len(units)).flatten(1)
+
     def _searched(self, architecture: Architecture) -> list[Submodule]:
         names = set(self.named_masks)
         return [submodule for submodule in architecture.submodules if submodule.name in names]
@@ -182,9 +227,9 @@ class Supernet(Choices):
         Args:
             on: `bi_mask` = sums of the bi-mask values of the last forward; `sparsity` = expected sizes under alpha.
         """
-        if not self._gate_store.values:
-            self.refresh_gates()
-        return self._stacks.sizes(self._gate_store.values if on == "bi_mask" and not self.is_folded else None)
+        if on != "bi_mask" or self.is_folded:
+            return self._stacks.sizes()
+        return self._stacks.sizes(self._gate_store.values or self._stacks.gates(self.lam))
 
     def one_hot_loss(self) -> Tensor:
         """Sum of the adaptive one-hot losses of all submodules."""

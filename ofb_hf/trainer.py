@@ -244,10 +244,10 @@ class OFBTrainer(DistillationTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One forward and backward pass, or many small ones where gradients are only observed."""
+        """One forward and backward pass; or one that is only observed, and teaches nothing."""
         if not self._is_observing:
             return super().training_step(model, inputs, num_items_in_batch)
-        # The bare network: ranks add up what they saw afterwards, and nothing is compiled for such small batches.
+        # The bare network: ranks add up what they saw afterwards, and nothing is compiled for so few steps.
         backward = partial(super().training_step, self.supernet, num_items_in_batch=num_items_in_batch)
         return self.observation.observe(inputs, backward, self.current_gradient_accumulation_steps)
 

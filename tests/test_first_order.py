@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from factories import AWKWARD, FAMILIES, search_config, tiny_images, tiny_model, tiny_supernet
+from accelerate import Accelerator
+from factories import AWKWARD, FAMILIES, SEARCHES, search_config, tiny_images, tiny_model, tiny_supernet
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import arguments, rows, searcher
@@ -23,8 +24,21 @@ from ofb_hf import (
 )
 from ofb_hf.bi_mask import IMPORTANCE_LIMIT, BiMask
 from ofb_hf.candidates import first_order_options
+from ofb_hf.observation import OBSERVED_TOGETHER, Observation
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def observed(supernet, images, labels):
+    """`first_order` of every bi-mask by name, of these images as one micro-batch."""
+
+    def backward(inputs):
+        loss = F.cross_entropy(supernet(inputs["pixel_values"]).logits, inputs["labels"])
+        loss.backward()
+        return loss.detach()
+
+    Observation(supernet, Accelerator()).observe({"pixel_values": images, "labels": labels}, backward)
+    return {name: mask.first_order.clone() for name, mask in supernet.named_masks.items()}
 
 
 @both_families
@@ -34,19 +48,91 @@ def test_what_is_observed_is_the_taylor_score_of_every_unit(family):
     supernet = install_bi_masks(model, search_config(family, importance_start=1.0)).eval()
     images, labels = tiny_images(count=4, size=model.config.image_size, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
     supernet.lam.fill_(1.0)
-    F.cross_entropy(supernet(images).logits, labels).backward()
     expected = baselines.taylor_scores(model, [{"pixel_values": images, "labels": labels}])
-    for name, mask in supernet.named_masks.items():
-        squares = mask.squared_gradient()
-        found, wanted = squares.double() / squares.max(), expected[name] / expected[name].max()
-        torch.testing.assert_close(found, wanted.double(), rtol=1e-3, atol=1e-6, msg=name)
+    for name, squares in observed(supernet, images, labels).items():
+        torch.testing.assert_close(squares.double(), expected[name].double(), rtol=1e-4, atol=1e-12, msg=name)
 
 
-def test_overflows_do_not_count_and_the_scale_of_the_loss_is_divided_out():
-    mask = BiMask(SubmoduleSpace("a", "mlp", num_units=3, candidate_sizes=(1, 3)))
-    assert mask.squared_gradient().tolist() == [0, 0, 0]
-    mask.importance_logits.grad = torch.tensor([-8.0, float("inf"), float("nan")])
-    assert mask.squared_gradient(scale=4.0).tolist() == [4.0, 0.0, 0.0]
+@both_families
+@pytest.mark.parametrize("changes", [{}, {"search_depth": True}, {"search_embedding": False}], ids=str)
+def test_every_image_has_the_gradients_that_it_would_have_alone(family, changes):
+    """Those of the importance logits, but for their slope, which is the same everywhere while importance rests."""
+    changes = changes | ({"embedding_candidates": None} if "search_embedding" in changes else {})
+    model = tiny_model(family, dtype=torch.float64).eval()
+    supernet = install_bi_masks(model, search_config(family, **changes))
+    images, labels = tiny_images(count=5, size=model.config.image_size, dtype=torch.float64), torch.arange(5) % 3
+    with supernet.separate_images():
+        logits = supernet(images).logits
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+        units, _ = supernet.changes_of_images()
+    assert all(parameter.grad is None for parameter in supernet.parameters())
+    mask = supernet.bi_masks[0]
+    slope = (supernet.lam * mask.importance() * (1 - mask.importance_logits.sigmoid())).max()
+    for image, label, together, changed in zip(images, labels, logits, units, strict=True):
+        supernet.zero_grad()
+        alone = supernet(image[None]).logits
+        torch.testing.assert_close(together, alone[0])
+        F.cross_entropy(alone, label[None]).backward()
+        expected = torch.cat([mask.importance_logits.grad.flatten() for mask in supernet.bi_masks])
+        torch.testing.assert_close(changed * slope, expected, rtol=1e-4, atol=1e-8)
+
+
+@both_families
+def test_small_groups_are_squared_although_they_are_observed_together(family):
+    model = tiny_model(family).eval()
+    images, labels = tiny_images(count=19, size=model.config.image_size), torch.arange(19) % 3
+    together = observed(install_bi_masks(model, search_config(family)), images, labels)
+    apart, supernet = {}, install_bi_masks(model, search_config(family))
+    for part in torch.arange(19).split([10, 9]):
+        apart = observed(supernet, images[part], labels[part])
+    assert 19 // OBSERVED_TOGETHER == 2
+    for name, squares in together.items():
+        torch.testing.assert_close(squares, apart[name], rtol=1e-3, atol=1e-9, msg=name)
+
+
+@both_families
+def test_less_is_kept_for_the_backward_pass_than_while_learning(family):
+    """A batch that can be learned from can be observed."""
+    sizes = {"vit": {"num_hidden_layers": 4, "intermediate_size": 160}, "swin": {"mlp_ratio": 4.0}}[family]
+    model = tiny_model(family, attn_implementation="sdpa", **sizes).train()
+    supernet = install_bi_masks(model, SEARCHES[family](target_macs=0.9, multiple_of=1))
+    images, own = tiny_images(8, model.config.image_size), {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own |= {parameter.untyped_storage().data_ptr() for parameter in supernet.parameters()}
+
+    def kept():
+        tensors = {}
+
+        def pack(tensor):
+            tensors[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = supernet(images)  # whose graph keeps all of it until here
+        assert output.logits.requires_grad
+        return sum(size for place, size in tensors.items() if place not in own)
+
+    learning = kept()
+    with supernet.separate_images():
+        assert kept() < 0.9 * learning
+
+
+def test_overflows_do_not_count():
+    supernet = tiny_supernet()
+    mask = supernet.bi_masks[0]
+    before = supernet.changes_of_images
+
+    def overflown():
+        units, tokens = before()
+        units[0, 0], units[1, 1] = float("inf"), float("nan")
+        return units, tokens
+
+    expected = observed(supernet, tiny_images(4), torch.tensor([0, 1, 2, 0]))
+    mask.first_order.zero_()
+    supernet.changes_of_images = overflown
+    found = observed(supernet, tiny_images(4), torch.tensor([0, 1, 2, 0]))[mask.name]
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found[2:], expected[mask.name][2:])
+    assert (found[:2] != expected[mask.name][:2]).all()
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=30), st.data())
@@ -189,28 +275,32 @@ def test_a_loss_scale_that_overflows_is_lowered_and_nothing_is_lost(tmp_path):
         torch.testing.assert_close(other.first_order, one.first_order, rtol=1e-3, atol=0)
 
 
-def test_an_overflow_is_repeated_with_the_micro_batches_before_it(tmp_path):
-    trainer = searcher(tmp_path, gradient_accumulation_steps=2)
-    accelerator, masks = trainer.accelerator, trainer.supernet.bi_masks
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
-    accelerator.scaler.scale(torch.tensor(0.0))  # before it has scaled anything it cannot be changed
+def test_an_overflow_in_a_later_micro_batch_leaves_the_earlier_ones_as_they_were(tmp_path):
+    """Labels stand for how steep the loss is."""
+    found = []
+    for scale in (None, 2.0**100):
+        supernet, accelerator = tiny_supernet(), Accelerator()
+        if scale is not None:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            accelerator.scaler.scale(torch.tensor(0.0))  # before it has scaled anything it cannot be changed
+        observation, scales = Observation(supernet, accelerator), []
 
-    def backward(part):
-        for mask in masks:
-            gradient = torch.full_like(mask.importance_logits, accelerator.scaler.get_scale()) * 2.0 ** part["labels"]
-            before = mask.importance_logits.grad
-            mask.importance_logits.grad = gradient if before is None else before + gradient
-        return torch.tensor(0.0)
+        def backward(part, supernet=supernet, accelerator=accelerator, scales=scales):
+            scales.append(accelerator.scaler.get_scale() if accelerator.scaler else 1.0)
+            steep = 2.0 ** part["labels"].float().mean() * scales[-1]
+            (supernet(part["pixel_values"]).logits.square().mean() * steep).backward()
+            return torch.tensor(0.0)
 
-    trainer.supernet.zero_grad()
-    images, slopes = torch.zeros(1, 3, 16, 16), (26, 28)  # 2^(100 + 28) is infinite, in single precision
-    for last, slope in enumerate(slopes):
-        accelerator.gradient_state._set_sync_gradients(bool(last))
-        trainer.observation.observe({"pixel_values": images, "labels": torch.tensor([slope])}, backward)
-    assert accelerator.scaler.get_scale() == 2.0**99
-    mean = (2.0**26 + 2.0**28) / 2
-    for mask in masks:
-        torch.testing.assert_close(mask.first_order, torch.full_like(mask.first_order, mean**2))
+        for last, slope in enumerate((1, 40)):  # 2^(100 + 40) is infinite, in single precision
+            accelerator.gradient_state._set_sync_gradients(bool(last))
+            observation.observe(
+                {"pixel_values": tiny_images(2, seed=last), "labels": torch.tensor([slope] * 2)}, backward
+            )
+        found.append(torch.cat([mask.first_order.flatten() for mask in supernet.bi_masks]))
+    assert scales[:2] == [2.0**100] * 2
+    assert len(scales) > 3
+    assert scales[-1] == accelerator.scaler.get_scale() < 2.0**100
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=0)
 
 
 def test_images_count_alike_however_many_micro_batches_a_step_has(tmp_path):

@@ -76,14 +76,15 @@ def test_a_probe_changes_nothing_and_sees_every_backward_pass():
     supernet = install_bi_masks(model, joint_config())
     before = supernet(images).logits
     supernet.watch_tokens_(True)
-    watched = supernet(images)
-    assert torch.equal(watched.logits, before)
-    assert supernet.squared_token_changes(1.0).sum() == 0
-    watched.logits.square().mean().backward()
-    squares = supernet.squared_token_changes(1.0)
-    assert (squares[1] > 0).all()
-    assert (squares[[0, 2]] == 0).all()  # the first layer is not asked, and nobody reads the last one's patches
-    assert supernet.squared_token_changes(1.0).sum() == 0  # what was seen is seen once
+    with supernet.separate_images():
+        watched = supernet(images)
+        torch.testing.assert_close(watched.logits, before)
+        assert supernet.changes_of_images()[1].abs().sum() == 0
+        watched.logits.square().mean().backward()
+        seen = supernet.changes_of_images()[1].view(4, 3, -1)
+        assert (seen[:, 1] != 0).all()
+        assert (seen[:, [0, 2]] == 0).all()  # the first layer is not asked, and nobody reads the last one's patches
+        assert supernet.changes_of_images()[1].abs().sum() == 0  # what was seen is seen once
     supernet.watch_tokens_(False)
     assert not any(isinstance(module, TokenProbe) for module in supernet.modules())
 
