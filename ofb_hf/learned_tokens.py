@@ -181,7 +181,9 @@ class LearnedReduction(nn.Module):
 
 def _mask(hard: Tensor, soft: Tensor) -> Tensor:
     """1 where `hard`, almost 0 elsewhere, with the gradient of `soft` (DiffRate, 3.3)."""
-    return soft + (hard.to(soft.dtype).clamp(min=HIDDEN) - soft).detach()
+    # What is added is exactly 0. Rounding errors are not small beside what is almost 0: values below it are clamped
+    # later, which lets no gradient through, and a gradient of their logarithm is off by as much as they are.
+    return hard.to(soft.dtype).clamp(min=HIDDEN) + (soft - soft.detach())
 
 
 def _merge_in_place(tokens: Tensor, sizes: Tensor, leave: Tensor, absorb: Tensor) -> tuple[Tensor, Tensor]:

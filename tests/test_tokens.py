@@ -201,6 +201,34 @@ def test_hidden_tokens_count_as_removed_ones(counts, seed):
     assert exact == count_macs(model)
 
 
+def test_the_gradients_of_counts_do_not_depend_on_rounding():
+    """Tokens that are hidden weigh next to nothing, and what one of them would be worth is heard in full."""
+    images, gradients = tiny_images(4, size=32), {}
+    for dtype in (torch.float32, torch.float64):
+        model = install_learned_counts(tiny_vit(num_hidden_layers=4, image_size=32)).to(dtype)
+        logits = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        generator = torch.Generator().manual_seed(0)
+        for parameter in logits:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        gradients[dtype] = torch.autograd.grad(model(images.to(dtype)).logits.square().sum(), logits)
+    for single, double in zip(*gradients.values(), strict=True):
+        assert (single - double).norm() < 1e-3 * double.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_hidden_token_passes_a_gradient_on(dtype):
+    reduction = LearnedReduction(50).to(dtype)
+    with torch.no_grad():
+        reduction.kept.logits.copy_(torch.randn(49))
+        reduction.merged.logits[0] = 1000  # all that are not dropped
+    survival = reduction.kept.survival()
+    reduction.kept.survival = lambda: survival
+    _, sizes = reduction(torch.randn(1, 50, 8, dtype=dtype), None, torch.rand(1, 49, dtype=dtype))
+    (gradient,) = torch.autograd.grad(sizes.sum(), survival)
+    assert (sizes < 0.5).any()
+    assert (gradient == 1).all()
+
+
 def test_loss_and_cost_reach_every_count_and_no_weight():
     learner, images = install_learned_counts(tiny_vit(num_hidden_layers=4)).train(), tiny_images(4)
     learning = {name: p for name, p in learner.named_parameters() if p.requires_grad}
