@@ -13,6 +13,7 @@ from .averaging import WeightAverage
 from .callbacks import AverageCallback, EpochCallback, RandomStreamsCallback
 from .interruption import shield_workers
 from .losses import classification_loss, distillation_loss
+from .models import OFBViTForImageClassification
 from .resumable import ResumableTrainer
 from .training_args import OFBTrainingArguments
 
@@ -21,11 +22,14 @@ BatchAugmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Te
 
 
 def _logits(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """Logits (B, classes), of our models without the tokens that they do not follow from."""
-    if not hasattr(model, "forward_chosen"):
-        return model(pixel_values=pixel_values).logits
-    none = torch.zeros(len(pixel_values), 0, dtype=torch.long, device=pixel_values.device)
-    return model.forward_chosen(pixel_values, None, none)[0]
+    """Logits (B, classes), of our ViTs without the tokens that they do not follow from.
+
+    By a call in any case: a teacher may have hooks, or be wrapped or compiled.
+    """
+    wanted = {}
+    if type(model) is OFBViTForImageClassification:  # a subclass may take other arguments
+        wanted["wanted"] = torch.zeros(len(pixel_values), 1, dtype=torch.long, device=pixel_values.device)
+    return model(pixel_values=pixel_values, **wanted).logits
 
 
 class DistillationTrainer(ResumableTrainer):

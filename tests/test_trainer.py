@@ -14,8 +14,16 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
-from ofb_hf import DistillationTrainer, OFBTrainer, count_macs, count_params, install_bi_masks
+from ofb_hf import (
+    DistillationTrainer,
+    OFBTrainer,
+    OFBViTForImageClassification,
+    count_macs,
+    count_params,
+    install_bi_masks,
+)
 from ofb_hf.callbacks import HISTORY_FIELDS, HistoryCallback, read_history
+from ofb_hf.losses import distillation_loss
 from ofb_hf.training_args import check_search_arguments
 
 
@@ -103,6 +111,37 @@ def test_one_learns_the_same_from_a_teacher_of_ours_as_from_the_stock_one(tmp_pa
         losses.append(trainer.task_loss(torch.zeros(4, 3), batch["pixel_values"], batch["labels"]))
     torch.testing.assert_close(*losses)
     assert losses[0] > 0
+
+
+class Sharper(OFBViTForImageClassification):
+    """A teacher with a forward pass of its own."""
+
+    def forward(self, pixel_values):
+        outputs = super().forward(pixel_values)
+        outputs.logits = 3 * outputs.logits
+        return outputs
+
+
+def brighter(module, args, kwargs):
+    """A hook that shows a teacher other pixels."""
+    return args, kwargs | {"pixel_values": 2 * kwargs["pixel_values"] + 1}
+
+
+@pytest.mark.parametrize("kind", ["hooked", "subclass", "compiled"])
+def test_a_teacher_of_ours_answers_as_if_called(tmp_path, kind):
+    """With its hooks, with its own forward pass, and by its compiled code."""
+    graphs, teacher = [], (Sharper if kind == "subclass" else OFBViTForImageClassification).from_dense(tiny_vit())
+    if kind == "hooked":
+        teacher.register_forward_pre_hook(brighter, with_kwargs=True)
+    if kind == "compiled":
+        teacher = torch.compile(teacher, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    trainer = DistillationTrainer(tiny_vit(seed=1), arguments(tmp_path), teacher=teacher)
+    batch, logits = default_data_collator(rows()[:4]), torch.randn(4, 3)
+    loss = trainer.task_loss(logits, batch["pixel_values"], batch["labels"])
+    assert bool(graphs) == (kind == "compiled")
+    with torch.no_grad():
+        answer = trainer.teacher(pixel_values=batch["pixel_values"]).logits
+    torch.testing.assert_close(loss, distillation_loss(logits, answer, trainer.args.distillation_temperature))
 
 
 @pytest.mark.parametrize("teacher_share", [0.0, 0.9])
