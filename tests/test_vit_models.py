@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from factories import non_uniform_vit, tiny_images
+from factories import non_uniform_vit, tiny_images, tiny_vit
 
 from ofb_hf import OFBViTConfig, OFBViTForImageClassification
 
@@ -133,3 +133,33 @@ def test_a_last_layer_of_the_class_token_alone_gives_its_logits(schedule):
     reduces = schedule is not None and schedule[-1] != schedule[-2][-1:] * 2
     assert seen == [2 if reduces else 1, 17 if schedule is None else schedule[-1][1]]
     assert tokens.shape[1] == seen[0] - 1
+
+
+@torch.no_grad()
+def test_chosen_tokens_are_had_with_flex_attention_too():
+    """Its masks have a row for every query, so the last attention is asked about all."""
+    model, images = chosen_vit()
+    model.float().set_attn_implementation("flex_attention")
+    chosen, every = torch.tensor([[3, 0, 15], [7, 9, 1]]), model.vit(images).last_hidden_state
+    logits, tokens = model.forward_chosen(images, None, chosen)
+    torch.testing.assert_close(logits, model(images).logits)
+    torch.testing.assert_close(tokens, torch.stack([t[1 + c] for t, c in zip(every, chosen, strict=True)]))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [1, 17])
+def test_wanted_tokens_attend_through_a_mask(attention, rows):
+    """Of padding, and with a row of its own for every token."""
+    model, images = chosen_vit(attention)
+    mask = torch.rand(2, 17) < 0.7 if rows == 1 else torch.rand(2, 1, 17, 17) < 0.7
+    mask[..., 0] = True
+    wanted, every = torch.tensor([[0, 5], [3, 16]]), model.vit(images, attention_mask=mask).last_hidden_state
+    found = model.vit(images, attention_mask=mask, wanted=wanted).last_hidden_state
+    assert not torch.allclose(every, model.vit(images).last_hidden_state)
+    torch.testing.assert_close(found, torch.stack([t[w] for t, w in zip(every, wanted, strict=True)]))
+
+
+def test_a_model_without_layers_is_the_stock_one_too():
+    stock = tiny_vit(num_hidden_layers=0)
+    model = OFBViTForImageClassification.from_dense(stock)
+    assert torch.equal(model(tiny_images()).logits, stock(tiny_images()).logits)

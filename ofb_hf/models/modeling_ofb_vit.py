@@ -66,6 +66,12 @@ def rank_tokens(importance: Tensor, count: int) -> Tensor:
     return F.pad(patches, (1, 0))  # the class token is number 0
 
 
+def is_one_for_all_queries(attention_mask: Tensor | None) -> bool:
+    """Whether a mask, as attention kernels get it, has no rows of its own for single queries, so that some of these may
+    be left out. Flex attention's always has."""
+    return attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.shape[1:3] == (1, 1))
+
+
 def require_biased_attention(config: ViTConfig) -> None:
     """Raises ValueError unless the attention kernel can count a token by its size."""
     if config._attn_implementation not in BIASED_ATTENTION:
@@ -248,11 +254,16 @@ class OFBViTLayer(ViTLayer):
         if sizes is not None:  # proportional attention: a token of n patches is attended to n times (arXiv:2210.09461)
             attention_mask = sizes.log().to(hidden_states.dtype)[:, None, None]
         attending = normed = self.layernorm_before(hidden_states)
-        if wanted is not None and self.reduction is None:
-            attending, hidden_states = take_tokens(normed, wanted), take_tokens(hidden_states, wanted)
+        wanted = None if self.reduction is not None else wanted
+        asks_less = wanted is not None and is_one_for_all_queries(attention_mask)
+        if asks_less:
+            attending = take_tokens(normed, wanted)
         attended, _, importance = self.attention(
             normed, attention_mask, with_importance=self.reduction is not None, attending=attending, **kwargs
         )
+        if wanted is not None:
+            hidden_states = take_tokens(hidden_states, wanted)
+            attended = attended if attended is None or asks_less else take_tokens(attended, wanted)
         if attended is not None:
             hidden_states = hidden_states + self.dropout(attended)
         if self.reduction is not None:
@@ -326,10 +337,11 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
         sizes = None
-        *others, last = self.layers
-        for layer in others:
-            hidden_states, sizes = layer(hidden_states, attention_mask, sizes, **kwargs)
-        hidden_states, _ = last(hidden_states, attention_mask, sizes, wanted, **kwargs)
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            hidden_states, sizes = layer(
+                hidden_states, attention_mask, sizes, wanted if number == last else None, **kwargs
+            )
         hidden_states = self.layernorm(hidden_states)
         pooled = self.pooler(hidden_states) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
