@@ -6,15 +6,19 @@ DeiT-T/S/B 1.25 / 4.60 / 17.56 G. It equals `torch.utils.flop_counter` (eager at
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig
 
-from .architectures import describe, require_classifier, scheduled
+from .architectures import UnsupportedArchitectureError, describe, require_classifier, scheduled
+from .models.configuration_ofb_vit import OFBViTConfig
 from .search_space import SubnetSpec
 from .unit_groups import Architecture, Term, quantities
+
+# Fields of a stock config that one of ours is not made with.
+NOT_GIVEN = ("model_type", "architectures", "transformers_version", "dtype")
 
 
 def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:
@@ -25,7 +29,8 @@ def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | N
         subnet: count what this subnet of `model` would cost instead.
 
     Raises:
-        UnsupportedArchitectureError: for a model of another family.
+        UnsupportedArchitectureError: for a model of another family, and for a token schedule where it is no ViT.
+        ValueError: for a token schedule that the model cannot follow.
     """
     return count_cost(model, lambda architecture: architecture.macs, subnet)
 
@@ -51,6 +56,23 @@ def count_cost(
     if subnet is not None:
         sizes |= {name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()}
     return evaluate_terms(terms_of(architecture), quantities(sizes))
+
+
+def meant_schedule(config: PreTrainedConfig, schedule: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The counts that a ViT of this config, stock or ours, has under a token schedule; they do not rise.
+
+    Raises:
+        UnsupportedArchitectureError: for other families.
+        ValueError: for a schedule that the model cannot follow; see `OFBViTConfig`.
+    """
+    if not isinstance(config, ViTConfig):
+        raise UnsupportedArchitectureError(
+            f"a token_schedule is given for a {config.model_type}, but tokens are ranked by a class token, which among "
+            "the supported families only ViT has; leave it out."
+        )
+    if not isinstance(config, OFBViTConfig):
+        config = OFBViTConfig(**{name: value for name, value in config.to_dict().items() if name not in NOT_GIVEN})
+    return config.meant_schedule(schedule) or [[config.num_tokens] * 2 for _ in range(config.num_hidden_layers)]
 
 
 def evaluate_terms(terms: tuple[Term, ...], amounts: dict[str, int]) -> int:
@@ -86,4 +108,4 @@ def _architecture(
     if isinstance(model, nn.Module):
         require_classifier(model)
         model = model.config
-    return describe(model) if token_schedule is None else scheduled(model, token_schedule)
+    return describe(model) if token_schedule is None else scheduled(model, meant_schedule(model, token_schedule))

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .architectures import describe, family_of
+from .flops import meant_schedule
 from .search_space import SubnetSpec
 from .unit_groups import Architecture, Submodule
 
@@ -58,7 +59,7 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
         model: a classifier, stock or ours; its units are what the indices of `subnet` count.
 
     Raises:
-        ValueError: for submodules or indices that `model` does not have.
+        ValueError: for submodules or indices that `model` does not have, and for a token schedule that it cannot have.
     """
     family = family_of(model.config)
     if not isinstance(model, family.model_class):
@@ -75,7 +76,8 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     family.pin(config)
     family.resize(config, architecture.sizes | sizes)
     if subnet.token_schedule is not None:
-        config.token_schedule = config.meant_schedule(subnet.token_schedule)
+        schedule = meant_schedule(config, subnet.token_schedule)
+        config.token_schedule = config.meant_schedule(schedule)
     smaller = family.model_class(config).to(device=model.device, dtype=model.dtype)
     smaller.load_state_dict({name: slice_tensor(state[name], plan.get(name, ())) for name in smaller.state_dict()})
     return smaller.train(model.training)

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from factories import non_uniform_swin, tiny_images, tiny_vit
+from factories import non_uniform_swin, tiny_images, tiny_swin, tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,9 @@ from ofb_hf import (
     OFBSwinForImageClassification,
     OFBViTConfig,
     OFBViTForImageClassification,
+    SubnetSpec,
     count_macs,
+    count_params,
     install_bi_masks,
     publish,
 )
@@ -31,6 +33,7 @@ from ofb_hf.export import export_onnx, export_torch
 from ofb_hf.learned_tokens import install_learned_counts
 from ofb_hf.models.modeling_ofb_vit import TokenReduction
 from ofb_hf.stock import pad_to_stock
+from ofb_hf.surgery import slice_model
 
 SCHEDULE = [[17, 15], [12, 7], [7, 2]]
 
@@ -207,6 +210,27 @@ def test_the_running_minimum_is_what_a_schedule_means():
     assert [config.token_counts(layer) for layer in range(3)] == [(17, 17, 9), (9, 9, 9), (9, 8, 8)]
     assert OFBViTConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     assert OFBViTConfig(num_hidden_layers=1).token_counts(0) == (197, 197, 197)
+
+
+@given(schedules())
+def test_a_subnet_with_a_schedule_costs_what_its_model_does(schedule):
+    """Any counts: those of the published schedules rise in places."""
+    for model in (tiny_vit(num_hidden_layers=3), scheduled_vit()):
+        subnet = SubnetSpec({}, schedule)
+        assert count_macs(model, subnet) == count_macs(model.config, subnet) == count_macs(slice_model(model, subnet))
+    assert slice_model(model, SubnetSpec({}, [[17, 17]] * 3)).config.token_schedule is None
+
+
+@pytest.mark.parametrize("use", [count_macs, count_params, slice_model])
+def test_subnets_with_schedules_that_no_model_follows_are_refused(use):
+    for swin in (tiny_swin(), non_uniform_swin()):
+        with pytest.raises(UnsupportedArchitectureError, match=r"token_schedule is given for a .*swin.*class token"):
+            use(swin, SubnetSpec({}, [[17, 17], [5, 5]]))
+    for model in (tiny_vit(), scheduled_vit(num_hidden_layers=2, schedule=[[17, 17], [9, 5]])):
+        with pytest.raises(ValueError, match=r"token_schedule has 3 entries, but num_hidden_layers is 2"):
+            use(model, SubnetSpec({}, SCHEDULE))
+        with pytest.raises(ValueError, match=r"token_schedule\[1\] is \[9, 1\]"):
+            use(model, SubnetSpec({}, [[17, 17], [9, 1]]))
 
 
 def test_a_layer_without_attention_lets_all_tokens_pass():
