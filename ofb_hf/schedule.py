@@ -7,7 +7,7 @@ Pure functions make a resumed run equal to an uninterrupted one: there is no sch
 def ramp(step: float, warmup_steps: float, start: float, end: float) -> float:
     """Linear from `start` at step 0 to `end` at `warmup_steps`, `end` afterwards (also when there is no warm-up)."""
     share = 1.0 if warmup_steps <= 0 else min(max(step / warmup_steps, 0.0), 1.0)
-    return start + (end - start) * share
+    return end if share == 1.0 else start + (end - start) * share  # the sum may miss it by a rounding error
 
 
 def importance_weight(step: float, warmup_steps: float, start: float = 0.99, end: float = 0.1) -> float:
