@@ -163,15 +163,16 @@ def vit_parts(config: ViTConfig, schedule: Sequence[Sequence[Any]]) -> tuple[Par
     """The parts of a ViT classifier under a token schedule whose counts do not rise; they may be scalar tensors."""
     patches = math.prod(_vit_grid(config))
     parts = [end_part("stem", "embeddings", patches * config.num_channels * _square_patch(config) ** 2)]
-    entering = [patches + 1, *(merged for _, merged in schedule)]
-    for layer, (before, (kept, merged)) in enumerate(zip(entering, schedule, strict=False)):
-        parts += vit_layer_parts(config, layer, before, kept, merged)
+    before, weighs = patches + 1, False
+    for layer, (kept, merged) in enumerate(schedule):
+        parts += vit_layer_parts(layer, before, kept, merged, weighs)
+        before, weighs = merged, weighs | (merged < kept)
     return (*parts, end_part("head", "embeddings", config.num_labels))
 
 
-def vit_layer_parts(config: ViTConfig, layer: int, before: Any, kept: Any, merged: Any) -> tuple[Part, ...]:
+def vit_layer_parts(layer: int, before: Any, kept: Any, merged: Any, weighs: Any) -> tuple[Part, ...]:
     """The parts of one of its layers; counts as for `reducing_block`."""
-    return reducing_block("embeddings", f"layers.{layer}", math.prod(_vit_grid(config)) + 1, before, kept, merged)
+    return reducing_block("embeddings", f"layers.{layer}", before, kept, merged, weighs)
 
 
 def scheduled(config: ViTConfig, schedule: Sequence[Sequence[int]]) -> Architecture:

@@ -62,14 +62,14 @@ def _half_products(width: str, name: str) -> dict[str, Term]:
     }
 
 
-def reducing_block(width: str, block: str, tokens: int, before: Any, kept: Any, merged: Any) -> tuple[Part, ...]:
+def reducing_block(width: str, block: str, before: Any, kept: Any, merged: Any, weighs: Any) -> tuple[Part, ...]:
     """The halves of a block that may drop and merge tokens, and that reduction between them unless it does not.
 
     Args:
         width, block: as for `windowed_block`.
-        tokens: of the image, class token included.
-        before, kept, merged: those that come in, that are left after dropping, and after merging. Whole numbers, scalar
-            tensors, or arrays that broadcast; the coefficients are what these are.
+        before, kept, merged: tokens that come in, that are left after dropping, and after merging. Whole numbers,
+            scalar tensors, or arrays that broadcast; the coefficients are what these are.
+        weighs: whether those that come in may stand for several patches, as they do once any were merged; likewise.
     """
     attention, mlp, reduces = f"{block}.attention", f"{block}.mlp", 1 * (merged < before)
     parts = [
@@ -77,7 +77,7 @@ def reducing_block(width: str, block: str, tokens: int, before: Any, kept: Any, 
             attention,
             "stages.0.attention",
             _attention_macs(width, attention, before, before),
-            _attention_products(width, attention, before, reduces, 1 * (before < tokens)),
+            _attention_products(width, attention, before, reduces, 1 * weighs),
         ),
         Part(mlp, "stages.0.mlp", _mlp_macs(width, mlp, merged), _mlp_products(width, mlp, merged)),
     ]

@@ -111,7 +111,8 @@ def _layer_costs(
     """Of each pair of tokens that come in and that are left, (counts, counts)."""
     before, after = counts[:, None], counts[None]
     kept = before if layer < config.num_hidden_layers - 1 else after
-    found = evaluate_terms(cost(vit_layer_parts(config, layer, before, kept, after)), amounts)
+    weighs = before < num_tokens(config)  # whatever is gone was merged: only the last layer drops
+    found = evaluate_terms(cost(vit_layer_parts(layer, before, kept, after, weighs)), amounts)
     return np.broadcast_to(found, (len(counts), len(counts))).astype(float)
 
 

@@ -10,7 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from factories import invented_table, non_uniform_vit, randomize_masks_, search_config, tiny_vit, vit_config
+from factories import (
+    invented_table,
+    non_uniform_vit,
+    randomize_masks_,
+    search_config,
+    tiny_images,
+    tiny_vit,
+    vit_config,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import arguments, rows
@@ -56,8 +64,9 @@ def test_layers_sum_to_the_whole(data, seed):
     tensors = [[torch.tensor(float(count), dtype=torch.float64) for count in pair] for pair in schedule]
     for cost, whole in ((macs_of, count_macs(cut)), (table.terms_of, count_latency(cut, table))):
         ends = cost(part for part in describe(config).parts if part.name in ("stem", "head"))
+        merges = [left < kept for kept, left in schedule]
         layers = [
-            evaluate_terms(cost(vit_layer_parts(config, layer, before, *pair)), amounts)
+            evaluate_terms(cost(vit_layer_parts(layer, before, *pair, any(merges[:layer]))), amounts)
             for layer, (before, pair) in enumerate(zip(entering, schedule, strict=False))
         ]
         assert evaluate_terms(ends, amounts) + sum(layers) == whole
@@ -65,10 +74,29 @@ def test_layers_sum_to_the_whole(data, seed):
         assert schedule_cost(config, tensors, cost).item() == pytest.approx(whole, rel=1e-5)
         every = np.arange(2, 18)
         for layer, (before, (kept, left)) in enumerate(zip(entering, schedule, strict=False)):
-            if kept == (before if layer < 3 else left):
+            if kept == (before if layer < 3 else left) and any(merges[:layer]) == (before < 17):
                 table_of_layer = _layer_costs(layer, config, amounts, every, cost)
                 assert table_of_layer[before - 2, left - 2] == layers[layer]
     assert count_latency(model, table, SubnetSpec({}, schedule)) == count_latency(cut, table)
+
+
+def test_attention_weighs_its_tokens_only_behind_a_merging():
+    """Tokens that were dropped leave the others as they were: one patch each, and nothing to add to the map."""
+    config, table = tiny_vit(num_hidden_layers=5).config, invented_table(tiny_vit(num_hidden_layers=5))
+    for kind, products in table.coefficients.items():
+        products |= dict.fromkeys(products, 0) | ({"weighing": 7} if "attention" in kind else {})
+    dropping = [[17, 17], [12, 12], [9, 9], [9, 9], [2, 2]]
+    merging = [[17, 17], [12, 12], [9, 7], [7, 7], [2, 2]]
+    for schedule, layers in ((dropping, 0), (merging, 2)):
+        tensors = [[torch.tensor(float(count)) for count in pair] for pair in schedule]
+        assert schedule_cost(config, schedule, table.terms_of) == 7 * layers
+        assert schedule_cost(config, tensors, table.terms_of) == 7 * layers
+        model = OFBViTForImageClassification.from_dense(tiny_vit(num_hidden_layers=5), token_schedule=schedule)
+        seen = []
+        for layer in model.vit.layers:
+            layer.attention.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[1] is not None))
+        model(tiny_images())
+        assert sum(seen) == layers
 
 
 def test_all_tokens_cost_what_the_search_for_widths_counts():
