@@ -141,8 +141,13 @@ class Supernet(Choices):
             kwargs: for the classifier (`labels`, `output_hidden_states`, ...), without masked patches only.
 
         Raises:
-            ValueError: for masked images of another size than the config's.
+            ValueError: for masked images of another size than the config's, and for masked ones with more arguments.
         """
+        if bool_masked_pos is not None and kwargs:
+            raise ValueError(
+                f"{sorted(kwargs)} are given beside bool_masked_pos, but what hidden patches leave are logits and a "
+                "reconstruction alone; compute losses from these, or leave bool_masked_pos out."
+            )
         sides, pixels = image_sides(self.config), tuple(pixel_values.shape[-2:])
         if bool_masked_pos is not None and pixels != sides:
             raise ValueError(

@@ -159,3 +159,11 @@ def test_images_of_another_size_are_refused_in_words_when_they_are_to_be_repaint
     supernet = tiny_supernet(family="swin")
     with pytest.raises(ValueError, match="24 x 24 pixels, but the config's image_size is 16 x 16"):
         supernet(tiny_images(size=24), bool_masked_pos=torch.zeros(2, 144, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_arguments_that_masked_images_would_lose_are_refused(family):
+    supernet = supernet_for(family)
+    for lost in ({"labels": torch.tensor([0, 1])}, {"output_hidden_states": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(lost))}.* are given beside bool_masked_pos"):
+            supernet(images_for(supernet), bool_masked_pos=masked_patches(supernet), **lost)
