@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .unit_groups import Submodule
+from .unit_groups import Submodule, presence_of
 
 
 class GateStore:
@@ -24,12 +24,14 @@ class GateStore:
     Attributes:
         values: quantity -> (U,).
         of_images: quantity -> (B, U), one gate for every image of the batch; then there are no `values`.
+        separates: whether the next forward pass is to have those.
         alive: residual width -> its living channels, bool (U,), or None if all are.
     """
 
     def __init__(self):
         self.values: dict[str, Tensor] = {}
         self.of_images: dict[str, Tensor] = {}
+        self.separates = False
         self.alive: dict[str, Tensor | None] = {}
         self._versions: dict[str, tuple[int, int]] = {}
 
@@ -41,6 +43,13 @@ class GateStore:
         """Forgets everything, as after a shrink."""
         self.values, self.of_images = {}, {}
         self._versions.clear()
+
+    def separate_(self, count: int) -> None:
+        """Gives each of `count` images gates of its own, equal to the values: leaves of the graph, but for presence."""
+        gates = {name: gate.detach().expand(count, -1).clone().requires_grad_() for name, gate in self.values.items()}
+        present = {presence_of(name): gate.amax(1, keepdim=True) for name, gate in gates.items()}
+        self.of_images = gates | {name: gate for name, gate in present.items() if name in gates}
+        self.values = {}
 
     def refresh_liveness(self, name: str, alive: Tensor) -> None:
         """Tells the norms which units (bool, any shape) of a submodule live.

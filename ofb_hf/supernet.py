@@ -24,7 +24,7 @@ from .recomputation import without_reentry
 from .search_space import SubnetSpec
 from .searched_tokens import SearchedTokens
 from .surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
-from .unit_groups import Architecture, Slot, Submodule, presence_of, quantities
+from .unit_groups import Architecture, Slot, Submodule, quantities
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Supernet(Choices):
         self.register_buffer("multiplier", torch.tensor(0.0))
         self.register_buffer("importance_known", torch.tensor(False))
         self.register_buffer("folded", torch.tensor(False))
-        self.is_folded = self._separates_images = False
+        self.is_folded = False
         self.register_buffer("pmim_ratio", torch.tensor(1.0))
         self.expect_costs_()
         self._stack_masks()
@@ -155,8 +155,8 @@ class Supernet(Choices):
                 f"{sides[0]} x {sides[1]}; masked image modelling needs images of that size."
             )
         self.refresh_gates()
-        if self._separates_images:
-            self._separate_images(len(pixel_values))
+        if self._gate_store.separates:
+            self._gate_store.separate_(len(pixel_values))
         if bool_masked_pos is None and (kwargs or not self.training):
             return self.model(pixel_values=pixel_values, **kwargs)
         rows, columns = self.dense_architecture.token_grid
@@ -187,26 +187,16 @@ class Supernet(Choices):
         tells `changes_of_images`. Nothing else has gradients, for nobody would look at them.
         """
         resting = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        self._separates_images = True
+        self._gate_store.separates = True
         for parameter in resting:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
-            self._separates_images = False
+            self._gate_store.separates = False
             self._gate_store.clear()
             for parameter in resting:
                 parameter.requires_grad_(True)
-
-    def _separate_images(self, count: int) -> None:
-        store = self._gate_store
-        values, store.values = store.values, {}
-        store.of_images = {
-            mask.name: values[mask.name].detach().expand(count, -1).clone().requires_grad_() for mask in self.bi_masks
-        }
-        for mask in self.bi_masks:
-            if mask.may_vanish:
-                store.of_images[presence_of(mask.name)] = store.of_images[mask.name].amax(1, keepdim=True)
 
     @torch.no_grad()
     def changes_of_images(self) -> tuple[Tensor, Tensor]:
