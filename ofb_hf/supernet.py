@@ -193,8 +193,7 @@ class Supernet(Choices):
         try:
             yield
         finally:
-            self._gate_store.separates = False
-            self._gate_store.clear()
+            self._gate_store.separates, self._gate_store.of_images = False, {}
             for parameter in resting:
                 parameter.requires_grad_(True)
 

@@ -101,7 +101,15 @@ def trial_of(family, tmp_path, **changes):
     return TrialSearch(tiny_model(family), args, search_config(family, target_macs=0.6, **changes))
 
 
+def go_back(trial):
+    """To the importance phase, in which gradients are only observed, where a search has one."""
+    trial.trainer.state.global_step = 0
+    trial.trainer.supernet.importance_known.fill_(False)
+    trial.trainer.begin_search()
+
+
 STAGES = {
+    "importance is being found out": go_back,
     "everything in the race": lambda trial: None,
     "some units gone, but still there": lambda trial: settle_randomly_(trial.trainer.supernet, seed=1),
     "settled and shrunk": lambda trial: trial.settle(),
@@ -119,9 +127,11 @@ SEARCHES = {
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_a_step_waits_for_nothing(family, stage, search, tmp_path, monkeypatch):
+    """Nor does the next one, because of what the first has forgotten."""
     trial = trial_of(family, tmp_path, **SEARCHES[search])
     STAGES[stage](trial)
-    assert waits_of(trial, on_meta(trial, monkeypatch)) == []
+    batch = on_meta(trial, monkeypatch)
+    assert [waits_of(trial, batch), waits_of(trial, batch)] == [[], []]
 
 
 INTRUDERS = {
