@@ -27,11 +27,13 @@ class Observation:
 
     Attributes:
         images: micro-batches (B, C, H, W) of this step, if tokens are observed.
+        repeats: whether a micro-batch is being looked at again, because its gradients overflowed.
     """
 
     def __init__(self, supernet: Supernet, accelerator: Accelerator):
         self.supernet, self.accelerator = supernet, accelerator
         self.images: list[Tensor] = []
+        self.repeats = False
         self._waiting: list[tuple[Tensor, Tensor]] = []  # micro-batches that are too small for a group
         self._seen: list[Tensor] = []  # in this step
 
@@ -79,9 +81,13 @@ class Observation:
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The loss, and the changes of its images; with fp16 under a scale so small that none overflows."""
         loss, changes = backward(inputs), self.supernet.changes_of_images()
-        while self._loss_scale > 1 and not bool(changes[0].isfinite().all()):
-            self.accelerator.scaler.update(self._loss_scale / 2)
-            loss, changes = backward(inputs), self.supernet.changes_of_images()
+        self.repeats = True
+        try:
+            while self._loss_scale > 1 and not bool(changes[0].isfinite().all()):
+                self.accelerator.scaler.update(self._loss_scale / 2)
+                loss, changes = backward(inputs), self.supernet.changes_of_images()
+        finally:
+            self.repeats = False
         return loss, changes
 
 

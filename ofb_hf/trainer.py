@@ -108,9 +108,10 @@ class OFBTrainer(DistillationTrainer):
     ) -> tuple[Any, dict[str, Tensor], Tensor]:
         """Classification, PMIM, budget, one-hot and importance losses of one micro-batch."""
         supernet, config, now = self.supernet, self.bi_mask_config, self._schedule
-        if self.compensation is not None and self.args.process_index == 0:
+        is_new = not self.observation.repeats
+        if is_new and self.compensation is not None and self.args.process_index == 0:
             self.compensation.remember(pixel_values)
-        if supernet.tokens is not None and now["importance_phase"]:
+        if is_new and supernet.tokens is not None and now["importance_phase"]:
             self.observation.images.append(pixel_values)
         hides = supernet.repaints and not self._is_observing
         if hides:

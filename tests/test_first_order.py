@@ -275,6 +275,20 @@ def test_a_loss_scale_that_overflows_is_lowered_and_nothing_is_lost(tmp_path):
         torch.testing.assert_close(other.first_order, one.first_order, rtol=1e-3, atol=0)
 
 
+def test_images_that_are_looked_at_again_are_remembered_once(tmp_path):
+    model = tiny_model("vit", num_hidden_layers=3).train()
+    trainer = searcher(tmp_path, search_config(search_tokens=True), model=model)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    trainer.supernet.model.classifier.weight.data *= 64
+    trainer._schedule = {"importance_phase": True, "keep_ratio": 1.0, "target": 1.0, "one_hot_weight": 0.0}
+    trainer.current_gradient_accumulation_steps = 1
+    batch = default_data_collator(rows()[:8])
+    trainer.training_step(trainer.supernet, batch)
+    assert trainer.accelerator.scaler.get_scale() < 2.0**127
+    for remembered in (trainer.compensation._images, trainer.observation.images):
+        assert torch.equal(torch.cat(remembered), batch["pixel_values"])
+
+
 def test_an_overflow_in_a_later_micro_batch_leaves_the_earlier_ones_as_they_were(tmp_path):
     """Labels stand for how steep the loss is."""
     found = []
