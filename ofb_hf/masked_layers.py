@@ -138,7 +138,7 @@ class GatedLinear(nn.Linear):
 
 
 class ScaledFunction(torch.autograd.Function):
-    """`x * gate` for a gate above 0 that broadcasts against x.
+    """`x * gate` for a gate that broadcasts against x; where it is 0, as for units that are gone, it has no gradient.
 
     Left to autograd, x would be kept for the backward pass. Here the product is, which whoever reads it keeps as well.
     """
@@ -156,7 +156,7 @@ class ScaledFunction(torch.autograd.Function):
         """Gradients of x and gate."""
         out, gate = ctx.saved_tensors
         grad_gate = (grad.to(gate.dtype) * out).sum_to_size(gate.shape) / gate
-        return grad * gate.to(grad.dtype), grad_gate
+        return grad * gate.to(grad.dtype), grad_gate.masked_fill(gate == 0, 0.0)
 
 
 class ImageGated:

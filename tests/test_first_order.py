@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from factories import AWKWARD, FAMILIES, SEARCHES, search_config, tiny_images, tiny_model, tiny_supernet
+from factories import (
+    AWKWARD,
+    FAMILIES,
+    SEARCHES,
+    search_config,
+    settle_randomly_,
+    tiny_images,
+    tiny_model,
+    tiny_supernet,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import arguments, rows, searcher
@@ -75,6 +84,28 @@ def test_every_image_has_the_gradients_that_it_would_have_alone(family, changes)
         F.cross_entropy(alone, label[None]).backward()
         expected = torch.cat([mask.importance_logits.grad.flatten() for mask in supernet.bi_masks])
         torch.testing.assert_close(changed * slope, expected, rtol=1e-4, atol=1e-8)
+
+
+@both_families
+def test_units_that_are_gone_but_still_there_say_nothing(family):
+    """Neither of themselves, nor of the others: those have the gradients that they have without gates per image."""
+    supernet = tiny_supernet(family=family, dtype=torch.float64)
+    supernet.lam.fill_(1.0)
+    for mask in supernet.bi_masks:
+        mask.importance_logits.data.fill_(0.5)
+    settle_randomly_(supernet, seed=1)
+    images = tiny_images(3, dtype=torch.float64)
+    with supernet.separate_images():
+        supernet(images).logits.square().sum().backward()
+        units, _ = supernet.changes_of_images()
+    supernet(images).logits.square().sum().backward()
+    expected = torch.cat([mask.importance_logits.grad.flatten() for mask in supernet.bi_masks])
+    alive = torch.cat([mask.alive.flatten() for mask in supernet.bi_masks])
+    assert 0 < alive.sum() < len(alive)
+    assert (units[:, ~alive] == 0).all()
+    largest = expected.abs().argmax()
+    found = units.sum(0)
+    torch.testing.assert_close(found / found[largest], expected / expected[largest], rtol=1e-4, atol=1e-8)
 
 
 @both_families
