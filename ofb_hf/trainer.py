@@ -173,7 +173,17 @@ class OFBTrainer(DistillationTrainer):
         return tuple(tensor.to(self.args.device, non_blocking=True) for tensor in drawn)
 
     def begin_search(self) -> None:
-        """Finds out, once, whether a resumed run has its importance phase behind it."""
+        """Finds out, once, whether a resumed run has its importance phase behind it.
+
+        Raises:
+            ValueError: for a supernet whose choice is made, if there would be units to rank.
+        """
+        observes = self._observes and self.state.global_step < self._hold_steps(self.state.max_steps)
+        if observes and self.supernet.is_folded:
+            raise ValueError(
+                "the supernet has made its choice, and its bi-masks are part of its weights: there is nothing left to "
+                "search in it. compress() gives the network; another search begins with that one."
+            )
         self._handed_over = not self.bi_mask_config.importance_hold or bool(self.supernet.importance_known)
         self.supernet.watch_tokens_(self._observes and not self._handed_over)
 

@@ -18,6 +18,7 @@ from ofb_hf import (
     DistillationTrainer,
     OFBTrainer,
     OFBViTForImageClassification,
+    ViTBiMaskConfig,
     count_macs,
     count_params,
     install_bi_masks,
@@ -352,6 +353,19 @@ def test_supernet_that_was_searched_has_no_dense_model_left_to_learn_from(tmp_pa
     first.train()
     with pytest.raises(ValueError, match="has been searched already"):
         OFBTrainer(first.supernet, arguments(tmp_path / "b"))
+
+
+def test_a_supernet_that_has_made_its_choice_is_not_searched_again(tmp_path):
+    first = searcher(tmp_path / "a", max_steps=4)
+    first.train()
+    again = OFBTrainer(
+        first.supernet, arguments(tmp_path / "b", max_steps=4, distillation_weight=0.0), train_dataset=rows()
+    )
+    for trainer in (first, again):
+        with pytest.raises(ValueError, match="has made its choice"):
+            trainer.train()
+    small = again.compress().train()
+    searcher(tmp_path / "c", ViTBiMaskConfig(target_macs=0.9, multiple_of=1), model=small, max_steps=4).train()
 
 
 def test_plain_training_arguments_are_refused_in_words(tmp_path):
