@@ -21,6 +21,7 @@ from ofb_hf.workflow.trial import TrialSearch
 META = torch.device("meta")
 # Operations whose result, or whose shape of it, depends on values.
 READING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "unique_dim"}
+READING |= {"unique_consecutive", "multinomial", "_linalg_check_errors"}
 
 
 class Waits(TorchDispatchMode):
@@ -35,8 +36,9 @@ class Waits(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(tensor.device == META for tensor in tensors):
             indices = tree_leaves(args[1]) if name.startswith(("index", "_index", "_unsafe_index")) else []
-            by_truth = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
-            if name in READING or by_truth or str(func) == "aten.repeat_interleave.Tensor":
+            indices = [index for index in indices if isinstance(index, Tensor)]
+            by_host_or_truth = any(index.device != META or index.dtype == torch.bool for index in indices)
+            if name in READING or by_host_or_truth or str(func) == "aten.repeat_interleave.Tensor":
                 self.found.append(name)
         if name in ("_to_copy", "copy_"):
             source, target = tensors[-1].device, kwargs.get("device") or tensors[0].device
@@ -56,7 +58,11 @@ class Uploads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and made.device == META:
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].device == META:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(part, list) for part in index):
+                self.found.append("index from a list")
+        elif func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and made.device == META:
             self.found.append(func.__name__)
         return made
 
@@ -137,10 +143,15 @@ def test_a_step_waits_for_nothing(family, stage, search, tmp_path, monkeypatch):
 INTRUDERS = {
     "_local_scalar_dense": [lambda x: x.sum().item(), lambda x: bool(x.sum() > 0), lambda x: float(x.sum())],
     "nonzero": [lambda x: (x > 0).nonzero()],
-    "index": [lambda x: x[x > 0], lambda x: x.flatten()[(x > 0).flatten()]],
-    "index_put_": [lambda x: x.clone().index_put_((x > 0,), x.new_zeros(()))],
+    "index": [lambda x: x[torch.tensor([0])], lambda x: x[x > 0], lambda x: x.flatten()[(x > 0).flatten()]],
+    "index from a list": [lambda x: x[[0, 1]], lambda x: x[..., [0]], lambda x: x.clone().__setitem__([0], 0.0)],
+    "index_put_": [
+        lambda x: x.clone().index_put_((x > 0,), x.new_zeros(())),
+        lambda x: x.clone().index_put_((torch.tensor([0]),), x.new_zeros(())),
+    ],
     "masked_select": [lambda x: x.masked_select(x > 0)],
     "equal": [lambda x: torch.equal(x, x)],
+    "multinomial": [lambda x: torch.multinomial(x.flatten(), 1)],
     "_to_copy meta -> cpu": [lambda x: x.tolist(), lambda x: x.cpu()],
     "_to_copy cpu -> meta": [lambda x: torch.zeros(3).to(x.device)],
     "copy_ cpu -> meta": [lambda x: x.clone().copy_(torch.zeros(x.shape))],
@@ -151,6 +162,7 @@ PLACES = {
     "forward": lambda trainer: (trainer.supernet, "refresh_gates"),
     "losses": lambda trainer: (trainer.supernet, "one_hot_loss"),
     "schedule": lambda trainer: (trainer, "begin_search_step"),
+    "end of the step": lambda trainer: (trainer, "end_search_step"),
 }
 
 
