@@ -134,6 +134,8 @@ class Supernet(Choices):
     ) -> ImageClassifierOutput | SupernetOutput:
         """The classifier under its bi-masks; in training, no more of it than logits and repainted patches follow from.
 
+        That is by way of its `forward_chosen`: hooks on the classifier as a whole see evaluations only.
+
         Args:
             pixel_values: (B, channels, height, width).
             bool_masked_pos: (B, N) bool, patches to hide; the decoder then repaints.
