@@ -76,13 +76,13 @@ def test_two_ranks_choose_the_same_tokens(tmp_path):
 @pytest.mark.slow
 def test_a_compiled_search_with_activation_checkpointing_is_the_same_on_both_ranks(tmp_path):
     arguments = {"torch_compile": True, "torch_compile_backend": "eager", "activation_checkpointing": True}
-    options = {"config": RETIRING, "shrink_at": SHRINK_AT, "compare_ranks": True}
-    options["arguments"] = arguments | {"per_device_train_batch_size": 4, "max_steps": 20}
+    options = {"config": RETIRING, "shrink_at": SHRINK_AT[:1], "compare_ranks": True}
+    options["arguments"] = arguments | {"per_device_train_batch_size": 4, "max_steps": 10}
     status, said = finish(start_search(tmp_path, options, ranks=2))
     assert status == 0, said[-3000:]
     first, second = results(tmp_path, ranks=2)
-    assert [step["different"] for step in first["steps"]] == [[]] * 20
-    assert set(SHRINK_AT) <= set(shrinks(first))
+    assert [step["different"] for step in first["steps"]] == [[]] * 10
+    assert SHRINK_AT[0] in shrinks(first)
     assert first["weights"] == second["weights"]
 
 

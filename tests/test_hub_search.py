@@ -210,11 +210,10 @@ class Faults:
         return None
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 2)])
-def test_a_search_does_not_notice_faults_of_the_server(hub, run, straight, tmp_path, monkeypatch, ranks, workers):
-    expected, faults = straight(ranks, workers), Faults(hub)
+def test_a_search_does_not_notice_faults_of_the_server(hub, run, straight, tmp_path, monkeypatch):
+    expected, faults = straight(2, 2), Faults(hub)
     monkeypatch.setattr(hub, "fault", faults)
-    search = run(tmp_path / "out", ranks, workers)
+    search = run(tmp_path / "out", 2, 2)
     assert_same_result(search, expected)
     assert faults.busy >= 10
     assert faults.cuts == faults.cuts_wanted
