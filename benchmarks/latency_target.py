@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ofb_hf import baselines, count_macs
 from ofb_hf.configuration import default_config
-from ofb_hf.latency import LatencyTable, count_latency, milliseconds
+from ofb_hf.cost.latency import LatencyTable, count_latency, milliseconds
 from ofb_hf.models.shapes import SHAPES
 from ofb_hf.surgery import slice_model
 from ofb_hf.workflow.latency_table import measured_latency

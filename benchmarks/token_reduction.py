@@ -35,8 +35,8 @@ from transformers import PreTrainedModel, set_seed
 
 from ofb_hf import OFBTrainer, OFBTrainingArguments, OFBViTForImageClassification, baselines, count_macs
 from ofb_hf.configuration import default_config
+from ofb_hf.cost.latency import LatencyTable, count_latency, milliseconds
 from ofb_hf.data import DataArguments
-from ofb_hf.latency import LatencyTable, count_latency, milliseconds
 from ofb_hf.learned_tokens import TokenSearchConfig
 from ofb_hf.models.modeling_ofb_vit import TokenReduction
 from ofb_hf.surgery import slice_model

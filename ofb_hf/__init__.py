@@ -26,8 +26,8 @@ _LAZY = {
     "SearchSpace": "search_space",
     "SubmoduleSpace": "search_space",
     "SubnetSpec": "search_space",
-    "count_macs": "flops",
-    "count_params": "flops",
+    "count_macs": "cost.counting",
+    "count_params": "cost.counting",
     "publish": "hub",
 }
 
@@ -39,8 +39,8 @@ _LAZY |= dict.fromkeys(_SEARCH_CONFIGS, "configuration")
 
 if TYPE_CHECKING:
     from .configuration import *  # noqa: F403
+    from .cost.counting import count_macs, count_params
     from .distillation import DistillationTrainer
-    from .flops import count_macs, count_params
     from .hub import publish
     from .learned_tokens import TokenSearchConfig
     from .search_space import SearchSpace, SubmoduleSpace, SubnetSpec

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .architectures import describe, require_classifier
 from .candidates import kept_scores
 from .configuration import BiMaskConfig
-from .flops import evaluate_terms
+from .cost.counting import evaluate_terms
+from .families.description import Architecture, Submodule, Term, quantities
+from .families.registry import describe, require_classifier
 from .search_space import Kept, SubmoduleSpace, SubnetSpec
 from .settlement import TIGHTNESS, Option, settle
-from .unit_groups import Architecture, Submodule, Term, quantities
 
 # Submodule name -> how much each unit matters, (U,) or (heads, channels per head); at least 0.
 Scores = dict[str, Tensor]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .bi_mask import BiMask, sums_of_first
-from .flops import evaluate_terms
+from .cost.counting import evaluate_terms
+from .families.description import Term, heads_of, quantities
 from .settlement import Option
-from .unit_groups import Term, heads_of, quantities
 
 # Kept importance, weighted by its share of the dense cost, counts this many times a nat of candidate probability
 # (found by experiment: docs/ARCHITECTURE.md).

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 
 from . import hub
-from .architectures import FAMILIES
+from .cost.latency import LatencyTable
 from .data import AugmentationArguments, DataArguments
 from .export import ExportError
-from .latency import LatencyTable
+from .families.registry import FAMILIES
 from .learned_tokens import TokenSearchConfig
 from .training_args import OFBTrainingArguments
 from .workflow import export as export_workflow

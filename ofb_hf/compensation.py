@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .architectures import describe
+from .families.description import Architecture
+from .families.registry import describe
 from .models.modeling_ofb_vit import OFBViTLayer
 from .search_space import SubnetSpec
-from .unit_groups import Architecture
 
 # How strongly weights are held where they are, relative to the mean square of the inputs.
 RIDGE = 1e-2

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTConfig
 
-from .architectures import scheduled
-from .budget import Budget
+from .cost.budget import Budget
+from .families.description import macs_of
+from .families.registry import scheduled
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import TokenReduction, require_biased_attention, token_directions
 from .settlement import UnreachableBudgetError
@@ -31,7 +32,6 @@ from .tokens import (
     smallest_schedule,
     with_fewest_tokens,
 )
-from .unit_groups import macs_of
 
 # Size of a token that is hidden: its attention is multiplied by this, as in the published code's masked softmax.
 HIDDEN = 1e-6

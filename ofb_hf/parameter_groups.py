@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from .architectures import family_of
+from .families.registry import family_of
 from .supernet import Supernet
 from .training_args import OFBTrainingArguments
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig
 
-from .architectures import scheduled
 from .candidates import IMPORTANCE_SCORE
+from .families.description import Architecture, quantities
+from .families.registry import scheduled
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import rank_tokens
 from .settlement import TIGHTNESS, Settlement, UnreachableBudgetError
@@ -27,7 +28,6 @@ from .token_choice import (
     spread_over_family,
 )
 from .tokens import Cost, Schedule, full_schedule, num_tokens
-from .unit_groups import Architecture, quantities
 
 TRIED = 16  # numbers of tokens to which merging is tried in each layer, about evenly apart on a scale of square roots
 ROUNDS = 2

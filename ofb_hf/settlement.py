@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .unit_groups import Term, quantities
+from .families.description import Term, quantities
 
 BINS = 2048
 # Costs of every size below the budget are told apart exactly up to so many. Picoseconds are far more: they are rounded,

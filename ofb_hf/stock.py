@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from .architectures import describe, vit_query_parameters, with_vit_layers
+from .families.registry import describe, vit_query_parameters, with_vit_layers
 from .models import OFBViTForImageClassification
 from .surgery import Entries, unit_group_plan
 

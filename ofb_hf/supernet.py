@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .architectures import UnsupportedArchitectureError, describe, family_of, image_sides, require_classifier
 from .bi_mask import BiMask, TiedBiMask
 from .choices import Choices
 from .configuration import BiMaskConfig, default_config
-from .flops import count_macs, evaluate_terms
+from .cost.counting import count_macs, evaluate_terms
+from .families.description import Architecture, Slot, Submodule, quantities
+from .families.registry import UnsupportedArchitectureError, describe, family_of, image_sides, require_classifier
 from .mask_stack import MaskStacks
 from .masked_layers import GateStore, apply_gates_, install_gates
 from .models.modeling_ofb_vit import require_biased_attention
@@ -24,7 +25,6 @@ from .recomputation import without_reentry
 from .search_space import SubnetSpec
 from .searched_tokens import SearchedTokens
 from .surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
-from .unit_groups import Architecture, Slot, Submodule, quantities
 
 
 @dataclass

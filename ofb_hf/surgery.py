@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from .architectures import describe, family_of
-from .flops import meant_schedule
+from .cost.counting import meant_schedule
+from .families.description import Architecture, Submodule
+from .families.registry import describe, family_of
 from .search_space import SubnetSpec
-from .unit_groups import Architecture, Submodule
 
 Entries = tuple[tuple[int, Tensor], ...]
 Plan = dict[str, Entries]

@@ -14,11 +14,11 @@ from dataclasses import replace
 import numpy as np
 from transformers import ViTConfig
 
-from .architectures import vit_layer_parts
-from .flops import evaluate_terms
+from .cost.counting import evaluate_terms
+from .families.description import macs_of
+from .families.registry import vit_layer_parts
 from .settlement import Settlement, UnreachableBudgetError
 from .tokens import Cost, Schedule, num_tokens
-from .unit_groups import macs_of
 
 SMALLEST_COUNT = 2  # the class token and a patch
 PRICES = 40

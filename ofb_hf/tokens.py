@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, ViTConfig
 
-from .architectures import UnsupportedArchitectureError, describe, scheduled, vit_parts
-from .flops import evaluate_terms
+from .cost.counting import evaluate_terms
+from .families.description import Architecture, Part, Term, macs_of, quantities
+from .families.registry import UnsupportedArchitectureError, describe, scheduled, vit_parts
 from .settlement import UnreachableBudgetError
-from .unit_groups import Architecture, Part, Term, macs_of, quantities
 
 Schedule = list[list[int]]
 # What is counted of parts of the forward pass: `macs_of`, or picoseconds (`LatencyTable.terms_of`).

@@ -20,9 +20,9 @@ from .callbacks import SearchCallback
 from .compensation import Compensation
 from .configuration import BiMaskConfig
 from .consistency import decided_by_rank_0, require_identical_ranks
+from .cost.counting import count_macs, count_params
+from .cost.latency import count_latency, milliseconds
 from .distillation import DistillationTrainer
-from .flops import count_macs, count_params
-from .latency import count_latency, milliseconds
 from .losses import budget_loss, flops_loss
 from .observation import OBSERVED_IMAGES, Observation
 from .parameter_groups import parameter_groups

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ofb_hf import SubnetSpec
-from ofb_hf.architectures import describe
+from ofb_hf.families.registry import describe
 from ofb_hf.pmim import mask_patches
 from ofb_hf.supernet import Supernet
 

@@ -9,7 +9,7 @@ from invariants import assert_equal_states
 from torch.nn import functional as F
 
 from ofb_hf import baselines, count_macs, count_params
-from ofb_hf.architectures import describe
+from ofb_hf.families.registry import describe
 from ofb_hf.settlement import UnreachableBudgetError
 from ofb_hf.surgery import slice_model
 

@@ -10,9 +10,9 @@ from runs import STEPS, searcher
 from transformers import TrainerCallback
 
 from ofb_hf import ViTBiMaskConfig, baselines, compensation, count_macs
-from ofb_hf.architectures import family_of
 from ofb_hf.compensation import IMAGES_FILE, Compensation, compensate_, images_to_remember, writers
 from ofb_hf.data import BatchAugmentation
+from ofb_hf.families.registry import family_of
 from ofb_hf.surgery import slice_model
 
 both_families = pytest.mark.parametrize("family", ["vit", "swin"])

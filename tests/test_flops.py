@@ -34,9 +34,9 @@ from transformers import (
 )
 
 from ofb_hf import SubnetSpec, compress, count_macs, count_params, install_bi_masks
-from ofb_hf.architectures import UnsupportedArchitectureError
+from ofb_hf.families.description import quantities
+from ofb_hf.families.registry import UnsupportedArchitectureError
 from ofb_hf.surgery import slice_model
-from ofb_hf.unit_groups import quantities
 
 STOCK = {ViTConfig: ViTForImageClassification, SwinConfig: SwinForImageClassification}
 

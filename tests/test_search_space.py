@@ -21,7 +21,7 @@ from invariants import ours
 from transformers import SwinConfig
 
 from ofb_hf import SearchSpace, SubmoduleSpace, SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig
-from ofb_hf.architectures import describe
+from ofb_hf.families.registry import describe
 from ofb_hf.losses import budget_loss
 from ofb_hf.surgery import slice_model
 

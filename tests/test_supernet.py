@@ -38,10 +38,10 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, SwinModel, ViTModel
 
 from ofb_hf import SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig, compress, count_macs, install_bi_masks
-from ofb_hf.architectures import UnsupportedArchitectureError, describe
+from ofb_hf.families.description import heads_of
+from ofb_hf.families.registry import UnsupportedArchitectureError, describe
 from ofb_hf.supernet import Supernet
 from ofb_hf.surgery import slice_model
-from ofb_hf.unit_groups import heads_of
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 

@@ -28,8 +28,8 @@ from ofb_hf import (
     install_bi_masks,
     publish,
 )
-from ofb_hf.architectures import UnsupportedArchitectureError
 from ofb_hf.export import export_onnx, export_torch
+from ofb_hf.families.registry import UnsupportedArchitectureError
 from ofb_hf.learned_tokens import install_learned_counts
 from ofb_hf.models.modeling_ofb_vit import TokenReduction
 from ofb_hf.stock import pad_to_stock

@@ -15,8 +15,8 @@ from test_token_reduction import scheduled_vit
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from ofb_hf import OFBViTForImageClassification, SubnetSpec, cli, count_macs, publish
-from ofb_hf.architectures import UnsupportedArchitectureError
-from ofb_hf.latency import PICOSECONDS, LatencyTable, count_latency
+from ofb_hf.cost.latency import PICOSECONDS, LatencyTable, count_latency
+from ofb_hf.families.registry import UnsupportedArchitectureError
 from ofb_hf.learned_tokens import TokenSearchConfig
 from ofb_hf.settlement import UnreachableBudgetError
 from ofb_hf.surgery import slice_model

@@ -11,7 +11,7 @@ from runs import arguments, rows
 from test_token_reduction import SCHEDULE, scheduled_vit
 
 from ofb_hf import OFBViTConfig, OFBViTForImageClassification, count_macs, install_bi_masks
-from ofb_hf.architectures import UnsupportedArchitectureError
+from ofb_hf.families.registry import UnsupportedArchitectureError
 from ofb_hf.learned_tokens import (
     LearnedCount,
     LearnedReduction,

@@ -15,8 +15,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from ..budget import BUDGETS
 from ..configuration import BiMaskConfig
+from ..cost.budget import BUDGETS
 from ..data import DataArguments
 from ..export import FORMATS
 from ..models.shapes import SHAPES

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..flops import count_cost
+from ..cost.counting import count_cost
 from ..plots import plot_family
 from . import output, search
 from .arguments import changed

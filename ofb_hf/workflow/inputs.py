@@ -13,7 +13,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..architectures import require_classifier
 from ..checkpoints import load_complete_classifier
 from ..consistency import decided_by_rank_0
 from ..data import (
@@ -32,6 +31,7 @@ from ..data import (
     require_decodable,
     with_image_transform,
 )
+from ..families.registry import require_classifier
 from ..models.shapes import SHAPES
 
 logger = logging.get_logger(__name__)

@@ -20,9 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..architectures import BLOCK_HALVES, describe, family_of
 from ..configuration import default_config
-from ..latency import (
+from ..cost.latency import (
     PICOSECONDS,
     SETTINGS,
     LatencyTable,
@@ -32,11 +31,12 @@ from ..latency import (
     frame_of,
     milliseconds,
 )
+from ..families.description import quantities
+from ..families.forward_parts import REDUCTION
+from ..families.registry import BLOCK_HALVES, describe, family_of
 from ..models import OFBViTConfig
-from ..parts import REDUCTION
 from ..search_space import SearchSpace
 from ..tokens import Schedule, learned_schedule, num_tokens, ranking_layers
-from ..unit_groups import quantities
 from . import output
 from .arguments import LatencyTableArguments
 from .inputs import load_for_counting

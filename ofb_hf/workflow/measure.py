@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._version import __version__
-from ..architectures import image_sides
+from ..cost.counting import count_macs, count_params
 from ..distillation import DistillationTrainer
-from ..flops import count_macs, count_params
+from ..families.registry import image_sides
 from ..metrics import compute_topk, top5_indices
 from ..training_args import OFBTrainingArguments
 from .arguments import changed, command_line

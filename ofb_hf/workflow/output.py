@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..callbacks import HISTORY_FILE
 from ..checkpoints import ASIDE, is_complete
-from ..latency import LATENCY_TABLE_FILE
+from ..cost.latency import LATENCY_TABLE_FILE
 from ..training_args import OFBTrainingArguments
 
 logger = logging.get_logger(__name__)

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..configuration import BiMaskConfig, default_config
-from ..flops import count_cost, count_macs, count_params
-from ..latency import count_latency, milliseconds
+from ..cost.counting import count_cost, count_macs, count_params
+from ..cost.latency import count_latency, milliseconds
 from ..search_space import SubnetSpec
 from ..settlement import UnreachableBudgetError
 from ..supernet import install_bi_masks

@@ -16,15 +16,15 @@ from huggingface_hub.utils import httpx
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from ..architectures import describe
 from ..callbacks import HISTORY_FILE, HistoryCallback, left_out_at, read_history
 from ..checkpoints import ASIDE
 from ..configuration import BiMaskConfig, default_config
 from ..consistency import decided_by_rank_0
+from ..cost.latency import LATENCY_TABLE_FILE, LatencyTable, count_latency, milliseconds
 from ..data import AugmentationArguments, DataArguments
 from ..distillation import DistillationTrainer
+from ..families.registry import describe
 from ..hub import publish, require_write_access
-from ..latency import LATENCY_TABLE_FILE, LatencyTable, count_latency, milliseconds
 from ..learned_tokens import TokenSearchConfig
 from ..model_card import render_card
 from ..models.shapes import SHAPES

@@ -9,9 +9,9 @@ from huggingface_hub.utils import httpx
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from ..architectures import describe
 from ..callbacks import HISTORY_FILE, read_history
 from ..data import AugmentationArguments, DataArguments
+from ..families.registry import describe
 from ..learned_tokens import TokenSearchConfig, install_learned_counts
 from ..model_card import render_token_card
 from ..models import OFBViTForImageClassification

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import schedule
-from ..architectures import image_sides
 from ..configuration import BiMaskConfig
+from ..families.registry import image_sides
 from ..trainer import OFBTrainer
 from ..training_args import OFBTrainingArguments
 from .arguments import changed

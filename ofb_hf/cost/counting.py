@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig
 
-from .architectures import UnsupportedArchitectureError, describe, require_classifier, scheduled
-from .models.configuration_ofb_vit import OFBViTConfig
-from .search_space import SubnetSpec
-from .unit_groups import Architecture, Term, quantities
+from ..families.description import Architecture, Term, quantities
+from ..families.registry import UnsupportedArchitectureError, describe, require_classifier, scheduled
+from ..models.configuration_ofb_vit import OFBViTConfig
+from ..search_space import SubnetSpec
 
 # Fields of a stock config that one of ours is not made with.
 NOT_GIVEN = ("model_type", "architectures", "transformers_version", "dtype")

@@ -6,7 +6,7 @@ the coefficients. Where they are searched, they are scalar tensors or arrays ins
 
 from typing import Any
 
-from .unit_groups import Part, Term, heads_of, presence_of
+from .description import Part, Term, heads_of, presence_of
 
 REDUCTION = "reduction"  # the part, and the module, that drops and merges tokens between the halves of a block
 

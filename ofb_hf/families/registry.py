@@ -16,12 +16,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from .models.configuration_ofb_swin import OFBSwinConfig
-from .models.configuration_ofb_vit import OFBViTConfig
-from .models.modeling_ofb_swin import OFBSwinForImageClassification
-from .models.modeling_ofb_vit import OFBViTForImageClassification, TokenReduction
-from .parts import REDUCTION, end_part, merging_part, reducing_block, windowed_block
-from .unit_groups import Architecture, Family, Part, Slot, Submodule, Term, block_params, heads_of
+from ..models.configuration_ofb_swin import OFBSwinConfig
+from ..models.configuration_ofb_vit import OFBViTConfig
+from ..models.modeling_ofb_swin import OFBSwinForImageClassification
+from ..models.modeling_ofb_vit import OFBViTForImageClassification, TokenReduction
+from .description import Architecture, Family, Part, Slot, Submodule, Term, block_params, heads_of
+from .forward_parts import REDUCTION, end_part, merging_part, reducing_block, windowed_block
 
 
 class UnsupportedArchitectureError(ValueError):

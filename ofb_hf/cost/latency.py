@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .flops import count_cost, evaluate_terms
-from .search_space import SubnetSpec
-from .unit_groups import Architecture, Part, Term, quantities
+from ..families.description import Architecture, Part, Term, quantities
+from ..search_space import SubnetSpec
+from .counting import count_cost, evaluate_terms
 
 PICOSECONDS = 10**9  # in a millisecond
 LATENCY_TABLE_FILE = "latency_table.json"

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..families.description import Architecture, Part, Term, macs_of
 from .latency import COMMAND, PICOSECONDS, LatencyTable
-from .unit_groups import Architecture, Part, Term, macs_of
 
 # The fields of which a search has one.
 BUDGETS = ("target_macs", "target_params", "target_latency_ms")

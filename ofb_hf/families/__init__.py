@@ -1,0 +1,1 @@
+"""What a model is: submodules and coupled tensors of each family, described in one vocabulary."""
