@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ofb_hf import OFBTrainer, OFBTrainingArguments
-from ofb_hf.configuration import default_config
 from ofb_hf.models.shapes import SHAPES
+from ofb_hf.space.configuration import default_config
 from ofb_hf.workflow.inputs import load_classifier
 from ofb_hf.workflow.report import markdown_table
 

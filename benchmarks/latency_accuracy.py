@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ofb_hf import OFBTrainingArguments, baselines, count_macs
-from ofb_hf.configuration import default_config
 from ofb_hf.cost.latency import LatencyTable, count_latency, milliseconds
 from ofb_hf.data import DataArguments
-from ofb_hf.surgery import slice_model
+from ofb_hf.pruning.surgery import slice_model
+from ofb_hf.space.configuration import default_config
 from ofb_hf.workflow.inputs import load
 from ofb_hf.workflow.latency_table import measured_latency
 from ofb_hf.workflow.measure import evaluate_classifier

@@ -15,10 +15,10 @@ from onnx_export import dense_model
 from transformers import PreTrainedModel
 
 from ofb_hf import baselines, count_macs
-from ofb_hf.configuration import default_config
 from ofb_hf.cost.latency import LatencyTable, count_latency, milliseconds
 from ofb_hf.models.shapes import SHAPES
-from ofb_hf.surgery import slice_model
+from ofb_hf.pruning.surgery import slice_model
+from ofb_hf.space.configuration import default_config
 from ofb_hf.workflow.latency_table import measured_latency
 from ofb_hf.workflow.report import markdown_table
 

@@ -13,7 +13,7 @@ import torch_pruning
 from transformers import PreTrainedModel, ViTForImageClassification
 
 from ofb_hf import OFBViTConfig, OFBViTForImageClassification, count_macs
-from ofb_hf.configuration import BiMaskConfig
+from ofb_hf.space.configuration import BiMaskConfig
 
 MULTIPLE = 8
 

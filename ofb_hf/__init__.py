@@ -23,9 +23,9 @@ _LAZY = {
     "install_bi_masks": "supernet",
     "read_subnet": "supernet",
     "compress": "supernet",
-    "SearchSpace": "search_space",
-    "SubmoduleSpace": "search_space",
-    "SubnetSpec": "search_space",
+    "SearchSpace": "space.search_space",
+    "SubmoduleSpace": "space.search_space",
+    "SubnetSpec": "space.search_space",
     "count_macs": "cost.counting",
     "count_params": "cost.counting",
     "publish": "hub",
@@ -35,15 +35,15 @@ _LAZY = {
 _SEARCH_CONFIGS = [
     f"{config.__name__.removeprefix('OFB').removesuffix('Config')}BiMaskConfig" for config, _, _ in models.REGISTERED
 ]
-_LAZY |= dict.fromkeys(_SEARCH_CONFIGS, "configuration")
+_LAZY |= dict.fromkeys(_SEARCH_CONFIGS, "space.configuration")
 
 if TYPE_CHECKING:
-    from .configuration import *  # noqa: F403
     from .cost.counting import count_macs, count_params
     from .distillation import DistillationTrainer
     from .hub import publish
     from .learned_tokens import TokenSearchConfig
-    from .search_space import SearchSpace, SubmoduleSpace, SubnetSpec
+    from .space.configuration import *  # noqa: F403
+    from .space.search_space import SearchSpace, SubmoduleSpace, SubnetSpec
     from .supernet import compress, install_bi_masks, read_subnet
     from .token_trainer import TokenTrainer
     from .trainer import OFBTrainer

@@ -1,7 +1,7 @@
 """Simple ways to choose a subnet, to hold a search against: uniform scaling, chance, magnitude, first-order Taylor.
 
 A baseline decides twice, as a search does: how many units each submodule keeps, and which. All of them end exactly
-under the same budget, over the same candidate sizes; `ofb_hf.surgery.slice_model` cuts the network accordingly.
+under the same budget, over the same candidate sizes; `ofb_hf.pruning.surgery.slice_model` cuts the network accordingly.
 
     scores = taylor_scores(model, batches)
     small = slice_model(model, pruned_subnet(model, config, scores))
@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .candidates import kept_scores
-from .configuration import BiMaskConfig
 from .cost.counting import evaluate_terms
 from .families.description import Architecture, Submodule, Term, quantities
 from .families.registry import describe, require_classifier
-from .search_space import Kept, SubmoduleSpace, SubnetSpec
 from .settlement import TIGHTNESS, Option, settle
+from .space.configuration import BiMaskConfig
+from .space.search_space import Kept, SubmoduleSpace, SubnetSpec
 
 # Submodule name -> how much each unit matters, (U,) or (heads, channels per head); at least 0.
 Scores = dict[str, Tensor]

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .search_space import Kept, SubmoduleSpace
+from .space.search_space import Kept, SubmoduleSpace
 
 # Above it a unit is worth its place (`estimate_importance_`).
 EVEN_IMPORTANCE = 0.5

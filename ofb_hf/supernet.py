@@ -13,7 +13,6 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .bi_mask import BiMask, TiedBiMask
 from .choices import Choices
-from .configuration import BiMaskConfig, default_config
 from .cost.counting import count_macs, evaluate_terms
 from .families.description import Architecture, Slot, Submodule, quantities
 from .families.registry import UnsupportedArchitectureError, describe, family_of, image_sides, require_classifier
@@ -21,10 +20,11 @@ from .mask_stack import MaskStacks
 from .masked_layers import GateStore, apply_gates_, install_gates
 from .models.modeling_ofb_vit import require_biased_attention
 from .pmim import PMIMDecoder, window_for_patch
+from .pruning.surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
 from .recomputation import without_reentry
-from .search_space import SubnetSpec
 from .searched_tokens import SearchedTokens
-from .surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
+from .space.configuration import BiMaskConfig, default_config
+from .space.search_space import SubnetSpec
 
 
 @dataclass

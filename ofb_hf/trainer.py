@@ -17,8 +17,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import schedule
 from .callbacks import SearchCallback
-from .compensation import Compensation
-from .configuration import BiMaskConfig
 from .consistency import decided_by_rank_0, require_identical_ranks
 from .cost.counting import count_macs, count_params
 from .cost.latency import count_latency, milliseconds
@@ -27,10 +25,12 @@ from .losses import budget_loss, flops_loss
 from .observation import OBSERVED_IMAGES, Observation
 from .parameter_groups import parameter_groups
 from .pmim import hidden_first, mask_patches, normalize_target, reconstruction_loss, refine_mask
+from .pruning.compensation import Compensation
+from .pruning.surgery import rebuild_ddp_, slice_optimizer_
 from .resumable import require_same_search
-from .search_space import SubnetSpec
+from .space.configuration import BiMaskConfig
+from .space.search_space import SubnetSpec
 from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
-from .surgery import rebuild_ddp_, slice_optimizer_
 from .token_measure import nearest_settlement
 from .tokens import Schedule
 from .training_args import OFBTrainingArguments, check_search_arguments

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ofb_hf import baselines, count_macs, count_params
 from ofb_hf.families.registry import describe
+from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.settlement import UnreachableBudgetError
-from ofb_hf.surgery import slice_model
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 CHOICES = {

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofb_hf.bi_mask import BiMask
-from ofb_hf.search_space import SubmoduleSpace
-from ofb_hf.surgery import slice_tensors_
+from ofb_hf.pruning.surgery import slice_tensors_
+from ofb_hf.space.search_space import SubmoduleSpace
 
 PLAIN = SubmoduleSpace("layers.0.mlp", "mlp", 9, (2, 5, 9))
 GRID = SubmoduleSpace(

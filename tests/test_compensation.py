@@ -9,11 +9,12 @@ from invariants import assert_equal_states
 from runs import STEPS, searcher
 from transformers import TrainerCallback
 
-from ofb_hf import ViTBiMaskConfig, baselines, compensation, count_macs
-from ofb_hf.compensation import IMAGES_FILE, Compensation, compensate_, images_to_remember, writers
+from ofb_hf import ViTBiMaskConfig, baselines, count_macs
 from ofb_hf.data import BatchAugmentation
 from ofb_hf.families.registry import family_of
-from ofb_hf.surgery import slice_model
+from ofb_hf.pruning import compensation
+from ofb_hf.pruning.compensation import IMAGES_FILE, Compensation, compensate_, images_to_remember, writers
+from ofb_hf.pruning.surgery import slice_model
 
 both_families = pytest.mark.parametrize("family", ["vit", "swin"])
 CHOICE = round(0.75 * STEPS)  # `settle_at` of search_config

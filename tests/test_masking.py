@@ -38,7 +38,7 @@ from invariants import (
 
 from ofb_hf import SubnetSpec, compress, count_macs, count_params, install_bi_masks, read_subnet
 from ofb_hf.families.registry import describe
-from ofb_hf.surgery import slice_model
+from ofb_hf.pruning.surgery import slice_model
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 

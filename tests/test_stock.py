@@ -20,8 +20,8 @@ from hypothesis import given
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
 from ofb_hf import OFBViTForImageClassification, SubnetSpec, count_params, install_bi_masks
+from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.stock import pad_to_stock
-from ofb_hf.surgery import slice_model
 
 
 def compressed(overrides=None, candidates=None, dtype=torch.float32):

@@ -40,8 +40,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, SwinModel, 
 from ofb_hf import SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig, compress, count_macs, install_bi_masks
 from ofb_hf.families.description import heads_of
 from ofb_hf.families.registry import UnsupportedArchitectureError, describe
+from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.supernet import Supernet
-from ofb_hf.surgery import slice_model
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 

@@ -32,8 +32,8 @@ from ofb_hf.export import export_onnx, export_torch
 from ofb_hf.families.registry import UnsupportedArchitectureError
 from ofb_hf.learned_tokens import install_learned_counts
 from ofb_hf.models.modeling_ofb_vit import TokenReduction
+from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.stock import pad_to_stock
-from ofb_hf.surgery import slice_model
 
 SCHEDULE = [[17, 15], [12, 7], [7, 2]]
 

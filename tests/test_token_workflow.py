@@ -18,8 +18,8 @@ from ofb_hf import OFBViTForImageClassification, SubnetSpec, cli, count_macs, pu
 from ofb_hf.cost.latency import PICOSECONDS, LatencyTable, count_latency
 from ofb_hf.families.registry import UnsupportedArchitectureError
 from ofb_hf.learned_tokens import TokenSearchConfig
+from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.settlement import UnreachableBudgetError
-from ofb_hf.surgery import slice_model
 from ofb_hf.token_pictures import DROPPED, draw_tokens, paint_tokens, trace_tokens
 
 SETTINGS = ["--token_learning_rate", "0.3", "--max_steps", "8", *QUICK]

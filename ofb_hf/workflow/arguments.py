@@ -15,11 +15,11 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from ..configuration import BiMaskConfig
 from ..cost.budget import BUDGETS
 from ..data import DataArguments
 from ..export import FORMATS
 from ..models.shapes import SHAPES
+from ..space.configuration import BiMaskConfig
 from ..training_args import OFBTrainingArguments
 from .output import SEARCH_PHASES
 

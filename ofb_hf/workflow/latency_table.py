@@ -20,7 +20,6 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..configuration import default_config
 from ..cost.latency import (
     PICOSECONDS,
     SETTINGS,
@@ -35,7 +34,8 @@ from ..families.description import quantities
 from ..families.forward_parts import REDUCTION
 from ..families.registry import BLOCK_HALVES, describe, family_of
 from ..models import OFBViTConfig
-from ..search_space import SearchSpace
+from ..space.configuration import default_config
+from ..space.search_space import SearchSpace
 from ..tokens import Schedule, learned_schedule, num_tokens, ranking_layers
 from . import output
 from .arguments import LatencyTableArguments

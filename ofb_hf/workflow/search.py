@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from ..callbacks import HISTORY_FILE, HistoryCallback, left_out_at, read_history
 from ..checkpoints import ASIDE
-from ..configuration import BiMaskConfig, default_config
 from ..consistency import decided_by_rank_0
 from ..cost.latency import LATENCY_TABLE_FILE, LatencyTable, count_latency, milliseconds
 from ..data import AugmentationArguments, DataArguments
@@ -29,7 +28,8 @@ from ..learned_tokens import TokenSearchConfig
 from ..model_card import render_card
 from ..models.shapes import SHAPES
 from ..plots import plot_search
-from ..search_space import SubnetSpec
+from ..space.configuration import BiMaskConfig, default_config
+from ..space.search_space import SubnetSpec
 from ..supernet import install_bi_masks
 from ..token_pictures import draw_tokens
 from ..trainer import OFBTrainer

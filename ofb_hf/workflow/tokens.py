@@ -16,7 +16,7 @@ from ..learned_tokens import TokenSearchConfig, install_learned_counts
 from ..model_card import render_token_card
 from ..models import OFBViTForImageClassification
 from ..models.shapes import SHAPES
-from ..search_space import SubnetSpec
+from ..space.search_space import SubnetSpec
 from ..token_pictures import plot_token_search
 from ..token_trainer import TokenTrainer
 from ..tokens import full_schedule

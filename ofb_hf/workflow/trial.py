@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import schedule
-from ..configuration import BiMaskConfig
 from ..families.registry import image_sides
+from ..space.configuration import BiMaskConfig
 from ..trainer import OFBTrainer
 from ..training_args import OFBTrainingArguments
 from .arguments import changed

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from .cost.counting import meant_schedule
-from .families.description import Architecture, Submodule
-from .families.registry import describe, family_of
-from .search_space import SubnetSpec
+from ..cost.counting import meant_schedule
+from ..families.description import Architecture, Submodule
+from ..families.registry import describe, family_of
+from ..space.search_space import SubnetSpec
 
 Entries = tuple[tuple[int, Tensor], ...]
 Plan = dict[str, Entries]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .families.description import Architecture
-from .families.registry import describe
-from .models.modeling_ofb_vit import OFBViTLayer
-from .search_space import SubnetSpec
+from ..families.description import Architecture
+from ..families.registry import describe
+from ..models.modeling_ofb_vit import OFBViTLayer
+from ..space.search_space import SubnetSpec
 
 # How strongly weights are held where they are, relative to the mean square of the inputs.
 RIDGE = 1e-2

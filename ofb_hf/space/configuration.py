@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal, get_args
 
 from transformers import PreTrainedConfig, SwinConfig, ViTConfig
 
-from .cost.budget import Budget
-from .families.description import Architecture, Submodule
-from .families.registry import describe
+from ..cost.budget import Budget
+from ..families.description import Architecture, Submodule
+from ..families.registry import describe
+from ..tokens import with_fewest_tokens
 from .presets import PRESETS
 from .search_space import SearchSpace, SubmoduleSpace
-from .tokens import with_fewest_tokens
 
 # Which halves of a block may be left out.
 DepthSearch = Literal[False, True, "attention", "mlp"]
