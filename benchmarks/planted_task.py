@@ -28,8 +28,8 @@ from transformers.utils import logging
 
 from ofb_hf.cost.counting import count_macs
 from ofb_hf.distillation import DistillationTrainer
+from ofb_hf.families.subnet import SubnetSpec
 from ofb_hf.space.configuration import ViTBiMaskConfig
-from ofb_hf.space.search_space import SubnetSpec
 from ofb_hf.trainer import OFBTrainer
 from ofb_hf.training_args import OFBTrainingArguments
 

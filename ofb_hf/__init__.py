@@ -25,7 +25,7 @@ _LAZY = {
     "compress": "supernet",
     "SearchSpace": "space.search_space",
     "SubmoduleSpace": "space.search_space",
-    "SubnetSpec": "space.search_space",
+    "SubnetSpec": "families.subnet",
     "count_macs": "cost.counting",
     "count_params": "cost.counting",
     "publish": "hub",
@@ -40,10 +40,11 @@ _LAZY |= dict.fromkeys(_SEARCH_CONFIGS, "space.configuration")
 if TYPE_CHECKING:
     from .cost.counting import count_macs, count_params
     from .distillation import DistillationTrainer
+    from .families.subnet import SubnetSpec
     from .hub import publish
     from .learned_tokens import TokenSearchConfig
     from .space.configuration import *  # noqa: F403
-    from .space.search_space import SearchSpace, SubmoduleSpace, SubnetSpec
+    from .space.search_space import SearchSpace, SubmoduleSpace
     from .supernet import compress, install_bi_masks, read_subnet
     from .token_trainer import TokenTrainer
     from .trainer import OFBTrainer

@@ -20,9 +20,10 @@ from .candidates import kept_scores
 from .cost.counting import evaluate_terms
 from .families.description import Architecture, Submodule, Term, quantities
 from .families.registry import describe, require_classifier
+from .families.subnet import Kept, SubnetSpec
 from .settlement import TIGHTNESS, Option, settle
 from .space.configuration import BiMaskConfig
-from .space.search_space import Kept, SubmoduleSpace, SubnetSpec
+from .space.search_space import SubmoduleSpace
 
 # Submodule name -> how much each unit matters, (U,) or (heads, channels per head); at least 0.
 Scores = dict[str, Tensor]

@@ -10,10 +10,11 @@ from .bi_mask import BiMask
 from .candidates import candidate_options, first_order_options, search_scores
 from .cost.counting import ExpectedCost
 from .families.description import Architecture, Term, heads_of, presence_of, quantities
+from .families.subnet import SubnetSpec, all_units
 from .searched_tokens import SearchedTokens
 from .settlement import TIGHTNESS, Option, Settlement, settle
 from .space.configuration import BiMaskConfig
-from .space.search_space import SearchSpace, SubnetSpec, all_units
+from .space.search_space import SearchSpace
 from .tokens import Schedule
 
 

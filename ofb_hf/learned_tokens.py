@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTConfig
 
-from .cost.budget import Budget
+from .cost.budget import Budget, UnreachableBudgetError
 from .families.description import macs_of
-from .families.registry import scheduled
+from .families.registry import scheduled, with_fewest_tokens
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import TokenReduction, require_biased_attention, token_directions
-from .settlement import UnreachableBudgetError
 from .tokens import (
     SMALLEST,
     Cost,
@@ -30,7 +29,6 @@ from .tokens import (
     require_class_token,
     schedule_cost,
     smallest_schedule,
-    with_fewest_tokens,
 )
 
 # Size of a token that is hidden: its attention is multiplied by this, as in the published code's masked softmax.

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .space.search_space import SubnetSpec
+from .families.subnet import SubnetSpec
 
 TEMPLATES = Path(__file__).with_name("templates")
 BUDGETS = {

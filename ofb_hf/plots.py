@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .space.search_space import SubnetSpec
+from .families.subnet import SubnetSpec
 
 
 @contextmanager

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from transformers import ViTConfig
 
 from .candidates import IMPORTANCE_SCORE
+from .cost.budget import UnreachableBudgetError
 from .families.description import Architecture, quantities
 from .families.registry import scheduled
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import rank_tokens
-from .settlement import TIGHTNESS, Settlement, UnreachableBudgetError
+from .settlement import TIGHTNESS, Settlement
 from .token_choice import (
     SMALLEST_COUNT,
     attention_of,

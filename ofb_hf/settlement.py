@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .cost.budget import UnreachableBudgetError
 from .families.description import Term, quantities
 
 BINS = 2048
@@ -27,18 +28,6 @@ MAX_COMBINATIONS = 64
 # In a coarse space it may end below the band although something lies in it: up to so many are all tried after all.
 MAX_COMBINATIONS_BELOW = 4096
 RELAXATION_STEPS = 40
-
-
-class UnreachableBudgetError(ValueError):
-    """The budget lies below the smallest subnet of the space.
-
-    Args:
-        message: in words. smallest: what that subnet costs, in the unit of the cost terms, where it is known.
-    """
-
-    def __init__(self, message: str, smallest: int | None = None):
-        super().__init__(message)
-        self.smallest = smallest
 
 
 @dataclass(frozen=True)

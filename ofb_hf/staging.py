@@ -14,8 +14,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from . import models
 from ._version import __version__
-from .checkpoints import load_complete_classifier
 from .cost.counting import count_macs, count_params
+from .families.loading import load_complete_classifier
 from .leaks import require_no_token
 from .model_card import final_results, plain_card, read_results
 from .stock import has_stock_twin, pad_to_stock

@@ -16,6 +16,7 @@ from .choices import Choices
 from .cost.counting import count_macs, evaluate_terms
 from .families.description import Architecture, Slot, Submodule, quantities
 from .families.registry import UnsupportedArchitectureError, describe, family_of, image_sides, require_classifier
+from .families.subnet import SubnetSpec
 from .mask_stack import MaskStacks
 from .masked_layers import GateStore, apply_gates_, install_gates
 from .models.modeling_ofb_vit import require_biased_attention
@@ -24,7 +25,6 @@ from .pruning.surgery import Entries, resize_, slice_model, slice_tensors_, unit
 from .recomputation import without_reentry
 from .searched_tokens import SearchedTokens
 from .space.configuration import BiMaskConfig, default_config
-from .space.search_space import SubnetSpec
 
 
 @dataclass

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, ViTConfig
 
+from .cost.budget import UnreachableBudgetError
 from .cost.counting import evaluate_terms
-from .families.description import Architecture, Part, Term, macs_of, quantities
-from .families.registry import UnsupportedArchitectureError, describe, scheduled, vit_parts
-from .settlement import UnreachableBudgetError
+from .families.description import Part, Term, macs_of, quantities
+from .families.registry import UnsupportedArchitectureError, describe, vit_parts
 
 Schedule = list[list[int]]
 # What is counted of parts of the forward pass: `macs_of`, or picoseconds (`LatencyTable.terms_of`).
@@ -140,11 +140,6 @@ def learning_layers(config: ViTConfig) -> list[int]:
             "layers. Give a token_schedule by hand."
         )
     return layers[1:]
-
-
-def with_fewest_tokens(config: ViTConfig) -> Architecture:
-    """The architecture of a ViT that drops and merges: it has every kind of part that a schedule brings along."""
-    return scheduled(config, [(3, 2)] * config.num_hidden_layers)
 
 
 def learned_schedule(config: ViTConfig, counts: list[list[Any]], last: list[int] = SMALLEST) -> list[list[Any]]:

@@ -21,6 +21,7 @@ from .consistency import decided_by_rank_0, require_identical_ranks
 from .cost.counting import count_macs, count_params
 from .cost.latency import count_latency, milliseconds
 from .distillation import DistillationTrainer
+from .families.subnet import SubnetSpec
 from .losses import budget_loss, flops_loss
 from .observation import OBSERVED_IMAGES, Observation
 from .parameter_groups import parameter_groups
@@ -29,7 +30,6 @@ from .pruning.compensation import Compensation
 from .pruning.surgery import rebuild_ddp_, slice_optimizer_
 from .resumable import require_same_search
 from .space.configuration import BiMaskConfig
-from .space.search_space import SubnetSpec
 from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
 from .token_measure import nearest_settlement
 from .tokens import Schedule

@@ -9,9 +9,9 @@ from invariants import assert_equal_states
 from torch.nn import functional as F
 
 from ofb_hf import baselines, count_macs, count_params
+from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.families.registry import describe
 from ofb_hf.pruning.surgery import slice_model
-from ofb_hf.settlement import UnreachableBudgetError
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 CHOICES = {

@@ -6,7 +6,7 @@ from factories import search_config, tiny_model
 from runs import QUICK, arguments
 
 from ofb_hf import cli, compress, count_macs, count_params, install_bi_masks
-from ofb_hf.settlement import UnreachableBudgetError
+from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.space.configuration import default_config
 from ofb_hf.workflow.plan import describe_space
 from ofb_hf.workflow.trial import TrialSearch

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from transformers import SwinConfig
 
 from ofb_hf import SwinBiMaskConfig, compress, count_macs, count_params, install_bi_masks, read_subnet, settlement
+from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.families.description import Term, heads_of, presence_of, quantities
 from ofb_hf.families.registry import describe
-from ofb_hf.settlement import Option, Settlement, UnreachableBudgetError, _Problem, _Relaxation, settle
+from ofb_hf.settlement import Option, Settlement, _Problem, _Relaxation, settle
 from ofb_hf.supernet import Supernet
 
 TIGHTNESS = 0.98

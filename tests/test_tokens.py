@@ -11,6 +11,7 @@ from runs import arguments, rows
 from test_token_reduction import SCHEDULE, scheduled_vit
 
 from ofb_hf import OFBViTConfig, OFBViTForImageClassification, count_macs, install_bi_masks
+from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.families.registry import UnsupportedArchitectureError
 from ofb_hf.learned_tokens import (
     LearnedCount,
@@ -22,7 +23,6 @@ from ofb_hf.learned_tokens import (
 )
 from ofb_hf.models.modeling_ofb_vit import merge_tokens
 from ofb_hf.models.shapes import SHAPES
-from ofb_hf.settlement import UnreachableBudgetError
 from ofb_hf.token_trainer import TokenTrainer
 from ofb_hf.tokens import (
     PUBLISHED,

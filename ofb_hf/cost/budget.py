@@ -124,3 +124,15 @@ class Budget:
     def show(self, cost: int) -> str:
         """The same in words: exact, so that it can be typed as a budget."""
         return f"{cost:,}" if self.unit == 1 else f"{cost / self.unit:,.9f}".rstrip("0").rstrip(".") + " ms"
+
+
+class UnreachableBudgetError(ValueError):
+    """The budget lies below the smallest subnet of the space.
+
+    Args:
+        message: in words. smallest: what that subnet costs, in the unit of the cost terms, where it is known.
+    """
+
+    def __init__(self, message: str, smallest: int | None = None):
+        super().__init__(message)
+        self.smallest = smallest

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig
 
 from ..families.description import Architecture, Term, quantities
 from ..families.registry import UnsupportedArchitectureError, describe, require_classifier, scheduled
+from ..families.subnet import SubnetSpec
 from ..models.configuration_ofb_vit import OFBViTConfig
-from ..space.search_space import SubnetSpec
 
 # Fields of a stock config that one of ours is not made with.
 NOT_GIVEN = ("model_type", "architectures", "transformers_version", "dtype")

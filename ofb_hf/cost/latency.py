@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families.description import Architecture, Part, Term, quantities
-from ..space.search_space import SubnetSpec
+from ..families.subnet import SubnetSpec
 from .counting import count_cost, evaluate_terms
 
 PICOSECONDS = 10**9  # in a millisecond

@@ -442,3 +442,8 @@ def require_classifier(model: nn.Module) -> None:
             f"got a {type(model).__name__}; expected an image classifier: {[c.__name__ for c in CLASSIFIERS]} or our "
             "classes of that kind."
         )
+
+
+def with_fewest_tokens(config: ViTConfig) -> Architecture:
+    """The architecture of a ViT that drops and merges: it has every kind of part that a schedule brings along."""
+    return scheduled(config, [(3, 2)] * config.num_hidden_layers)

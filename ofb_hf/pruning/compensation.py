@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from ..families.description import Architecture
 from ..families.registry import describe
+from ..families.subnet import SubnetSpec
 from ..models.modeling_ofb_vit import OFBViTLayer
-from ..space.search_space import SubnetSpec
 
 # How strongly weights are held where they are, relative to the mean square of the inputs.
 RIDGE = 1e-2

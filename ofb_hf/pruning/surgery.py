@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..cost.counting import meant_schedule
 from ..families.description import Architecture, Submodule
 from ..families.registry import describe, family_of
-from ..space.search_space import SubnetSpec
+from ..families.subnet import SubnetSpec
 
 Entries = tuple[tuple[int, Tensor], ...]
 Plan = dict[str, Entries]

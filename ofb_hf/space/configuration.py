@@ -11,8 +11,7 @@ from transformers import PreTrainedConfig, SwinConfig, ViTConfig
 
 from ..cost.budget import Budget
 from ..families.description import Architecture, Submodule
-from ..families.registry import describe
-from ..tokens import with_fewest_tokens
+from ..families.registry import describe, with_fewest_tokens
 from .presets import PRESETS
 from .search_space import SearchSpace, SubmoduleSpace
 

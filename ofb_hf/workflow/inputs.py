@@ -13,7 +13,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..checkpoints import load_complete_classifier
 from ..consistency import decided_by_rank_0
 from ..data import (
     AugmentationArguments,
@@ -31,6 +30,7 @@ from ..data import (
     require_decodable,
     with_image_transform,
 )
+from ..families.loading import load_complete_classifier
 from ..families.registry import require_classifier
 from ..models.shapes import SHAPES
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..cost.budget import UnreachableBudgetError
 from ..cost.counting import count_cost, count_macs, count_params
 from ..cost.latency import count_latency, milliseconds
-from ..settlement import UnreachableBudgetError
+from ..families.subnet import SubnetSpec
 from ..space.configuration import BiMaskConfig, default_config
-from ..space.search_space import SubnetSpec
 from ..supernet import install_bi_masks
 from ..training_args import OFBTrainingArguments, check_search_arguments
 from .arguments import PlanArguments, SearchArguments

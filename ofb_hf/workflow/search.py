@@ -23,13 +23,13 @@ from ..cost.latency import LATENCY_TABLE_FILE, LatencyTable, count_latency, mill
 from ..data import AugmentationArguments, DataArguments
 from ..distillation import DistillationTrainer
 from ..families.registry import describe
+from ..families.subnet import SubnetSpec
 from ..hub import publish, require_write_access
 from ..learned_tokens import TokenSearchConfig
 from ..model_card import render_card
 from ..models.shapes import SHAPES
 from ..plots import plot_search
 from ..space.configuration import BiMaskConfig, default_config
-from ..space.search_space import SubnetSpec
 from ..supernet import install_bi_masks
 from ..token_pictures import draw_tokens
 from ..trainer import OFBTrainer

@@ -12,11 +12,11 @@ from transformers.utils import logging
 from ..callbacks import HISTORY_FILE, read_history
 from ..data import AugmentationArguments, DataArguments
 from ..families.registry import describe
+from ..families.subnet import SubnetSpec
 from ..learned_tokens import TokenSearchConfig, install_learned_counts
 from ..model_card import render_token_card
 from ..models import OFBViTForImageClassification
 from ..models.shapes import SHAPES
-from ..space.search_space import SubnetSpec
 from ..token_pictures import plot_token_search
 from ..token_trainer import TokenTrainer
 from ..tokens import full_schedule
