@@ -18,7 +18,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ofb_hf import OFBTrainingArguments, baselines, count_macs
+from ofb_hf import OFBTrainingArguments, count_macs
+from ofb_hf.choice import baselines
 from ofb_hf.cost.latency import LatencyTable, count_latency, milliseconds
 from ofb_hf.data import DataArguments
 from ofb_hf.pruning.surgery import slice_model

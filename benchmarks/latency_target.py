@@ -14,7 +14,8 @@ from pathlib import Path
 from onnx_export import dense_model
 from transformers import PreTrainedModel
 
-from ofb_hf import baselines, count_macs
+from ofb_hf import count_macs
+from ofb_hf.choice import baselines
 from ofb_hf.cost.latency import LatencyTable, count_latency, milliseconds
 from ofb_hf.models.shapes import SHAPES
 from ofb_hf.pruning.surgery import slice_model

@@ -34,8 +34,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from ofb_hf import OFBTrainer, OFBTrainingArguments, baselines, compress, count_macs, count_params
+from ofb_hf import OFBTrainer, OFBTrainingArguments, compress, count_macs, count_params
 from ofb_hf.callbacks import read_history
+from ofb_hf.choice import baselines
 from ofb_hf.data import DataArguments
 from ofb_hf.distillation import DistillationTrainer
 from ofb_hf.families.registry import family_of

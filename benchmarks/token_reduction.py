@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, set_seed
 
-from ofb_hf import OFBTrainer, OFBTrainingArguments, OFBViTForImageClassification, baselines, count_macs
+from ofb_hf import OFBTrainer, OFBTrainingArguments, OFBViTForImageClassification, count_macs
+from ofb_hf.choice import baselines
 from ofb_hf.cost.latency import LatencyTable, count_latency, milliseconds
 from ofb_hf.data import DataArguments
 from ofb_hf.learned_tokens import TokenSearchConfig
@@ -41,7 +42,7 @@ from ofb_hf.models.modeling_ofb_vit import TokenReduction
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.space.configuration import default_config
 from ofb_hf.token_trainer import TokenTrainer
-from ofb_hf.tokens import fixed_rate_schedule
+from ofb_hf.tokens.schedules import fixed_rate_schedule
 from ofb_hf.workflow.inputs import Inputs, load
 from ofb_hf.workflow.latency_table import measured_latency
 from ofb_hf.workflow.measure import images_per_second, provenance

@@ -19,7 +19,7 @@ from .families.description import macs_of
 from .families.registry import scheduled, with_fewest_tokens
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import TokenReduction, require_biased_attention, token_directions
-from .tokens import (
+from .tokens.schedules import (
     SMALLEST,
     Cost,
     full_schedule,

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig
 
-from .candidates import IMPORTANCE_SCORE
-from .cost.budget import UnreachableBudgetError
-from .families.description import Architecture, quantities
-from .families.registry import scheduled
-from .models import OFBViTForImageClassification
-from .models.modeling_ofb_vit import rank_tokens
-from .settlement import TIGHTNESS, Settlement
-from .token_choice import (
+from .choice.knapsack import TIGHTNESS, Settlement
+from .choice.schedule_candidates import (
     SMALLEST_COUNT,
     attention_of,
     best_in_family,
@@ -28,7 +22,13 @@ from .token_choice import (
     schedule_family,
     spread_over_family,
 )
-from .tokens import Cost, Schedule, full_schedule, num_tokens
+from .choice.scores import IMPORTANCE_SCORE
+from .cost.budget import UnreachableBudgetError
+from .families.description import Architecture, quantities
+from .families.registry import scheduled
+from .models import OFBViTForImageClassification
+from .models.modeling_ofb_vit import rank_tokens
+from .tokens.schedules import Cost, Schedule, full_schedule, num_tokens
 
 TRIED = 16  # numbers of tokens to which merging is tried in each layer, about evenly apart on a scale of square roots
 ROUNDS = 2

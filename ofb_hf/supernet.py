@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .bi_mask import BiMask, TiedBiMask
 from .choices import Choices
 from .cost.counting import count_macs, evaluate_terms
 from .families.description import Architecture, Slot, Submodule, quantities
 from .families.registry import UnsupportedArchitectureError, describe, family_of, image_sides, require_classifier
 from .families.subnet import SubnetSpec
-from .mask_stack import MaskStacks
-from .masked_layers import GateStore, apply_gates_, install_gates
+from .masks.bi_mask import BiMask, TiedBiMask
+from .masks.gates import GateStore, apply_gates_, install_gates
+from .masks.stack import MaskStacks
 from .models.modeling_ofb_vit import require_biased_attention
 from .pmim import PMIMDecoder, window_for_patch
 from .pruning.surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan

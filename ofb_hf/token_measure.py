@@ -9,8 +9,8 @@ import copy
 import torch
 from torch import Tensor
 
+from .choice.knapsack import Settlement
 from .losses import distillation_loss
-from .settlement import Settlement
 from .supernet import Supernet, compress
 
 

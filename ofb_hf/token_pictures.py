@@ -10,7 +10,7 @@ from transformers import ViTForImageClassification
 from .models import OFBViTForImageClassification
 from .models.modeling_ofb_vit import TokenReduction, match_tokens, rank_tokens
 from .plots import draw_schedule, drawing
-from .tokens import Schedule, num_tokens, require_class_token
+from .tokens.schedules import Schedule, num_tokens, require_class_token
 
 DROPPED = -1
 GREY = 0.25  # what is painted over dropped patches

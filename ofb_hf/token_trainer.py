@@ -16,7 +16,7 @@ from .losses import flops_loss
 from .models import OFBViTForImageClassification
 from .recomputation import without_reentry
 from .resumable import require_same_search
-from .tokens import Schedule, full_schedule, schedule_cost, settle_schedule
+from .tokens.schedules import Schedule, full_schedule, schedule_cost, settle_schedule
 from .training_args import OFBTrainingArguments
 
 TOKEN_SEARCH_FILE = "token_search_config.json"

@@ -32,7 +32,7 @@ from .resumable import require_same_search
 from .space.configuration import BiMaskConfig
 from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
 from .token_measure import nearest_settlement
-from .tokens import Schedule
+from .tokens.schedules import Schedule
 from .training_args import OFBTrainingArguments, check_search_arguments
 
 BI_MASK_CONFIG_FILE = "bi_mask_config.json"

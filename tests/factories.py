@@ -21,9 +21,9 @@ from ofb_hf import (
     ViTBiMaskConfig,
     install_bi_masks,
 )
-from ofb_hf.bi_mask import BiMask
 from ofb_hf.cost.latency import LatencyTable, frame_of
 from ofb_hf.families.registry import describe, scheduled
+from ofb_hf.masks.bi_mask import BiMask
 from ofb_hf.space.configuration import BiMaskConfig
 from ofb_hf.space.search_space import SubmoduleSpace
 from ofb_hf.supernet import Supernet

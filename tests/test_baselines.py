@@ -8,7 +8,8 @@ from factories import AWKWARD, FAMILIES, OURS, search_config, tiny_images, tiny_
 from invariants import assert_equal_states
 from torch.nn import functional as F
 
-from ofb_hf import baselines, count_macs, count_params
+from ofb_hf import count_macs, count_params
+from ofb_hf.choice import baselines
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.families.registry import describe
 from ofb_hf.pruning.surgery import slice_model

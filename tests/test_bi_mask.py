@@ -9,7 +9,7 @@ from factories import grid_spaces, masks, plain_spaces, random_candidate, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ofb_hf.bi_mask import BiMask
+from ofb_hf.masks.bi_mask import BiMask
 from ofb_hf.pruning.surgery import slice_tensors_
 from ofb_hf.space.search_space import SubmoduleSpace
 

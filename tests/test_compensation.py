@@ -9,7 +9,8 @@ from invariants import assert_equal_states
 from runs import STEPS, searcher
 from transformers import TrainerCallback
 
-from ofb_hf import ViTBiMaskConfig, baselines, count_macs
+from ofb_hf import ViTBiMaskConfig, count_macs
+from ofb_hf.choice import baselines
 from ofb_hf.data import BatchAugmentation
 from ofb_hf.families.registry import family_of
 from ofb_hf.pruning import compensation

@@ -26,13 +26,13 @@ from ofb_hf import (
     OFBTrainer,
     SubmoduleSpace,
     ViTBiMaskConfig,
-    baselines,
     count_macs,
     install_bi_masks,
     read_subnet,
 )
-from ofb_hf.bi_mask import IMPORTANCE_LIMIT, BiMask
-from ofb_hf.candidates import first_order_options
+from ofb_hf.choice import baselines
+from ofb_hf.choice.scores import first_order_options
+from ofb_hf.masks.bi_mask import IMPORTANCE_LIMIT, BiMask
 from ofb_hf.observation import OBSERVED_TOGETHER, Observation
 
 both_families = pytest.mark.parametrize("family", FAMILIES)

@@ -6,7 +6,7 @@ from factories import FAMILIES, retire_some_, tiny_images, tiny_supernet
 from invariants import assert_close, gradients_of, masked_patches, search_loss
 from torch.nn import functional as F
 
-from ofb_hf.masked_layers import GatedLinear, gated_linear
+from ofb_hf.masks.gates import GatedLinear, gated_linear
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 

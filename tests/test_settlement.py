@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofb_hf import compress, count_macs, count_params, install_bi_masks, read_subnet
+from ofb_hf.choice.knapsack import BINS, Option, settle
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.families.registry import Term
-from ofb_hf.settlement import BINS, Option, settle
 from ofb_hf.supernet import Supernet
 
 TIGHTNESS = 0.98

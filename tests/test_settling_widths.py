@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import SwinConfig
 
-from ofb_hf import SwinBiMaskConfig, compress, count_macs, count_params, install_bi_masks, read_subnet, settlement
+from ofb_hf import SwinBiMaskConfig, compress, count_macs, count_params, install_bi_masks, read_subnet
+from ofb_hf.choice import knapsack as settlement
+from ofb_hf.choice.knapsack import Option, Settlement, _Problem, _Relaxation, settle
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.families.description import Term, heads_of, presence_of, quantities
 from ofb_hf.families.registry import describe
-from ofb_hf.settlement import Option, Settlement, _Problem, _Relaxation, settle
 from ofb_hf.supernet import Supernet
 
 TIGHTNESS = 0.98

@@ -24,7 +24,7 @@ from ofb_hf.learned_tokens import (
 from ofb_hf.models.modeling_ofb_vit import merge_tokens
 from ofb_hf.models.shapes import SHAPES
 from ofb_hf.token_trainer import TokenTrainer
-from ofb_hf.tokens import (
+from ofb_hf.tokens.schedules import (
     PUBLISHED,
     fixed_rate_schedule,
     full_schedule,

@@ -19,8 +19,8 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTForImageClassification
 
 from ofb_hf import compress, count_macs, count_params, install_bi_masks, read_subnet
-from ofb_hf.bi_mask import TiedBiMask
-from ofb_hf.candidates import candidate_options, search_scores
+from ofb_hf.choice.scores import candidate_options, search_scores
+from ofb_hf.masks.bi_mask import TiedBiMask
 from ofb_hf.space.configuration import BiMaskConfig
 from ofb_hf.space.search_space import SearchSpace, SubmoduleSpace
 from ofb_hf.stock import pad_to_stock

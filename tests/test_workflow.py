@@ -427,7 +427,7 @@ def test_speed_of_several_models_is_measured_in_one_run():
 
 
 def test_submodules_are_reachable_from_the_package():
-    code = "import ofb_hf; ofb_hf.bi_mask.BiMask; ofb_hf.schedule.keep_ratio; ofb_hf.losses.flops_loss"
+    code = "import ofb_hf; ofb_hf.masks.bi_mask.BiMask; ofb_hf.schedule.keep_ratio; ofb_hf.losses.flops_loss"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'bimask'"):
         ofb_hf.bimask  # noqa: B018

@@ -36,7 +36,7 @@ from ..families.registry import BLOCK_HALVES, describe, family_of
 from ..models import OFBViTConfig
 from ..space.configuration import default_config
 from ..space.search_space import SearchSpace
-from ..tokens import Schedule, learned_schedule, num_tokens, ranking_layers
+from ..tokens.schedules import Schedule, learned_schedule, num_tokens, ranking_layers
 from . import output
 from .arguments import LatencyTableArguments
 from .inputs import load_for_counting

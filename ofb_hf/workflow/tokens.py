@@ -19,7 +19,7 @@ from ..models import OFBViTForImageClassification
 from ..models.shapes import SHAPES
 from ..token_pictures import plot_token_search
 from ..token_trainer import TokenTrainer
-from ..tokens import full_schedule
+from ..tokens.schedules import full_schedule
 from ..training_args import OFBTrainingArguments
 from . import output, search
 from .arguments import ModelArguments, TokenPhaseArguments, phase_arguments

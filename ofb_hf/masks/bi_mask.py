@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .families.subnet import Kept
-from .space.search_space import SubmoduleSpace
+from ..families.subnet import Kept
+from ..space.search_space import SubmoduleSpace
 
 # Above it a unit is worth its place (`estimate_importance_`).
 EVEN_IMPORTANCE = 0.5

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, ViTConfig
 
-from .cost.budget import UnreachableBudgetError
-from .cost.counting import evaluate_terms
-from .families.description import Part, Term, macs_of, quantities
-from .families.registry import UnsupportedArchitectureError, describe, vit_parts
+from ..cost.budget import UnreachableBudgetError
+from ..cost.counting import evaluate_terms
+from ..families.description import Part, Term, macs_of, quantities
+from ..families.registry import UnsupportedArchitectureError, describe, vit_parts
 
 Schedule = list[list[int]]
 # What is counted of parts of the forward pass: `macs_of`, or picoseconds (`LatencyTable.terms_of`).

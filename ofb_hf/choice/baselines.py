@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .candidates import kept_scores
-from .cost.counting import evaluate_terms
-from .families.description import Architecture, Submodule, Term, quantities
-from .families.registry import describe, require_classifier
-from .families.subnet import Kept, SubnetSpec
-from .settlement import TIGHTNESS, Option, settle
-from .space.configuration import BiMaskConfig
-from .space.search_space import SubmoduleSpace
+from ..cost.counting import evaluate_terms
+from ..families.description import Architecture, Submodule, Term, quantities
+from ..families.registry import describe, require_classifier
+from ..families.subnet import Kept, SubnetSpec
+from ..space.configuration import BiMaskConfig
+from ..space.search_space import SubmoduleSpace
+from .knapsack import TIGHTNESS, Option, settle
+from .scores import kept_scores
 
 # Submodule name -> how much each unit matters, (U,) or (heads, channels per head); at least 0.
 Scores = dict[str, Tensor]

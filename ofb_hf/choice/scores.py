@@ -6,10 +6,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .bi_mask import BiMask, sums_of_first
-from .cost.counting import evaluate_terms
-from .families.description import Term, heads_of, quantities
-from .settlement import Option
+from ..cost.counting import evaluate_terms
+from ..families.description import Term, heads_of, quantities
+from ..masks.bi_mask import BiMask, sums_of_first
+from .knapsack import Option
 
 # Kept importance, weighted by its share of the dense cost, counts this many times a nat of candidate probability
 # (found by experiment: docs/ARCHITECTURE.md).

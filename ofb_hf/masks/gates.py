@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .families.description import Submodule, presence_of
+from ..families.description import Submodule, presence_of
 
 
 class GateStore:

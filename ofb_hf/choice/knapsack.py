@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cost.budget import UnreachableBudgetError
-from .families.description import Term, quantities
+from ..cost.budget import UnreachableBudgetError
+from ..families.description import Term, quantities
 
 BINS = 2048
 # Costs of every size below the budget are told apart exactly up to so many. Picoseconds are far more: they are rounded,

@@ -14,12 +14,12 @@ from dataclasses import replace
 import numpy as np
 from transformers import ViTConfig
 
-from .cost.budget import UnreachableBudgetError
-from .cost.counting import evaluate_terms
-from .families.description import macs_of
-from .families.registry import vit_layer_parts
-from .settlement import Settlement
-from .tokens import Cost, Schedule, num_tokens
+from ..cost.budget import UnreachableBudgetError
+from ..cost.counting import evaluate_terms
+from ..families.description import macs_of
+from ..families.registry import vit_layer_parts
+from ..tokens.schedules import Cost, Schedule, num_tokens
+from .knapsack import Settlement
 
 SMALLEST_COUNT = 2  # the class token and a patch
 PRICES = 40

@@ -1,0 +1,1 @@
+"""What is best under a budget: arithmetic, without a trainer."""
