@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ofb_hf import compress, count_macs, install_bi_masks
-from ofb_hf.export import Exported, export_onnx
 from ofb_hf.models.shapes import SHAPES
+from ofb_hf.release.export import Exported, export_onnx
 from ofb_hf.space.configuration import default_config
 
 HEAD = ("model", "GMACs", "difference", "ONNX MiB", "torch img/s", "onnxruntime img/s", "ratio", "(lowest, highest)")

@@ -27,11 +27,11 @@ from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
 from ofb_hf.cost.counting import count_macs
-from ofb_hf.distillation import DistillationTrainer
 from ofb_hf.families.subnet import SubnetSpec
+from ofb_hf.search.trainer import OFBTrainer
 from ofb_hf.space.configuration import ViTBiMaskConfig
-from ofb_hf.trainer import OFBTrainer
-from ofb_hf.training_args import OFBTrainingArguments
+from ofb_hf.training.arguments import OFBTrainingArguments
+from ofb_hf.training.distillation import DistillationTrainer
 
 HEADS, HEAD_DIM, MLP, LAYERS, HIDDEN = 4, 16, 32, 4, 64
 # Useful units of the planted submodules: (heads, channels per head) or MLP channels; 25 to 50 % of each.

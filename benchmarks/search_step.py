@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ofb_hf import OFBTrainingArguments
-from ofb_hf.distillation import DistillationTrainer
 from ofb_hf.models.shapes import SHAPES
+from ofb_hf.search.supernet import Supernet
 from ofb_hf.space.configuration import default_config
-from ofb_hf.supernet import Supernet
+from ofb_hf.training.distillation import DistillationTrainer
 from ofb_hf.workflow.inputs import load_classifier
 from ofb_hf.workflow.trial import TrialSearch
 

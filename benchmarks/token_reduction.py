@@ -37,11 +37,11 @@ from ofb_hf import OFBTrainer, OFBTrainingArguments, OFBViTForImageClassificatio
 from ofb_hf.choice import baselines
 from ofb_hf.cost.latency import LatencyTable, count_latency, milliseconds
 from ofb_hf.data import DataArguments
-from ofb_hf.learned_tokens import TokenSearchConfig
 from ofb_hf.models.modeling_ofb_vit import TokenReduction
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.space.configuration import default_config
-from ofb_hf.token_trainer import TokenTrainer
+from ofb_hf.token_search.learned_counts import TokenSearchConfig
+from ofb_hf.token_search.trainer import TokenTrainer
 from ofb_hf.tokens.schedules import fixed_rate_schedule
 from ofb_hf.workflow.inputs import Inputs, load
 from ofb_hf.workflow.latency_table import measured_latency

@@ -15,20 +15,20 @@ from ._version import __version__
 from .models import *  # noqa: F403
 
 _LAZY = {
-    "OFBTrainer": "trainer",
-    "DistillationTrainer": "distillation",
-    "TokenSearchConfig": "learned_tokens",
-    "TokenTrainer": "token_trainer",
-    "OFBTrainingArguments": "training_args",
-    "install_bi_masks": "supernet",
-    "read_subnet": "supernet",
-    "compress": "supernet",
+    "OFBTrainer": "search.trainer",
+    "DistillationTrainer": "training.distillation",
+    "TokenSearchConfig": "token_search.learned_counts",
+    "TokenTrainer": "token_search.trainer",
+    "OFBTrainingArguments": "training.arguments",
+    "install_bi_masks": "search.supernet",
+    "read_subnet": "search.supernet",
+    "compress": "search.supernet",
     "SearchSpace": "space.search_space",
     "SubmoduleSpace": "space.search_space",
     "SubnetSpec": "families.subnet",
     "count_macs": "cost.counting",
     "count_params": "cost.counting",
-    "publish": "hub",
+    "publish": "release.hub",
 }
 
 # Every family has its search configuration: OFBViTConfig -> ViTBiMaskConfig.
@@ -39,16 +39,16 @@ _LAZY |= dict.fromkeys(_SEARCH_CONFIGS, "space.configuration")
 
 if TYPE_CHECKING:
     from .cost.counting import count_macs, count_params
-    from .distillation import DistillationTrainer
     from .families.subnet import SubnetSpec
-    from .hub import publish
-    from .learned_tokens import TokenSearchConfig
+    from .release.hub import publish
+    from .search.supernet import compress, install_bi_masks, read_subnet
+    from .search.trainer import OFBTrainer
     from .space.configuration import *  # noqa: F403
     from .space.search_space import SearchSpace, SubmoduleSpace
-    from .supernet import compress, install_bi_masks, read_subnet
-    from .token_trainer import TokenTrainer
-    from .trainer import OFBTrainer
-    from .training_args import OFBTrainingArguments
+    from .token_search.learned_counts import TokenSearchConfig
+    from .token_search.trainer import TokenTrainer
+    from .training.arguments import OFBTrainingArguments
+    from .training.distillation import DistillationTrainer
 
 for _config, _encoder, _classifier in models.REGISTERED:
     AutoConfig.register(_config.model_type, _config)

@@ -10,20 +10,20 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import hub
 from .cost.latency import LatencyTable
 from .data import AugmentationArguments, DataArguments
-from .export import ExportError
 from .families.registry import FAMILIES
-from .learned_tokens import TokenSearchConfig
-from .training_args import OFBTrainingArguments
+from .release import hub
+from .release.export import ExportError
+from .token_search.learned_counts import TokenSearchConfig
+from .training.arguments import OFBTrainingArguments
 from .workflow import export as export_workflow
-from .workflow import family as family_workflow
 from .workflow import finetune as finetune_workflow
 from .workflow import latency_table as latency_table_workflow
 from .workflow import plan as plan_workflow
 from .workflow import search as search_workflow
-from .workflow import tokens as tokens_workflow
+from .workflow import search_tokens as tokens_workflow
+from .workflow import several_budgets as family_workflow
 from .workflow import verify as verify_workflow
 from .workflow.arguments import (
     ExportArguments,

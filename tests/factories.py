@@ -24,9 +24,9 @@ from ofb_hf import (
 from ofb_hf.cost.latency import LatencyTable, frame_of
 from ofb_hf.families.registry import describe, scheduled
 from ofb_hf.masks.bi_mask import BiMask
+from ofb_hf.search.supernet import Supernet
 from ofb_hf.space.configuration import BiMaskConfig
 from ofb_hf.space.search_space import SubmoduleSpace
-from ofb_hf.supernet import Supernet
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ofb_hf.distillation import DistillationTrainer
+from ofb_hf.training.distillation import DistillationTrainer
 from ofb_hf.workflow import measure
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "search_deit.py"

@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ofb_hf import SubnetSpec
 from ofb_hf.families.registry import describe
-from ofb_hf.pmim import mask_patches
-from ofb_hf.supernet import Supernet
+from ofb_hf.search.pmim import mask_patches
+from ofb_hf.search.supernet import Supernet
 
 DTYPES = [torch.float32, torch.float64]
 KINDS = ["embedding", "attention", "mlp"]

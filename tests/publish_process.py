@@ -15,8 +15,8 @@ time.sleep = lambda seconds: sleep(min(seconds, 0.01))
 from huggingface_hub import constants  # noqa: E402
 
 from ofb_hf import publish  # noqa: E402
-from ofb_hf.hub import PublishError  # noqa: E402
-from ofb_hf.leaks import LeakError  # noqa: E402
+from ofb_hf.release.hub import PublishError  # noqa: E402
+from ofb_hf.release.leaks import LeakError  # noqa: E402
 
 if __name__ == "__main__":
     for name, folder, repository, token, settings in json.loads(sys.argv[1]):

@@ -21,7 +21,7 @@ from runs import searcher
 from torch import Tensor
 from transformers import TrainerCallback
 
-import ofb_hf.trainer
+import ofb_hf.search.trainer
 from ofb_hf import OFBTrainer, count_macs
 
 
@@ -90,7 +90,7 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     """Searches, and writes down what came out."""
     family = options.get("family", "vit")
     if options.get("leave_rebuild_out"):
-        ofb_hf.trainer.rebuild_ddp_ = lambda wrapped: None
+        ofb_hf.search.trainer.rebuild_ddp_ = lambda wrapped: None
     report = Report(options.get("compare_ranks", False))
     config = search_config(family, **({"target_macs": 0.6} | options.get("config", {})))
     model = tiny_model(family, **options.get("model", {})).train()

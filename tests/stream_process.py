@@ -15,8 +15,8 @@ from pictures import noisy_number_of, number_of
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from ofb_hf.callbacks import EpochCallback
 from ofb_hf.data import DataArguments, ImageStream, load_image_data
+from ofb_hf.training.callbacks import EpochCallback
 
 BATCH_SIZE = 5
 

@@ -6,7 +6,7 @@ from invariants import assert_equal_states
 from runs import searcher
 from safetensors.torch import load_file
 
-from ofb_hf.averaging import WeightAverage
+from ofb_hf.training.averaging import WeightAverage
 
 
 def test_the_average_follows_the_published_warm_up(tmp_path):

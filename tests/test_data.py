@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from ofb_hf.data import DataArguments, ImageData, load_digits_data, load_image_data
 from ofb_hf.data.columns import encode_labels
 from ofb_hf.data.splits import hold_out, limit
-from ofb_hf.training_args import OFBTrainingArguments
+from ofb_hf.training.arguments import OFBTrainingArguments
 
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import finish, results, start, start_search
 
-from ofb_hf.consistency import checksum, decided_by_rank_0, require_identical_ranks
+from ofb_hf.training.ranks import checksum, decided_by_rank_0, require_identical_ranks
 
 RETIRING = {"importance_hold": 0.1, "retire_begin": 0.8, "settle_at": 0.9}
 SHRINK_AT = [7, 10, 14]

@@ -33,7 +33,7 @@ from ofb_hf import (
 from ofb_hf.choice import baselines
 from ofb_hf.choice.scores import first_order_options
 from ofb_hf.masks.bi_mask import IMPORTANCE_LIMIT, BiMask
-from ofb_hf.observation import OBSERVED_TOGETHER, Observation
+from ofb_hf.search.observation import OBSERVED_TOGETHER, Observation
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 

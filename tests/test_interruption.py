@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from watched import OPTIONS, Watched
 
-from ofb_hf.checkpoints import newest_checkpoint
-from ofb_hf.interruption import Interruption, TrainingInterrupted, shield_workers
+from ofb_hf.training.checkpoints import newest_checkpoint
+from ofb_hf.training.interruption import Interruption, TrainingInterrupted, shield_workers
 
 
 def latest_step(folder: Path) -> int:

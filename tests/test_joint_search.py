@@ -13,7 +13,6 @@ from runs import searcher
 from torch.utils.flop_counter import FlopCounterMode
 
 from ofb_hf import SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig, compress, count_macs, install_bi_masks, read_subnet
-from ofb_hf.callbacks import HistoryCallback, read_history
 from ofb_hf.choice.schedule_candidates import reducing_layers, schedule_family, schedule_loss, schedule_of
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
@@ -21,9 +20,10 @@ from ofb_hf.families.description import macs_of, quantities
 from ofb_hf.families.registry import describe, scheduled
 from ofb_hf.models.modeling_ofb_vit import merge_tokens, rank_tokens
 from ofb_hf.pruning.surgery import slice_model
-from ofb_hf.searched_tokens import TokenProbe, merging_changes, tried_counts
-from ofb_hf.stock import pad_to_stock
+from ofb_hf.release.stock import pad_to_stock
+from ofb_hf.search.searched_tokens import TokenProbe, merging_changes, tried_counts
 from ofb_hf.tokens.schedules import full_schedule, schedule_cost
+from ofb_hf.training.callbacks import HistoryCallback, read_history
 from ofb_hf.workflow.arguments import SearchArguments
 from ofb_hf.workflow.plan import describe_space
 

@@ -14,7 +14,7 @@ import pytest
 from runs import finish, results, start_search
 from watched import OPTIONS, Watched
 
-from ofb_hf.checkpoints import ASIDE
+from ofb_hf.training.checkpoints import ASIDE
 
 KILLS = int(os.environ.get("KILLS", "1"))
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "ema_decay": 0.9}

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
-from ofb_hf.leaks import LeakError, require_no_leaks
+from ofb_hf.release.leaks import LeakError, require_no_leaks
 
 HOME = "/".join(["", "home", "me"])  # in pieces: this file is searched for folders, too
 TOKEN = "hf_" + "aB3" * 12

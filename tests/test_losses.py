@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from ofb_hf.losses import (
+from ofb_hf.training.losses import (
     SPREAD_MARGIN,
     budget_loss,
     classification_loss,

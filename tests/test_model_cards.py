@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from ofb_hf import SubnetSpec
-from ofb_hf.model_card import MEASURED, final_results, read_results, render_card
+from ofb_hf.release.card import MEASURED, final_results, read_results, render_card
 from ofb_hf.workflow.report import markdown_table, results_rows
 
 CARDS = Path(__file__).parent.parent / "model_cards"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ofb_hf.pmim import (
+from ofb_hf.search.pmim import (
     PMIMDecoder,
     cut_patches,
     hidden_first,

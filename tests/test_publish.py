@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from ofb_hf import SubnetSpec, cli, count_macs, publish
-from ofb_hf.leaks import LeakError
+from ofb_hf.release.leaks import LeakError
 
 TESTS = Path(__file__).parent
 TOKENS = {"hf_write": Token("ann", organizations=("lab",)), "hf_read": Token("ann", "read"), "hf_other": Token("bob")}

@@ -13,11 +13,11 @@ from pictures import parquet, picture
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from ofb_hf import OFBTrainingArguments, install_bi_masks
-from ofb_hf.callbacks import read_history
 from ofb_hf.cli import SEARCH
 from ofb_hf.data import AugmentationArguments, DataArguments
 from ofb_hf.models.shapes import SHAPES
 from ofb_hf.space.configuration import default_config
+from ofb_hf.training.callbacks import read_history
 from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments, SearchArguments, parse
 
 RECIPES = Path(__file__).parent.parent / "recipes"

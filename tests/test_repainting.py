@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ofb_hf import install_bi_masks
-from ofb_hf.pmim import cut_patches, mask_patches, normalize_target, reconstruction_loss, refine_mask
-from ofb_hf.supernet import Supernet
+from ofb_hf.search.pmim import cut_patches, mask_patches, normalize_target, reconstruction_loss, refine_mask
+from ofb_hf.search.supernet import Supernet
 
 # A ViT ignores the pixels that no patch covers, a Swin pads: its grids of 9, and of 9 x 7, are odd.
 SIZES = [("vit", 16), ("vit", [16, 24]), ("vit", 18), ("swin", 16), ("swin", 18), ("swin", 17), ("swin", [18, 14])]

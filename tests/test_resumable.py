@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from ofb_hf import DistillationTrainer
-from ofb_hf.checkpoints import ASIDE, is_complete, move_into_place, newest_checkpoint
 from ofb_hf.data import SeededImages
-from ofb_hf.interruption import TrainingInterrupted
+from ofb_hf.training.checkpoints import ASIDE, is_complete, move_into_place, newest_checkpoint
+from ofb_hf.training.interruption import TrainingInterrupted
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}

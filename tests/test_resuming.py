@@ -13,9 +13,9 @@ from runs import QUICK, walk
 from transformers import TrainerCallback
 
 from ofb_hf import cli
-from ofb_hf.callbacks import read_history
-from ofb_hf.distillation import DistillationTrainer
-from ofb_hf.interruption import TrainingInterrupted
+from ofb_hf.training.callbacks import read_history
+from ofb_hf.training.distillation import DistillationTrainer
+from ofb_hf.training.interruption import TrainingInterrupted
 from ofb_hf.workflow import finetune as finetune_workflow
 from ofb_hf.workflow import output as output_folder
 from ofb_hf.workflow import search as workflow
@@ -53,7 +53,8 @@ def test_killed_search_resumes_to_the_same_weights_with_random_augmentation(chec
         "    def on_step_begin(self, args, state, control, **kwargs):\n"
         "        super().on_step_begin(args, state, control, **kwargs)\n"
         "        if state.global_step == 8: os._exit(9)\n"
-        "import ofb_hf.trainer; ofb_hf.trainer.SearchCallback = Kill; import torch; torch.set_num_threads(1)\n"
+        "import ofb_hf.search.trainer; ofb_hf.search.trainer.SearchCallback = Kill\n"
+        "import torch; torch.set_num_threads(1)\n"
         "cli.search(sys.argv[1:])"
     )
     cut = tmp_path / "cut"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ofb_hf.schedule import budget_share, importance_weight, is_retirement_step, keep_ratio, one_hot_weight, ramp
+from ofb_hf.search.phases import budget_share, importance_weight, is_retirement_step, keep_ratio, one_hot_weight, ramp
 
 STEPS = st.floats(-10, 1000)
 VALUES = st.floats(0, 1)

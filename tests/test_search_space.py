@@ -22,8 +22,8 @@ from transformers import SwinConfig
 
 from ofb_hf import SearchSpace, SubmoduleSpace, SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig
 from ofb_hf.families.registry import describe
-from ofb_hf.losses import budget_loss
 from ofb_hf.pruning.surgery import slice_model
+from ofb_hf.training.losses import budget_loss
 
 GRID = {"num_heads": 4, "head_dim": 6, "head_candidates": (2, 4), "dim_candidates": (3, 6)}
 

@@ -22,7 +22,7 @@ from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.families.description import Term, heads_of, presence_of, quantities
 from ofb_hf.families.registry import describe
-from ofb_hf.supernet import Supernet
+from ofb_hf.search.supernet import Supernet
 
 TIGHTNESS = 0.98
 

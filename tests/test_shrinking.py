@@ -27,9 +27,9 @@ from invariants import (
 )
 
 from ofb_hf import compress, count_macs, install_bi_masks, read_subnet
-from ofb_hf.averaging import WeightAverage
 from ofb_hf.pruning.surgery import Plan, slice_optimizer_, slice_tensor
-from ofb_hf.supernet import Supernet
+from ofb_hf.search.supernet import Supernet
+from ofb_hf.training.averaging import WeightAverage
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 

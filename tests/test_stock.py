@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, ViTForImageClassificat
 
 from ofb_hf import OFBViTForImageClassification, SubnetSpec, count_params, install_bi_masks
 from ofb_hf.pruning.surgery import slice_model
-from ofb_hf.stock import pad_to_stock
+from ofb_hf.release.stock import pad_to_stock
 
 
 def compressed(overrides=None, candidates=None, dtype=torch.float32):

@@ -30,10 +30,12 @@ from pictures import (
 from PIL import Image as PILImage
 from runs import arguments
 
-from ofb_hf import DistillationTrainer, callbacks
-from ofb_hf.data import DataArguments, ImageStream, TooManyBadImagesError, blocks
+from ofb_hf import DistillationTrainer
+from ofb_hf.data import DataArguments, ImageStream, TooManyBadImagesError
+from ofb_hf.data import row_blocks as blocks
 from ofb_hf.data.decoding import AT_ANY_TIME, ENOUGH_SEEN, ONCE, BadImages, decode_image
 from ofb_hf.data.epochs import EpochPlan, Share
+from ofb_hf.training import callbacks
 
 
 @pytest.fixture(autouse=True)
@@ -349,9 +351,9 @@ def test_rows_are_counted_once(archives, monkeypatch, caplog):
 def test_a_description_that_counts_otherwise_is_mentioned(archives):
     card = "---\ndataset_info:\n  splits:\n  - name: train\n    num_examples: 31\n---\n"
     write(archives, {"README.md": card.encode()})
-    with assert_logs("ofb_hf.data.blocks", "--num_train_examples 31 would take that as the number"):
+    with assert_logs("ofb_hf.data.row_blocks", "--num_train_examples 31 would take that as the number"):
         assert len(stream(archives)) == 30
-    with assert_logs("ofb_hf.data.blocks", "split 'train' has 30 rows, though its description says 31"):
+    with assert_logs("ofb_hf.data.row_blocks", "split 'train' has 30 rows, though its description says 31"):
         stream(archives)
 
 

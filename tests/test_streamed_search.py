@@ -7,8 +7,8 @@ from runs import PRODUCT, arguments, rows, walk
 
 from ofb_hf import DistillationTrainer
 from ofb_hf.data import BatchAugmentation
-from ofb_hf.distillation import DistillationTrainer as Trainer
-from ofb_hf.interruption import TrainingInterrupted
+from ofb_hf.training.distillation import DistillationTrainer as Trainer
+from ofb_hf.training.interruption import TrainingInterrupted
 
 STREAMED = ["--streaming", "true", "--augmentation", "deit", "--per_device_train_batch_size", "4"]
 GRAY = BatchAugmentation((127.5,) * 3, (127.5,) * 3, 3, random_erasing=0.25, mixup=0.8, cutmix=1.0)

@@ -21,9 +21,9 @@ from huggingface_hub.utils import httpx
 from pictures import LABELS, NUM_IMAGES, SHARD_ROWS, noisy_number_of, numbers, repository, stream, write
 from stream_process import train
 
-from ofb_hf import network
+from ofb_hf import hub_retries as network
 from ofb_hf.data import DataArguments, ImageStream, SeededImages, StreamBrokenError, load_image_data
-from ofb_hf.data.blocks import Row, read_patiently
+from ofb_hf.data.row_blocks import Row, read_patiently
 
 BATCH_SIZE = 5
 TESTS = Path(__file__).parent

@@ -41,7 +41,7 @@ from ofb_hf import SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig, compress, coun
 from ofb_hf.families.description import heads_of
 from ofb_hf.families.registry import UnsupportedArchitectureError, describe
 from ofb_hf.pruning.surgery import slice_model
-from ofb_hf.supernet import Supernet
+from ofb_hf.search.supernet import Supernet
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 

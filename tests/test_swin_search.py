@@ -19,7 +19,7 @@ from invariants import (
 
 from ofb_hf import OFBSwinForImageClassification, SubnetSpec, compress, count_macs, count_params, install_bi_masks
 from ofb_hf.pruning.surgery import slice_model
-from ofb_hf.supernet import Supernet
+from ofb_hf.search.supernet import Supernet
 
 THREE_STAGES = {
     "image_size": 32,

@@ -31,8 +31,8 @@ from ofb_hf.cost.counting import count_macs, evaluate_terms
 from ofb_hf.cost.latency import PICOSECONDS, count_latency
 from ofb_hf.families.description import macs_of, quantities
 from ofb_hf.families.registry import describe, family_of, scheduled, vit_layer_parts
-from ofb_hf.learned_tokens import TokenSearchConfig, expected_cost, learned_reductions
-from ofb_hf.token_trainer import TokenTrainer
+from ofb_hf.token_search.learned_counts import TokenSearchConfig, expected_cost, learned_reductions
+from ofb_hf.token_search.trainer import TokenTrainer
 from ofb_hf.tokens.schedules import fixed_rate_schedule, full_schedule, schedule_cost, settle_schedule
 from ofb_hf.workflow.latency_table import _fitted, _points, _reduce_tokens_, sample_sizes
 

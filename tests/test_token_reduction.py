@@ -28,12 +28,12 @@ from ofb_hf import (
     install_bi_masks,
     publish,
 )
-from ofb_hf.export import export_onnx, export_torch
 from ofb_hf.families.registry import UnsupportedArchitectureError
-from ofb_hf.learned_tokens import install_learned_counts
 from ofb_hf.models.modeling_ofb_vit import TokenReduction
 from ofb_hf.pruning.surgery import slice_model
-from ofb_hf.stock import pad_to_stock
+from ofb_hf.release.export import export_onnx, export_torch
+from ofb_hf.release.stock import pad_to_stock
+from ofb_hf.token_search.learned_counts import install_learned_counts
 
 SCHEDULE = [[17, 15], [12, 7], [7, 2]]
 

@@ -18,9 +18,9 @@ from ofb_hf import OFBViTForImageClassification, SubnetSpec, cli, count_macs, pu
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.latency import PICOSECONDS, LatencyTable, count_latency
 from ofb_hf.families.registry import UnsupportedArchitectureError
-from ofb_hf.learned_tokens import TokenSearchConfig
+from ofb_hf.pictures.token_maps import DROPPED, draw_tokens, paint_tokens, trace_tokens
 from ofb_hf.pruning.surgery import slice_model
-from ofb_hf.token_pictures import DROPPED, draw_tokens, paint_tokens, trace_tokens
+from ofb_hf.token_search.learned_counts import TokenSearchConfig
 
 SETTINGS = ["--token_learning_rate", "0.3", "--max_steps", "8", *QUICK]
 

@@ -13,7 +13,9 @@ from test_token_reduction import SCHEDULE, scheduled_vit
 from ofb_hf import OFBViTConfig, OFBViTForImageClassification, count_macs, install_bi_masks
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.families.registry import UnsupportedArchitectureError
-from ofb_hf.learned_tokens import (
+from ofb_hf.models.modeling_ofb_vit import merge_tokens
+from ofb_hf.models.shapes import SHAPES
+from ofb_hf.token_search.learned_counts import (
     LearnedCount,
     LearnedReduction,
     TokenSearchConfig,
@@ -21,9 +23,7 @@ from ofb_hf.learned_tokens import (
     install_learned_counts,
     read_expected_counts,
 )
-from ofb_hf.models.modeling_ofb_vit import merge_tokens
-from ofb_hf.models.shapes import SHAPES
-from ofb_hf.token_trainer import TokenTrainer
+from ofb_hf.token_search.trainer import TokenTrainer
 from ofb_hf.tokens.schedules import (
     PUBLISHED,
     fixed_rate_schedule,

@@ -23,9 +23,9 @@ from ofb_hf import (
     count_params,
     install_bi_masks,
 )
-from ofb_hf.callbacks import HISTORY_FIELDS, HistoryCallback, read_history
-from ofb_hf.losses import distillation_loss
-from ofb_hf.training_args import check_search_arguments
+from ofb_hf.training.arguments import check_search_arguments
+from ofb_hf.training.callbacks import HISTORY_FIELDS, HistoryCallback, read_history
+from ofb_hf.training.losses import distillation_loss
 
 
 def weights(model):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from runs import TESTS, finish, results
 
-from ofb_hf.checkpoints import newest_checkpoint
+from ofb_hf.training.checkpoints import newest_checkpoint
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 NAMES = tuple(f"ofb{os.getpid()}host{index}" for index in range(2))

@@ -21,9 +21,9 @@ from transformers import AutoModelForImageClassification, TrainerCallback, ViTFo
 from ofb_hf import compress, count_macs, count_params, install_bi_masks, read_subnet
 from ofb_hf.choice.scores import candidate_options, search_scores
 from ofb_hf.masks.bi_mask import TiedBiMask
+from ofb_hf.release.stock import pad_to_stock
 from ofb_hf.space.configuration import BiMaskConfig
 from ofb_hf.space.search_space import SearchSpace, SubmoduleSpace
-from ofb_hf.stock import pad_to_stock
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 TIED = {

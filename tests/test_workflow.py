@@ -23,9 +23,9 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil, 
 
 import ofb_hf
 from ofb_hf import OFBTrainingArguments, SubnetSpec, ViTBiMaskConfig, cli, count_macs, count_params
-from ofb_hf.callbacks import HISTORY_FIELDS, read_history
 from ofb_hf.data import DataArguments
-from ofb_hf.model_card import render_card
+from ofb_hf.release.card import render_card
+from ofb_hf.training.callbacks import HISTORY_FIELDS, read_history
 from ofb_hf.workflow.arguments import DEMO_CONFIG, FinetuneArguments, ModelArguments, command_line, parse
 from ofb_hf.workflow.inputs import load
 from ofb_hf.workflow.measure import images_per_second, lost_classes
@@ -427,7 +427,9 @@ def test_speed_of_several_models_is_measured_in_one_run():
 
 
 def test_submodules_are_reachable_from_the_package():
-    code = "import ofb_hf; ofb_hf.masks.bi_mask.BiMask; ofb_hf.schedule.keep_ratio; ofb_hf.losses.flops_loss"
+    code = (
+        "import ofb_hf; ofb_hf.masks.bi_mask.BiMask; ofb_hf.search.phases.keep_ratio; ofb_hf.training.losses.flops_loss"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'bimask'"):
         ofb_hf.bimask  # noqa: B018

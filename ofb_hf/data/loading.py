@@ -9,10 +9,10 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetBuilder, DatasetDict, Features, load_dataset, load_dataset_builder
 from PIL import Image as PILImage
 
-from ..network import hub_refusals_in_words, patiently
-from .blocks import open_source
+from ..hub_retries import hub_refusals_in_words, patiently
 from .columns import column_values, decode_images, encode_labels, find_image_column, find_label_column
 from .digits import load_digits_data
+from .row_blocks import open_source
 from .splits import ImageData, hold_out, limit
 from .streaming import StreamedSplit
 from .transforms import AUGMENTATIONS

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from transformers.utils import logging
 
-from .blocks import Row, Source, read_patiently
 from .decoding import ONCE, BadImages, TooManyBadImagesError, decode_image
 from .epochs import EpochPlan, Share
+from .row_blocks import Row, Source, read_patiently
 
 logger = logging.get_logger(__name__)
 

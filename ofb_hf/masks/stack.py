@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..families.description import heads_of, presence_of
-from ..losses import one_hot_losses
+from ..training.losses import one_hot_losses
 from .bi_mask import BiMask, bi_mask_values, importance_scores, probabilities, staircase, unit_ranks
 
 # L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit elsewhere.

@@ -17,10 +17,10 @@ from transformers import HfArgumentParser
 
 from ..cost.budget import BUDGETS
 from ..data import DataArguments
-from ..export import FORMATS
 from ..models.shapes import SHAPES
+from ..release.export import FORMATS
 from ..space.configuration import BiMaskConfig
-from ..training_args import OFBTrainingArguments
+from ..training.arguments import OFBTrainingArguments
 from .output import SEARCH_PHASES
 
 # Training arguments that decide the result of a run, beside batch sizes and precision. Those that only say how it is

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..export import FORMATS, Exported
 from ..families.loading import load_complete_classifier
+from ..release.export import FORMATS, Exported
 from .arguments import ExportArguments
 from .inputs import image_shape, load_image_processor, require_same_size
 

@@ -9,10 +9,10 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from ..consistency import decided_by_rank_0
 from ..data import AugmentationArguments, DataArguments
-from ..distillation import DistillationTrainer
-from ..training_args import OFBTrainingArguments
+from ..training.arguments import OFBTrainingArguments
+from ..training.distillation import DistillationTrainer
+from ..training.ranks import decided_by_rank_0
 from . import output
 from .arguments import ModelArguments, training_settings
 from .inputs import Inputs, load, load_teacher

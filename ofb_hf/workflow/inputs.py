@@ -13,7 +13,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..consistency import decided_by_rank_0
 from ..data import (
     AugmentationArguments,
     BatchAugmentation,
@@ -33,6 +32,7 @@ from ..data import (
 from ..families.loading import load_complete_classifier
 from ..families.registry import require_classifier
 from ..models.shapes import SHAPES
+from ..training.ranks import decided_by_rank_0
 
 logger = logging.get_logger(__name__)
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._version import __version__
 from ..cost.counting import count_macs, count_params
-from ..distillation import DistillationTrainer
 from ..families.registry import image_sides
 from ..metrics import compute_topk, top5_indices
-from ..training_args import OFBTrainingArguments
+from ..training.arguments import OFBTrainingArguments
+from ..training.distillation import DistillationTrainer
 from .arguments import changed, command_line
 
 # What a Trainer needs to report top-1 and top-5.

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..callbacks import HISTORY_FILE
-from ..checkpoints import ASIDE, is_complete
 from ..cost.latency import LATENCY_TABLE_FILE
-from ..training_args import OFBTrainingArguments
+from ..training.arguments import OFBTrainingArguments
+from ..training.callbacks import HISTORY_FILE
+from ..training.checkpoints import ASIDE, is_complete
 
 logger = logging.get_logger(__name__)
 

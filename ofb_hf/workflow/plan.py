@@ -14,9 +14,9 @@ from ..cost.budget import UnreachableBudgetError
 from ..cost.counting import count_cost, count_macs, count_params
 from ..cost.latency import count_latency, milliseconds
 from ..families.subnet import SubnetSpec
+from ..search.supernet import install_bi_masks
 from ..space.configuration import BiMaskConfig, default_config
-from ..supernet import install_bi_masks
-from ..training_args import OFBTrainingArguments, check_search_arguments
+from ..training.arguments import OFBTrainingArguments, check_search_arguments
 from .arguments import PlanArguments, SearchArguments
 from .inputs import load_for_counting
 from .latency_table import warn_if_elsewhere

@@ -16,24 +16,24 @@ from huggingface_hub.utils import httpx
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from ..callbacks import HISTORY_FILE, HistoryCallback, left_out_at, read_history
-from ..checkpoints import ASIDE
-from ..consistency import decided_by_rank_0
 from ..cost.latency import LATENCY_TABLE_FILE, LatencyTable, count_latency, milliseconds
 from ..data import AugmentationArguments, DataArguments
-from ..distillation import DistillationTrainer
 from ..families.registry import describe
 from ..families.subnet import SubnetSpec
-from ..hub import publish, require_write_access
-from ..learned_tokens import TokenSearchConfig
-from ..model_card import render_card
 from ..models.shapes import SHAPES
-from ..plots import plot_search
+from ..pictures.plots import plot_search
+from ..pictures.token_maps import draw_tokens
+from ..release.card import render_card
+from ..release.hub import publish, require_write_access
+from ..search.supernet import install_bi_masks
+from ..search.trainer import OFBTrainer
 from ..space.configuration import BiMaskConfig, default_config
-from ..supernet import install_bi_masks
-from ..token_pictures import draw_tokens
-from ..trainer import OFBTrainer
-from ..training_args import OFBTrainingArguments, check_search_arguments
+from ..token_search.learned_counts import TokenSearchConfig
+from ..training.arguments import OFBTrainingArguments, check_search_arguments
+from ..training.callbacks import HISTORY_FILE, HistoryCallback, left_out_at, read_history
+from ..training.checkpoints import ASIDE
+from ..training.distillation import DistillationTrainer
+from ..training.ranks import decided_by_rank_0
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, SearchArguments, changed, phase_arguments, training_settings
 from .inputs import Inputs, load, load_teacher

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import schedule
 from ..families.registry import image_sides
+from ..search import phases as schedule
+from ..search.trainer import OFBTrainer
 from ..space.configuration import BiMaskConfig
-from ..trainer import OFBTrainer
-from ..training_args import OFBTrainingArguments
+from ..training.arguments import OFBTrainingArguments
 from .arguments import changed
 
 # Long enough that phases, retirement and settlement lie steps apart.

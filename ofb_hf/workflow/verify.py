@@ -7,9 +7,9 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..data import DataArguments
-from ..model_card import MEASURED, final_results, read_results
-from ..staging import CARD, RESULTS
-from ..training_args import OFBTrainingArguments
+from ..release.card import MEASURED, final_results, read_results
+from ..release.folder import CARD, RESULTS
+from ..training.arguments import OFBTrainingArguments
 from .arguments import ModelArguments
 from .finetune import run_evaluate
 from .report import results_rows

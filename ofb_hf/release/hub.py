@@ -17,10 +17,10 @@ from huggingface_hub.utils import httpx
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ._version import __version__
+from .._version import __version__
+from ..hub_retries import patiently
+from .folder import is_ours, stage, stage_stock
 from .leaks import require_no_leaks
-from .network import patiently
-from .staging import is_ours, stage, stage_stock
 from .stock import has_stock_twin
 
 logger = logging.get_logger(__name__)

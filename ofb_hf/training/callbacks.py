@@ -12,8 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .checkpoints import ASIDE
 
 if TYPE_CHECKING:
+    from ..search.trainer import OFBTrainer
     from .averaging import WeightAverage
-    from .trainer import OFBTrainer
 
 HISTORY_FILE = "search_history.jsonl"
 HISTORY_FIELDS = [

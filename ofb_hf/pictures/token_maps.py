@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import ViTForImageClassification
 
-from .models import OFBViTForImageClassification
-from .models.modeling_ofb_vit import TokenReduction, match_tokens, rank_tokens
+from ..models import OFBViTForImageClassification
+from ..models.modeling_ofb_vit import TokenReduction, match_tokens, rank_tokens
+from ..tokens.schedules import Schedule, num_tokens, require_class_token
 from .plots import draw_schedule, drawing
-from .tokens.schedules import Schedule, num_tokens, require_class_token
 
 DROPPED = -1
 GREY = 0.25  # what is painted over dropped patches

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .families.subnet import SubnetSpec
+from ..families.subnet import SubnetSpec
 
 
 @contextmanager

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from .families.registry import family_of
+from ..families.registry import family_of
+from ..training.arguments import OFBTrainingArguments
 from .supernet import Supernet
-from .training_args import OFBTrainingArguments
 
 
 def parameter_groups(supernet: Supernet, args: OFBTrainingArguments) -> list[dict[str, Any]]:

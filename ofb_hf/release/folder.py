@@ -12,12 +12,12 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from . import models
-from ._version import __version__
-from .cost.counting import count_macs, count_params
-from .families.loading import load_complete_classifier
+from .. import models
+from .._version import __version__
+from ..cost.counting import count_macs, count_params
+from ..families.loading import load_complete_classifier
+from .card import final_results, plain_card, read_results
 from .leaks import require_no_token
-from .model_card import final_results, plain_card, read_results
 from .stock import has_stock_twin, pad_to_stock
 
 CARD, RESULTS, SUBNET, PREPROCESSOR = "README.md", "eval_results.json", "subnet.json", "preprocessor_config.json"

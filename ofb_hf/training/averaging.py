@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from .pruning.surgery import Plan, slice_tensor
+from ..pruning.surgery import Plan, slice_tensor
 
 
 class WeightAverage:

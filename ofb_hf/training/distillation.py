@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from ..models import OFBViTForImageClassification
+from .arguments import OFBTrainingArguments
 from .averaging import WeightAverage
 from .callbacks import AverageCallback, EpochCallback, RandomStreamsCallback
 from .interruption import shield_workers
 from .losses import classification_loss, distillation_loss
-from .models import OFBViTForImageClassification
 from .resumable import ResumableTrainer
-from .training_args import OFBTrainingArguments
 
 EMA_FILE = "ema.safetensors"
 BatchAugmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]

@@ -9,8 +9,8 @@ import copy
 import torch
 from torch import Tensor
 
-from .choice.knapsack import Settlement
-from .losses import distillation_loss
+from ..choice.knapsack import Settlement
+from ..training.losses import distillation_loss
 from .supernet import Supernet, compress
 
 

@@ -23,7 +23,7 @@ from filelock import FileLock
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
 
-from ..network import WAITS_IN_A_RUN, patiently, wait_or_give_up
+from ..hub_retries import WAITS_IN_A_RUN, patiently, wait_or_give_up
 
 logger = logging.get_logger(__name__)
 

@@ -15,25 +15,25 @@ from transformers import PreTrainedModel, get_scheduler, set_seed
 from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from . import schedule
-from .callbacks import SearchCallback
-from .consistency import decided_by_rank_0, require_identical_ranks
-from .cost.counting import count_macs, count_params
-from .cost.latency import count_latency, milliseconds
-from .distillation import DistillationTrainer
-from .families.subnet import SubnetSpec
-from .losses import budget_loss, flops_loss
+from ..cost.counting import count_macs, count_params
+from ..cost.latency import count_latency, milliseconds
+from ..families.subnet import SubnetSpec
+from ..pruning.compensation import Compensation
+from ..pruning.surgery import rebuild_ddp_, slice_optimizer_
+from ..space.configuration import BiMaskConfig
+from ..tokens.schedules import Schedule
+from ..training.arguments import OFBTrainingArguments, check_search_arguments
+from ..training.callbacks import SearchCallback
+from ..training.distillation import DistillationTrainer
+from ..training.losses import budget_loss, flops_loss
+from ..training.ranks import decided_by_rank_0, require_identical_ranks
+from ..training.resumable import require_same_search
+from . import phases as schedule
 from .observation import OBSERVED_IMAGES, Observation
 from .parameter_groups import parameter_groups
 from .pmim import hidden_first, mask_patches, normalize_target, reconstruction_loss, refine_mask
-from .pruning.compensation import Compensation
-from .pruning.surgery import rebuild_ddp_, slice_optimizer_
-from .resumable import require_same_search
-from .space.configuration import BiMaskConfig
 from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
-from .token_measure import nearest_settlement
-from .tokens.schedules import Schedule
-from .training_args import OFBTrainingArguments, check_search_arguments
+from .trial_cuts import nearest_settlement
 
 BI_MASK_CONFIG_FILE = "bi_mask_config.json"
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig
 
-from .choice.knapsack import TIGHTNESS, Settlement
-from .choice.schedule_candidates import (
+from ..choice.knapsack import TIGHTNESS, Settlement
+from ..choice.schedule_candidates import (
     SMALLEST_COUNT,
     attention_of,
     best_in_family,
@@ -22,13 +22,13 @@ from .choice.schedule_candidates import (
     schedule_family,
     spread_over_family,
 )
-from .choice.scores import IMPORTANCE_SCORE
-from .cost.budget import UnreachableBudgetError
-from .families.description import Architecture, quantities
-from .families.registry import scheduled
-from .models import OFBViTForImageClassification
-from .models.modeling_ofb_vit import rank_tokens
-from .tokens.schedules import Cost, Schedule, full_schedule, num_tokens
+from ..choice.scores import IMPORTANCE_SCORE
+from ..cost.budget import UnreachableBudgetError
+from ..families.description import Architecture, quantities
+from ..families.registry import scheduled
+from ..models import OFBViTForImageClassification
+from ..models.modeling_ofb_vit import rank_tokens
+from ..tokens.schedules import Cost, Schedule, full_schedule, num_tokens
 
 TRIED = 16  # numbers of tokens to which merging is tried in each layer, about evenly apart on a scale of square roots
 ROUNDS = 2

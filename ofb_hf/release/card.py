@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .families.subnet import SubnetSpec
+from ..families.subnet import SubnetSpec
 
 TEMPLATES = Path(__file__).with_name("templates")
 BUDGETS = {

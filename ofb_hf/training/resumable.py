@@ -14,8 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checkpoints import ASIDE, STATE_FILE, is_complete, move_into_place, newest_checkpoint
-from .consistency import decided_by_rank_0
 from .interruption import Interruption, TrainingInterrupted, shield_workers
+from .ranks import decided_by_rank_0
 
 logger = logging.get_logger(__name__)
 

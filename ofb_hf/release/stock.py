@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from .families.registry import describe, vit_query_parameters, with_vit_layers
-from .models import OFBViTForImageClassification
-from .pruning.surgery import Entries, unit_group_plan
+from ..families.registry import describe, vit_query_parameters, with_vit_layers
+from ..models import OFBViTForImageClassification
+from ..pruning.surgery import Entries, unit_group_plan
 
 SIZES = ("num_attention_heads", "head_dim", "intermediate_size")
 # Fields that only our config has, and those that from_pretrained derives.

@@ -9,18 +9,18 @@ from huggingface_hub.utils import httpx
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from ..callbacks import HISTORY_FILE, read_history
 from ..data import AugmentationArguments, DataArguments
 from ..families.registry import describe
 from ..families.subnet import SubnetSpec
-from ..learned_tokens import TokenSearchConfig, install_learned_counts
-from ..model_card import render_token_card
 from ..models import OFBViTForImageClassification
 from ..models.shapes import SHAPES
-from ..token_pictures import plot_token_search
-from ..token_trainer import TokenTrainer
+from ..pictures.token_maps import plot_token_search
+from ..release.card import render_token_card
+from ..token_search.learned_counts import TokenSearchConfig, install_learned_counts
+from ..token_search.trainer import TokenTrainer
 from ..tokens.schedules import full_schedule
-from ..training_args import OFBTrainingArguments
+from ..training.arguments import OFBTrainingArguments
+from ..training.callbacks import HISTORY_FILE, read_history
 from . import output, search
 from .arguments import ModelArguments, TokenPhaseArguments, phase_arguments
 from .inputs import load, load_teacher

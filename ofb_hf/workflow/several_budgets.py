@@ -7,7 +7,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..cost.counting import count_cost
-from ..plots import plot_family
+from ..pictures.plots import plot_family
 from . import output, search
 from .arguments import changed
 from .report import family_rows, text_table

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .distillation import DistillationTrainer
-from .learned_tokens import TokenSearchConfig, expected_cost, install_learned_counts, read_expected_counts
-from .losses import flops_loss
-from .models import OFBViTForImageClassification
-from .recomputation import without_reentry
-from .resumable import require_same_search
-from .tokens.schedules import Schedule, full_schedule, schedule_cost, settle_schedule
-from .training_args import OFBTrainingArguments
+from ..models import OFBViTForImageClassification
+from ..tokens.schedules import Schedule, full_schedule, schedule_cost, settle_schedule
+from ..training.activation_checkpointing import without_reentry
+from ..training.arguments import OFBTrainingArguments
+from ..training.distillation import DistillationTrainer
+from ..training.losses import flops_loss
+from ..training.resumable import require_same_search
+from .learned_counts import TokenSearchConfig, expected_cost, install_learned_counts, read_expected_counts
 
 TOKEN_SEARCH_FILE = "token_search_config.json"
 # The pull of the budget is strong at first: remembered for long, it would keep all later steps small.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .families.registry import describe, require_classifier
+from ..families.registry import describe, require_classifier
 
 TOLERANCE = 1e-5
 # The model is traced with the first of these batch sizes and must serve all of them.

@@ -6,16 +6,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .choice.knapsack import TIGHTNESS, Option, Settlement, settle
-from .choice.scores import candidate_options, first_order_options, search_scores
-from .cost.counting import ExpectedCost
-from .families.description import Architecture, Term, heads_of, presence_of, quantities
-from .families.subnet import SubnetSpec, all_units
-from .masks.bi_mask import BiMask
+from ..choice.knapsack import TIGHTNESS, Option, Settlement, settle
+from ..choice.scores import candidate_options, first_order_options, search_scores
+from ..cost.counting import ExpectedCost
+from ..families.description import Architecture, Term, heads_of, presence_of, quantities
+from ..families.subnet import SubnetSpec, all_units
+from ..masks.bi_mask import BiMask
+from ..space.configuration import BiMaskConfig
+from ..space.search_space import SearchSpace
+from ..tokens.schedules import Schedule
 from .searched_tokens import SearchedTokens
-from .space.configuration import BiMaskConfig
-from .space.search_space import SearchSpace
-from .tokens.schedules import Schedule
 
 
 class Choices(nn.Module):

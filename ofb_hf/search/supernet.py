@@ -11,20 +11,20 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .choices import Choices
-from .cost.counting import count_macs, evaluate_terms
-from .families.description import Architecture, Slot, Submodule, quantities
-from .families.registry import UnsupportedArchitectureError, describe, family_of, image_sides, require_classifier
-from .families.subnet import SubnetSpec
-from .masks.bi_mask import BiMask, TiedBiMask
-from .masks.gates import GateStore, apply_gates_, install_gates
-from .masks.stack import MaskStacks
-from .models.modeling_ofb_vit import require_biased_attention
+from ..cost.counting import count_macs, evaluate_terms
+from ..families.description import Architecture, Slot, Submodule, quantities
+from ..families.registry import UnsupportedArchitectureError, describe, family_of, image_sides, require_classifier
+from ..families.subnet import SubnetSpec
+from ..masks.bi_mask import BiMask, TiedBiMask
+from ..masks.gates import GateStore, apply_gates_, install_gates
+from ..masks.stack import MaskStacks
+from ..models.modeling_ofb_vit import require_biased_attention
+from ..pruning.surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
+from ..space.configuration import BiMaskConfig, default_config
+from ..training.activation_checkpointing import without_reentry
+from .decisions import Choices
 from .pmim import PMIMDecoder, window_for_patch
-from .pruning.surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
-from .recomputation import without_reentry
 from .searched_tokens import SearchedTokens
-from .space.configuration import BiMaskConfig, default_config
 
 
 @dataclass

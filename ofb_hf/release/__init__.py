@@ -1,0 +1,1 @@
+"""What leaves the house: folders for the Hub, cards, exported files."""

@@ -1,0 +1,1 @@
+"""The search for token counts alone; the weights of the model rest."""

@@ -1,0 +1,1 @@
+"""A training run, whatever it is for: resumable, interruptible, on one process or many."""
