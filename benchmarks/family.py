@@ -16,7 +16,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ofb_hf import cli
-from ofb_hf.training.callbacks import read_history
+from ofb_hf.training.history import read_history
 from ofb_hf.workflow.report import markdown_table
 
 SETTINGS = "--lr_scheduler_type cosine --learning_rate 5e-4 --warmup_steps 5 --weight_decay 0.05 --save_strategy no"

@@ -40,8 +40,8 @@ from ofb_hf.data import DataArguments
 from ofb_hf.families.registry import family_of
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.space.configuration import BiMaskConfig, default_config
-from ofb_hf.training.callbacks import read_history
 from ofb_hf.training.distillation import DistillationTrainer
+from ofb_hf.training.history import read_history
 from ofb_hf.workflow.inputs import Inputs, load
 from ofb_hf.workflow.measure import METRICS, evaluate_classifier, images_per_second, provenance
 

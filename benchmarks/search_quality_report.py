@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ofb_hf.training.callbacks import read_history
+from ofb_hf.training.history import read_history
 
 HEAD = (
     "budget",

@@ -13,7 +13,7 @@ from transformers import ViTForImageClassification
 
 from ofb_hf import OFBViTForImageClassification, count_macs
 from ofb_hf.models.shapes import SHAPES
-from ofb_hf.tokens.schedules import PUBLISHED, published_schedule
+from ofb_hf.tokens.published import PUBLISHED, published_schedule
 from ofb_hf.workflow.measure import hardware, images_per_second
 from ofb_hf.workflow.report import markdown_table
 

@@ -9,17 +9,12 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from random import SystemRandom
 from typing import Any, TypeVar
 
-from datasets import config
-from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
 )
 from huggingface_hub.utils import httpx
 from transformers.utils import logging
@@ -38,13 +33,9 @@ class StreamBrokenError(ConnectionError):
     """The network failed for longer than a run waits for it."""
 
 
-class DatasetAccessError(ValueError):
-    """The Hub does not hand out a data set: it is gated, private or not there."""
-
-
 def is_network_fault(error: BaseException) -> bool:
     """Whether asking again may help: connections that fail or break off, and servers that are down or busy."""
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     if any(isinstance(cause, OfflineModeIsEnabled | StreamBrokenError) for cause in causes):
         return False
     return any(_is_fault(cause) for cause in causes)
@@ -90,45 +81,7 @@ def wait_or_give_up(error: Exception, attempt: int, what: str, waits: tuple[floa
     return attempt + 1
 
 
-@contextmanager
-def hub_refusals_in_words(name: str) -> Iterator[None]:
-    """Says what to do where the Hub refuses a data set.
-
-    Raises:
-        DatasetAccessError: instead of the errors of `datasets` and `huggingface_hub`.
-    """
-    try:
-        yield
-    except Exception as error:
-        message = _refusal(error, name)
-        if message is None:
-            raise
-        raise DatasetAccessError(message) from error
-
-
-def _refusal(error: Exception, name: str) -> str | None:
-    causes, page = list(_causes(error)), f"{config.HF_ENDPOINT}/datasets/{name}"
-    login = "log in with `hf auth login`, or set HF_TOKEN to a token that may read gated repositories"
-    # `datasets` keeps the words of the Hub's answer, but not always its type and status.
-    gated = [cause for cause in causes if isinstance(cause, GatedRepoError) or " is a gated dataset" in str(cause)]
-    if any(_status(cause) == 403 or "to ask for access" in str(cause) for cause in gated):
-        return (
-            f"{name} is gated, and your account has not been let in. Open {page}, accept the terms, and wait for the "
-            "approval if the owners ask for one; the token must belong to that account and may read gated repositories."
-        )
-    if gated:
-        return f"{name} is gated, and you are not logged in. Accept the terms on {page}, then {login}."
-    if any(isinstance(cause, HfHubHTTPError) and "Invalid credentials" in str(cause) for cause in causes):
-        return (
-            f"The Hub does not accept your token for {name}. Make a new one at {config.HF_ENDPOINT}/settings/tokens, "
-            "then run `hf auth login` again, or correct HF_TOKEN."
-        )
-    if any(isinstance(cause, RepositoryNotFoundError | DatasetNotFoundError) for cause in causes):
-        return f"{name} is not on the Hub, or it is private. Check its name at {page}; if it is private, {login}."
-    return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what led to it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -138,7 +91,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_fault(error: BaseException) -> bool:
-    if isinstance(error, HfHubHTTPError) and (status := _status(error)) is not None:
+    if isinstance(error, HfHubHTTPError) and (status := status_of(error)) is not None:
         return status in TEMPORARY or status >= 500
     if "aiohttp" in sys.modules and isinstance(error, sys.modules["aiohttp"].ClientResponseError):
         return error.status in TEMPORARY or error.status >= 500
@@ -148,7 +101,7 @@ def _is_fault(error: BaseException) -> bool:
     return isinstance(error, faults)
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 

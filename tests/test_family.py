@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 from ofb_hf import SubnetSpec, cli, count_macs
 from ofb_hf.models import OFBViTForImageClassification
 from ofb_hf.pruning.surgery import slice_model
-from ofb_hf.training.callbacks import read_history
+from ofb_hf.training.history import read_history
 from ofb_hf.workflow import search as workflow
 
 BUDGETS = {"target_macs-0.8": 0.8, "target_macs-0.6": 0.6, "target_macs-0.4": 0.4}

@@ -13,10 +13,11 @@ from transformers import ViTConfig
 
 from ofb_hf import ViTBiMaskConfig
 from ofb_hf.masks.bi_mask import BiMask
+from ofb_hf.masks.one_hot import SPREAD_MARGIN, one_hot_loss
 from ofb_hf.search.phases import importance_weight, keep_ratio
 from ofb_hf.search.pmim import mask_patches, normalize_target, reconstruction_loss
 from ofb_hf.space.search_space import SearchSpace, SubmoduleSpace
-from ofb_hf.training.losses import SPREAD_MARGIN, flops_loss, one_hot_loss
+from ofb_hf.training.losses import flops_loss
 
 POLES = ("two_equal", "near_uniform", "uniform", "near_onehot", "onehot20", "onehot120")
 KINDS = {"embed": "embedding", "attn": "attention", "mlp": "mlp"}

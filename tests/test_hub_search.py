@@ -18,7 +18,7 @@ from pictures import LABELS, NUM_IMAGES, SHARD_ROWS, parquet
 from PIL import Image
 from runs import PRODUCT
 
-from ofb_hf.training.callbacks import read_history
+from ofb_hf.training.history import read_history
 
 TESTS = Path(__file__).parent
 RECIPE = TESTS.parent / "recipes" / "search_deit.py"

@@ -23,7 +23,7 @@ from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.release.stock import pad_to_stock
 from ofb_hf.search.searched_tokens import TokenProbe, merging_changes, tried_counts
 from ofb_hf.tokens.schedules import full_schedule, schedule_cost
-from ofb_hf.training.callbacks import HistoryCallback, read_history
+from ofb_hf.training.history import HistoryCallback, read_history
 from ofb_hf.workflow.arguments import SearchArguments
 from ofb_hf.workflow.plan import describe_space
 

@@ -21,7 +21,7 @@ from ofb_hf.cost.latency import PICOSECONDS, LatencyTable, count_latency, fit_co
 from ofb_hf.families.description import Term, quantities
 from ofb_hf.families.registry import describe
 from ofb_hf.space.configuration import default_config
-from ofb_hf.training.callbacks import read_history
+from ofb_hf.training.history import read_history
 from ofb_hf.workflow.inputs import load_for_counting
 from ofb_hf.workflow.latency_table import Timeline, measured_latency, sample_schedule, warn_if_elsewhere
 

@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from ofb_hf.training.losses import (
-    SPREAD_MARGIN,
-    budget_loss,
-    classification_loss,
-    distillation_loss,
-    flops_loss,
-    one_hot_loss,
-    one_hot_losses,
-)
+from ofb_hf.masks.one_hot import SPREAD_MARGIN, one_hot_loss, one_hot_losses
+from ofb_hf.training.losses import budget_loss, classification_loss, distillation_loss, flops_loss
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -9,8 +9,8 @@ from invariants import assert_close
 
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.families.description import heads_of, presence_of, quantities
+from ofb_hf.masks.one_hot import one_hot_loss
 from ofb_hf.masks.stack import IMPORTANCE_PENALTY
-from ofb_hf.training.losses import one_hot_loss
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 

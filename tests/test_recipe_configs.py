@@ -17,7 +17,7 @@ from ofb_hf.cli import SEARCH
 from ofb_hf.data import AugmentationArguments, DataArguments
 from ofb_hf.models.shapes import SHAPES
 from ofb_hf.space.configuration import default_config
-from ofb_hf.training.callbacks import read_history
+from ofb_hf.training.history import read_history
 from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments, SearchArguments, parse
 
 RECIPES = Path(__file__).parent.parent / "recipes"

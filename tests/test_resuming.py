@@ -13,8 +13,8 @@ from runs import QUICK, walk
 from transformers import TrainerCallback
 
 from ofb_hf import cli
-from ofb_hf.training.callbacks import read_history
 from ofb_hf.training.distillation import DistillationTrainer
+from ofb_hf.training.history import read_history
 from ofb_hf.training.interruption import TrainingInterrupted
 from ofb_hf.workflow import finetune as finetune_workflow
 from ofb_hf.workflow import output as output_folder

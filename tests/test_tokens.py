@@ -24,12 +24,11 @@ from ofb_hf.token_search.learned_counts import (
     read_expected_counts,
 )
 from ofb_hf.token_search.trainer import TokenTrainer
+from ofb_hf.tokens.published import PUBLISHED, published_schedule
 from ofb_hf.tokens.schedules import (
-    PUBLISHED,
     fixed_rate_schedule,
     full_schedule,
     num_tokens,
-    published_schedule,
     ranking_layers,
     schedule_cost,
     settle_schedule,

@@ -24,7 +24,7 @@ from ofb_hf import (
     install_bi_masks,
 )
 from ofb_hf.training.arguments import check_search_arguments
-from ofb_hf.training.callbacks import HISTORY_FIELDS, HistoryCallback, read_history
+from ofb_hf.training.history import HISTORY_FIELDS, HistoryCallback, read_history
 from ofb_hf.training.losses import distillation_loss
 
 

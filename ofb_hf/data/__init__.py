@@ -5,7 +5,8 @@ and `with_image_transform` joins the two into a data set that a Trainer takes as
 training split is a `StreamedSplit`, and `ImageStream` reads and augments it while a model trains.
 """
 
-from ..hub_retries import DatasetAccessError, StreamBrokenError
+from ..hub_retries import StreamBrokenError
+from .access import DatasetAccessError
 from .augmentation_args import AugmentationArguments
 from .decoding import TooManyBadImagesError
 from .digits import load_digits_data

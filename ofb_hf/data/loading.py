@@ -9,7 +9,8 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetBuilder, DatasetDict, Features, load_dataset, load_dataset_builder
 from PIL import Image as PILImage
 
-from ..hub_retries import hub_refusals_in_words, patiently
+from ..hub_retries import patiently
+from .access import hub_refusals_in_words
 from .columns import column_values, decode_images, encode_labels, find_image_column, find_label_column
 from .digits import load_digits_data
 from .row_blocks import open_source

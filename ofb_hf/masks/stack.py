@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..families.description import heads_of, presence_of
-from ..training.losses import one_hot_losses
 from .bi_mask import BiMask, bi_mask_values, importance_scores, probabilities, staircase, unit_ranks
+from .one_hot import one_hot_losses
 
 # L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit elsewhere.
 IMPORTANCE_PENALTY = {"attention": 2e-4, "mlp": 5e-5, "embedding": 5e-5}

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, get_scheduler, set_seed
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+    set_seed,
+)
 from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -23,7 +31,6 @@ from ..pruning.surgery import rebuild_ddp_, slice_optimizer_
 from ..space.configuration import BiMaskConfig
 from ..tokens.schedules import Schedule
 from ..training.arguments import OFBTrainingArguments, check_search_arguments
-from ..training.callbacks import SearchCallback
 from ..training.distillation import DistillationTrainer
 from ..training.losses import budget_loss, flops_loss
 from ..training.ranks import decided_by_rank_0, require_identical_ranks
@@ -442,3 +449,22 @@ class OFBTrainer(DistillationTrainer):
         elif self.compensation is not None:
             self.compensation.load(checkpoint, self.args.device)
         super()._load_weights(checkpoint)
+
+
+class SearchCallback(TrainerCallback):
+    """Moves the search on: schedules before a step; multiplier, retirement, shrinking and settlement after it."""
+
+    def __init__(self, trainer: "OFBTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Looks at where the supernet stands; a checkpoint has been loaded by now."""
+        self.trainer.begin_search()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Sets lambda, keep ratio, budget and one-hot weight for this step."""
+        self.trainer.begin_search_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Decides and cuts. Gradients are gone here, and a checkpoint of this step includes the cut."""
+        self.trainer.end_search_step()

@@ -3,10 +3,12 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..pruning.surgery import Plan, slice_tensor
 
@@ -78,3 +80,18 @@ class WeightAverage:
         saved = safetensors.torch.load_file(path)
         device = next(iter(self.average.values())).device
         self.average = {name: tensor.to(device) for name, tensor in saved.items()}
+
+
+class AverageCallback(TrainerCallback):
+    """Updates the weight average after every step and puts it into the model at the end."""
+
+    def __init__(self, average: "WeightAverage"):
+        self.average = average
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Follows the weights."""
+        self.average.update(kwargs["model"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """The average is the result."""
+        self.average.copy_to_(kwargs["model"])

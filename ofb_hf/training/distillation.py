@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..models import OFBViTForImageClassification
 from .arguments import OFBTrainingArguments
-from .averaging import WeightAverage
-from .callbacks import AverageCallback, EpochCallback, RandomStreamsCallback
+from .averaging import AverageCallback, WeightAverage
+from .callbacks import EpochCallback, RandomStreamsCallback
 from .interruption import shield_workers
 from .losses import classification_loss, distillation_loss
 from .resumable import ResumableTrainer

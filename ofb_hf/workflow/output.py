@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from ..cost.latency import LATENCY_TABLE_FILE
 from ..training.arguments import OFBTrainingArguments
-from ..training.callbacks import HISTORY_FILE
 from ..training.checkpoints import ASIDE, is_complete
+from ..training.history import HISTORY_FILE
 
 logger = logging.get_logger(__name__)
 

@@ -30,9 +30,9 @@ from ..search.trainer import OFBTrainer
 from ..space.configuration import BiMaskConfig, default_config
 from ..token_search.learned_counts import TokenSearchConfig
 from ..training.arguments import OFBTrainingArguments, check_search_arguments
-from ..training.callbacks import HISTORY_FILE, HistoryCallback, left_out_at, read_history
 from ..training.checkpoints import ASIDE
 from ..training.distillation import DistillationTrainer
+from ..training.history import HISTORY_FILE, HistoryCallback, left_out_at, read_history
 from ..training.ranks import decided_by_rank_0
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, SearchArguments, changed, phase_arguments, training_settings

@@ -20,7 +20,7 @@ from ..token_search.learned_counts import TokenSearchConfig, install_learned_cou
 from ..token_search.trainer import TokenTrainer
 from ..tokens.schedules import full_schedule
 from ..training.arguments import OFBTrainingArguments
-from ..training.callbacks import HISTORY_FILE, read_history
+from ..training.history import HISTORY_FILE, read_history
 from . import output, search
 from .arguments import ModelArguments, TokenPhaseArguments, phase_arguments
 from .inputs import load, load_teacher
