@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from . import models
+from . import _moved, models
 from ._version import __version__
 from .models import *  # noqa: F403
 
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from .token_search.trainer import TokenTrainer
     from .training.arguments import OFBTrainingArguments
     from .training.distillation import DistillationTrainer
+
+_moved.install()
 
 for _config, _encoder, _classifier in models.REGISTERED:
     AutoConfig.register(_config.model_type, _config)

@@ -22,16 +22,19 @@ from ofb_hf import (
     install_bi_masks,
 )
 from ofb_hf.cost.latency import LatencyTable, frame_of
-from ofb_hf.families.registry import describe, scheduled
+from ofb_hf.families.registry import describe
+from ofb_hf.families.vit import scheduled
 from ofb_hf.masks.bi_mask import BiMask
 from ofb_hf.search.supernet import Supernet
 from ofb_hf.space.configuration import BiMaskConfig
 from ofb_hf.space.search_space import SubmoduleSpace
+from ofb_hf.token_search.learned_counts import install_learned_counts
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 FAMILIES = ("vit", "swin")
+SCHEDULE = [[17, 15], [12, 7], [7, 2]]
 
 # Candidates that divide nothing: no multiple of 8 hides an index that is off by one.
 AWKWARD = {
@@ -361,3 +364,18 @@ def invented_table(model: PreTrainedModel, seed: int = 0) -> LatencyTable:
             for part in parts
         },
     )
+
+
+def scheduled_vit(schedule=None, **options) -> OFBViTForImageClassification:
+    """Three layers with 17 tokens; by default all of merging only, both, and merging down to the smallest."""
+    model = tiny_vit(**({"num_hidden_layers": 3} | options))
+    return OFBViTForImageClassification.from_dense(model, token_schedule=schedule or SCHEDULE).eval()
+
+
+def decided(schedule, **options):
+    """A model whose learned counts are all but certain of a schedule."""
+    learner = install_learned_counts(tiny_vit(num_hidden_layers=4, **options))
+    for layer, counts in zip(learner.vit.layers[1:-1], schedule[1:-1], strict=True):
+        for proxy, count in zip((layer.reduction.kept, layer.reduction.merged), counts, strict=True):
+            proxy.logits.data[proxy.candidates == count] = 60.0
+    return learner

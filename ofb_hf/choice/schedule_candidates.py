@@ -17,7 +17,7 @@ from transformers import ViTConfig
 from ..cost.budget import UnreachableBudgetError
 from ..cost.counting import evaluate_terms
 from ..families.description import macs_of
-from ..families.registry import vit_layer_parts
+from ..families.vit import vit_layer_parts
 from ..tokens.schedules import Cost, Schedule, num_tokens
 from .knapsack import Settlement
 

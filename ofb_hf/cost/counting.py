@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig
 
-from ..families.description import Architecture, Term, quantities
-from ..families.registry import UnsupportedArchitectureError, describe, require_classifier, scheduled
+from ..families.description import Architecture, Term, UnsupportedArchitectureError, quantities
+from ..families.registry import describe, require_classifier
 from ..families.subnet import SubnetSpec
+from ..families.vit import scheduled
 from ..models.configuration_ofb_vit import OFBViTConfig
 
 # Fields of a stock config that one of ours is not made with.

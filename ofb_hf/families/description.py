@@ -14,7 +14,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 
 @dataclass(frozen=True)
@@ -178,18 +181,6 @@ class Architecture:
         return [submodule.name for submodule in self.submodules if submodule.kind == "attention"]
 
 
-def block_params(width: str, attention: str, mlp: str, qkv_bias: bool) -> list[Term]:
-    """Parameters of one block: its residual width and halves, and whether q, k and v have biases."""
-    return [
-        Term(4, (width, attention)),
-        Term(3 * bool(qkv_bias), (attention,)),
-        Term(2, (width, mlp)),
-        Term(1, (mlp,)),
-        Term(1 + 2, (width, presence_of(attention))),  # bias of o_proj, LayerNorm
-        Term(1 + 2, (width, presence_of(mlp))),  # bias of fc2, LayerNorm
-    ]
-
-
 @dataclass(frozen=True)
 class Family:
     """The functions that connect one model family to everything else.
@@ -212,3 +203,23 @@ class Family:
     attributes: Callable[[Any], dict[str, dict[str, Any]]]
     model_class: type[PreTrainedModel]
     undecayed: tuple[str, ...]
+
+
+class UnsupportedArchitectureError(ValueError):
+    """The model or config belongs to no family that can be searched."""
+
+
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def image_sides(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width of the images a model was made for, in pixels."""
+    return _pair(config.image_size)
+
+
+def square_patch(config: PreTrainedConfig) -> int:
+    height, width = _pair(config.patch_size)
+    if height != width:
+        raise UnsupportedArchitectureError(f"patch_size is {(height, width)}; only square patches are supported.")
+    return height

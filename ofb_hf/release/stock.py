@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from ..families.registry import describe, vit_query_parameters, with_vit_layers
+from ..families.registry import describe
+from ..families.vit import vit_query_parameters, with_vit_layers
 from ..models import OFBViTForImageClassification
 from ..pruning.surgery import Entries, unit_group_plan
 

@@ -25,7 +25,7 @@ from ..choice.schedule_candidates import (
 from ..choice.scores import IMPORTANCE_SCORE
 from ..cost.budget import UnreachableBudgetError
 from ..families.description import Architecture, quantities
-from ..families.registry import scheduled
+from ..families.vit import scheduled
 from ..models import OFBViTForImageClassification
 from ..models.modeling_ofb_vit import rank_tokens
 from ..tokens.schedules import Cost, Schedule, full_schedule, num_tokens

@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..cost.counting import count_macs, evaluate_terms
-from ..families.description import Architecture, Slot, Submodule, quantities
-from ..families.registry import UnsupportedArchitectureError, describe, family_of, image_sides, require_classifier
+from ..families.description import Architecture, Slot, Submodule, UnsupportedArchitectureError, image_sides, quantities
+from ..families.registry import describe, family_of, require_classifier
 from ..families.subnet import SubnetSpec
 from ..masks.bi_mask import BiMask, TiedBiMask
 from ..masks.gates import GateStore, apply_gates_, install_gates

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, SwinConfig, ViTConfig
 
 from ..cost.budget import Budget
 from ..families.description import Architecture, Submodule
-from ..families.registry import describe, with_fewest_tokens
+from ..families.registry import describe
+from ..families.vit import with_fewest_tokens
 from .presets import PRESETS
 from .search_space import SearchSpace, SubmoduleSpace
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ViTConfig
 
 from ..cost.budget import Budget, UnreachableBudgetError
 from ..families.description import macs_of
-from ..families.registry import scheduled, with_fewest_tokens
+from ..families.vit import scheduled, with_fewest_tokens
 from ..models import OFBViTForImageClassification
 from ..models.modeling_ofb_vit import TokenReduction, require_biased_attention, token_directions
 from ..tokens.schedules import (

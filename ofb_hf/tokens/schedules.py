@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, ViTConfig
 
 from ..cost.budget import UnreachableBudgetError
 from ..cost.counting import evaluate_terms
-from ..families.description import Part, Term, macs_of, quantities
-from ..families.registry import UnsupportedArchitectureError, describe, vit_parts
+from ..families.description import Part, Term, UnsupportedArchitectureError, macs_of, quantities
+from ..families.registry import describe
+from ..families.vit import vit_parts
 
 Schedule = list[list[int]]
 # What is counted of parts of the forward pass: `macs_of`, or picoseconds (`LatencyTable.terms_of`).

@@ -30,9 +30,10 @@ from ..cost.latency import (
     frame_of,
     milliseconds,
 )
+from ..families.blocks import BLOCK_HALVES
 from ..families.description import quantities
 from ..families.forward_parts import REDUCTION
-from ..families.registry import BLOCK_HALVES, describe, family_of
+from ..families.registry import describe, family_of
 from ..models import OFBViTConfig
 from ..space.configuration import default_config
 from ..space.search_space import SearchSpace

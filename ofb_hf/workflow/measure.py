@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._version import __version__
 from ..cost.counting import count_macs, count_params
-from ..families.registry import image_sides
+from ..families.description import image_sides
 from ..metrics import compute_topk, top5_indices
 from ..training.arguments import OFBTrainingArguments
 from ..training.distillation import DistillationTrainer

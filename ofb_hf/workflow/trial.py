@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..families.registry import image_sides
+from ..families.description import image_sides
 from ..search import phases as schedule
 from ..search.trainer import OFBTrainer
 from ..space.configuration import BiMaskConfig

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from ofb_hf import compress, count_macs, count_params, install_bi_masks, read_subnet
 from ofb_hf.choice.knapsack import BINS, Option, settle
 from ofb_hf.cost.budget import UnreachableBudgetError
-from ofb_hf.families.registry import Term
+from ofb_hf.families.description import Term
 from ofb_hf.search.supernet import Supernet
 
 TIGHTNESS = 0.98

@@ -38,8 +38,8 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, SwinModel, ViTModel
 
 from ofb_hf import SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig, compress, count_macs, install_bi_masks
-from ofb_hf.families.description import heads_of
-from ofb_hf.families.registry import UnsupportedArchitectureError, describe
+from ofb_hf.families.description import UnsupportedArchitectureError, heads_of
+from ofb_hf.families.registry import describe
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.search.supernet import Supernet
 

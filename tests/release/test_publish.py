@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 from ofb_hf import SubnetSpec, cli, count_macs, publish
 from ofb_hf.release.leaks import LeakError
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 TOKENS = {"hf_write": Token("ann", organizations=("lab",)), "hf_read": Token("ann", "read"), "hf_other": Token("bob")}
 TOKENS |= {"hf_old": Token("ann", expired=True)}
 PUBLISHED = {

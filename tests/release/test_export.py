@@ -14,7 +14,7 @@ from factories import non_uniform_swin, non_uniform_vit, tiny_images, tiny_model
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 from ofb_hf import cli
-from ofb_hf.families.registry import UnsupportedArchitectureError
+from ofb_hf.families.description import UnsupportedArchitectureError
 from ofb_hf.release import export
 from ofb_hf.release.export import FORMATS, ExportError, export_onnx, export_torch
 

@@ -20,7 +20,7 @@ from ofb_hf.space.configuration import default_config
 from ofb_hf.training.history import read_history
 from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments, SearchArguments, parse
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 SHAPE_OF = {"facebook/deit-small-patch16-224": "deit_small", "facebook/deit-base-patch16-224": "deit_base"}
 SHAPE_OF |= {"microsoft/swin-tiny-patch4-window7-224": "swin_tiny"}

@@ -7,11 +7,19 @@ import random
 
 import pytest
 import torch
-from factories import FAMILIES, SEARCHES, invented_table, non_uniform_vit, search_config, tiny_model, tiny_vit
+from factories import (
+    FAMILIES,
+    SEARCHES,
+    invented_table,
+    non_uniform_vit,
+    scheduled_vit,
+    search_config,
+    tiny_model,
+    tiny_vit,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import QUICK
-from test_token_reduction import scheduled_vit
 
 from ofb_hf import OFBViTForImageClassification, cli, compress, install_bi_masks
 from ofb_hf.choice.knapsack import ROUNDED, Option, settle

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from factories import non_uniform_swin, tiny_images, tiny_swin, tiny_vit
+from factories import SCHEDULE, non_uniform_swin, scheduled_vit, tiny_images, tiny_swin, tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -28,20 +28,12 @@ from ofb_hf import (
     install_bi_masks,
     publish,
 )
-from ofb_hf.families.registry import UnsupportedArchitectureError
+from ofb_hf.families.description import UnsupportedArchitectureError
 from ofb_hf.models.modeling_ofb_vit import TokenReduction
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.release.export import export_onnx, export_torch
 from ofb_hf.release.stock import pad_to_stock
 from ofb_hf.token_search.learned_counts import install_learned_counts
-
-SCHEDULE = [[17, 15], [12, 7], [7, 2]]
-
-
-def scheduled_vit(schedule=None, **options) -> OFBViTForImageClassification:
-    """Three layers with 17 tokens; by default all of merging only, both, and merging down to the smallest."""
-    model = tiny_vit(**({"num_hidden_layers": 3} | options))
-    return OFBViTForImageClassification.from_dense(model, token_schedule=schedule or SCHEDULE).eval()
 
 
 @st.composite

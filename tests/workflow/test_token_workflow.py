@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import tiny_images, tiny_vit
+from factories import scheduled_vit, tiny_images, tiny_vit
 from PIL import Image
 from runs import PRODUCT, QUICK, walk
-from test_token_reduction import scheduled_vit
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from ofb_hf import OFBViTForImageClassification, SubnetSpec, cli, count_macs, publish
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.latency import PICOSECONDS, LatencyTable, count_latency
-from ofb_hf.families.registry import UnsupportedArchitectureError
+from ofb_hf.families.description import UnsupportedArchitectureError
 from ofb_hf.pictures.token_maps import DROPPED, draw_tokens, paint_tokens, trace_tokens
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.token_search.learned_counts import TokenSearchConfig
@@ -214,7 +213,7 @@ def test_demonstration_path_at_a_tiny_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--dense_epochs 1 --max_steps 6 --max_train_samples 96 --max_eval_samples 24 --disable_tqdm true"
     monkeypatch.setattr(sys, "argv", ["search_tokens", *flags.split()])
-    runpy.run_path(str(Path(__file__).parent.parent / "recipes" / "search_tokens.py"), run_name="__main__")
+    runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "search_tokens.py"), run_name="__main__")
     results = json.loads((tmp_path / "runs" / "demo_tokens" / "eval_results.json").read_text())
     assert results["searched"]["macs"] <= results["target_macs"] == int(0.7 * results["dense"]["macs"])
     assert "finetuned" not in results

@@ -31,7 +31,7 @@ from ofb_hf.workflow.inputs import load
 from ofb_hf.workflow.measure import images_per_second, lost_classes
 from ofb_hf.workflow.search import license_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

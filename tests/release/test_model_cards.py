@@ -11,7 +11,7 @@ from ofb_hf import SubnetSpec
 from ofb_hf.release.card import MEASURED, final_results, read_results, render_card
 from ofb_hf.workflow.report import markdown_table, results_rows
 
-CARDS = Path(__file__).parent.parent / "model_cards"
+CARDS = Path(__file__).parents[2] / "model_cards"
 PLANNED = sorted(CARDS.glob("*/paper.json"))
 MADE = sorted(CARDS.glob("*/eval_results.json"))
 

@@ -26,7 +26,7 @@ from ofb_hf.data import DataArguments, ImageStream, SeededImages, StreamBrokenEr
 from ofb_hf.data.row_blocks import Row, read_patiently
 
 BATCH_SIZE = 5
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 
 from ofb_hf import OFBTrainer, ViTBiMaskConfig, count_macs
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import planted_task
 

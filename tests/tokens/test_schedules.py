@@ -4,15 +4,25 @@ import itertools
 
 import pytest
 import torch
-from factories import non_uniform_vit, randomize_weights_, search_config, tiny_images, tiny_swin, tiny_vit, vit_config
+from factories import (
+    SCHEDULE,
+    decided,
+    non_uniform_vit,
+    randomize_weights_,
+    scheduled_vit,
+    search_config,
+    tiny_images,
+    tiny_swin,
+    tiny_vit,
+    vit_config,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import arguments, rows
-from test_token_reduction import SCHEDULE, scheduled_vit
 
 from ofb_hf import OFBViTConfig, OFBViTForImageClassification, count_macs, install_bi_masks
 from ofb_hf.cost.budget import UnreachableBudgetError
-from ofb_hf.families.registry import UnsupportedArchitectureError
+from ofb_hf.families.description import UnsupportedArchitectureError
 from ofb_hf.models.modeling_ofb_vit import merge_tokens
 from ofb_hf.models.shapes import SHAPES
 from ofb_hf.token_search.learned_counts import (
@@ -176,15 +186,6 @@ def test_rounding_up_passes_the_gradient_of_the_expectation():
     (expected,) = torch.autograd.grad(learned.expected(), learned.logits)
     torch.testing.assert_close(through, expected)
     assert learned().item() == learned().round().item() >= learned.expected().item()
-
-
-def decided(schedule, **options):
-    """A model whose learned counts are all but certain of a schedule."""
-    learner = install_learned_counts(tiny_vit(num_hidden_layers=4, **options))
-    for layer, counts in zip(learner.vit.layers[1:-1], schedule[1:-1], strict=True):
-        for proxy, count in zip((layer.reduction.kept, layer.reduction.merged), counts, strict=True):
-            proxy.logits.data[proxy.candidates == count] = 60.0
-    return learner
 
 
 @given(st.lists(st.integers(2, 17), min_size=4, max_size=4), st.integers(0, 1000))

@@ -34,8 +34,7 @@ from transformers import (
 )
 
 from ofb_hf import SubnetSpec, compress, count_macs, count_params, install_bi_masks
-from ofb_hf.families.description import quantities
-from ofb_hf.families.registry import UnsupportedArchitectureError
+from ofb_hf.families.description import UnsupportedArchitectureError, quantities
 from ofb_hf.pruning.surgery import slice_model
 
 STOCK = {ViTConfig: ViTForImageClassification, SwinConfig: SwinForImageClassification}

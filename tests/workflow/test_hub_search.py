@@ -20,7 +20,7 @@ from runs import PRODUCT
 
 from ofb_hf.training.history import read_history
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 RECIPE = TESTS.parent / "recipes" / "search_deit.py"
 DATA = "lab/numbers"
 BATCH_SIZE = 8

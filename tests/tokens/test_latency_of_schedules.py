@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from factories import (
+    decided,
     invented_table,
     non_uniform_vit,
     randomize_masks_,
@@ -22,7 +23,6 @@ from factories import (
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import arguments, rows
-from test_tokens import decided
 
 from ofb_hf import OFBViTConfig, OFBViTForImageClassification, SubnetSpec, compress, install_bi_masks, read_subnet
 from ofb_hf.choice.schedule_candidates import _layer_costs, reducing_layers, schedule_family
@@ -30,7 +30,8 @@ from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import count_macs, evaluate_terms
 from ofb_hf.cost.latency import PICOSECONDS, count_latency
 from ofb_hf.families.description import macs_of, quantities
-from ofb_hf.families.registry import describe, family_of, scheduled, vit_layer_parts
+from ofb_hf.families.registry import describe, family_of
+from ofb_hf.families.vit import scheduled, vit_layer_parts
 from ofb_hf.token_search.learned_counts import TokenSearchConfig, expected_cost, learned_reductions
 from ofb_hf.token_search.trainer import TokenTrainer
 from ofb_hf.tokens.schedules import fixed_rate_schedule, full_schedule, schedule_cost, settle_schedule
