@@ -1,7 +1,9 @@
-"""A whole search through its shrinks, with torch.compile and without: steps a second, memory and compilations.
+"""A whole search through its shrinks, with torch.compile and without: steps a second, memory and
+compilations.
 
-Random images, random weights, every candidate in the race at first. Between two shrinks nothing should be compiled;
-after each, once. The first step behind a shrink, which compiles, is reported by itself.
+Random images, random weights, every candidate in the race at first. Between two shrinks nothing
+should be compiled; after each, once. The first step behind a shrink, which compiles, is reported by
+itself.
 
     python benchmarks/compiled_search.py --shape deit_small --batch 64 --bf16              # on a GPU
     python benchmarks/compiled_search.py --shape digits_vit --batch 32 --steps 60 --cpu
@@ -27,8 +29,15 @@ from ofb_hf.space.configuration import default_config
 from ofb_hf.workflow.inputs import load_classifier
 from ofb_hf.workflow.report import markdown_table
 
-# Shrinks all over the search rather than in its first sixth, so that there are steps to measure between them.
-PHASES = {"importance_hold": 0.05, "retire_begin": 0.2, "one_hot_begin": 0.2, "one_hot_end": 0.6, "settle_at": 0.75}
+# Shrinks all over the search rather than in its first sixth, so that there are steps to measure
+# between them.
+PHASES = {
+    "importance_hold": 0.05,
+    "retire_begin": 0.2,
+    "one_hot_begin": 0.2,
+    "one_hot_end": 0.6,
+    "settle_at": 0.75,
+}
 HEAD = ("steps", "GMACs", "graphs compiled", "first step s", "steps/s behind it", "peak MiB")
 LABELS = 10
 
@@ -38,7 +47,9 @@ class RandomImages(Dataset):
 
     def __init__(self, config: Any, count: int):
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(64, config.num_channels, config.image_size, config.image_size, generator=generator)
+        self.images = torch.randn(
+            64, config.num_channels, config.image_size, config.image_size, generator=generator
+        )
         self.count = count
 
     def __len__(self) -> int:
@@ -49,7 +60,8 @@ class RandomImages(Dataset):
 
 
 class Watch(TrainerCallback):
-    """After each step: when, how large the network was, graphs compiled so far, and the most memory since the last."""
+    """After each step: when, how large the network was, graphs compiled so far, and the most memory
+    since the last."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -58,7 +70,13 @@ class Watch(TrainerCallback):
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else 0
-        self.rows.append({"time": time.perf_counter(), "graphs": counters["stats"]["unique_graphs"], "peak": peak})
+        self.rows.append(
+            {
+                "time": time.perf_counter(),
+                "graphs": counters["stats"]["unique_graphs"],
+                "peak": peak,
+            }
+        )
         if peak:
             torch.cuda.reset_peak_memory_stats()
 
@@ -70,23 +88,45 @@ def search(wanted: argparse.Namespace, compiled: bool) -> list[list[str]]:
     model = load_classifier(wanted.shape, [str(label) for label in range(LABELS)], seed=0).train()
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"use_cpu": wanted.cpu or not torch.cuda.is_available(), "bf16": wanted.bf16, "report_to": []}
-        settings |= {"torch_compile": compiled, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+        settings = {
+            "use_cpu": wanted.cpu or not torch.cuda.is_available(),
+            "bf16": wanted.bf16,
+            "report_to": [],
+        }
+        settings |= {
+            "torch_compile": compiled,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+        }
         args = OFBTrainingArguments(
-            folder, max_steps=wanted.steps, per_device_train_batch_size=wanted.batch, learning_rate=1e-4, **settings
+            folder,
+            max_steps=wanted.steps,
+            per_device_train_batch_size=wanted.batch,
+            learning_rate=1e-4,
+            **settings,
         )
-        config = default_config(model.config, target_macs=wanted.share, retire_events=wanted.shrinks, **PHASES)
+        config = default_config(
+            model.config, target_macs=wanted.share, retire_events=wanted.shrinks, **PHASES
+        )
         images = RandomImages(model.config, wanted.steps * wanted.batch)
         trainer = OFBTrainer(model, args, config, train_dataset=images, callbacks=[watch])
         trainer.train()
     sizes = [row["macs"] for row in trainer.state.log_history if "macs" in row]
     # A step is logged after its shrink: the network that ran it is that of the line before.
     sizes = [sizes[0], *sizes[:-1]]
-    hold = round(config.importance_hold * wanted.steps)  # where gradients are observed nothing is compiled
-    starts = [hold, *(step for step in range(hold + 1, wanted.steps) if sizes[step] != sizes[step - 1])]
+    # where gradients are observed nothing is compiled
+    hold = round(config.importance_hold * wanted.steps)
+    starts = [
+        hold,
+        *(step for step in range(hold + 1, wanted.steps) if sizes[step] != sizes[step - 1]),
+    ]
     rows = []
     for first, last in pairwise([*starts, wanted.steps]):
-        took = [watch.rows[step]["time"] - watch.rows[step - 1]["time"] for step in range(max(first, 1), last)]
+        took = [
+            watch.rows[step]["time"] - watch.rows[step - 1]["time"]
+            for step in range(max(first, 1), last)
+        ]
         graphs = watch.rows[last - 1]["graphs"] - (watch.rows[first - 1]["graphs"] if first else 0)
         speed = f"{1 / statistics.median(took[1:]):.2f}" if len(took) > 1 else "-"
         peak = max(watch.rows[step]["peak"] for step in range(first, last)) / 2**20
@@ -97,12 +137,21 @@ def search(wanted: argparse.Namespace, compiled: bool) -> list[list[str]]:
 
 def main() -> None:
     """Prints two tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="deit_small")
-    parser.add_argument("--share", type=float, default=0.5, help="of the MACs, that the search ends at")
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="of the MACs, that the search ends at"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--shrinks", type=int, default=8, help="how often candidates are retired, were it to the end")
+    parser.add_argument(
+        "--shrinks",
+        type=int,
+        default=8,
+        help="how often candidates are retired, were it to the end",
+    )
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     wanted = parser.parse_args()

@@ -1,22 +1,26 @@
-"""How many training images per second does a CPU core prepare? Our stream against two others, on the same images.
+"""How many training images per second does a CPU core prepare? Our stream against two others, on
+the same images.
 
     stream     `ImageStream`, as `--streaming` trains: rows of parquet files, through a shuffle buffer, augmented
     map        `SeededImages`, as training without it: rows of an Arrow table in random order, augmented alike
-    processor  the table's images through `ViTImageProcessorPil` of transformers: resized, rescaled, normalised
+    processor  the table's images through `ViTImageProcessorPil` of transformers: resized, rescaled,
+    normalised
 
-All three decode images and fill a plain DataLoader with batches at 224 pixels. They take turns, so that a noisy machine
-is fair to all: in every round each of them has one turn per number of workers, and ratios compare turns of the same
-round. A turn starts its workers, waits for the first batches, and only then is timed. Round 0 warms up and does not
-count.
+All three decode images and fill a plain DataLoader with batches at 224 pixels. They take turns, so
+that a noisy machine is fair to all: in every round each of them has one turn per number of workers,
+and ratios compare turns of the same round. A turn starts its workers, waits for the first batches,
+and only then is timed. Round 0 warms up and does not count.
 
     python benchmarks/data_throughput.py --data_dir PHOTOS
 
-Timed is the steady state: as many images enter a worker's shuffle buffer as leave it. Data too small for that is read
-several times over in an epoch, from links in a temporary folder. What filling the buffers costs is in `first batch`.
+Timed is the steady state: as many images enter a worker's shuffle buffer as leave it. Data too
+small for that is read several times over in an epoch, from links in a temporary folder. What
+filling the buffers costs is in `first batch`.
 
     per core   images/s by workers, which do all the work and only hand over results; with 0 workers, the loader's own
                process does it, and counts as one core
-    per CPU s  images by the seconds of CPU that all processes used: what others on the machine took does not count
+    per CPU s  images by the seconds of CPU that all processes used: what others on the machine took
+    does not count
 """
 
 import argparse
@@ -63,7 +67,8 @@ NOT_INCLUDED = "colour jitter"
 
 @dataclass(frozen=True)
 class Turn:
-    """One contestant's timed batches: images per second, images per second of CPU, seconds to the first batch."""
+    """One contestant's timed batches: images per second, images per second of CPU, seconds to the
+    first batch."""
 
     rate: float
     cpu_rate: float
@@ -101,31 +106,45 @@ class Contest:
         return build_transform(self.processor, self.augmentation, train=True)
 
     def loader(self, name: str, workers: int, epoch: int) -> DataLoader:
-        """A contestant's batches of one epoch, in an order and with random transforms of its own."""
+        """A contestant's batches of one epoch, in an order and with random transforms of its
+        own."""
         if name == OURS:
             stream = ImageStream(self.streamed.train, self.transform, seed=0)
             stream.set_epoch(epoch)
             return stream.loader(self.batch_size, num_workers=workers)
         columns = (self.loaded.image_column, self.loaded.label_column)
         if name == "map":
-            images, collate = SeededImages(self.loaded.train, self.transform, *columns, seed=0), default_collate
+            images, collate = (
+                SeededImages(self.loaded.train, self.transform, *columns, seed=0),
+                default_collate,
+            )
             images.set_epoch(epoch)
         else:
-            images, collate = self.loaded.train.select_columns(list(columns)), ProcessBatch(self.processor, *columns)
-        return DataLoader(images, self.batch_size, shuffle=True, num_workers=workers, collate_fn=collate)
+            images, collate = (
+                self.loaded.train.select_columns(list(columns)),
+                ProcessBatch(self.processor, *columns),
+            )
+        return DataLoader(
+            images, self.batch_size, shuffle=True, num_workers=workers, collate_fn=collate
+        )
 
 
 def link_files(data_dir: Path, folder: Path, wanted: int) -> None:
-    """A data set of links to the training files, in order and as often as it takes to have `wanted` rows.
+    """A data set of links to the training files, in order and as often as it takes to have `wanted`
+    rows.
 
     Raises:
         ValueError: if there are no parquet files of a training split.
     """
     builder = datasets.load_dataset_builder(str(data_dir))
     files = list((builder.config.data_files or {}).get("train", []))
-    counts = [pq.read_metadata(file).num_rows for file in files] if builder.name == "parquet" else []
+    counts = (
+        [pq.read_metadata(file).num_rows for file in files] if builder.name == "parquet" else []
+    )
     if not sum(counts):
-        raise ValueError(f"data_dir is {str(data_dir)!r}, which has no parquet files of a split `train`.")
+        raise ValueError(
+            f"data_dir is {str(data_dir)!r}, which has no parquet files of a split `train`."
+        )
     links, rows = [], 0
     for file, count in cycle(zip(files, counts, strict=True)):
         if rows >= wanted:
@@ -135,11 +154,14 @@ def link_files(data_dir: Path, folder: Path, wanted: int) -> None:
     # The stream learns the classes from another split; these rows will do.
     for split, sources in (("train", links), ("test", sorted(set(links)))):
         for number, source in enumerate(sources):
-            (folder / f"{split}-{number:05d}-of-{len(sources):05d}.parquet").symlink_to(Path(source).resolve())
+            (folder / f"{split}-{number:05d}-of-{len(sources):05d}.parquet").symlink_to(
+                Path(source).resolve()
+            )
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Contest:
-    """Loads the images twice, so many that every turn ends before the stream's buffers run empty."""
+    """Loads the images twice, so many that every turn ends before the stream's buffers run
+    empty."""
     (folder / "data").mkdir()
     # Everything that `datasets` writes goes with the folder.
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
@@ -148,7 +170,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> Contest:
     link_files(args.data_dir, folder / "data", workers * spare + batches * args.batch_size)
     both = [
         load_image_data(
-            DataArguments(data_dir=str(folder / "data"), augmentation=args.augmentation, streaming=streaming)
+            DataArguments(
+                data_dir=str(folder / "data"), augmentation=args.augmentation, streaming=streaming
+            )
         )
         for streaming in (True, False)
     ]
@@ -182,7 +206,8 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
 
 
 def compete(contest: Contest, args: argparse.Namespace) -> dict[int, dict[str, list[Turn]]]:
-    """The turns that count, by number of workers and contestant; every round begins with another contestant."""
+    """The turns that count, by number of workers and contestant; every round begins with another
+    contestant."""
     names = [OURS, *THEIRS]
     turns = {workers: {name: [] for name in names} for workers in args.workers}
     for number in range(args.rounds + 1):
@@ -192,11 +217,15 @@ def compete(contest: Contest, args: argparse.Namespace) -> dict[int, dict[str, l
                 turns[workers][name].append(turn)
         sys.stderr.write(f"round {number} of {args.rounds} done\n")
         names.append(names.pop(0))
-    return {workers: {name: row[1:] for name, row in by_name.items()} for workers, by_name in turns.items()}
+    return {
+        workers: {name: row[1:] for name, row in by_name.items()}
+        for workers, by_name in turns.items()
+    }
 
 
 def operations(contest: Contest) -> dict[str, Callable[[list[Any]], list[Any]]]:
-    """What happens to the images of a batch one after another: each operation takes the results of the one before."""
+    """What happens to the images of a batch one after another: each operation takes the results of
+    the one before."""
     transform = contest.transform
     if contest.augmentation == "deit":
         change_colors, transform.change_colors = transform.change_colors, lambda image: image
@@ -205,17 +234,23 @@ def operations(contest: Contest) -> dict[str, Callable[[list[Any]], list[Any]]]:
         steps = {f"augmentation {contest.augmentation!r}": transform.prepare}
     steps = {"decode": lambda row: decode_image(row.image), **steps}
     steps["to tensor"] = lambda image: transform.to_tensor(np.asarray(image))
-    by_image = {name: lambda items, step=step: [step(item) for item in items] for name, step in steps.items()}
+    by_image = {
+        name: lambda items, step=step: [step(item) for item in items]
+        for name, step in steps.items()
+    }
     return by_image | {"collate": default_collate}
 
 
 def break_down(contest: Contest, batches: int) -> dict[str, float]:
-    """Seconds of CPU per image of the stream in one process, by operation; the whole and its parts take turns."""
+    """Seconds of CPU per image of the stream in one process, by operation; the whole and its parts
+    take turns."""
     source = contest.streamed.train.source
     blocks = np.random.RandomState(0).permutation(len(source.rows)).tolist()
     rows = chain.from_iterable(source.read(block, 0) for block in cycle(blocks))
     jitter = AugmentationArguments(auto_augment="none")
-    jitter = build_transform(contest.processor, "deit", train=True, augmentation_args=jitter).change_colors
+    jitter = build_transform(
+        contest.processor, "deit", train=True, augmentation_args=jitter
+    ).change_colors
     whole, steps = iter(contest.loader(OURS, 0, epoch=0)), operations(contest)
     totals = dict.fromkeys(("all", "read", *steps, NOT_INCLUDED), 0.0)
 
@@ -250,16 +285,29 @@ def summarise(turns: dict[int, dict[str, list[Turn]]], seconds: dict[str, float]
     rates, ratios = [], []
     for workers, by_name in turns.items():
         for name, row in by_name.items():
-            middle = {field.name: median(getattr(turn, field.name) for turn in row) for field in fields(Turn)}
+            middle = {
+                field.name: median(getattr(turn, field.name) for turn in row)
+                for field in fields(Turn)
+            }
             middle["per_core"] = middle["rate"] / max(1, workers)
             rates.append({"workers": workers, "contestant": name, **middle})
         for other in THEIRS:
             pairs = list(zip(by_name[OURS], by_name[other], strict=True))
-            by_time, by_cpu = [a.rate / b.rate for a, b in pairs], [a.cpu_rate / b.cpu_rate for a, b in pairs]
+            by_time, by_cpu = (
+                [a.rate / b.rate for a, b in pairs],
+                [a.cpu_rate / b.cpu_rate for a, b in pairs],
+            )
             spread = {"ratio": median(by_time), "lowest": min(by_time), "highest": max(by_time)}
-            ratios.append({"workers": workers, "of": f"{OURS}/{other}", **spread, "cpu_ratio": median(by_cpu)})
+            ratios.append(
+                {"workers": workers, "of": f"{OURS}/{other}", **spread, "cpu_ratio": median(by_cpu)}
+            )
     cpu_rate = [row["cpu_rate"] for row in rates if row["contestant"] == OURS][-1]
-    return {"rates": rates, "ratios": ratios, "seconds": seconds, "gpu_cores": GPU_IMAGES_PER_SECOND / cpu_rate}
+    return {
+        "rates": rates,
+        "ratios": ratios,
+        "seconds": seconds,
+        "gpu_cores": GPU_IMAGES_PER_SECOND / cpu_rate,
+    }
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -278,19 +326,25 @@ def table(summary: dict[str, Any]) -> str:
         note = "  (instead of RandAugment; not in `all`)" if name == NOT_INCLUDED else ""
         lines.append(f"{name:<28} {1e6 * seconds:8.0f} {seconds / whole:7.1%}{note}")
     needed = f"needs {summary['gpu_cores']:.1f} cores like these for the stream."
-    return "\n".join([*lines, "", f"A GPU that trains on {GPU_IMAGES_PER_SECOND:,} images/s {needed}", ""])
+    return "\n".join(
+        [*lines, "", f"A GPU that trains on {GPU_IMAGES_PER_SECOND:,} images/s {needed}", ""]
+    )
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--data_dir",
         type=Path,
         required=True,
         help="folder with parquet files of a split `train`, e.g. train-*.parquet",
     )
-    parser.add_argument("--images", type=int, default=2048, help="timed images of a turn, at least (%(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=2048, help="timed images of a turn, at least (%(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (%(default)s)")
     parser.add_argument(
         "--workers",
@@ -299,11 +353,18 @@ def parse() -> argparse.Namespace:
         default=[0, 1, 2],
         help="numbers of loader workers; no more than cores (0 1 2)",
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="images of a batch (%(default)s)")
     parser.add_argument(
-        "--augmentation", choices=AUGMENTATIONS, default="deit", help="what stream and map do (%(default)s)"
+        "--batch_size", type=int, default=64, help="images of a batch (%(default)s)"
     )
-    parser.add_argument("--output", type=Path, help="a JSON file for these numbers and those of every turn")
+    parser.add_argument(
+        "--augmentation",
+        choices=AUGMENTATIONS,
+        default="deit",
+        help="what stream and map do (%(default)s)",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="a JSON file for these numbers and those of every turn"
+    )
     return parser.parse_args()
 
 
@@ -319,16 +380,23 @@ def main() -> None:
         summary = summarise(turns, break_down(contest, num_batches(args)))
     sys.stdout.write(table(summary))
     if args.output is not None:
-        versions = {module.__name__: module.__version__ for module in (datasets, PIL, torch, transformers)}
-        settings = {name: value for name, value in vars(args).items() if name not in ("data_dir", "output")}
+        versions = {
+            module.__name__: module.__version__ for module in (datasets, PIL, torch, transformers)
+        }
+        settings = {
+            name: value for name, value in vars(args).items() if name not in ("data_dir", "output")
+        }
         settings |= {
             "data": args.data_dir.resolve().name,
             "versions": {"python": platform.python_version(), **versions},
         }
         every_turn = {
-            workers: {n: [vars(t) for t in row] for n, row in rows.items()} for workers, rows in turns.items()
+            workers: {n: [vars(t) for t in row] for n, row in rows.items()}
+            for workers, rows in turns.items()
         }
-        args.output.write_text(json.dumps({"settings": settings, **summary, "turns": every_turn}, indent=1) + "\n")
+        args.output.write_text(
+            json.dumps({"settings": settings, **summary, "turns": every_turn}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

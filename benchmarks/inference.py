@@ -1,13 +1,16 @@
-"""How much faster compressed models are: by engine, batch, threads, budget, and what channel counts are multiples of.
+"""How much faster compressed models are: by engine, batch, threads, budget, and what channel counts
+are multiples of.
 
-Weights are random, which speed does not depend on: a compressed model is what the search space offers at a share of the
-MACs. All contestants of one engine, thread count and batch take turns; medians over the rounds, ratios within a round.
-"Of the fastest" is the ratio between the fastest turns, which a busy machine disturbs least. The last column, speed-up
-times share of the MACs, is 1 where seconds follow MACs; `--profile` shows in which operations they are lost.
+Weights are random, which speed does not depend on: a compressed model is what the search space
+offers at a share of the MACs. All contestants of one engine, thread count and batch take turns;
+medians over the rounds, ratios within a round. "Of the fastest" is the ratio between the fastest
+turns, which a busy machine disturbs least. The last column, speed-up times share of the MACs, is 1
+where seconds follow MACs; `--profile` shows in which operations they are lost.
 
-    python benchmarks/inference.py --shapes deit_tiny --engines onnxruntime --batch 1 8 --multiple_of 8 16
-    python benchmarks/inference.py --shapes deit_tiny --budgets 0.5 --batch 8 --threads 1 --profile
-    python benchmarks/inference.py --shapes deit_small --engines eager compile --device cuda --dtype bfloat16
+    python benchmarks/inference.py --shapes deit_tiny --engines onnxruntime --batch 1 8
+    --multiple_of 8 16 python benchmarks/inference.py --shapes deit_tiny --budgets 0.5 --batch 8
+    --threads 1 --profile python benchmarks/inference.py --shapes deit_small --engines eager compile
+    --device cuda --dtype bfloat16
 """
 
 import argparse
@@ -28,7 +31,17 @@ from ofb_hf.models.shapes import SHAPES
 from ofb_hf.workflow.measure import processor, random_images, threads
 
 ENGINES = ("eager", "compile", "onnxruntime")
-HEAD = ["model", "engine", "threads", "batch", "of the MACs", "ms", "images/s", "speed-up", "(lowest, highest)"]
+HEAD = [
+    "model",
+    "engine",
+    "threads",
+    "batch",
+    "of the MACs",
+    "ms",
+    "images/s",
+    "speed-up",
+    "(lowest, highest)",
+]
 HEAD += ["of the fastest", "speed-up x MACs"]
 OPERATIONS = 12  # of the profile, the dearest ones
 
@@ -58,7 +71,9 @@ def runner(engine: str, model: nn.Module, stack: ExitStack) -> Callable[[Tensor]
     return run
 
 
-def measured(models: dict[str, nn.Module], engine: str, batch: int, wanted: argparse.Namespace) -> Iterator[dict]:
+def measured(
+    models: dict[str, nn.Module], engine: str, batch: int, wanted: argparse.Namespace
+) -> Iterator[dict]:
     """One row for every contestant."""
     first = next(iter(models.values()))
     place = torch.device(wanted.device), getattr(torch, wanted.dtype)
@@ -77,10 +92,20 @@ def measured(models: dict[str, nn.Module], engine: str, batch: int, wanted: argp
         images_per_second = statistics.median(turn[name] for turn in turns[1:])
         yield {
             **{"model": name, "engine": engine, "threads": torch.get_num_threads(), "batch": batch},
-            **{"device": wanted.device, "dtype": wanted.dtype, "hardware": processor(place[0]), "macs_share": share},
-            **{"ms": 1e3 * batch / images_per_second, "images_per_second": images_per_second, "speed_up": speed_up},
+            **{
+                "device": wanted.device,
+                "dtype": wanted.dtype,
+                "hardware": processor(place[0]),
+                "macs_share": share,
+            },
+            **{
+                "ms": 1e3 * batch / images_per_second,
+                "images_per_second": images_per_second,
+                "speed_up": speed_up,
+            },
             **{"lowest": min(ratios), "highest": max(ratios), "efficiency": speed_up * share},
-            "of_the_fastest": max(turn[name] for turn in turns[1:]) / max(turn[dense_name] for turn in turns[1:]),
+            "of_the_fastest": max(turn[name] for turn in turns[1:])
+            / max(turn[dense_name] for turn in turns[1:]),
         }
 
 
@@ -111,19 +136,30 @@ def operations(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 
 def profile_table(models: dict[str, nn.Module], batch: int, wanted: argparse.Namespace) -> None:
-    """Prints where the time of an eager forward pass goes, the dense model's dearest operations first."""
+    """Prints where the time of an eager forward pass goes, the dense model's dearest operations
+    first."""
     place = torch.device(wanted.device), getattr(torch, wanted.dtype)
     first = next(iter(models.values()))
     images = random_images(first.config, batch).to(*place)
-    turns = [{n: operations(m.to(*place), images) for n, m in models.items()} for _ in range(wanted.rounds + 1)][1:]
+    turns = [
+        {n: operations(m.to(*place), images) for n, m in models.items()}
+        for _ in range(wanted.rounds + 1)
+    ][1:]
     names = {operation for turn in turns for found in turn.values() for operation in found}
     times = {
-        model: {name: statistics.median(turn[model].get(name, 0.0) for turn in turns) for name in names}
+        model: {
+            name: statistics.median(turn[model].get(name, 0.0) for turn in turns) for name in names
+        }
         for model in models
     }
     dense, *others = times
     write(
-        ["operation", f"{dense}: ms", "share", *(head for name in others for head in (f"{name}: ms", "share", "left"))]
+        [
+            "operation",
+            f"{dense}: ms",
+            "share",
+            *(head for name in others for head in (f"{name}: ms", "share", "left")),
+        ]
     )
     for operation in sorted(times[dense], key=times[dense].get, reverse=True)[:OPERATIONS]:
         row = [operation]
@@ -146,10 +182,16 @@ def write(row: list[str], head: bool = False) -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["deit_tiny"])
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.3, 0.25], help="shares of the MACs")
-    parser.add_argument("--multiple_of", nargs="+", type=int, default=[16], help="units of channel counts")
+    parser.add_argument(
+        "--budgets", nargs="+", type=float, default=[0.5, 0.3, 0.25], help="shares of the MACs"
+    )
+    parser.add_argument(
+        "--multiple_of", nargs="+", type=int, default=[16], help="units of channel counts"
+    )
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["eager", "onnxruntime"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
@@ -157,10 +199,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--profile", action="store_true", help="time by operation, eager, instead of speed")
+    parser.add_argument(
+        "--profile", action="store_true", help="time by operation, eager, instead of speed"
+    )
     parser.add_argument("--output", type=Path, help="also append rows to this file, as JSON lines")
     wanted = parser.parse_args()
-    if "onnxruntime" in wanted.engines and not wanted.profile and (wanted.device, wanted.dtype) != ("cpu", "float32"):
+    if (
+        "onnxruntime" in wanted.engines
+        and not wanted.profile
+        and (wanted.device, wanted.dtype) != ("cpu", "float32")
+    ):
         parser.error("onnxruntime runs on the cpu in float32 here; leave it out of --engines.")
     return wanted
 

@@ -1,11 +1,13 @@
-"""Is a budget in milliseconds better than one in MACs? Accuracy right after the cut, and milliseconds, of both.
+"""Is a budget in milliseconds better than one in MACs? Accuracy right after the cut, and
+milliseconds, of both.
 
-A classifier is pruned in one shot by first-order scores (`baselines.pruned_subnet`, the settlement of the search) to
-shares of its MACs, and then to a share of the milliseconds that each of these networks is predicted to take, without
-depth and with it. No training follows. All take turns when their latency is measured; medians of single passes.
+A classifier is pruned in one shot by first-order scores (`baselines.pruned_subnet`, the settlement
+of the search) to shares of its MACs, and then to a share of the milliseconds that each of these
+networks is predicted to take, without depth and with it. No training follows. All take turns when
+their latency is measured; medians of single passes.
 
-    ofb-hf latency-table vit-cifar10 --num_threads 1 --output table.json
-    python benchmarks/latency_accuracy.py --model vit-cifar10 --data_dir cifar10 --latency_table table.json
+    ofb-hf latency-table vit-cifar10 --num_threads 1 --output table.json python
+    benchmarks/latency_accuracy.py --model vit-cifar10 --data_dir cifar10 --latency_table table.json
 """
 
 import argparse
@@ -35,19 +37,30 @@ HEAD = ["budget", "MACs", "predicted ms", "measured ms", "top-1 %"]
 
 def main() -> None:
     """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="checkpoint of a classifier")
     parser.add_argument("--data_dir", required=True, help="class folders with its images")
     parser.add_argument("--latency_table", type=Path, required=True)
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.6, 0.5, 0.4, 0.3], help="of the MACs")
-    parser.add_argument("--of_milliseconds", type=float, default=0.95, help="share of each such network's milliseconds")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, default=[0.6, 0.5, 0.4, 0.3], help="of the MACs"
+    )
+    parser.add_argument(
+        "--of_milliseconds",
+        type=float,
+        default=0.95,
+        help="share of each such network's milliseconds",
+    )
     parser.add_argument("--max_eval_samples", type=int)
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         args = OFBTrainingArguments(
             folder, per_device_eval_batch_size=250, use_cpu=True, report_to=[], disable_tqdm=True
         )
-        data = DataArguments(data_dir=wanted.data_dir, augmentation="light", max_eval_samples=wanted.max_eval_samples)
+        data = DataArguments(
+            data_dir=wanted.data_dir, augmentation="light", max_eval_samples=wanted.max_eval_samples
+        )
         dense, inputs = load(wanted.model, data, args.seed)
         dense, table = dense.eval(), LatencyTable.load(wanted.latency_table)
         torch.manual_seed(0)
@@ -65,14 +78,18 @@ def main() -> None:
             for depth in (False, True):
                 name = f"{wanted.of_milliseconds} of the ms of MACs {share}{', with depth' if depth else ''}"
                 models[name] = pruned(
-                    target_latency_ms=target, latency_table=str(wanted.latency_table), search_depth=depth
+                    target_latency_ms=target,
+                    latency_table=str(wanted.latency_table),
+                    search_depth=depth,
                 )
         measured, rows = measured_latency(models, table), [HEAD]
         for name, model in models.items():
             top1 = evaluate_classifier(model, inputs.eval, args)[0]["top1"]
             predicted = milliseconds(count_latency(model, table))
             share = count_macs(model) / count_macs(dense)
-            rows.append([name, f"{share:.3f}", f"{predicted:.3f}", f"{measured[name]:.3f}", f"{top1:.2f}"])
+            rows.append(
+                [name, f"{share:.3f}", f"{predicted:.3f}", f"{measured[name]:.3f}", f"{top1:.2f}"]
+            )
     sys.stdout.write(markdown_table(rows) + "\n")
 
 

@@ -1,7 +1,9 @@
-"""Is a budget in milliseconds met? Networks chosen under one, as a latency table predicts them and as they are here.
+"""Is a budget in milliseconds met? Networks chosen under one, as a latency table predicts them and
+as they are here.
 
-Weights are random, which speed does not depend on; units are chosen by magnitude (`baselines.pruned_subnet`, the
-settlement of the search). All networks, the dense one among them, take turns; medians of single passes.
+Weights are random, which speed does not depend on; units are chosen by magnitude
+(`baselines.pruned_subnet`, the settlement of the search). All networks, the dense one among them,
+take turns; medians of single passes.
 
     ofb-hf latency-table deit_tiny --num_threads 1 --output deit_tiny.json
     python benchmarks/latency_target.py --shape deit_tiny --latency_table deit_tiny.json
@@ -28,22 +30,36 @@ HEAD = ["budget", "share of MACs", "predicted ms", "measured ms", "measured / pr
 
 def pruned(dense: PreTrainedModel, **budget: object) -> PreTrainedModel:
     """What the search space offers under a budget."""
-    subnet = baselines.pruned_subnet(dense, default_config(dense.config, **budget), baselines.magnitude_scores(dense))
+    subnet = baselines.pruned_subnet(
+        dense, default_config(dense.config, **budget), baselines.magnitude_scores(dense)
+    )
     return slice_model(dense, subnet).eval()
 
 
 def main() -> None:
     """Prints one table per repetition."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="deit_tiny")
     parser.add_argument("--latency_table", type=Path, required=True)
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.6, 0.4], help="of the dense model's milliseconds")
-    parser.add_argument("--macs", nargs="+", type=float, default=[0.5], help="budgets in MACs to compare with")
+    parser.add_argument(
+        "--shares",
+        nargs="+",
+        type=float,
+        default=[0.6, 0.4],
+        help="of the dense model's milliseconds",
+    )
+    parser.add_argument(
+        "--macs", nargs="+", type=float, default=[0.5], help="budgets in MACs to compare with"
+    )
     parser.add_argument("--repeat", type=int, default=2)
     wanted = parser.parse_args()
     table = LatencyTable.load(wanted.latency_table)
     dense = dense_model(wanted.shape)
-    targets = [round(share * milliseconds(count_latency(dense, table)), 1) for share in wanted.shares]
+    targets = [
+        round(share * milliseconds(count_latency(dense, table)), 1) for share in wanted.shares
+    ]
     models = {"dense": dense}
     for target in targets:
         budget = {"target_latency_ms": target, "latency_table": str(wanted.latency_table)}

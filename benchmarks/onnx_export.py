@@ -1,7 +1,9 @@
-"""What ONNX Runtime makes of dense and compressed models: agreement, file size, images per second against PyTorch.
+"""What ONNX Runtime makes of dense and compressed models: agreement, file size, images per second
+against PyTorch.
 
-Shapes get random weights, and a compressed one is what the search space offers at half of the MACs (neither speed
-nor agreement depend on training). Contestants take turns; medians over the rounds, ratios within a round.
+Shapes get random weights, and a compressed one is what the search space offers at half of the MACs
+(neither speed nor agreement depend on training). Contestants take turns; medians over the rounds,
+ratios within a round.
 
     python benchmarks/onnx_export.py --shapes deit_tiny swin_tiny --batch 8
 """
@@ -24,16 +26,29 @@ from ofb_hf.models.shapes import SHAPES
 from ofb_hf.release.export import Exported, export_onnx
 from ofb_hf.space.configuration import default_config
 
-HEAD = ("model", "GMACs", "difference", "ONNX MiB", "torch img/s", "onnxruntime img/s", "ratio", "(lowest, highest)")
+HEAD = (
+    "model",
+    "GMACs",
+    "difference",
+    "ONNX MiB",
+    "torch img/s",
+    "onnxruntime img/s",
+    "ratio",
+    "(lowest, highest)",
+)
 
 
 def dense_model(shape: str) -> PreTrainedModel:
     """A shape with random weights and 1,000 labels."""
     torch.manual_seed(0)
-    return AutoModelForImageClassification.from_config(SHAPES[shape].config(list(map(str, range(1000))))).eval()
+    return AutoModelForImageClassification.from_config(
+        SHAPES[shape].config(list(map(str, range(1000))))
+    ).eval()
 
 
-def compressed_model(dense: PreTrainedModel, share: float, multiple_of: int = 16) -> PreTrainedModel:
+def compressed_model(
+    dense: PreTrainedModel, share: float, multiple_of: int = 16
+) -> PreTrainedModel:
     """What the search space offers at a share of the MACs."""
     config = default_config(dense.config, target_macs=share, multiple_of=multiple_of)
     return compress(install_bi_masks(dense, config)).eval()
@@ -42,7 +57,10 @@ def compressed_model(dense: PreTrainedModel, share: float, multiple_of: int = 16
 def contestants(shape: str, share: float) -> dict[str, torch.nn.Module]:
     """The dense model of a shape, and a compressed one at a share of its MACs."""
     dense = dense_model(shape)
-    return {f"{shape}, dense": dense, f"{shape}, {share} of the MACs": compressed_model(dense, share)}
+    return {
+        f"{shape}, dense": dense,
+        f"{shape}, {share} of the MACs": compressed_model(dense, share),
+    }
 
 
 @contextmanager
@@ -52,7 +70,10 @@ def onnx_session(model: torch.nn.Module) -> Iterator[tuple[onnxruntime.Inference
         done = export_onnx(model, folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        yield onnxruntime.InferenceSession(done.path, options, providers=["CPUExecutionProvider"]), done
+        yield (
+            onnxruntime.InferenceSession(done.path, options, providers=["CPUExecutionProvider"]),
+            done,
+        )
 
 
 def rate(run: Callable[[Tensor], object], images: Tensor, seconds: float) -> float:
@@ -64,7 +85,9 @@ def rate(run: Callable[[Tensor], object], images: Tensor, seconds: float) -> flo
     return count / (time.perf_counter() - began)
 
 
-def measure(name: str, model: torch.nn.Module, batch: int, rounds: int, seconds: float) -> list[str]:
+def measure(
+    name: str, model: torch.nn.Module, batch: int, rounds: int, seconds: float
+) -> list[str]:
     """A row of the table."""
     size = model.config.image_size
     images = torch.randn(batch, 3, size, size)
@@ -72,7 +95,12 @@ def measure(name: str, model: torch.nn.Module, batch: int, rounds: int, seconds:
         turns = []
         for _ in range(rounds + 1):  # the first warms up
             ours = rate(model, images, seconds)
-            turns.append((ours, rate(lambda x: session.run(None, {"pixel_values": x.numpy()}), images, seconds)))
+            turns.append(
+                (
+                    ours,
+                    rate(lambda x: session.run(None, {"pixel_values": x.numpy()}), images, seconds),
+                )
+            )
     pytorch, onnx = zip(*turns[1:], strict=True)
     ratios = [b / a for a, b in turns[1:]]
     return [
@@ -89,7 +117,9 @@ def measure(name: str, model: torch.nn.Module, batch: int, rounds: int, seconds:
 
 def main() -> None:
     """Prints one table for all shapes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["deit_tiny", "swin_tiny"])
     parser.add_argument("--share", type=float, default=0.5, help="MACs of the compressed models")
     parser.add_argument("--batch", type=int, default=8)

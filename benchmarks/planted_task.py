@@ -1,13 +1,14 @@
-"""Does the search find what is useless? A ViT on digits with units that were useless before dense training.
+"""Does the search find what is useless? A ViT on digits with units that were useless before dense
+training.
 
-Some attentions and MLPs get a planted subset of useful units; the others are cut off from the network during dense
-training (their output weights are held at zero), so a search led by data must remove exactly them. The budget is just
-above what the useful units need.
+Some attentions and MLPs get a planted subset of useful units; the others are cut off from the
+network during dense training (their output weights are held at zero), so a search led by data must
+remove exactly them. The budget is just above what the useful units need.
 
     python benchmarks/planted_task.py --seeds 0 1 2 --presets ours paper
 
-With `--task blocks` two whole blocks of six add nothing, and the search may leave attentions and MLPs out
-(`search_depth`): it must leave out both halves of these two, and no other.
+With `--task blocks` two whole blocks of six add nothing, and the search may leave attentions and
+MLPs out (`search_depth`): it must leave out both halves of these two, and no other.
 
     python benchmarks/planted_task.py --task blocks --seeds 0 1 2 3 4 --presets ours
 """
@@ -34,7 +35,8 @@ from ofb_hf.training.arguments import OFBTrainingArguments
 from ofb_hf.training.distillation import DistillationTrainer
 
 HEADS, HEAD_DIM, MLP, LAYERS, HIDDEN = 4, 16, 32, 4, 64
-# Useful units of the planted submodules: (heads, channels per head) or MLP channels; 25 to 50 % of each.
+# Useful units of the planted submodules: (heads, channels per head) or MLP channels; 25 to 50 % of
+# each.
 PLANTED = {
     "layers.0.mlp": 16,
     "layers.1.attention": (2, 8),
@@ -43,7 +45,8 @@ PLANTED = {
 }
 # The task with useless blocks: of how many, and which; counted from 0.
 BLOCKS, USELESS_BLOCKS = 6, (3, 5)
-# The budget, as a multiple of what the useful units cost. Useless units that do anything at all fill what it leaves.
+# The budget, as a multiple of what the useful units cost. Useless units that do anything at all
+# fill what it leaves.
 SLACK = 1.02
 SHARES = ("useless_removed", "useful_kept", "dense_top1", "top1_after_cut")
 LEARNING_RATE = {"ours": 5e-4, "paper": 1e-3}
@@ -76,23 +79,32 @@ def plant(seed: int) -> SubnetSpec:
 def plant_blocks() -> SubnetSpec:
     """Nothing is useful in attention and MLP of the useless blocks."""
     halves = {"attention": {}, "mlp": ()}
-    return SubnetSpec({f"layers.{block}.{half}": kept for block in USELESS_BLOCKS for half, kept in halves.items()})
+    return SubnetSpec(
+        {
+            f"layers.{block}.{half}": kept
+            for block in USELESS_BLOCKS
+            for half, kept in halves.items()
+        }
+    )
 
 
 def useful_units(planted: SubnetSpec, name: str) -> set[int]:
     """Flat indices of the useful units of one planted submodule."""
     kept = planted.kept[name]
     if isinstance(kept, dict):
-        return {head * HEAD_DIM + channel for head, channels in kept.items() for channel in channels}
+        return {
+            head * HEAD_DIM + channel for head, channels in kept.items() for channel in channels
+        }
     return set(kept)
 
 
 class CutOff(TrainerCallback):
     """Holds useless units at no effect while the dense model trains.
 
-    MLP channels: their output weights are zero. Attention channels: output and query weights are zero, so they reach
-    neither the output nor the attention map. The other weights stay random, so a search could bring a unit to life.
-    Where all units are useless, the output bias is zero as well.
+    MLP channels: their output weights are zero. Attention channels: output and query weights are
+    zero, so they reach neither the output nor the attention map. The other weights stay random, so
+    a search could bring a unit to life. Where all units are useless, the output bias is zero as
+    well.
     """
 
     def __init__(self, model: ViTForImageClassification, planted: SubnetSpec):
@@ -106,28 +118,35 @@ class CutOff(TrainerCallback):
 
     @torch.no_grad()
     def disturb_(self, share: float):
-        """Replaces the weights by noise, `share` times as strong as the weights of useful units; 0 = by zeros."""
-        noise = torch.Generator().manual_seed(0)  # its own, so that training draws the same numbers with and without
+        """Replaces the weights by noise, `share` times as strong as the weights of useful units; 0
+        = by zeros."""
+        # its own, so that training draws the same numbers with and without
+        noise = torch.Generator().manual_seed(0)
         for name in self.planted.kept:
             _, layer, kind = name.split(".")
             block = self.model.vit.layers[int(layer)]
             out = block.attention.o_proj if kind == "attention" else block.mlp.fc2
             useless = sorted(set(range(out.in_features)) - useful_units(self.planted, name))
             out.weight[:, useless] = (
-                share * out.weight.std() * torch.randn(len(out.weight), len(useless), generator=noise)
+                share
+                * out.weight.std()
+                * torch.randn(len(out.weight), len(useless), generator=noise)
             )
             if not self.planted.kept[name]:
                 out.bias[:] = 0
             if kind == "attention":
                 query = block.attention.q_proj
                 query.weight[useless] = (
-                    share * query.weight.std() * torch.randn(len(useless), query.in_features, generator=noise)
+                    share
+                    * query.weight.std()
+                    * torch.randn(len(useless), query.in_features, generator=noise)
                 )
                 query.bias[useless] = 0
 
 
 def augment(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Collates a batch; each image is turned, scaled and shifted a little, and gets a little noise."""
+    """Collates a batch; each image is turned, scaled and shifted a little, and gets a little
+    noise."""
     batch = plain(rows)
     pixels = batch["pixel_values"]
     jitter = 0.1 * torch.randn(len(pixels), 2, 3)
@@ -150,7 +169,13 @@ def plain(rows: list[dict]) -> dict[str, torch.Tensor]:
 def accuracy(model: torch.nn.Module, rows: list[dict]) -> float:
     """Top-1 in percent."""
     batch = plain(rows)
-    return 100 * (model.eval()(batch["pixel_values"]).logits.argmax(-1) == batch["labels"]).float().mean().item()
+    return (
+        100
+        * (model.eval()(batch["pixel_values"]).logits.argmax(-1) == batch["labels"])
+        .float()
+        .mean()
+        .item()
+    )
 
 
 def arguments(folder: str, steps: int, seed: int, learning_rate: float) -> OFBTrainingArguments:
@@ -175,7 +200,8 @@ def arguments(folder: str, steps: int, seed: int, learning_rate: float) -> OFBTr
 def train_dense(
     planted: SubnetSpec, seed: int, steps: int, layers: int = LAYERS, noise: float = 0.0
 ) -> ViTForImageClassification:
-    """The dense model; its useless units do nothing, or with `noise` a little that nobody has asked for."""
+    """The dense model; its useless units do nothing, or with `noise` a little that nobody has asked
+    for."""
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=HIDDEN,
@@ -211,14 +237,21 @@ def run(
     slack: float = SLACK,
     **overrides,
 ) -> dict:
-    """One search of a planted model; shares in percent, top-1 before the search and right after it."""
+    """One search of a planted model; shares in percent, top-1 before the search and right after
+    it."""
     needed = count_macs(model, planted)
-    settings = {"search_embedding": False, "pmim": False, "target_macs": slack * needed / count_macs(model)}
+    settings = {
+        "search_embedding": False,
+        "pmim": False,
+        "target_macs": slack * needed / count_macs(model),
+    }
     config = ViTBiMaskConfig(**({"preset": preset} | settings | overrides))
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(folder, steps, seed, LEARNING_RATE[preset])
-        trainer = OFBTrainer(model, args, config, train_dataset=digits(train=True), data_collator=augment)
+        trainer = OFBTrainer(
+            model, args, config, train_dataset=digits(train=True), data_collator=augment
+        )
         trainer.train()
     result = report(trainer, model, planted, digits(train=False))
     return result | {
@@ -229,7 +262,9 @@ def run(
     }
 
 
-def report(trainer: OFBTrainer, model: torch.nn.Module, planted: SubnetSpec, test: list[dict]) -> dict:
+def report(
+    trainer: OFBTrainer, model: torch.nn.Module, planted: SubnetSpec, test: list[dict]
+) -> dict:
     kept_useful = kept_useless = useful_total = useless_total = 0
     sizes = {}
     masks = trainer.supernet.named_masks
@@ -256,14 +291,23 @@ def report(trainer: OFBTrainer, model: torch.nn.Module, planted: SubnetSpec, tes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", choices=["units", "blocks"], default="units")
     parser.add_argument("--presets", nargs="+", default=["ours", "paper"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--dense_steps", type=int, default=1800)
     parser.add_argument("--search_steps", type=int, default=900)
-    parser.add_argument("--noise", type=float, default=0.0, help="of useless units, relative to the weights of others")
-    parser.add_argument("--slack", type=float, default=SLACK, help="the budget over what the useful units cost")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="of useless units, relative to the weights of others",
+    )
+    parser.add_argument(
+        "--slack", type=float, default=SLACK, help="the budget over what the useful units cost"
+    )
     args = parser.parse_args()
     logging.set_verbosity_error()
     rows = []
@@ -271,16 +315,30 @@ def main() -> None:
         blocks = args.task == "blocks"
         planted = plant_blocks() if blocks else plant(seed)
         with contextlib.redirect_stdout(io.StringIO()):
-            model = train_dense(planted, seed, args.dense_steps, BLOCKS if blocks else LAYERS, args.noise)
+            model = train_dense(
+                planted, seed, args.dense_steps, BLOCKS if blocks else LAYERS, args.noise
+            )
         for preset in args.presets:
             with contextlib.redirect_stdout(io.StringIO()):
-                rows.append(run(preset, planted, model, seed, args.search_steps, args.slack, search_depth=blocks))
+                rows.append(
+                    run(
+                        preset,
+                        planted,
+                        model,
+                        seed,
+                        args.search_steps,
+                        args.slack,
+                        search_depth=blocks,
+                    )
+                )
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
             sys.stdout.flush()
     for preset in args.presets:
         mine = [row for row in rows if row["preset"] == preset]
         means = {key: sum(row[key] for row in mine) / len(mine) for key in SHARES}
-        sys.stdout.write(f"{preset}: " + ", ".join(f"{key} {value:.1f}" for key, value in means.items()) + "\n")
+        sys.stdout.write(
+            f"{preset}: " + ", ".join(f"{key} {value:.1f}" for key, value in means.items()) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """How time and memory of a search step grow with depth, width, batch and ranks.
 
-Starts from one ViT (224 pixels, patches of 16, heads of 64, 1,000 labels) and changes one thing at a time. Every row is
-a process of its own, two for two ranks (DDP over gloo), so that the peak of memory belongs to it: what the process
-holds at most beyond what it held before there was a model. Seconds are processor time of a process, which waiting for
-others does not add to; medians of a few steps, before the choice and after it.
+Starts from one ViT (224 pixels, patches of 16, heads of 64, 1,000 labels) and changes one thing at
+a time. Every row is a process of its own, two for two ranks (DDP over gloo), so that the peak of
+memory belongs to it: what the process holds at most beyond what it held before there was a model.
+Seconds are processor time of a process, which waiting for others does not add to; medians of a few
+steps, before the choice and after it.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py
 """
@@ -39,29 +40,51 @@ class Case:
     ranks: int = 1
 
 
-CHANGES: dict[str, tuple[int, ...]] = {"depth": (6, 24), "width": (384, 768), "batch": (2, 32), "ranks": (2,)}
+CHANGES: dict[str, tuple[int, ...]] = {
+    "depth": (6, 24),
+    "width": (384, 768),
+    "batch": (2, 32),
+    "ranks": (2,),
+}
 
 
 def cases() -> list[Case]:
     """The first case, and what becomes of it when one thing changes."""
     first = Case()
-    return [first] + [replace(first, **{name: value}) for name, values in CHANGES.items() for value in values]
+    return [first] + [
+        replace(first, **{name: value}) for name, values in CHANGES.items() for value in values
+    ]
 
 
 def measure(case: Case) -> dict[str, float]:
     """Takes steps in this process, which is a rank of the case."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": case.width, "intermediate_size": 4 * case.width, "num_hidden_layers": case.depth}
-    config = ViTConfig(**sizes, num_attention_heads=case.width // 64, image_size=224, num_labels=1000)
+    sizes = {
+        "hidden_size": case.width,
+        "intermediate_size": 4 * case.width,
+        "num_hidden_layers": case.depth,
+    }
+    config = ViTConfig(
+        **sizes, num_attention_heads=case.width // 64, image_size=224, num_labels=1000
+    )
     with tempfile.TemporaryDirectory() as folder:
-        args = OFBTrainingArguments(folder, per_device_train_batch_size=case.batch, use_cpu=True, report_to=[])
+        args = OFBTrainingArguments(
+            folder, per_device_train_batch_size=case.batch, use_cpu=True, report_to=[]
+        )
         held = peak_bytes(args.device)
-        trial = TrialSearch(ViTForImageClassification(config).train(), args, ViTBiMaskConfig(target_macs=0.5))
+        trial = TrialSearch(
+            ViTForImageClassification(config).train(), args, ViTBiMaskConfig(target_macs=0.5)
+        )
         batch = trial.batch(case.batch)
         before = median_seconds(trial, batch)
         peak = peak_bytes(args.device) - held
         trial.settle()
-        return {"macs": count_macs(config), "before": before, "after": median_seconds(trial, batch), "bytes": peak}
+        return {
+            "macs": count_macs(config),
+            "before": before,
+            "after": median_seconds(trial, batch),
+            "bytes": peak,
+        }
 
 
 def median_seconds(trial: TrialSearch, batch: dict[str, torch.Tensor]) -> float:
@@ -78,16 +101,27 @@ def run(case: Case) -> dict[str, float]:
     """Measures a case in processes of its own; of several ranks, the first one."""
     command = [sys.executable]
     if case.ranks > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(case.ranks), "--standalone"]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(case.ranks),
+            "--standalone",
+        ]
     output = subprocess.run(
-        [*command, __file__, "--case", json.dumps(asdict(case))], check=True, capture_output=True, text=True
+        [*command, __file__, "--case", json.dumps(asdict(case))],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     return json.loads(output.strip().splitlines()[-1])
 
 
 def main() -> None:
     """Prints the table, or measures one case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", help="measure this one, as JSON, in this process")
     wanted = parser.parse_args()
     if wanted.case:
@@ -97,7 +131,20 @@ def main() -> None:
         return
     results = {case: run(case) for case in cases()}
     first = results[Case()]
-    rows = [["depth", "width", "images", "ranks", "GMACs", "s / step", "of the first", "then", "MiB", "of the first"]]
+    rows = [
+        [
+            "depth",
+            "width",
+            "images",
+            "ranks",
+            "GMACs",
+            "s / step",
+            "of the first",
+            "then",
+            "MiB",
+            "of the first",
+        ]
+    ]
     for case, row in results.items():
         sizes = [str(value) for value in asdict(case).values()]
         times = [

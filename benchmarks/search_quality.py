@@ -1,4 +1,5 @@
-"""Does the search choose better than chance? One backbone, one data set, equal epochs, several seeds, many contestants.
+"""Does the search choose better than chance? One backbone, one data set, equal epochs, several
+seeds, many contestants.
 
     ours, paper       a search with that preset: some epochs of search, the rest finetuning
     depth             ours, and attentions and MLPs may be left out altogether
@@ -10,11 +11,13 @@
     scratch           the sizes of `uniform`, trained from random weights
     dense             the dense model itself, trained for the same extra epochs
 
-All of them start from the same dense checkpoint (but for `scratch`), end under the same budget, train for the same
-number of epochs in all, and learn from the same teacher, the dense checkpoint. Every finished contestant is a line of
-results.jsonl; run the command again to go on after an interruption.
+All of them start from the same dense checkpoint (but for `scratch`), end under the same budget,
+train for the same number of epochs in all, and learn from the same teacher, the dense checkpoint.
+Every finished contestant is a line of results.jsonl; run the command again to go on after an
+interruption.
 
-    python benchmarks/search_quality.py --model vit-cifar10 --data_dir cifar10 --output_dir runs/quality --quick
+    python benchmarks/search_quality.py --model vit-cifar10 --data_dir cifar10 --output_dir
+    runs/quality --quick
 """
 
 import argparse
@@ -107,14 +110,20 @@ class Job:
     def top1(self, model: PreTrainedModel) -> float:
         """Accuracy on the evaluation images, in percent."""
         with tempfile.TemporaryDirectory() as folder:
-            return evaluate_classifier(model, self.inputs.eval, self.arguments(folder, 1, 0.0))[0]["top1"]
+            return evaluate_classifier(model, self.inputs.eval, self.arguments(folder, 1, 0.0))[0][
+                "top1"
+            ]
 
-    def finetune(self, model: PreTrainedModel, epochs: float, learning_rate: float | None = None) -> None:
+    def finetune(
+        self, model: PreTrainedModel, epochs: float, learning_rate: float | None = None
+    ) -> None:
         """Trains in place, with the dense checkpoint as teacher."""
         with tempfile.TemporaryDirectory() as folder:
             args = self.arguments(folder, epochs, learning_rate or self.settings.learning_rate)
             teacher = {"teacher": self.dense, "distillation_weight": self.settings.teacher_share}
-            trainer = DistillationTrainer(model, args, train_dataset=self.inputs.train, **teacher, **METRICS)
+            trainer = DistillationTrainer(
+                model, args, train_dataset=self.inputs.train, **teacher, **METRICS
+            )
             trainer.train()
 
     def ours(self) -> PreTrainedModel:
@@ -140,8 +149,11 @@ def paper(job: Job) -> tuple[PreTrainedModel, float]:
     return job.search(job.settings.search_epochs), job.settings.finetune_epochs
 
 
-def one_shot(choose: Callable[[Job], Any], looks_at: int = 0) -> Callable[[Job], tuple[PreTrainedModel, float]]:
-    """A contestant that chooses first, and has the epochs left that looking at images to choose by did not take."""
+def one_shot(
+    choose: Callable[[Job], Any], looks_at: int = 0
+) -> Callable[[Job], tuple[PreTrainedModel, float]]:
+    """A contestant that chooses first, and has the epochs left that looking at images to choose by
+    did not take."""
 
     def prune(job: Job) -> tuple[PreTrainedModel, float]:
         small = slice_model(job.ours(), choose(job))
@@ -152,8 +164,12 @@ def one_shot(choose: Callable[[Job], Any], looks_at: int = 0) -> Callable[[Job],
 
 def taylor(job: Job) -> Any:
     loader = DataLoader(job.inputs.train, TAYLOR_BATCH, shuffle=True)
-    batches = (batch for batch, _ in zip(loader, range(TAYLOR_IMAGES // TAYLOR_BATCH), strict=False))
-    return baselines.pruned_subnet(job.dense, job.config, baselines.taylor_scores(job.dense, batches))
+    batches = (
+        batch for batch, _ in zip(loader, range(TAYLOR_IMAGES // TAYLOR_BATCH), strict=False)
+    )
+    return baselines.pruned_subnet(
+        job.dense, job.config, baselines.taylor_scores(job.dense, batches)
+    )
 
 
 def uniform(job: Job) -> Any:
@@ -175,7 +191,11 @@ def torch_pruning(job: Job) -> tuple[PreTrainedModel, float]:
 CONTESTANTS: dict[str, Callable[[Job], tuple[PreTrainedModel, float]]] = {
     "ours": ours,
     "uniform": one_shot(uniform),
-    "l1": one_shot(lambda job: baselines.pruned_subnet(job.dense, job.config, baselines.magnitude_scores(job.dense))),
+    "l1": one_shot(
+        lambda job: baselines.pruned_subnet(
+            job.dense, job.config, baselines.magnitude_scores(job.dense)
+        )
+    ),
     "taylor": one_shot(taylor, TAYLOR_IMAGES),
     "random": one_shot(lambda job: baselines.random_subnet(job.dense, job.config, job.seed)),
     "depth": ours,
@@ -197,7 +217,9 @@ def run(name: str, job: Job) -> dict[str, Any]:
     cut = job.top1(small) if epochs else None  # else it was cut long ago
     if epochs:
         job.finetune(small, epochs, job.settings.dense_learning_rate if name == "scratch" else None)
-    sizes = {s.name: list(s.shape) for s in family_of(small.config).describe(small.config).submodules}
+    sizes = {
+        s.name: list(s.shape) for s in family_of(small.config).describe(small.config).submodules
+    }
     return {
         "top1": job.top1(small),
         "top1_cut": cut,
@@ -213,23 +235,32 @@ def run(name: str, job: Job) -> dict[str, Any]:
 def speeds(job: Job, small: PreTrainedModel) -> dict[str, float]:
     """Images per second of a model and of the dense one, measured in turn."""
     rows = job.inputs.eval
-    images = torch.stack([rows[index]["pixel_values"] for index in range(min(len(rows), SPEED_BATCH))])
-    return images_per_second({"images_per_second": small, "dense_images_per_second": job.dense}, images)
+    images = torch.stack(
+        [rows[index]["pixel_values"] for index in range(min(len(rows), SPEED_BATCH))]
+    )
+    return images_per_second(
+        {"images_per_second": small, "dense_images_per_second": job.dense}, images
+    )
 
 
 def available(names: list[str], dense: PreTrainedModel) -> list[str]:
-    """The contestants that can run: tokens are a matter of ViTs; torch-pruning prunes them, if it is installed."""
+    """The contestants that can run: tokens are a matter of ViTs; torch-pruning prunes them, if it
+    is installed."""
     is_vit = dense.config.model_type == "vit"
     can_run = {"tokens": is_vit, "torch_pruning": is_vit and find_spec("torch_pruning") is not None}
     return [name for name in names if can_run.get(name, True)]
 
 
-def plan(settings: Settings, budgets: list[float], seeds: list[int], names: list[str]) -> list[tuple[str, float, int]]:
+def plan(
+    settings: Settings, budgets: list[float], seeds: list[int], names: list[str]
+) -> list[tuple[str, float, int]]:
     """Every (contestant, budget, seed), those that say most first."""
     runs = [("dense", 1.0, seed) for seed in seeds if "dense" in names]
     for budget in budgets:
         for seed in seeds:
-            runs += [(name, budget, seed) for name in CONTESTANTS if name in names and name != "random"]
+            runs += [
+                (name, budget, seed) for name in CONTESTANTS if name in names and name != "random"
+            ]
         if "random" in names:
             runs += [("random", budget, seed) for seed in range(settings.num_random)]
     return runs
@@ -255,31 +286,47 @@ def dense_model(settings: Settings, folder: Path) -> tuple[PreTrainedModel, Inpu
 
 def main() -> None:
     """Runs what is missing and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, field in Settings.__dataclass_fields__.items():
         required = name in ("model", "data_dir")
-        kind = {"str": str, "float": float}.get(str(getattr(field.type, "__name__", field.type)), int)
+        kind = {"str": str, "float": float}.get(
+            str(getattr(field.type, "__name__", field.type)), int
+        )
         parser.add_argument(f"--{name}", type=kind, required=required, default=None)
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.3], help="shares of the dense MACs")
+    parser.add_argument(
+        "--budgets", nargs="+", type=float, default=[0.5, 0.3], help="shares of the dense MACs"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--contestants", nargs="+", choices=["dense", *CONTESTANTS], default=["dense", *CONTESTANTS])
+    parser.add_argument(
+        "--contestants", nargs="+", choices=["dense", *CONTESTANTS], default=["dense", *CONTESTANTS]
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help=f"small enough for a CPU: {QUICK}")
     wanted = parser.parse_args()
-    given = {name: getattr(wanted, name) for name in Settings.__dataclass_fields__ if getattr(wanted, name) is not None}
+    given = {
+        name: getattr(wanted, name)
+        for name in Settings.__dataclass_fields__
+        if getattr(wanted, name) is not None
+    }
     settings = Settings(**((QUICK if wanted.quick else {}) | given))
     logging.set_verbosity_error()
     wanted.output_dir.mkdir(parents=True, exist_ok=True)
     about, results = wanted.output_dir / "settings.json", wanted.output_dir / "results.jsonl"
     if about.is_file() and json.loads(about.read_text()) != asdict(settings):
-        parser.error(f"{wanted.output_dir} holds results of other settings; give another --output_dir.")
+        parser.error(
+            f"{wanted.output_dir} holds results of other settings; give another --output_dir."
+        )
     about.write_text(json.dumps(asdict(settings), indent=2) + "\n")
     dense, inputs = dense_model(settings, wanted.output_dir)
     rows = read_history(results) if results.is_file() else []
     if results.is_file():  # without a line that a kill cut short
         results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = {(row["contestant"], row["budget"], row["seed"]) for row in rows}
-    for name, budget, seed in plan(settings, wanted.budgets, wanted.seeds, available(wanted.contestants, dense)):
+    for name, budget, seed in plan(
+        settings, wanted.budgets, wanted.seeds, available(wanted.contestants, dense)
+    ):
         if (name, budget, seed) in done:
             continue
         preset = "paper" if name == "paper" else "ours"

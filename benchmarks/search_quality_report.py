@@ -49,14 +49,26 @@ def mean(rows: list[dict[str, Any]], key: str) -> float:
 
 
 def table_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Mean, spread (highest - lowest) and best of every contestant, and how much its widths differ between seeds."""
+    """Mean, spread (highest - lowest) and best of every contestant, and how much its widths differ
+    between seeds."""
     lines: list[tuple[str, ...]] = [HEAD, ("---:", "---", *["---:"] * (len(HEAD) - 2))]
     for (budget, name), runs in grouped(rows).items():
         top1 = [row["top1"] for row in runs]
         spreads = f"{max(top1) - min(top1):.2f}", f"{100 * width_spread(runs):.0f} %"
         spread, widths = spreads if len(runs) > 1 else ("-", "-")
-        cells = [f"{budget:.2f}", name, str(len(runs)), f"{mean(runs, 'top1'):.2f}", spread, f"{max(top1):.2f}"]
-        cells += [after_cut(runs), f"{mean(runs, 'share'):.3f}", f"{mean(runs, 'params') / 1e6:.3f}"]
+        cells = [
+            f"{budget:.2f}",
+            name,
+            str(len(runs)),
+            f"{mean(runs, 'top1'):.2f}",
+            spread,
+            f"{max(top1):.2f}",
+        ]
+        cells += [
+            after_cut(runs),
+            f"{mean(runs, 'share'):.3f}",
+            f"{mean(runs, 'params') / 1e6:.3f}",
+        ]
         lines.append((*cells, widths, speed(runs)))
     return lines
 
@@ -67,14 +79,16 @@ def after_cut(runs: list[dict[str, Any]]) -> str:
 
 
 def speed(runs: list[dict[str, Any]]) -> str:
-    """Images per second as a multiple of the dense model's, measured beside it; "-" where they were not."""
+    """Images per second as a multiple of the dense model's, measured beside it; "-" where they were
+    not."""
     if not all("images_per_second" in row for row in runs):
         return "-"
     return f"{statistics.fmean(row['images_per_second'] / row['dense_images_per_second'] for row in runs):.2f} x"
 
 
 def width_spread(runs: list[dict[str, Any]]) -> float:
-    """Mean over submodules of (largest - smallest kept number of units) / largest, between the runs."""
+    """Mean over submodules of (largest - smallest kept number of units) / largest, between the
+    runs."""
     spreads = []
     for name in runs[0]["sizes"]:
         units = [_product(row["sizes"][name]) for row in runs]
@@ -101,10 +115,22 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for (_, name), runs in grouped(rows).items():
         by_name[name].append((mean(runs, "share"), runs))
     for name, points in by_name.items():
-        line = axes.plot([x for x, _ in points], [mean(r, "top1") for _, r in points], marker="o", label=name)[0]
+        line = axes.plot(
+            [x for x, _ in points], [mean(r, "top1") for _, r in points], marker="o", label=name
+        )[0]
         for _, runs in points:
-            axes.scatter([r["share"] for r in runs], [r["top1"] for r in runs], s=8, alpha=0.4, color=line.get_color())
-    axes.set(xlabel="share of the dense model's MACs", ylabel="top-1 %", title="Equal epochs, equal teacher")
+            axes.scatter(
+                [r["share"] for r in runs],
+                [r["top1"] for r in runs],
+                s=8,
+                alpha=0.4,
+                color=line.get_color(),
+            )
+    axes.set(
+        xlabel="share of the dense model's MACs",
+        ylabel="top-1 %",
+        title="Equal epochs, equal teacher",
+    )
     axes.legend()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)

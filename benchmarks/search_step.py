@@ -1,9 +1,11 @@
-"""What a step of the search costs beside a step of dense training: time, calls, bytes kept for backward, memory.
+"""What a step of the search costs beside a step of dense training: time, calls, bytes kept for
+backward, memory.
 
-A step is forward, backward and optimizer, as the Trainer does them, on random images with random weights. `dense` is
-the stock model with sdpa, trained on labels; `search` is our supernet with all candidates in the race, patches hidden
-and all losses on, without a teacher. The other rows are `search` with one thing more, or without one part. Contestants
-take turns; medians over the rounds, ratios within a round.
+A step is forward, backward and optimizer, as the Trainer does them, on random images with random
+weights. `dense` is the stock model with sdpa, trained on labels; `search` is our supernet with all
+candidates in the race, patches hidden and all losses on, without a teacher. The other rows are
+`search` with one thing more, or without one part. Contestants take turns; medians over the rounds,
+ratios within a round.
 
     python benchmarks/search_step.py --shape deit_small --batch 8
     python benchmarks/search_step.py --shape swin_tiny --batch 64 --bf16 --compile      # on a GPU
@@ -29,7 +31,15 @@ from ofb_hf.training.distillation import DistillationTrainer
 from ofb_hf.workflow.inputs import load_classifier
 from ofb_hf.workflow.trial import TrialSearch
 
-HEAD = ("step", "seconds", "of dense", "(lowest, highest)", "aten calls", "MiB kept for backward", "MiB at the peak")
+HEAD = (
+    "step",
+    "seconds",
+    "of dense",
+    "(lowest, highest)",
+    "aten calls",
+    "MiB kept for backward",
+    "MiB at the peak",
+)
 
 
 class Unread(dict):
@@ -119,7 +129,9 @@ WITHOUT: dict[str, Callable[[Supernet], None]] = {
 }
 
 
-def contestants(shape: str, share: float, args: OFBTrainingArguments) -> dict[str, DenseStep | TrialSearch]:
+def contestants(
+    shape: str, share: float, args: OFBTrainingArguments
+) -> dict[str, DenseStep | TrialSearch]:
     """Every row of the table."""
 
     def dense() -> PreTrainedModel:
@@ -129,7 +141,10 @@ def contestants(shape: str, share: float, args: OFBTrainingArguments) -> dict[st
         model = dense()
         return TrialSearch(model, args, default_config(model.config, target_macs=share, **changes))
 
-    rows: dict[str, DenseStep | TrialSearch] = {"dense": DenseStep(dense(), args), "search": searching()}
+    rows: dict[str, DenseStep | TrialSearch] = {
+        "dense": DenseStep(dense(), args),
+        "search": searching(),
+    }
     rows["search, observing"] = searching()
     go_back(rows["search, observing"])
     rows["search, shrunk"] = searching()
@@ -148,9 +163,13 @@ def peak(step: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     held = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -159,7 +178,8 @@ def peak(step: Callable[[], object], device: torch.device) -> int:
 
 
 def saved_bytes(step: Callable[[], object], module: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass, parameters and buffers aside, each storage once."""
+    """Bytes that autograd keeps for the backward pass, parameters and buffers aside, each storage
+    once."""
     own = {tensor.untyped_storage().data_ptr() for tensor in module.state_dict().values()}
     kept: dict[int, int] = {}
 
@@ -182,28 +202,37 @@ def calls(step: Callable[[], object]) -> int:
 
 
 def seconds(step: Callable[[], Tensor], device: torch.device) -> float:
-    """Of one step, until the device is done; on a CPU of this process alone, whatever else the machine does."""
+    """Of one step, until the device is done; on a CPU of this process alone, whatever else the
+    machine does."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     began = clock()
     float(step())
     return clock() - began
 
 
-def table(rows: dict[str, DenseStep | TrialSearch], batch: dict[str, Tensor], rounds: int, compiled: bool) -> None:
+def table(
+    rows: dict[str, DenseStep | TrialSearch], batch: dict[str, Tensor], rounds: int, compiled: bool
+) -> None:
     """Measures and prints."""
     steps = {name: lambda row=row: row.step(batch) for name, row in rows.items()}
     device = batch["labels"].device
-    turns = [{name: seconds(step, device) for name, step in steps.items()} for _ in range(rounds + 1)][
-        1:
-    ]  # the first warms up
+    turns = [
+        {name: seconds(step, device) for name, step in steps.items()} for _ in range(rounds + 1)
+    ][1:]  # the first warms up
     sys.stdout.write(f"| {' | '.join(HEAD)} |\n| --- {'| ---: ' * (len(HEAD) - 1)}|\n")
     for name, step in steps.items():
         ratios = [turn[name] / turn["dense"] for turn in turns]
-        cells = [name, f"{statistics.median(turn[name] for turn in turns):.3f}", f"{statistics.median(ratios):.3f}"]
+        cells = [
+            name,
+            f"{statistics.median(turn[name] for turn in turns):.3f}",
+            f"{statistics.median(ratios):.3f}",
+        ]
         cells.append(f"({min(ratios):.2f}, {max(ratios):.2f})")
         # Modes and hooks would have everything compiled anew.
         cells.append("-" if compiled else f"{calls(step):,}")
-        cells.append("-" if compiled else f"{saved_bytes(step, rows[name].trainer.model) / 2**20:,.1f}")
+        cells.append(
+            "-" if compiled else f"{saved_bytes(step, rows[name].trainer.model) / 2**20:,.1f}"
+        )
         cells.append(f"{peak(step, device) / 2**20:,.1f}")
         sys.stdout.write(f"| {' | '.join(cells)} |\n")
         sys.stdout.flush()
@@ -211,7 +240,9 @@ def table(rows: dict[str, DenseStep | TrialSearch], batch: dict[str, Tensor], ro
 
 def main() -> None:
     """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="deit_small")
     parser.add_argument("--share", type=float, default=0.5, help="MACs of the shrunk model")
     parser.add_argument("--batch", type=int, default=8)
@@ -221,9 +252,15 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"use_cpu": wanted.cpu or not torch.cuda.is_available(), "bf16": wanted.bf16, "report_to": []}
+        settings = {
+            "use_cpu": wanted.cpu or not torch.cuda.is_available(),
+            "bf16": wanted.bf16,
+            "report_to": [],
+        }
         settings |= {"torch_compile": wanted.compile, "distillation_weight": 0.0}
-        args = OFBTrainingArguments(folder, per_device_train_batch_size=wanted.batch, max_steps=1, **settings)
+        args = OFBTrainingArguments(
+            folder, per_device_train_batch_size=wanted.batch, max_steps=1, **settings
+        )
         rows = contestants(wanted.shape, wanted.share, args)
     table(rows, rows["search"].batch(wanted.batch), wanted.rounds, wanted.compile)
 

@@ -1,4 +1,5 @@
-"""Fewer tokens, without any finetuning: learned counts against fixed rates, against chance, and against fewer widths.
+"""Fewer tokens, without any finetuning: learned counts against fixed rates, against chance, and
+against fewer widths.
 
     dense             all tokens, all widths
     learned           counts learned by TokenTrainer (ofb-hf search-tokens), weights untouched
@@ -11,14 +12,15 @@
     search            what a search for widths (ofb-hf search) settles on, its weights at rest, all tokens
     joint search      the same with --search_tokens: widths and tokens in one settlement
 
-All are held to the same budgets and evaluated on the same images; `both` to a budget of its own. Speed is measured in
-turns, so read it as ratios to dense. With a table of `ofb-hf latency-table` budgets are shares of the milliseconds that
-it predicts for the dense model, and the result says what every model was predicted to take and takes, by the table's
-settings and clock.
+All are held to the same budgets and evaluated on the same images; `both` to a budget of its own.
+Speed is measured in turns, so read it as ratios to dense. With a table of `ofb-hf latency-table`
+budgets are shares of the milliseconds that it predicts for the dense model, and the result says
+what every model was predicted to take and takes, by the table's settings and clock.
 
-    python benchmarks/token_reduction.py --model vit-cifar10 --data_dir cifar10 --output_dir runs/tokens --steps 100
-    ofb-hf latency-table vit-cifar10 --batch_size 32 --num_threads 1 --clock cpu --output table.json
-    python benchmarks/token_reduction.py --model vit-cifar10 --data_dir cifar10 --output_dir runs/ms --steps 100 \\
+    python benchmarks/token_reduction.py --model vit-cifar10 --data_dir cifar10 --output_dir
+    runs/tokens --steps 100 ofb-hf latency-table vit-cifar10 --batch_size 32 --num_threads 1 --clock
+    cpu --output table.json python benchmarks/token_reduction.py --model vit-cifar10 --data_dir
+    cifar10 --output_dir runs/ms --steps 100 \\
         --latency_table table.json --only learned "fixed merging" "joint search"
 """
 
@@ -55,7 +57,9 @@ WIDTH_SHARE = 0.7  # of `both`, the rest is done by tokens
 class RandomReduction(TokenReduction):
     """Keeps patches by chance."""
 
-    def forward(self, tokens: Tensor, sizes: Tensor | None, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, sizes: Tensor | None, importance: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """As `TokenReduction.forward`."""
         return super().forward(tokens, sizes, torch.rand_like(importance))
 
@@ -73,8 +77,17 @@ def learned(
     model: PreTrainedModel, inputs: Inputs, target: dict[str, Any], options: argparse.Namespace
 ) -> PreTrainedModel:
     """The model with learned counts. `target` as `budget` gives it."""
-    settings = {"max_steps": options.steps, "per_device_train_batch_size": options.batch_size, "use_cpu": options.cpu}
-    settings |= {"lr_scheduler_type": "cosine", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    settings = {
+        "max_steps": options.steps,
+        "per_device_train_batch_size": options.batch_size,
+        "use_cpu": options.cpu,
+    }
+    settings |= {
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
     args = OFBTrainingArguments(str(options.output_dir), seed=options.seed, **settings)
     trainer = TokenTrainer(model, args, TokenSearchConfig(**target), train_dataset=inputs.train)
     trainer.train()
@@ -86,23 +99,41 @@ def narrowed(
 ) -> PreTrainedModel:
     """The model with fewer heads and MLP channels, pruned in one shot."""
     rows = torch.randperm(len(inputs.train), generator=torch.Generator().manual_seed(options.seed))
-    loader = DataLoader(inputs.train, options.batch_size, sampler=rows[: TAYLOR_BATCHES * options.batch_size].tolist())
+    loader = DataLoader(
+        inputs.train,
+        options.batch_size,
+        sampler=rows[: TAYLOR_BATCHES * options.batch_size].tolist(),
+    )
     config = default_config(model.config, **target, search_embedding=False)
     subnet = baselines.pruned_subnet(model, config, baselines.taylor_scores(model, loader))
     return slice_model(OFBViTForImageClassification.from_dense(model), subnet).eval()
 
 
 def searched(
-    model: PreTrainedModel, inputs: Inputs, target: dict[str, Any], tokens: bool, options: argparse.Namespace
+    model: PreTrainedModel,
+    inputs: Inputs,
+    target: dict[str, Any],
+    tokens: bool,
+    options: argparse.Namespace,
 ) -> PreTrainedModel:
     """What a search settles on after it has observed; nothing is trained."""
     steps = -(-OBSERVED_IMAGES // options.batch_size)
-    settings = {"max_steps": steps + 2, "per_device_train_batch_size": options.batch_size, "use_cpu": options.cpu}
+    settings = {
+        "max_steps": steps + 2,
+        "per_device_train_batch_size": options.batch_size,
+        "use_cpu": options.cpu,
+    }
     settings |= {"learning_rate": 0.0, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     args = OFBTrainingArguments(str(options.output_dir), seed=options.seed, **settings)
-    phases = {"importance_hold": steps / (steps + 2), "settle_at": (steps + 1) / (steps + 2), "retire_begin": 1.0}
+    phases = {
+        "importance_hold": steps / (steps + 2),
+        "settle_at": (steps + 1) / (steps + 2),
+        "retire_begin": 1.0,
+    }
     rests = {"architecture_learning_rate": 0.0, "pmim": False}
-    config = default_config(model.config, **target, search_embedding=False, search_tokens=tokens, **phases, **rests)
+    config = default_config(
+        model.config, **target, search_embedding=False, search_tokens=tokens, **phases, **rests
+    )
     trainer = OFBTrainer(model, args, config, train_dataset=inputs.train)
     trainer.train()
     return trainer.compress().eval()
@@ -111,7 +142,9 @@ def searched(
 def at_fixed_rate(model: PreTrainedModel, target: dict[str, Any], merge: bool) -> PreTrainedModel:
     """The model with as many tokens fewer in every layer."""
     config = TokenSearchConfig(**target)
-    schedule = fixed_rate_schedule(model.config, config.target_for(model.config), merge, config.terms_of)
+    schedule = fixed_rate_schedule(
+        model.config, config.target_for(model.config), merge, config.terms_of
+    )
     return OFBViTForImageClassification.from_dense(model, schedule)
 
 
@@ -129,12 +162,15 @@ def dropping(model: PreTrainedModel, by_chance: bool) -> PreTrainedModel:
 def top1(model: PreTrainedModel, images: DataLoader) -> float:
     """Accuracy in percent."""
     hits = [
-        model(batch["pixel_values"].to(model.device)).logits.argmax(-1).cpu() == batch["labels"] for batch in images
+        model(batch["pixel_values"].to(model.device)).logits.argmax(-1).cpu() == batch["labels"]
+        for batch in images
     ]
     return 100 * torch.cat(hits).float().mean().item()
 
 
-def contestants(dense: PreTrainedModel, inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
+def contestants(
+    dense: PreTrainedModel, inputs: Inputs, options: argparse.Namespace
+) -> dict[str, Any]:
     """Name -> (model, seconds that it took to make)."""
     models: dict[str, Any] = {"dense": (dense, 0.0)}
 
@@ -149,18 +185,33 @@ def contestants(dense: PreTrainedModel, inputs: Inputs, options: argparse.Namesp
         target = budget(dense, share, options)
         add(f"learned, {share}", lambda target=target: learned(dense, inputs, target, options))
         for name, merge in (("fixed merging", True), ("fixed dropping", False)):
-            add(f"{name}, {share}", lambda target=target, merge=merge: at_fixed_rate(dense, target, merge))
+            add(
+                f"{name}, {share}",
+                lambda target=target, merge=merge: at_fixed_rate(dense, target, merge),
+            )
         if f"learned, {share}" in models:
             found = models[f"learned, {share}"][0]
             add(f"ranked dropping, {share}", lambda found=found: dropping(found, by_chance=False))
             add(f"random dropping, {share}", lambda found=found: dropping(found, by_chance=True))
         add(f"widths, {share}", lambda target=target: narrowed(dense, inputs, target, options))
-        add(f"search, {share}", lambda target=target: searched(dense, inputs, target, False, options))
-        add(f"joint search, {share}", lambda target=target: searched(dense, inputs, target, True, options))
+        add(
+            f"search, {share}",
+            lambda target=target: searched(dense, inputs, target, False, options),
+        )
+        add(
+            f"joint search, {share}",
+            lambda target=target: searched(dense, inputs, target, True, options),
+        )
     both, width = (budget(dense, share, options) for share in (options.both, WIDTH_SHARE))
-    add(f"both, {options.both}", lambda: learned(narrowed(dense, inputs, width, options), inputs, both, options))
+    add(
+        f"both, {options.both}",
+        lambda: learned(narrowed(dense, inputs, width, options), inputs, both, options),
+    )
     for name, tokens in (("search", False), ("joint search", True)):
-        add(f"{name}, {options.both}", lambda tokens=tokens: searched(dense, inputs, both, tokens, options))
+        add(
+            f"{name}, {options.both}",
+            lambda tokens=tokens: searched(dense, inputs, both, tokens, options),
+        )
     return models
 
 
@@ -186,7 +237,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         points = [dense, *(row for row in rows if row["name"].split(",")[0] == name)]
         share = [row["macs"] / dense["macs"] for row in points]
         axes.plot(share, [row["top1"] for row in points], marker="o", label=name)
-    axes.set(xlabel="MACs, share of dense", ylabel="top-1 % without finetuning", title="Fewer tokens")
+    axes.set(
+        xlabel="MACs, share of dense", ylabel="top-1 % without finetuning", title="Fewer tokens"
+    )
     axes.legend()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
@@ -194,14 +247,21 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--both", type=float, default=0.35)
-    parser.add_argument("--only", nargs="+", help="Names of contestants, as 'joint search'; all if not given.")
-    parser.add_argument("--latency_table", help="File of `ofb-hf latency-table`: budgets are shares of milliseconds.")
+    parser.add_argument(
+        "--only", nargs="+", help="Names of contestants, as 'joint search'; all if not given."
+    )
+    parser.add_argument(
+        "--latency_table",
+        help="File of `ofb-hf latency-table`: budgets are shares of milliseconds.",
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_eval_samples", type=int)
@@ -211,7 +271,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Makes, evaluates and times all contestants, and writes results.json, table.md and plot.png."""
+    """Makes, evaluates and times all contestants, and writes results.json, table.md and
+    plot.png."""
     options = parse()
     data = DataArguments(data_dir=options.data_dir, augmentation="light")
     dense, inputs = load(options.model, data, options.seed)
@@ -219,7 +280,9 @@ def main() -> None:
     models = contestants(dense.to(device).eval(), inputs, options)
     step = max(1, len(inputs.eval) // (options.max_eval_samples or len(inputs.eval)))
     images = DataLoader(Subset(inputs.eval, range(0, len(inputs.eval), step)), 250)
-    batch = torch.stack([inputs.eval[row]["pixel_values"] for row in range(128 if device.type == "cuda" else 32)])
+    batch = torch.stack(
+        [inputs.eval[row]["pixel_values"] for row in range(128 if device.type == "cuda" else 32)]
+    )
     speed = images_per_second({name: model for name, (model, _) in models.items()}, batch)
     rows = [
         {
@@ -233,19 +296,38 @@ def main() -> None:
         for name, (model, seconds) in models.items()
     ]
     if options.latency_table is not None:
-        add_latency(rows, {name: model for name, (model, _) in models.items()}, options.latency_table)
-    table = [["model, share of the budget", "top-1 %", "MMACs", "of dense", "speed, of dense", "made in s"]]
+        add_latency(
+            rows, {name: model for name, (model, _) in models.items()}, options.latency_table
+        )
+    table = [
+        [
+            "model, share of the budget",
+            "top-1 %",
+            "MMACs",
+            "of dense",
+            "speed, of dense",
+            "made in s",
+        ]
+    ]
     table[0] += ["predicted ms", "ms", "of dense"] if options.latency_table else []
     for row in rows:
         share, ratio = (row[key] / rows[0][key] for key in ("macs", "images_per_second"))
-        cells = [f"{row['top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{share:.3f}", f"{ratio:.2f}", f"{row['seconds']}"]
+        cells = [
+            f"{row['top1']:.2f}",
+            f"{row['macs'] / 1e6:.2f}",
+            f"{share:.3f}",
+            f"{ratio:.2f}",
+            f"{row['seconds']}",
+        ]
         if options.latency_table is not None:
             cells += [f"{row[key]:.2f}" for key in ("predicted_latency_ms", "latency_ms")]
             cells.append(f"{row['latency_ms'] / rows[0]['latency_ms']:.3f}")
         table.append([row["name"], *cells])
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results = {"rows": rows, "num_examples": len(images.dataset)} | provenance(options.seed, device)
-    (options.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (options.output_dir / "results.json").write_text(
+        json.dumps(results, indent=2) + "\n", encoding="utf-8"
+    )
     (options.output_dir / "table.md").write_text(markdown_table(table) + "\n", encoding="utf-8")
     draw(rows, options.output_dir / "plot.png")
 

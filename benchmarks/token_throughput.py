@@ -1,4 +1,5 @@
-"""What the published token schedules are worth in time: images per second of DeiT shapes with and without them.
+"""What the published token schedules are worth in time: images per second of DeiT shapes with and
+without them.
 
 Speed does not depend on the weights, which are random. Models take turns; read the ratios.
 
@@ -43,9 +44,14 @@ def rows(shape: str, batch: int, device: torch.device) -> list[list[str]]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--shapes", nargs="+", default=["deit_tiny", "deit_small"], choices=["deit_tiny", "deit_small", "deit_base"]
+        "--shapes",
+        nargs="+",
+        default=["deit_tiny", "deit_small"],
+        choices=["deit_tiny", "deit_small", "deit_base"],
     )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")

@@ -1,9 +1,11 @@
-"""torch-pruning as a contestant of `search_quality.py`: its own importance and pruner; ours only loads the result.
+"""torch-pruning as a contestant of `search_quality.py`: its own importance and pruner; ours only
+loads the result.
 
-What has to be worked around in 1.6 with transformers' ViT: attention must be eager (its graph does not follow sdpa);
-heads are declared layer by layer, and keep their number (with pruned heads, queries and values end up with different
-widths); and the pruned modules still reshape by the old head width, so the weights move to our class, which reads
-widths from its config. With `global_pruning` it leaves every attention alone, so each layer loses the same share.
+What has to be worked around in 1.6 with transformers' ViT: attention must be eager (its graph does
+not follow sdpa); heads are declared layer by layer, and keep their number (with pruned heads,
+queries and values end up with different widths); and the pruned modules still reshape by the old
+head width, so the weights move to our class, which reads widths from its config. With
+`global_pruning` it leaves every attention alone, so each layer loses the same share.
 """
 
 import copy
@@ -19,7 +21,8 @@ MULTIPLE = 8
 
 
 def prune(dense: PreTrainedModel, config: BiMaskConfig) -> OFBViTForImageClassification:
-    """The largest network under the budget that the pruner makes, by bisection of its pruning ratio.
+    """The largest network under the budget that the pruner makes, by bisection of its pruning
+    ratio.
 
     Raises:
         TypeError: for anything but a stock ViT.
@@ -51,12 +54,16 @@ def _pruned(dense: ViTForImageClassification, ratio: float) -> OFBViTForImageCla
         importance=torch_pruning.importance.GroupMagnitudeImportance(),
         pruning_ratio=min(ratio, 0.95),
         ignored_layers=[model.classifier],
-        num_heads={part: heads for layer in layers for part in (layer.q_proj, layer.k_proj, layer.v_proj)},
+        num_heads={
+            part: heads for layer in layers for part in (layer.q_proj, layer.k_proj, layer.v_proj)
+        },
         round_to=MULTIPLE,
         output_transform=lambda output: output.logits,
     )
     pruner.step()
-    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
+    fields = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")
+    }
     fields["hidden_size"] = model.vit.embeddings.cls_token.shape[-1]
     config = OFBViTConfig(
         **fields,

@@ -1,7 +1,8 @@
 """Once-for-Both for Hugging Face: make vision transformers small without leaving the ecosystem.
 
-Importing this package registers our models with the Auto classes, so that `AutoModel.from_pretrained` knows them.
-Everything else is imported when it is first used; nothing touches an accelerator or the network.
+Importing this package registers our models with the Auto classes, so that
+`AutoModel.from_pretrained` knows them. Everything else is imported when it is first used; nothing
+touches an accelerator or the network.
 """
 
 import importlib
@@ -33,7 +34,8 @@ _LAZY = {
 
 # Every family has its search configuration: OFBViTConfig -> ViTBiMaskConfig.
 _SEARCH_CONFIGS = [
-    f"{config.__name__.removeprefix('OFB').removesuffix('Config')}BiMaskConfig" for config, _, _ in models.REGISTERED
+    f"{config.__name__.removeprefix('OFB').removesuffix('Config')}BiMaskConfig"
+    for config, _, _ in models.REGISTERED
 ]
 _LAZY |= dict.fromkeys(_SEARCH_CONFIGS, "space.configuration")
 

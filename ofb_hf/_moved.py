@@ -1,4 +1,5 @@
-"""Keep the import paths of version 0.1 working: `from ofb_hf.bi_mask import BiMask` still gives the class.
+"""Keep the import paths of version 0.1 working: `from ofb_hf.bi_mask import BiMask` still gives the
+class.
 
 Modules moved into sub-packages. An old path resolves to a stand-in that looks names up where they
 are now, with a `DeprecationWarning`.

@@ -1,4 +1,5 @@
-"""`ofb-hf`: plan, latency-table, search, search-tokens, finetune, evaluate, publish, verify, export.
+"""`ofb-hf`: plan, latency-table, search, search-tokens, finetune, evaluate, publish, verify,
+export.
 
 The recipes are the same functions."""
 
@@ -132,7 +133,11 @@ def plan(argv: list[str] | None = None) -> dict[str, Any]:
 
 def latency_table(argv: list[str] | None = None) -> LatencyTable:
     """Entry of `ofb-hf latency-table`. Prints what was measured; returns the table."""
-    parsed = _in_words(lambda: parse([LatencyTableArguments], _leading("--model_name_or_path", argv), LATENCY_TABLE))
+    parsed = _in_words(
+        lambda: parse(
+            [LatencyTableArguments], _leading("--model_name_or_path", argv), LATENCY_TABLE
+        )
+    )
     table = _in_words(lambda: latency_table_workflow.run_latency_table(*parsed))
     sys.stdout.write(f"{latency_table_workflow.table_text(table)}\nwritten to {parsed[0].output}\n")
     return table
@@ -159,7 +164,9 @@ def search_tokens(argv: list[str] | None = None) -> dict[str, Any]:
     """Entry of `recipes/search_tokens.py` and `ofb-hf search-tokens`. Returns the results."""
     classes = [ModelArguments, DataArguments, AugmentationArguments]
     classes += [TokenSearchConfig, TokenPhaseArguments, OFBTrainingArguments]
-    walk = _in_words(lambda: tokens_workflow.prepare(*parse(classes, argv, SEARCH_TOKENS, TOKEN_DEMO)))
+    walk = _in_words(
+        lambda: tokens_workflow.prepare(*parse(classes, argv, SEARCH_TOKENS, TOKEN_DEMO))
+    )
     results = _closing_processes(lambda: tokens_workflow.run(walk))
     if walk.args.push_to_hub:
         _in_words(lambda: search_workflow.push(walk))
@@ -183,15 +190,21 @@ def evaluate(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def publish(argv: list[str] | None = None) -> None:
-    """Entry of `recipes/publish.py` and `ofb-hf publish`. Prints what was sent, and where it is now."""
+    """Entry of `recipes/publish.py` and `ofb-hf publish`. Prints what was sent, and where it is
+    now."""
     (wanted,) = _in_words(lambda: parse([PublishArguments], _leading("--model_dir", argv), PUBLISH))
-    options = {name: getattr(wanted, name) for name in ("output_dir", "revision", "commit_message", "create_pr")}
+    options = {
+        name: getattr(wanted, name)
+        for name in ("output_dir", "revision", "commit_message", "create_pr")
+    }
     options |= {"private": wanted.private or None, "stock": not wanted.no_stock}
     repo_id = None if wanted.dry_run else wanted.repo_id
     done = _in_words(lambda: hub.publish(wanted.model_dir, repo_id, **options))
     if isinstance(done, Path):
         files = sorted(path for path in done.rglob("*") if path.is_file())
-        lines = [f"{path.stat().st_size:>12,}  {path.relative_to(done).as_posix()}" for path in files]
+        lines = [
+            f"{path.stat().st_size:>12,}  {path.relative_to(done).as_posix()}" for path in files
+        ]
         where = f"{wanted.repo_id or 'a repository'} (what is in {hub.STOCK_REVISION}/, to the branch of that name)"
         sys.stdout.write("\n".join([f"would be published to {where}:", *lines, ""]))
     else:
@@ -202,7 +215,9 @@ def verify(argv: list[str] | None = None) -> None:
     """Entry of `ofb-hf verify`. Prints a table; the exit status is 1 if something differs."""
     classes = [ModelArguments, DataArguments, OFBTrainingArguments]
     parsed = _in_words(lambda: parse(classes, _leading("--model_name_or_path", argv), VERIFY))
-    agrees, rows = _closing_processes(lambda: _in_words(lambda: verify_workflow.run_verify(*parsed)))
+    agrees, rows = _closing_processes(
+        lambda: _in_words(lambda: verify_workflow.run_verify(*parsed))
+    )
     sys.stdout.write(f"{text_table(rows)}\n\n{verify_workflow.summary(rows, agrees)}\n")
     if not agrees:
         raise SystemExit(1)
@@ -210,9 +225,14 @@ def verify(argv: list[str] | None = None) -> None:
 
 def export(argv: list[str] | None = None) -> None:
     """Entry of `ofb-hf export`. Prints what was written and how well it agrees."""
-    (wanted,) = _in_words(lambda: parse([ExportArguments], _leading("--model_name_or_path", argv), EXPORT))
+    (wanted,) = _in_words(
+        lambda: parse([ExportArguments], _leading("--model_name_or_path", argv), EXPORT)
+    )
     done = _in_words(lambda: export_workflow.run_export(wanted))
-    sys.stdout.write(f"exported: {done.path} ({done.size:,} bytes); logits differ by {done.difference:.1e} at most\n")
+    sys.stdout.write(
+        f"exported: {done.path} ({done.size:,} bytes); logits differ by {done.difference:.1e} at "
+        f"most\n"
+    )
 
 
 COMMANDS = {
@@ -246,7 +266,8 @@ def _leading(flag: str, argv: list[str] | None) -> list[str]:
 
 
 def _in_words(prepare: Callable[[], T]) -> T:
-    """Turns what a user can mend before anything has started into one line on stderr and exit status 2."""
+    """Turns what a user can mend before anything has started into one line on stderr and exit
+    status 2."""
     try:
         return prepare()
     except (ValueError, OSError, ImportError, hub.PublishError, ExportError) as error:
@@ -255,7 +276,8 @@ def _in_words(prepare: Callable[[], T]) -> T:
 
 
 def _closing_processes(run: Callable[[], T]) -> T:
-    """Ends a distributed run together: left open, the group may abort a process that exits before the others."""
+    """Ends a distributed run together: left open, the group may abort a process that exits before
+    the others."""
     result = run()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -1,8 +1,9 @@
-"""What the Hub can do to a run: fail for a while, or refuse. Waiting for the one, words for the other.
+"""What the Hub can do to a run: fail for a while, or refuse. Waiting for the one, words for the
+other.
 
-`huggingface_hub` repeats a request five times after errors of the connection, 408, 429 and 5xx, with waits of 1, 2, 4,
-8 and 8 seconds or what the server asks for; `datasets` opens and reads a file up to twenty times. What still fails
-comes here.
+`huggingface_hub` repeats a request five times after errors of the connection, 408, 429 and 5xx,
+with waits of 1, 2, 4, 8 and 8 seconds or what the server asks for; `datasets` opens and reads a
+file up to twenty times. What still fails comes here.
 """
 
 import asyncio
@@ -22,7 +23,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 Result = TypeVar("Result")
-# Seconds between attempts. Somebody watches a run that starts; one that has run for days waits for half an hour.
+# Seconds between attempts. Somebody watches a run that starts; one that has run for days waits for
+# half an hour.
 WAITS_AT_START = (1, 2, 4, 8)
 WAITS_IN_A_RUN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300, 300)
 TEMPORARY = (408, 429)
@@ -34,7 +36,8 @@ class StreamBrokenError(ConnectionError):
 
 
 def is_network_fault(error: BaseException) -> bool:
-    """Whether asking again may help: connections that fail or break off, and servers that are down or busy."""
+    """Whether asking again may help: connections that fail or break off, and servers that are down
+    or busy."""
     causes = list(causes_of(error))
     if any(isinstance(cause, OfflineModeIsEnabled | StreamBrokenError) for cause in causes):
         return False
@@ -42,7 +45,10 @@ def is_network_fault(error: BaseException) -> bool:
 
 
 def patiently(
-    action: Callable[[], Result], what: str, waits: tuple[float, ...] = WAITS_AT_START, advice: str = CONTINUE
+    action: Callable[[], Result],
+    what: str,
+    waits: tuple[float, ...] = WAITS_AT_START,
+    advice: str = CONTINUE,
 ) -> Result:
     """The result of an action, repeated after network faults.
 
@@ -61,7 +67,9 @@ def patiently(
             attempt = wait_or_give_up(error, attempt, what, waits, advice)
 
 
-def wait_or_give_up(error: Exception, attempt: int, what: str, waits: tuple[float, ...], advice: str = CONTINUE) -> int:
+def wait_or_give_up(
+    error: Exception, attempt: int, what: str, waits: tuple[float, ...], advice: str = CONTINUE
+) -> int:
     """Waits after a failed attempt, the first being 0, and returns the number of the next.
 
     Raises:
@@ -71,12 +79,15 @@ def wait_or_give_up(error: Exception, attempt: int, what: str, waits: tuple[floa
         raise error
     if attempt == len(waits):
         raise StreamBrokenError(
-            f"{what}: {attempt + 1} attempts in a row failed, the last one with {_brief(error)}. Check the network and "
+            f"{what}: {attempt + 1} attempts in a row failed, the last one with {_brief(error)}. "
+            f"Check the network and "
             f"the server. {advice}"
         ) from error
     # Not everybody at once: all workers lose their connections in the same moment.
     seconds = waits[attempt] * SystemRandom().uniform(1, 1.25)
-    logger.warning(f"{what}: {_brief(error)}; attempt {attempt + 2} of {len(waits) + 1} in {seconds:.0f} s.")
+    logger.warning(
+        f"{what}: {_brief(error)}; attempt {attempt + 2} of {len(waits) + 1} in {seconds:.0f} s."
+    )
     time.sleep(seconds)
     return attempt + 1
 
@@ -95,7 +106,12 @@ def _is_fault(error: BaseException) -> bool:
         return status in TEMPORARY or status >= 500
     if "aiohttp" in sys.modules and isinstance(error, sys.modules["aiohttp"].ClientResponseError):
         return error.status in TEMPORARY or error.status >= 500
-    faults: tuple[Any, ...] = (ConnectionError, TimeoutError, asyncio.TimeoutError, httpx.RequestError)
+    faults: tuple[Any, ...] = (
+        ConnectionError,
+        TimeoutError,
+        asyncio.TimeoutError,
+        httpx.RequestError,
+    )
     if "aiohttp" in sys.modules:  # slow to import, and not raised where it was never imported
         faults = (*faults, sys.modules["aiohttp"].ClientError)
     return isinstance(error, faults)

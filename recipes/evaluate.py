@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-# Python puts a script's folder first on its path, where evaluate.py would hide the package of that name.
+# Python puts a script's folder first on its path, where evaluate.py would hide the package of that
+# name.
 sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 from ofb_hf.cli import evaluate  # noqa: E402

@@ -1,10 +1,12 @@
-"""What every test shares: no network, one thread, fixed seeds, and few but repeatable random examples."""
+"""What every test shares: no network, one thread, fixed seeds, and few but repeatable random
+examples."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start: they run side by side
+# also for the processes that tests start: they run side by side
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
 
@@ -23,13 +25,16 @@ torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 # `HYPOTHESIS_PROFILE=thorough pytest` looks at many more examples, and at other ones every time.
-hypothesis.settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "quick", max_examples=25, deadline=None, derandomize=True, database=None
+)
 hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None, database=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def pytest_collection_modifyitems(items):
-    """Leaves out, unless `THOROUGH` is set, what shows once more what another test shows, and takes long."""
+    """Leaves out, unless `THOROUGH` is set, what shows once more what another test shows, and takes
+    long."""
     if not os.environ.get("THOROUGH"):
         for item in items:
             if item.get_closest_marker("thorough"):
@@ -86,6 +91,7 @@ def swin_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """A folder with 8 parquet shards of numbered images, and one to evaluate on."""
-    from pictures import repository, write  # takes seconds, which tests without data need not wait for
+    # takes seconds, which tests without data need not wait for
+    from pictures import repository, write
 
     return write(tmp_path_factory.mktemp("shards"), repository())

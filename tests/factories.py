@@ -1,7 +1,7 @@
 """Small networks, spaces and masks for tests: built from configs, offline, in milliseconds.
 
-Sizes are awkward and pairwise different wherever they can be, so that a swapped axis cannot pass, and weights are
-large enough that a forgotten factor shows in the logits.
+Sizes are awkward and pairwise different wherever they can be, so that a swapped axis cannot pass,
+and weights are large enough that a forgotten factor shows in the logits.
 """
 
 import json
@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from ofb_hf import (
     OFBSwinForImageClassification,
@@ -75,7 +81,8 @@ def vit_config(**overrides: Any) -> ViTConfig:
 
 
 def swin_config(**overrides: Any) -> SwinConfig:
-    """Config of a Swin with 8 x 8 and 4 x 4 tokens, windows of 3 that need padding and shifts, and drop path.
+    """Config of a Swin with 8 x 8 and 4 x 4 tokens, windows of 3 that need padding and shifts, and
+    drop path.
 
     Two stages of 20 and 40 channels with 2 and 1 blocks, heads of 10, MLPs of 36 and 72, 3 labels.
     """
@@ -95,18 +102,24 @@ def swin_config(**overrides: Any) -> SwinConfig:
 
 @torch.no_grad()
 def randomize_weights_(model: nn.Module, seed: int = 0) -> None:
-    """Gives every parameter, biases, norms and tokens included, values that matter: logits spread over about 1."""
+    """Gives every parameter, biases, norms and tokens included, values that matter: logits spread
+    over about 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
         if name.endswith("weight") and parameter.ndim == 1:
             parameter.copy_(1 + 0.3 * noise)
         else:
-            parameter.copy_(noise * (1.2 / parameter[0].numel() ** 0.5 if parameter.ndim in (2, 4) else 0.4))
+            parameter.copy_(
+                noise * (1.2 / parameter[0].numel() ** 0.5 if parameter.ndim in (2, 4) else 0.4)
+            )
 
 
 def tiny_vit(
-    seed: int = 0, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager", **overrides: Any
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "eager",
+    **overrides: Any,
 ) -> ViTForImageClassification:
     """A stock ViT classifier in eval mode; overrides are config fields."""
     config = vit_config(**overrides)
@@ -116,10 +129,15 @@ def tiny_vit(
 
 
 def tiny_swin(
-    seed: int = 0, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager", **overrides: Any
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "eager",
+    **overrides: Any,
 ) -> SwinForImageClassification:
     """A stock Swin classifier in eval mode; overrides are config fields."""
-    model = SwinForImageClassification._from_config(swin_config(**overrides), attn_implementation=attn_implementation)
+    model = SwinForImageClassification._from_config(
+        swin_config(**overrides), attn_implementation=attn_implementation
+    )
     randomize_weights_(model, seed)
     return model.to(dtype).eval()
 
@@ -130,29 +148,46 @@ def tiny_model(family: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
 
 
 def tiny_images(
-    count: int = 2, size: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32, channels: int = 3
+    count: int = 2,
+    size: int = 16,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    channels: int = 3,
 ) -> Tensor:
     """Normalised images (B, C, H, W)."""
-    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(
+        count, channels, size, size, generator=torch.Generator().manual_seed(seed)
+    ).to(dtype)
 
 
 def search_config(family: str = "vit", **overrides: Any) -> BiMaskConfig:
-    """A search over awkward candidates, each of its phases long enough to look at; overrides are config fields."""
+    """A search over awkward candidates, each of its phases long enough to look at; overrides are
+    config fields."""
     phases = {"importance_hold": 0.3, "warmup": 0.2, "one_hot_begin": 0.5, "one_hot_end": 0.75}
     phases |= {"retire_begin": 0.5, "settle_at": 0.75}
-    return SEARCHES[family](**(AWKWARD[family] | (phases if "preset" not in overrides else {}) | overrides))
+    return SEARCHES[family](
+        **(AWKWARD[family] | (phases if "preset" not in overrides else {}) | overrides)
+    )
 
 
-def tiny_supernet(seed: int = 0, dtype: torch.dtype = torch.float32, family: str = "vit", **overrides: Any) -> Supernet:
-    """A supernet of `tiny_model` with random masks, in eval mode; overrides are fields of the search config."""
-    supernet = install_bi_masks(tiny_model(family, seed, dtype), search_config(family, **overrides)).to(dtype)
+def tiny_supernet(
+    seed: int = 0, dtype: torch.dtype = torch.float32, family: str = "vit", **overrides: Any
+) -> Supernet:
+    """A supernet of `tiny_model` with random masks, in eval mode; overrides are fields of the
+    search config."""
+    supernet = install_bi_masks(
+        tiny_model(family, seed, dtype), search_config(family, **overrides)
+    ).to(dtype)
     randomize_masks_(supernet, seed)
     return supernet
 
 
 @torch.no_grad()
-def randomize_masks_(supernet: Supernet, seed: int = 0, spread: float = 2.0, lam: float = 0.4) -> None:
-    """Random importance and architecture logits, mask tokens and mixing weight: nothing is left at a default."""
+def randomize_masks_(
+    supernet: Supernet, seed: int = 0, spread: float = 2.0, lam: float = 0.4
+) -> None:
+    """Random importance and architecture logits, mask tokens and mixing weight: nothing is left at
+    a default."""
     generator = torch.Generator().manual_seed(seed)
     for mask in supernet.bi_masks:
         for parameter in (mask.importance_logits, mask.alpha):
@@ -190,14 +225,21 @@ def retire_some_(supernet: Supernet, seed: int, share: float = 0.5) -> None:
             mask.retire_(weak)
 
 
-def non_uniform_vit(seed: int = 0, dtype: torch.dtype = torch.float32) -> OFBViTForImageClassification:
-    """One of our models with different widths in every layer and everywhere a scale that no width implies.
+def non_uniform_vit(
+    seed: int = 0, dtype: torch.dtype = torch.float32
+) -> OFBViTForImageClassification:
+    """One of our models with different widths in every layer and everywhere a scale that no width
+    implies.
 
     The fourth layer has no attention, the fifth no MLP, the last one neither.
     """
     stock = vit_config(hidden_size=30, num_hidden_layers=6)
     config = OFBViTForImageClassification.config_class(
-        **{k: v for k, v in stock.to_dict().items() if k not in ("model_type", "transformers_version")},
+        **{
+            k: v
+            for k, v in stock.to_dict().items()
+            if k not in ("model_type", "transformers_version")
+        },
         num_attention_heads_per_layer=[2, 5, 1, 0, 3, 0],
         head_dim_per_layer=[7, 3, 11, 0, 4, 0],
         intermediate_size_per_layer=[19, 64, 23, 31, 0, 0],
@@ -208,15 +250,22 @@ def non_uniform_vit(seed: int = 0, dtype: torch.dtype = torch.float32) -> OFBViT
     return model.to(dtype).eval()
 
 
-def non_uniform_swin(seed: int = 0, dtype: torch.dtype = torch.float32) -> OFBSwinForImageClassification:
-    """One of our models: three stages of 20, 44 and 70 channels, every block different, scales no width implies.
+def non_uniform_swin(
+    seed: int = 0, dtype: torch.dtype = torch.float32
+) -> OFBSwinForImageClassification:
+    """One of our models: three stages of 20, 44 and 70 channels, every block different, scales no
+    width implies.
 
-    The first stage ends with a block without attention, the second with one that is empty; in the last stage the
-    second block has no attention and the third no MLP.
+    The first stage ends with a block without attention, the second with one that is empty; in the
+    last stage the second block has no attention and the third no MLP.
     """
     stock = swin_config(image_size=32, window_size=4, depths=[3, 2, 4], num_heads=[2, 4, 8])
     config = OFBSwinForImageClassification.config_class(
-        **{k: v for k, v in stock.to_dict().items() if k not in ("model_type", "transformers_version")},
+        **{
+            k: v
+            for k, v in stock.to_dict().items()
+            if k not in ("model_type", "transformers_version")
+        },
         hidden_size_per_stage=[20, 44, 70],
         num_heads_per_block=[[2, 1, 0], [3, 0], [8, 0, 5, 1]],
         head_dim_per_block=[[7, 3, 0], [11, 0], [5, 0, 9, 4]],
@@ -232,7 +281,10 @@ def optimizer_that_mirrors(module: nn.Module) -> torch.optim.AdamW:
     """An AdamW whose moments are p and 2 |p|: any slice that is misaligned shows."""
     optimizer = torch.optim.AdamW(module.parameters())
     for parameter in module.parameters():
-        moments = {"exp_avg": parameter.detach().clone(), "exp_avg_sq": 2 * parameter.detach().abs()}
+        moments = {
+            "exp_avg": parameter.detach().clone(),
+            "exp_avg_sq": 2 * parameter.detach().abs(),
+        }
         optimizer.state[parameter] = {"step": torch.tensor(7.0), **moments}
     return optimizer
 
@@ -243,14 +295,16 @@ DEPTHS = st.sampled_from([False, True, "attention", "mlp"])
 
 @st.composite
 def plain_spaces(draw: st.DrawFn) -> SubmoduleSpace:
-    """A plain axis of 1 to 40 units with any candidates that include the full size, and sometimes 0."""
+    """A plain axis of 1 to 40 units with any candidates that include the full size, and sometimes
+    0."""
     units, nothing = draw(st.integers(1, 40)), draw(NOTHING)
     return SubmoduleSpace("layers.0.mlp", "mlp", units, (*nothing, *_sizes(draw, units)))
 
 
 @st.composite
 def grid_spaces(draw: st.DrawFn) -> SubmoduleSpace:
-    """A grid of 1 to 7 heads with 1 to 12 channels each, any candidates, sometimes with nothing among them."""
+    """A grid of 1 to 7 heads with 1 to 12 channels each, any candidates, sometimes with nothing
+    among them."""
     heads, dims, nothing = draw(st.integers(1, 7)), draw(st.integers(1, 12)), draw(NOTHING)
     return SubmoduleSpace(
         "layers.0.attention",
@@ -273,15 +327,20 @@ def _sizes(draw: st.DrawFn, full: int) -> tuple[int, ...]:
 
 @st.composite
 def masks(draw: st.DrawFn, spread: float = 3.0) -> BiMask:
-    """A bi-mask in float64 over a random space with random scores, some of them tied, some candidates retired."""
+    """A bi-mask in float64 over a random space with random scores, some of them tied, some
+    candidates retired."""
     mask = BiMask(draw(spaces()), normalize_importance=draw(st.booleans())).double()
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     with torch.no_grad():
         for parameter in mask.parameters():
-            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.copy_(
+                spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            )
         if draw(st.booleans()):
             mask.importance_logits.copy_(mask.importance_logits.round())
-        weak = torch.rand(mask.alpha.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.8]))
+        weak = torch.rand(mask.alpha.shape, generator=generator) < draw(
+            st.sampled_from([0.0, 0.3, 0.8])
+        )
         weak.view(-1)[int(mask.candidate_probs().argmax())] = False
         mask.retire_(weak)
     return mask
@@ -306,9 +365,13 @@ def swin_shapes(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, list[int]]]:
     }
     candidates = {
         "embedding_candidates": sorted({size for width in widths for size in _sizes(draw, width)}),
-        "head_candidates": sorted({size for heads in overrides["num_heads"] for size in _sizes(draw, heads)}),
+        "head_candidates": sorted(
+            {size for heads in overrides["num_heads"] for size in _sizes(draw, heads)}
+        ),
         "head_dim_candidates": list(_sizes(draw, head_dim)),
-        "mlp_candidates": sorted({size for width in widths for size in _sizes(draw, int(ratio * width))}),
+        "mlp_candidates": sorted(
+            {size for width in widths for size in _sizes(draw, int(ratio * width))}
+        ),
         "search_depth": draw(DEPTHS),
     }
     return overrides, candidates
@@ -327,7 +390,8 @@ def vit_shapes(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, list[int]]]:
         "num_hidden_layers": draw(st.integers(1, 2)),
         "num_labels": draw(st.integers(2, 5)),
         "qkv_bias": draw(st.booleans()),
-        "layer_norm_eps": 1e-3,  # two channels that happen to be equal must not blow rounding errors up
+        # two channels that happen to be equal must not blow rounding errors up
+        "layer_norm_eps": 1e-3,
     }
     candidates = {
         "embedding_candidates": list(_sizes(draw, width)),
@@ -343,7 +407,8 @@ SHAPES = {"vit": vit_shapes, "swin": swin_shapes}
 
 
 def invented_table(model: PreTrainedModel, seed: int = 0) -> LatencyTable:
-    """A table for a model, with coefficients that nobody measured; they let tokens and widths count alike."""
+    """A table for a model, with coefficients that nobody measured; they let tokens and widths count
+    alike."""
     rng, architecture = random.Random(seed), describe(model.config)
     parts = list(architecture.parts)
     if isinstance(model.config, ViTConfig):
@@ -367,15 +432,20 @@ def invented_table(model: PreTrainedModel, seed: int = 0) -> LatencyTable:
 
 
 def scheduled_vit(schedule=None, **options) -> OFBViTForImageClassification:
-    """Three layers with 17 tokens; by default all of merging only, both, and merging down to the smallest."""
+    """Three layers with 17 tokens; by default all of merging only, both, and merging down to the
+    smallest."""
     model = tiny_vit(**({"num_hidden_layers": 3} | options))
-    return OFBViTForImageClassification.from_dense(model, token_schedule=schedule or SCHEDULE).eval()
+    return OFBViTForImageClassification.from_dense(
+        model, token_schedule=schedule or SCHEDULE
+    ).eval()
 
 
 def decided(schedule, **options):
     """A model whose learned counts are all but certain of a schedule."""
     learner = install_learned_counts(tiny_vit(num_hidden_layers=4, **options))
     for layer, counts in zip(learner.vit.layers[1:-1], schedule[1:-1], strict=True):
-        for proxy, count in zip((layer.reduction.kept, layer.reduction.merged), counts, strict=True):
+        for proxy, count in zip(
+            (layer.reduction.kept, layer.reduction.merged), counts, strict=True
+        ):
             proxy.logits.data[proxy.candidates == count] = 60.0
     return learner

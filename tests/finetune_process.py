@@ -1,4 +1,5 @@
-"""Finetunes a stock model twice on every rank of torchrun: `finetune_process.py FOLDER`, writes `result-RANK.json`."""
+"""Finetunes a stock model twice on every rank of torchrun: `finetune_process.py FOLDER`, writes
+`result-RANK.json`."""
 
 import json
 import os
@@ -14,9 +15,18 @@ from search_process import digest
 
 from ofb_hf import DistillationTrainer
 
-SETTINGS = {"max_steps": 4, "per_device_train_batch_size": 4, "ema_decay": 0.5, "learning_rate": 0.05}
+SETTINGS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "ema_decay": 0.5,
+    "learning_rate": 0.05,
+}
 SETTINGS |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-SETTINGS |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+SETTINGS |= {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,
+}
 
 
 class Watching(DistillationTrainer):
@@ -42,7 +52,9 @@ def main(folder: Path) -> None:
         trainer.seen = []
         trainer.train()
         best = trainer.state.best_model_checkpoint
-        trainings.append({"seen": trainer.seen, "best": best, "weights": digest(trainer.model.state_dict())})
+        trainings.append(
+            {"seen": trainer.seen, "best": best, "weights": digest(trainer.model.state_dict())}
+        )
     result = {"world_size": args.world_size, "trainings": trainings}
     (folder / f"result-{args.process_index}.json").write_text(json.dumps(result), encoding="utf-8")
     dist.barrier()

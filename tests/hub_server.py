@@ -1,7 +1,9 @@
-"""A Hub on this machine: what clients ask a Hub for, and bring to it, kept in memory, with faults on demand.
+"""A Hub on this machine: what clients ask a Hub for, and bring to it, kept in memory, with faults
+on demand.
 
-Models are uploaded the way the Hub calls LFS, for which a client needs HF_HUB_DISABLE_XET=1 as `environment` sets it.
-A client with Xet asks /api/models/{repo}/xet-write-token/{revision}, gets 404 as from a Hub without it, and gives up.
+Models are uploaded the way the Hub calls LFS, for which a client needs HF_HUB_DISABLE_XET=1 as
+`environment` sets it. A client with Xet asks /api/models/{repo}/xet-write-token/{revision}, gets
+404 as from a Hub without it, and gives up.
 """
 
 import json
@@ -19,7 +21,9 @@ from hub_uploads import INVALID_TOKEN, Call, Large, Refusal, Repository, Token, 
 __all__ = ["HubServer", "Repository", "Token"]
 
 FILE = re.compile(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-API = re.compile(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+API = re.compile(
+    r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?"
+)
 ABOUT_A_REPOSITORY = re.compile(r"/api/(?:datasets|models|spaces)/.+|/.+/resolve/.+")
 JSON = {"Content-Type": "application/json"}
 Fault = int | tuple[int, int] | str | None
@@ -31,12 +35,14 @@ class HubServer:
 
     Args:
         repositories: by name, `owner/data`.
-        fault: called with the path of every request, one at a time, when the request is the last of `requests` and
-            its body has not been read. What it returns goes wrong: a status; (429, 3), a status and Retry-After;
-            "cut upload", the connection is closed when half of the request's body has come; "cut", the request is
-            done, half of the answer's body is sent; "lose", the request is done, and not answered at all.
+        fault: called with the path of every request, one at a time, when the request is the last of
+            `requests` and its body has not been read. What it returns goes wrong: a status; (429,
+            3), a status and Retry-After; "cut upload", the connection is closed when half of the
+            request's body has come; "cut", the request is done, half of the answer's body is sent;
+            "lose", the request is done, and not answered at all.
         requests: all of them, as lines.
-        tokens: who has which; without any, nobody is asked who they are, and nothing can be uploaded.
+        tokens: who has which; without any, nobody is asked who they are, and nothing can be
+            uploaded.
     """
 
     repositories: dict[str, Repository]
@@ -70,7 +76,9 @@ class HubServer:
         """
         tests = Path(__file__).parent
         unwanted = ("_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
-        inherited = {name: value for name, value in os.environ.items() if not name.endswith(unwanted)}
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.endswith(unwanted)
+        }
         return inherited | {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -99,7 +107,8 @@ class HubServer:
         return token
 
     def change(self, call: Call, command: str, path: str) -> dict | None:
-        """Does what one request asks for before it looks at the next one; None if that is only to be read."""
+        """Does what one request asks for before it looks at the next one; None if that is only to
+        be read."""
         with self._lock:
             return answer(call, command, path)
 
@@ -124,7 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
         status, wait = self._fault if isinstance(self._fault, tuple) else (self._fault, None)
         try:
             if isinstance(status, int):
-                self._send(status, b"{}", JSON | ({} if wait is None else {"Retry-After": str(wait)}))
+                self._send(
+                    status, b"{}", JSON | ({} if wait is None else {"Retry-After": str(wait)})
+                )
             else:
                 self._serve(url, span, body)
         except Refusal as refusal:
@@ -135,14 +146,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self, url: SplitResult, span: str, body: bytes) -> None:
         query = parse_qs(url.query)
         token = self.hub.owner(self.headers.get("Authorization", ""))
-        call = Call(self.hub.url, self.hub.repositories, token, body, create_pr="create_pr" in query)
+        call = Call(
+            self.hub.url, self.hub.repositories, token, body, create_pr="create_pr" in query
+        )
         if (done := self.hub.change(call, self.command, url.path)) is not None:
             self._send(200, json.dumps(done).encode(), JSON)
         elif match := FILE.fullmatch(url.path):
             self._file(call, *map(unquote, match.groups()), span)
         elif match := API.fullmatch(url.path):
             name, kind, revision, path = (unquote(group or "") for group in match.groups())
-            self._send(200, json.dumps(self._api(call, query, name, kind, revision, path)).encode(), JSON)
+            self._send(
+                200, json.dumps(self._api(call, query, name, kind, revision, path)).encode(), JSON
+            )
         else:
             self._send(404, b"{}")
 
@@ -166,19 +181,35 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, content, headers)
 
-    def _api(self, call: Call, query: dict, name: str, kind: str, revision: str, path: str) -> dict | list[dict]:
+    def _api(
+        self, call: Call, query: dict, name: str, kind: str, revision: str, path: str
+    ) -> dict | list[dict]:
         repository = call.repository(name, public=True)
         commit = repository.at(revision or "main")
         if kind == "tree":
             return self._tree(commit.files, path, "true" in query.get("recursive", [""])[0].lower())
         if kind == "paths-info":
             # Some clients send JSON, huggingface_hub a form.
-            wanted = json.loads(call.body) if call.body.startswith(b"{") else parse_qs(call.body.decode())
-            return [self._entry(file, commit.files[file]) for file in wanted["paths"] if file in commit.files]
+            wanted = (
+                json.loads(call.body)
+                if call.body.startswith(b"{")
+                else parse_qs(call.body.decode())
+            )
+            return [
+                self._entry(file, commit.files[file])
+                for file in wanted["paths"]
+                if file in commit.files
+            ]
         siblings = [{"rfilename": file} for file in commit.files]
         if "blobs" in query:
             siblings = [self._blob(file, content) for file, content in commit.files.items()]
-        info = {"id": name, "sha": commit.sha, "private": repository.private, "gated": False, "siblings": siblings}
+        info = {
+            "id": name,
+            "sha": commit.sha,
+            "private": repository.private,
+            "gated": False,
+            "siblings": siblings,
+        }
         return info | {"tags": [], "downloads": 0, "likes": 0, "disabled": False}
 
     def _tree(self, files: dict[str, bytes], path: str, recursive: bool) -> list[dict]:
@@ -186,31 +217,57 @@ class _Handler(BaseHTTPRequestHandler):
         below = {file: content for file, content in files.items() if file.startswith(prefix)}
         if recursive:
             return [self._entry(file, content) for file, content in below.items()]
-        entries = [self._entry(file, content) for file, content in below.items() if "/" not in file[len(prefix) :]]
-        folders = {prefix + file[len(prefix) :].split("/")[0] for file in below if "/" in file[len(prefix) :]}
+        entries = [
+            self._entry(file, content)
+            for file, content in below.items()
+            if "/" not in file[len(prefix) :]
+        ]
+        folders = {
+            prefix + file[len(prefix) :].split("/")[0]
+            for file in below
+            if "/" in file[len(prefix) :]
+        }
         return entries + [
-            {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0} for folder in sorted(folders)
+            {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
+            for folder in sorted(folders)
         ]
 
     def _entry(self, path: str, content: bytes) -> dict:
         entry = {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
         if isinstance(content, Large):
-            entry["lfs"] = {"oid": content.oid, "size": len(content), "pointerSize": len(content.pointer)}
+            entry["lfs"] = {
+                "oid": content.oid,
+                "size": len(content),
+                "pointerSize": len(content.pointer),
+            }
         return entry
 
     def _blob(self, path: str, content: bytes) -> dict:
         blob = {"rfilename": path, "size": len(content), "blobId": git_hash(content)}
         if isinstance(content, Large):
-            blob["lfs"] = {"sha256": content.oid, "size": len(content), "pointerSize": len(content.pointer)}
+            blob["lfs"] = {
+                "sha256": content.oid,
+                "size": len(content),
+                "pointerSize": len(content.pointer),
+            }
         return blob
 
     def _refuse(self, refusal: Refusal, path: str) -> None:
         code = refusal.code
-        # Over https clients take such an answer for a missing repository by themselves, over http only with the code.
-        if refusal.status == 401 and refusal.message != INVALID_TOKEN and ABOUT_A_REPOSITORY.fullmatch(path):
+        # Over https clients take such an answer for a missing repository by themselves, over http
+        # only with the code.
+        if (
+            refusal.status == 401
+            and refusal.message != INVALID_TOKEN
+            and ABOUT_A_REPOSITORY.fullmatch(path)
+        ):
             code = code or "RepoNotFound"
-        headers = JSON | {"X-Error-Message": refusal.message} | ({"X-Error-Code": code} if code else {})
-        self._send(refusal.status, json.dumps({"error": refusal.message, **refusal.more}).encode(), headers)
+        headers = (
+            JSON | {"X-Error-Message": refusal.message} | ({"X-Error-Code": code} if code else {})
+        )
+        self._send(
+            refusal.status, json.dumps({"error": refusal.message, **refusal.more}).encode(), headers
+        )
 
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         if self._fault == "lose":

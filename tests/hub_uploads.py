@@ -1,4 +1,5 @@
-"""What the Hub of `hub_server.py` keeps, and how clients change it: tokens, branches, objects beside git, commits."""
+"""What the Hub of `hub_server.py` keeps, and how clients change it: tokens, branches, objects
+beside git, commits."""
 
 import base64
 import hashlib
@@ -21,7 +22,8 @@ class Refusal(Exception):
     """What the Hub does not do.
 
     Args:
-        status: of the answer; message: in its body and in X-Error-Message; code: X-Error-Code, where there is one.
+        status: of the answer; message: in its body and in X-Error-Message; code: X-Error-Code,
+            where there is one.
         more: what else the body holds.
     """
 
@@ -111,7 +113,11 @@ class Repository:
     def at(self, revision: str) -> Commit:
         """The commit of a branch, a pull request, or by its SHA or the beginning of that."""
         sha = self.references.get(revision, revision)
-        found = [commit for commit in self.commits if commit.sha.startswith(sha)] if len(sha) >= 7 else []
+        found = (
+            [commit for commit in self.commits if commit.sha.startswith(sha)]
+            if len(sha) >= 7
+            else []
+        )
         if not found:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return found[0]
@@ -165,9 +171,22 @@ class Call:
 def whoami(call: Call) -> dict:
     """GET /api/whoami-v2"""
     token = call.signed_in()
-    organizations = [{"type": "org", "name": name, "roleInOrg": "write"} for name in token.organizations]
-    answer = {"type": "user", "id": "0", "name": token.user, "fullname": token.user, "orgs": organizations}
-    return answer | {"auth": {"type": "access_token", "accessToken": {"displayName": "tests", "role": token.role}}}
+    organizations = [
+        {"type": "org", "name": name, "roleInOrg": "write"} for name in token.organizations
+    ]
+    answer = {
+        "type": "user",
+        "id": "0",
+        "name": token.user,
+        "fullname": token.user,
+        "orgs": organizations,
+    }
+    return answer | {
+        "auth": {
+            "type": "access_token",
+            "accessToken": {"displayName": "tests", "role": token.role},
+        }
+    }
 
 
 def create_repository(call: Call) -> dict:
@@ -176,7 +195,9 @@ def create_repository(call: Call) -> dict:
     namespace = wanted.get("organization") or token.user
     name = f"{namespace}/{wanted['name']}"
     if not token.may_write(namespace):
-        raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
+        raise Refusal(
+            403, f'You don\'t have the rights to create a model under the namespace "{namespace}"'
+        )
     if name in call.repositories:
         raise Refusal(409, "You already created this model repo", url=f"{call.url}/{name}")
     private = wanted.get("visibility") == "private"
@@ -188,7 +209,10 @@ def validate_card(call: Call) -> dict:
     """POST /api/validate-yaml"""
     header = re.match(r"---\n(.*?)\n---\s", json.loads(call.body)["content"] + "\n", re.DOTALL)
     if header is None:
-        return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
+        return {
+            "errors": [],
+            "warnings": [{"message": "empty or missing yaml metadata in repo card"}],
+        }
     try:
         problem = "" if isinstance(yaml.safe_load(header[1]), dict) else "metadata is not a mapping"
     except yaml.YAMLError as error:
@@ -216,9 +240,15 @@ def create_branch(call: Call, name: str, branch: str) -> dict:
 def list_references(call: Call, name: str) -> dict:
     """GET /api/models/{repo}/refs"""
     references = call.repository(name).references.items()
-    branches = [{"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": sha} for ref, sha in references]
+    branches = [
+        {"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": sha} for ref, sha in references
+    ]
     branches = [branch for branch in branches if not branch["name"].startswith("refs/")]
-    requests = [{"name": ref, "ref": ref, "targetCommit": sha} for ref, sha in references if ref.startswith("refs/")]
+    requests = [
+        {"name": ref, "ref": ref, "targetCommit": sha}
+        for ref, sha in references
+        if ref.startswith("refs/")
+    ]
     return {"branches": branches, "converts": [], "tags": [], "pullRequests": requests}
 
 
@@ -251,7 +281,8 @@ def ask_upload_modes(call: Call, name: str, revision: str) -> dict:
 
 
 def ask_upload_actions(call: Call, name: str) -> dict:
-    """POST /{repo}.git/info/lfs/objects/batch: where to put which objects; nowhere, if they are here already."""
+    """POST /{repo}.git/info/lfs/objects/batch: where to put which objects; nowhere, if they are
+    here already."""
     call.signed_in()
     wanted, repository = json.loads(call.body), call.repository(name)
     # For a pull request the client names no branch here, and everybody may open one.
@@ -284,7 +315,9 @@ def verify_object(call: Call, name: str) -> dict:
     return {}
 
 
-def changed(files: dict[str, bytes], changes: list[dict], objects: dict[str, bytes]) -> dict[str, bytes]:
+def changed(
+    files: dict[str, bytes], changes: list[dict], objects: dict[str, bytes]
+) -> dict[str, bytes]:
     """The files after some changes, one of them per line of a request for a commit."""
     files = dict(files)
     for change in changes:
@@ -297,7 +330,9 @@ def changed(files: dict[str, bytes], changes: list[dict], objects: dict[str, byt
         elif kind == "lfsFile":
             raise Refusal(400, f"the object of {path} was not uploaded")
         else:
-            gone = [file for file in files if file == path or file.startswith(f"{path.rstrip('/')}/")]
+            gone = [
+                file for file in files if file == path or file.startswith(f"{path.rstrip('/')}/")
+            ]
             gone = gone if kind == "deletedFolder" else [file for file in gone if file == path]
             if not gone:
                 raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
@@ -311,7 +346,9 @@ def commit(call: Call, name: str, revision: str) -> dict:
     call.signed_in()
     repository = call.repository(name)
     if not call.create_pr and not call.may_write(name):
-        raise Refusal(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
+        raise Refusal(
+            403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request"
+        )
     if revision not in repository.references:
         raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
     head, *changes = (json.loads(line) for line in call.body.splitlines() if line)

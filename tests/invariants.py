@@ -1,4 +1,5 @@
-"""What the tests of a supernet share: masks exactly open or closed, subnets at random, a loss that needs everything.
+"""What the tests of a supernet share: masks exactly open or closed, subnets at random, a loss that
+needs everything.
 
 Submodules are named by asking the architecture, so that the same words serve every family.
 """
@@ -42,7 +43,11 @@ def names_of(config: PreTrainedConfig, kind: str) -> list[str]:
 def images_for(model: nn.Module, count: int = 2) -> Tensor:
     """Normalised images (B, C, H, W) of the size and precision of a model."""
     config, dtype = model.config, next(model.parameters()).dtype
-    size = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
+    size = (
+        config.image_size
+        if isinstance(config.image_size, list | tuple)
+        else [config.image_size] * 2
+    )
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, config.num_channels, *size, generator=generator).to(dtype)
 
@@ -80,7 +85,8 @@ def seeded(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def open_masks_(supernet: Supernet, importance: float | None = None) -> None:
-    """All mask values exactly 1: by sparsity alone, or with importance scores that round to 1 as well."""
+    """All mask values exactly 1: by sparsity alone, or with importance scores that round to 1 as
+    well."""
     for mask in supernet.bi_masks:
         mask.settle_(*mask.largest_size())
         if importance is not None:
@@ -103,12 +109,14 @@ def close_masks_(supernet: Supernet, subnet: SubnetSpec) -> None:
             mask.alive[list(kept)] = True
 
 
-def units_to_keep(config: PreTrainedConfig, what: str, rng: random.Random, smallest: int = 0) -> SubnetSpec:
+def units_to_keep(
+    config: PreTrainedConfig, what: str, rng: random.Random, smallest: int = 0
+) -> SubnetSpec:
     """Random units of some submodules, and all units of the others.
 
     Args:
-        what: a kind or the name of one submodule; `heads` takes whole heads, `channels` some within every head, and
-            `one width` one residual width of those that the network has.
+        what: a kind or the name of one submodule; `heads` takes whole heads, `channels` some within
+            every head, and `one width` one residual width of those that the network has.
         smallest: heads of an attention, or units of an MLP, that stay at least.
     """
     submodules = describe(config).submodules
@@ -118,7 +126,11 @@ def units_to_keep(config: PreTrainedConfig, what: str, rng: random.Random, small
         name, shape = submodule.name, submodule.shape
         chosen = what in (name, submodule.kind) or (what == "one width" and name == one_width)
         if len(shape) == 1:
-            size = rng.randint(max(submodule.kind == "embedding", smallest), shape[0]) if chosen else shape[0]
+            size = (
+                rng.randint(max(submodule.kind == "embedding", smallest), shape[0])
+                if chosen
+                else shape[0]
+            )
             kept[name] = tuple(sorted(rng.sample(range(shape[0]), size)))
             continue
         heads = rng.randint(smallest, shape[0]) if chosen or what == "heads" else shape[0]
@@ -137,7 +149,9 @@ def living_subnet(supernet: Supernet) -> SubnetSpec:
 
 def sizes_of(subnet: SubnetSpec) -> dict[str, tuple[int, ...]]:
     """The sizes of a subnet in the form of `Architecture.sizes`."""
-    return {name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()}
+    return {
+        name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()
+    }
 
 
 def attention_scales(model: nn.Module) -> list[float]:
@@ -159,4 +173,8 @@ def gradients_of(supernet: Supernet, images: Tensor) -> dict[str, Tensor]:
     supernet.zero_grad()
     torch.manual_seed(0)
     search_loss(supernet, images).backward()
-    return {name: parameter.grad.clone() for name, parameter in supernet.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in supernet.named_parameters()
+        if parameter.requires_grad
+    }

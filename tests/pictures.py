@@ -1,4 +1,5 @@
-"""Images that carry a number in their pixels, in the formats that streams are read from, and streams of them."""
+"""Images that carry a number in their pixels, in the formats that streams are read from, and
+streams of them."""
 
 import io
 import tarfile
@@ -13,7 +14,8 @@ from PIL import Image as PILImage
 from ofb_hf.data import DataArguments, ImageStream, load_image_data
 
 LABELS = ("cat", "dog", "emu")
-# Awkward on purpose: no two shards are equally long, and no shard is a whole number of row groups of 4.
+# Awkward on purpose: no two shards are equally long, and no shard is a whole number of row groups
+# of 4.
 SHARD_ROWS = (10, 11, 13, 14, 15, 17, 18, 9)
 NUM_IMAGES = sum(SHARD_ROWS)
 
@@ -36,7 +38,9 @@ def noisy_number_of(image: PILImage.Image) -> torch.Tensor:
     return torch.stack([number_of(image).double(), torch.rand((), dtype=torch.float64)])
 
 
-def parquet(contents: Sequence[bytes | None], first: int = 0, classes: Sequence[str] = LABELS) -> bytes:
+def parquet(
+    contents: Sequence[bytes | None], first: int = 0, classes: Sequence[str] = LABELS
+) -> bytes:
     """A parquet file of image files, in row groups of 4, labelled in turn."""
     labels = [(first + index) % len(classes) for index in range(len(contents))]
     rows = {"image": [{"bytes": content, "path": None} for content in contents], "label": labels}
@@ -47,7 +51,8 @@ def parquet(contents: Sequence[bytes | None], first: int = 0, classes: Sequence[
 
 
 def repository(broken: Sequence[int] = ()) -> dict[str, bytes]:
-    """A data set as the Hub holds them: path -> content. The images with the numbers `broken` are cut off."""
+    """A data set as the Hub holds them: path -> content. The images with the numbers `broken` are
+    cut off."""
     files, first = {"README.md": b"---\nlicense: mit\n---\n# Numbers\n"}, 0
     for shard, count in enumerate(SHARD_ROWS):
         contents = [picture(n)[: 40 if n in broken else None] for n in range(first, first + count)]
@@ -70,7 +75,10 @@ def archive(numbers: Sequence[int]) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for number in numbers:
-            for suffix, content in (("png", picture(number)), ("cls", str(number % len(LABELS)).encode())):
+            for suffix, content in (
+                ("png", picture(number)),
+                ("cls", str(number % len(LABELS)).encode()),
+            ):
                 member = tarfile.TarInfo(f"{number:06d}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -78,7 +86,10 @@ def archive(numbers: Sequence[int]) -> bytes:
 
 
 def stream(
-    folder: Path, transform: Callable[[PILImage.Image], torch.Tensor] = number_of, seed: int = 1, **kwargs: Any
+    folder: Path,
+    transform: Callable[[PILImage.Image], torch.Tensor] = number_of,
+    seed: int = 1,
+    **kwargs: Any,
 ) -> ImageStream:
     """A folder's training split, streamed with a small buffer."""
     args = DataArguments(data_dir=str(folder), streaming=True, **({"shuffle_buffer": 8} | kwargs))

@@ -1,7 +1,7 @@
 """Publishes in a process of its own: `publish_process.py CASES`.
 
-CASES is JSON, [[name, folder, repository, token, settings], ...]. Tells the Hub which case begins, and prints what
-became of it as a line of JSON.
+CASES is JSON, [[name, folder, repository, token, settings], ...]. Tells the Hub which case begins,
+and prints what became of it as a line of JSON.
 """
 
 import json
@@ -26,4 +26,7 @@ if __name__ == "__main__":
             commit = publish(folder, repository, token=token, **settings)
             print(json.dumps({"name": name, "oid": commit.oid, "pr": commit.pr_url}), flush=True)
         except (PublishError, LeakError) as error:
-            print(json.dumps({"name": name, "error": type(error).__name__, "message": str(error)}), flush=True)
+            print(
+                json.dumps({"name": name, "error": type(error).__name__, "message": str(error)}),
+                flush=True,
+            )

@@ -1,4 +1,5 @@
-"""Small searches: in this process, or in processes of their own that can be watched, interrupted and killed."""
+"""Small searches: in this process, or in processes of their own that can be watched, interrupted
+and killed."""
 
 import json
 import os
@@ -34,7 +35,9 @@ def rows(count: int = 32, seed: int = 0, classes: int = 3) -> list[dict[str, Any
     """Random images of 16 pixels with labels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, 16, 16, generator=generator)
-    return [{"pixel_values": image, "labels": index % classes} for index, image in enumerate(images)]
+    return [
+        {"pixel_values": image, "labels": index % classes} for index, image in enumerate(images)
+    ]
 
 
 def arguments(folder: str | Path, **changes: Any) -> OFBTrainingArguments:
@@ -53,7 +56,9 @@ def arguments(folder: str | Path, **changes: Any) -> OFBTrainingArguments:
     return OFBTrainingArguments(str(folder), **(settings | changes))
 
 
-def searcher(folder, config=None, model=None, callbacks=None, family="vit", **changes) -> OFBTrainer:
+def searcher(
+    folder, config=None, model=None, callbacks=None, family="vit", **changes
+) -> OFBTrainer:
     """A trainer for a tiny model under a budget of 0.6; changes are training arguments."""
     return OFBTrainer(
         model if model is not None else tiny_model(family).train(),
@@ -94,12 +99,22 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
 
 def results(folder: Path, ranks: int = 1) -> list[dict[str, Any]]:
     """What every rank of a finished search_process.py wrote down."""
-    return [json.loads((folder / f"result-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+    return [
+        json.loads((folder / f"result-{rank}.json").read_text(encoding="utf-8"))
+        for rank in range(ranks)
+    ]
 
 
 def walk(checkpoint: Path, images: Path, output: Path, *flags: str) -> dict[str, Any]:
     """The search command on a checkpoint and a folder of images: 16 steps, and 3 of finetuning."""
-    settings = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
+    settings = [
+        "--model_name_or_path",
+        str(checkpoint),
+        "--data_dir",
+        str(images),
+        "--output_dir",
+        str(output),
+    ]
     return cli.search([*settings, *QUICK, "--max_steps", "16", "--finetune_max_steps", "3", *flags])
 
 

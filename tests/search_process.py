@@ -1,10 +1,11 @@
-"""A search in a process of its own: `search_process.py FOLDER OPTIONS`, also under torchrun or accelerate launch.
+"""A search in a process of its own: `search_process.py FOLDER OPTIONS`, also under torchrun or
+accelerate launch.
 
-OPTIONS is JSON: `family`, `config` (fields of the search config), `arguments` (training arguments), `compare_ranks`
-(hash everything after every step), `leave_rebuild_out` (a DDP wrapper that is not rebuilt), `shrink_at` (steps at which
-submodules lose their largest candidate), `loss_scale` (fp16 under this scale, as accelerate sets it up on a GPU). It
-resumes from the newest checkpoint in FOLDER if there is one, says `step N` and `shrunk N` as it goes, and writes
-`result-RANK.json`.
+OPTIONS is JSON: `family`, `config` (fields of the search config), `arguments` (training arguments),
+`compare_ranks` (hash everything after every step), `leave_rebuild_out` (a DDP wrapper that is not
+rebuilt), `shrink_at` (steps at which submodules lose their largest candidate), `loss_scale` (fp16
+under this scale, as accelerate sets it up on a GPU). It resumes from the newest checkpoint in
+FOLDER if there is one, says `step N` and `shrunk N` as it goes, and writes `result-RANK.json`.
 """
 
 import hashlib
@@ -28,7 +29,9 @@ from ofb_hf import OFBTrainer, count_macs
 def digest(tensors: dict[str, Tensor]) -> dict[str, str]:
     """sha256 of every tensor's bytes."""
     return {
-        name: hashlib.sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(
+            tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
         for name, tensor in tensors.items()
     }
 
@@ -37,12 +40,16 @@ def everything(trainer: OFBTrainer) -> dict[str, Tensor]:
     """Parameters, buffers and optimizer state, by name."""
     tensors = dict(trainer.supernet.state_dict())
     for name, parameter in trainer.supernet.named_parameters():
-        tensors |= {f"{name}/{key}": value for key, value in trainer.optimizer.state.get(parameter, {}).items()}
+        tensors |= {
+            f"{name}/{key}": value
+            for key, value in trainer.optimizer.state.get(parameter, {}).items()
+        }
     return tensors
 
 
 class Shrinks(TrainerCallback):
-    """At each of its steps, the largest size of some submodule retires and goes, whatever the search thinks of it."""
+    """At each of its steps, the largest size of some submodule retires and goes, whatever the
+    search thinks of it."""
 
     def __init__(self, steps: list[int]):
         self.steps, self.trainer = steps, None
@@ -50,7 +57,9 @@ class Shrinks(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any):
         """Runs after the search's own callback."""
         if state.global_step in self.steps:
-            masks = [mask for mask in self.trainer.supernet.bi_masks if mask.active_candidates[:-1].any()]
+            masks = [
+                mask for mask in self.trainer.supernet.bi_masks if mask.active_candidates[:-1].any()
+            ]
             weak = torch.zeros_like(masks[-1].active_candidates)
             weak[-1] = True
             masks[-1].retire_(weak)
@@ -72,7 +81,9 @@ class Report(TrainerCallback):
             everyone: list[Any] = [None] * args.world_size
             dist.all_gather_object(everyone, digest(everything(self.trainer)))
             names = sorted(set().union(*everyone))
-            step["different"] = [n for n in names if any(rank.get(n) != everyone[0].get(n) for rank in everyone)]
+            step["different"] = [
+                n for n in names if any(rank.get(n) != everyone[0].get(n) for rank in everyone)
+            ]
         self.steps.append(step)
         self.random = digest({"state": torch.get_rng_state()})["state"]
         if args.process_index == 0:
@@ -114,14 +125,19 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     result = {
         "world_size": trainer.args.world_size,
         "subnet": json.loads(trainer.read_subnet().to_json()),
-        "weights": hashlib.sha256(repr(digest(trainer.compress().state_dict())).encode()).hexdigest(),
+        "weights": hashlib.sha256(
+            repr(digest(trainer.compress().state_dict())).encode()
+        ).hexdigest(),
         "steps": report.steps,
         "losses": report.losses,
         "random": report.random,
         "hidden": hidden,
     }
-    (folder / f"result-{trainer.args.process_index}.json").write_text(json.dumps(result), encoding="utf-8")
-    # Everything is said. Gloo's threads now and then abort an interpreter that shuts down, so this one does not.
+    (folder / f"result-{trainer.args.process_index}.json").write_text(
+        json.dumps(result), encoding="utf-8"
+    )
+    # Everything is said. Gloo's threads now and then abort an interpreter that shuts down, so this
+    # one does not.
     sys.stdout.flush()
     if dist.is_initialized():
         dist.barrier()

@@ -1,7 +1,9 @@
-"""Streams in processes of their own: from the Hub that HF_ENDPOINT names, or in a Trainer on several ranks.
+"""Streams in processes of their own: from the Hub that HF_ENDPOINT names, or in a Trainer on
+several ranks.
 
 `stream_process.py epochs NAME:WORKERS ...` prints what became of each data set as a line of JSON.
-`stream_process.py train SHARDS OUTPUT`, on every rank, writes down what a Trainer saw, straight and resumed.
+`stream_process.py train SHARDS OUTPUT`, on every rank, writes down what a Trainer saw, straight and
+resumed.
 """
 
 import json
@@ -50,13 +52,22 @@ class Recorder(Trainer):
         return (loss, {}) if return_outputs else loss
 
 
-def train(folder: Path, shards: Path, resume: str | None = None, **changes: Any) -> list[torch.Tensor]:
-    """What a Trainer sees in three epochs of noisy numbers, two batches per step, a checkpoint every five steps."""
+def train(
+    folder: Path, shards: Path, resume: str | None = None, **changes: Any
+) -> list[torch.Tensor]:
+    """What a Trainer sees in three epochs of noisy numbers, two batches per step, a checkpoint
+    every five steps."""
     data = load_image_data(DataArguments(data_dir=str(shards), streaming=True, shuffle_buffer=8))
-    settings = {"num_train_epochs": 3, "per_device_train_batch_size": BATCH_SIZE, "gradient_accumulation_steps": 2}
+    settings = {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "gradient_accumulation_steps": 2,
+    }
     settings |= {"save_steps": 5, "use_cpu": True, "report_to": [], "disable_tqdm": True}
     args = TrainingArguments(str(folder), **(settings | changes))
-    trainer = Recorder(nn.Linear(2, 1), args, train_dataset=ImageStream(data.train, noisy_number_of, seed=1))
+    trainer = Recorder(
+        nn.Linear(2, 1), args, train_dataset=ImageStream(data.train, noisy_number_of, seed=1)
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer.seen
 
@@ -66,7 +77,10 @@ def epoch(name: str, workers: int) -> dict[str, Any]:
     try:
         data = load_image_data(DataArguments(dataset_name=name, streaming=True, shuffle_buffer=8))
         stream = ImageStream(data.train, number_of, seed=1)
-        numbers = [batch["pixel_values"].tolist() for batch in stream.loader(BATCH_SIZE, num_workers=workers)]
+        numbers = [
+            batch["pixel_values"].tolist()
+            for batch in stream.loader(BATCH_SIZE, num_workers=workers)
+        ]
         return {"numbers": numbers, "labels": data.label_names, "eval": len(data.eval)}
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}

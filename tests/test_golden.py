@@ -1,7 +1,7 @@
 """Our numbers against those of the published code, wherever we claim to compute the same thing.
 
-The fixtures under `golden/` say where they come from and how closely they have to be met. Where we deviate on purpose
-the test says why and asserts what ours does instead.
+The fixtures under `golden/` say where they come from and how closely they have to be met. Where we
+deviate on purpose the test says why and asserts what ours does instead.
 """
 
 import math
@@ -49,10 +49,12 @@ def float64(values: list) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------------- search space
+# ------------------------------------------------------------------------------------- search space
 
 
-@pytest.mark.parametrize(("name", "candidates", "units"), [("deit_s", 353, 23_424), ("deit_b", 621, 46_848)])
+@pytest.mark.parametrize(
+    ("name", "candidates", "units"), [("deit_s", 353, 23_424), ("deit_b", 621, 46_848)]
+)
 def test_the_papers_search_space(name, candidates, units):
     expected, space = golden("search_space.json")["models"][name], deit_space(name)
     assert list(space["embeddings"].candidate_sizes) == expected["embedding"]
@@ -71,7 +73,8 @@ def test_the_papers_search_space(name, candidates, units):
 
 
 def test_the_full_number_of_heads_is_always_a_candidate():
-    """Deviation: the published list for 3 heads is [2], so that the dense model is not in its own space."""
+    """Deviation: the published list for 3 heads is [2], so that the dense model is not in its own
+    space."""
     assert golden("search_space.json")["models"]["deit_t"]["heads"] == [2]
     assert deit_space("deit_t")["layers.0.attention"].head_candidates == (2, 3)
 
@@ -87,7 +90,7 @@ def test_every_dense_model_is_in_its_own_space(preset, heads):
             assert submodule.candidate_sizes[-1] == submodule.num_units
 
 
-# -------------------------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 
 
 def golden_mask(variant: str, kind: str) -> tuple[BiMask, dict]:
@@ -109,7 +112,9 @@ def test_bi_masks(variant, kind):
     tolerance = golden("masks.json")["provenance"]["tolerance"]
 
     def close(actual, name):
-        torch.testing.assert_close(actual.detach(), float64(expected[name]), atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(
+            actual.detach(), float64(expected[name]), atol=tolerance, rtol=tolerance
+        )
 
     close(mask.candidate_probs(), "probs")
     close(mask.importance(), "sigmoid_score")
@@ -127,7 +132,8 @@ def test_bi_masks(variant, kind):
 
 
 def test_candidates_retire_at_a_fifth_of_the_uniform_share():
-    """p = 0.2 / n itself is left out: which side of it a sum of exponentials lands on is the rounding's business."""
+    """p = 0.2 / n itself is left out: which side of it a sum of exponentials lands on is the
+    rounding's business."""
     fixture = golden("threshold.json")
     checked = 0
     for name, case in fixture["cases"].items():
@@ -143,7 +149,7 @@ def test_candidates_retire_at_a_fifth_of_the_uniform_share():
     assert checked >= 8
 
 
-# ----------------------------------------------------------------------------------------------------------- one-hot
+# ------------------------------------------------------------------------------------------ one-hot
 
 
 def one_hot_modules(mode: str) -> list[dict]:
@@ -159,10 +165,12 @@ def spread_of(alpha: torch.Tensor, active: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("mode", ["random", "dead", "peaked", "two"])
 def test_one_hot_loss(mode):
-    """The two terms are summed, as `L_ent + L_var` in the published loss; the L1 on importance is a term of its own.
+    """The two terms are summed, as `L_ent + L_var` in the published loss; the L1 on importance is a
+    term of its own.
 
-    One module of `dead` has a spread of 0.0010, just inside our clamp: its loss is that of the margin, no gradient of
-    630 pulls at it, and the sum of its kind is compared up to that difference.
+    One module of `dead` has a spread of 0.0010, just inside our clamp: its loss is that of the
+    margin, no gradient of 630 pulls at it, and the sum of its kind is compared up to that
+    difference.
     """
     tolerance = golden("one_hot_loss.json")["provenance"]["tolerance"]
     terms = golden("one_hot_loss.json")["modes"][mode]["loss"]
@@ -175,18 +183,26 @@ def test_one_hot_loss(mode):
         if spread < SPREAD_MARGIN:
             clamped += 1
             n = int(active.sum())
-            total[module["kind"]] += (1 / math.tan(math.pi * spread) - 1 / math.tan(math.pi * SPREAD_MARGIN)) / n
+            total[module["kind"]] += (
+                1 / math.tan(math.pi * spread) - 1 / math.tan(math.pi * SPREAD_MARGIN)
+            ) / n
             continue
         (gradient,) = torch.autograd.grad(loss, alpha)
         close = tolerance["gradient"]
         torch.testing.assert_close(gradient, float64(module["grad_all"]), rtol=close, atol=close)
     assert clamped <= (mode == "dead")
     for kind, value in total.items():
-        assert value == pytest.approx(terms["entropy"][kind] + terms["var"][kind], rel=tolerance["loss"])
+        assert value == pytest.approx(
+            terms["entropy"][kind] + terms["var"][kind], rel=tolerance["loss"]
+        )
 
 
 def test_one_hot_loss_is_zero_once_decided():
-    assert golden("one_hot_loss.json")["modes"]["one"]["loss"]["entropy"] == {"attn": 0.0, "mlp": 0.0, "embed": 0.0}
+    assert golden("one_hot_loss.json")["modes"]["one"]["loss"]["entropy"] == {
+        "attn": 0.0,
+        "mlp": 0.0,
+        "embed": 0.0,
+    }
     for module in one_hot_modules("one"):
         assert one_hot_loss(float64(module["alpha"]), torch.tensor(module["active"])).item() == 0.0
 
@@ -196,9 +212,11 @@ def test_one_hot_loss_is_zero_once_decided():
 def test_one_hot_loss_at_its_poles(mode, dtype):
     """Deviation: the tangent has a pole at both ends, so the spread is clamped.
 
-    The published numbers there are up to 1e16 in float64 and have the wrong sign in float32 (two equal logits:
-    -1.1e7), entropy is infinite or NaN for gaps above 100, and an assertion fails for exact one-hot vectors. Ours
-    stays within ln n + cot(pi / 1000) / n, is positive near uniform and not positive near one-hot.
+    The published numbers there are up to 1e16 in float64 and have the wrong sign in float32 (two
+    equal logits:
+    -1.1e7), entropy is infinite or NaN for gaps above 100, and an assertion fails for exact one-hot
+    vectors. Ours stays within ln n + cot(pi / 1000) / n, is positive near uniform and not positive
+    near one-hot.
     """
     for module in one_hot_modules(mode):
         active = torch.tensor(module["active"])
@@ -210,11 +228,14 @@ def test_one_hot_loss_at_its_poles(mode, dtype):
         assert gradient.isfinite().all()
         assert abs(loss.item()) <= math.log(count) + 1 / (math.pi * SPREAD_MARGIN * count)
         assert gradient.abs().max() <= 1000 * math.pi
-        assert loss.item() > 0 if mode in ("two_equal", "near_uniform", "uniform") else loss.item() < 0
+        assert (
+            loss.item() > 0 if mode in ("two_equal", "near_uniform", "uniform") else loss.item() < 0
+        )
 
 
 def test_spread_at_the_threshold_is_the_same_for_every_count():
-    """All but one candidate at the threshold of 0.2 / n: spread 0.64, so that the cotangent is below zero by 0.47."""
+    """All but one candidate at the threshold of 0.2 / n: spread 0.64, so that the cotangent is
+    below zero by 0.47."""
     for count in (2, 3, 7, 17, 42):
         p = torch.full((count,), 0.2 / count, dtype=torch.float64)
         p[0] = 1 - p[1:].sum()
@@ -223,7 +244,7 @@ def test_spread_at_the_threshold_is_the_same_for_every_count():
         assert variance.item() == pytest.approx(1 / math.tan(0.64 * math.pi) / count, rel=1e-9)
 
 
-# --------------------------------------------------------------------------------------------------- schedules, PMIM
+# ---------------------------------------------------------------------------------- schedules, PMIM
 
 
 def test_schedules():
@@ -240,7 +261,8 @@ def test_schedules():
 
 
 def test_schedules_arrive_even_when_steps_jump_over_the_end():
-    """Deviation: the published code stops updating after the warm-up, so a jump over its end leaves 0.2335 for good."""
+    """Deviation: the published code stops updating after the warm-up, so a jump over its end leaves
+    0.2335 for good."""
     for row in golden("schedules.json")["overshoot"]:
         inside = row["epoch"] <= 20
         assert importance_weight(row["epoch"], 20) == pytest.approx(row["w_p"] if inside else 0.10)
@@ -255,9 +277,13 @@ def test_normalized_target():
     target = normalize_target(image, fixture["window"])
     torch.testing.assert_close(target, expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(
-        normalize_target(image.double(), fixture["window"]), expected.double(), atol=tolerance, rtol=tolerance
+        normalize_target(image.double(), fixture["window"]),
+        expected.double(),
+        atol=tolerance,
+        rtol=tolerance,
     )
-    # A constant image is 0 for us; the published fp32 code leaves the rounding noise of E[x^2] - E[x]^2 in.
+    # A constant image is 0 for us; the published fp32 code leaves the rounding noise of E[x^2] -
+    # E[x]^2 in.
     assert fixture["constant_image_absmax"] > 1e-3
     assert normalize_target(torch.full((1, 3, 32, 32), 0.7), 47).abs().max() < 1e-6
 
@@ -270,7 +296,11 @@ def test_reconstruction_loss_counts_hidden_pixels_only():
     by_hand = 0.0
     for index in masked[0].nonzero()[:, 0].tolist():
         row, column = divmod(index, 32 // patch)
-        by_hand += target[0, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch].abs().sum()
+        by_hand += (
+            target[0, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            .abs()
+            .sum()
+        )
     pixels = int(masked.sum()) * patch**2
     grid, every = (32 // patch,) * 2, torch.arange(masked.shape[1])[None]
     painted = torch.zeros(1, masked.shape[1], 3 * patch**2)
@@ -278,7 +308,7 @@ def test_reconstruction_loss_counts_hidden_pixels_only():
     assert loss.item() == pytest.approx((by_hand / (pixels + 1e-5) / 3).item(), rel=1e-12)
 
 
-# -------------------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 @pytest.mark.parametrize("mode", ["uniform", "last12", "first12", "random"])
@@ -288,7 +318,8 @@ def test_expected_sizes(name, mode):
     spaces, expected = fixture["spaces"][name], fixture["models"][name][mode]
     for position, kind in enumerate(("embedding", "attention", "mlp")):
         candidates = spaces[kind]
-        if kind == "attention":  # the fixture's module has all heads, also where its candidates leave some out
+        # the fixture's module has all heads, also where its candidates leave some out
+        if kind == "attention":
             heads, dims = spaces["cfg"]["num_heads"], candidates[1]
             extra = [] if candidates[0][-1] == heads else [heads]
             mask = BiMask(golden_space(kind, [candidates[0] + extra, dims])).double()
@@ -306,19 +337,26 @@ def test_expected_sizes(name, mode):
         with torch.no_grad():
             mask.alpha[:rows] = alpha
         size = expected["soft_units"][position]
-        assert mask.expected_size().item() == pytest.approx(size, rel=fixture["provenance"]["tolerance"]["sizes"])
-        assert mask.sparsity().sum().item() == pytest.approx(size, rel=fixture["provenance"]["tolerance"]["sizes"])
+        assert mask.expected_size().item() == pytest.approx(
+            size, rel=fixture["provenance"]["tolerance"]["sizes"]
+        )
+        assert mask.sparsity().sum().item() == pytest.approx(
+            size, rel=fixture["provenance"]["tolerance"]["sizes"]
+        )
 
 
 def test_flops_loss():
-    """The formula is the published one. Its FLOPs are not: they leave out the class token and count biases."""
+    """The formula is the published one. Its FLOPs are not: they leave out the class token and count
+    biases."""
     fixture = golden("sizes.json")
     tolerance = fixture["provenance"]["tolerance"]["loss"]
     compared = 0
     for modes in fixture["models"].values():
         for row in modes.values():
             for target, expected in row["flops_loss"].items():
-                loss = flops_loss(torch.tensor(row["searched_gflops"]), float(target), row["total_gflops"])
+                loss = flops_loss(
+                    torch.tensor(row["searched_gflops"]), float(target), row["total_gflops"]
+                )
                 # Near the target the loss is a difference of almost equal fp32 numbers.
                 assert loss.item() == pytest.approx(expected, rel=tolerance, abs=1e-7)
                 compared += 1

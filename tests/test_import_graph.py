@@ -1,4 +1,5 @@
-"""House rules, read from the source: who may import whom, who spells names of modules, how long is too long."""
+"""House rules, read from the source: who may import whom, who spells names of modules, how long is
+too long."""
 
 import ast
 import os
@@ -19,8 +20,8 @@ TEST_FILES = sorted(TESTS.rglob("*.py"))
 MAX_FUNCTION_LINES = 80
 MAX_FILE_LINES = 600
 
-# The rooms of the package, from the ground up. A room imports rooms of lower floors only; rooms of one floor do not
-# know each other. `ofb_hf/__init__.py` stands outside: it gathers public names.
+# The rooms of the package, from the ground up. A room imports rooms of lower floors only; rooms of
+# one floor do not know each other. `ofb_hf/__init__.py` stands outside: it gathers public names.
 FLOORS = (
     ("_moved", "_version", "hub_retries", "metrics", "models"),
     ("families", "data"),
@@ -33,10 +34,12 @@ FLOORS = (
     ("cli",),
 )
 MAX_LEVELS = 11
-# Rooms that a room does without although they lie below it: what is best under a budget needs no trainer.
+# Rooms that a room does without although they lie below it: what is best under a budget needs no
+# trainer.
 KEEPS_AWAY_FROM = {"choice": {"training", "release", "pictures"}, "training": {"space", "tokens"}}
 
-# What a file may import besides the standard library and ours. Everything that is not listed is free.
+# What a file may import besides the standard library and ours. Everything that is not listed is
+# free.
 THIRD_PARTY = {
     "families/forward_parts.py": set(),
     "families/subnet.py": set(),
@@ -73,8 +76,8 @@ MODULES = {module_name(file): file for file in FILES}
 
 
 def imports(file: Path) -> set[str]:
-    """Dotted names of the modules that a file imports, its own package's included, at any depth, in functions and for
-    type checkers, too: a reader follows those arrows as well."""
+    """Dotted names of the modules that a file imports, its own package's included, at any depth, in
+    functions and for type checkers, too: a reader follows those arrows as well."""
     name, found = module_name(file), set()
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -85,7 +88,8 @@ def imports(file: Path) -> set[str]:
             if node.level:
                 anchor = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*anchor, *([base] if base else [])])
-            for alias in node.names:  # `from . import schedule` names a module, `from .schedule import ramp` does not
+            # `from . import schedule` names a module, `from .schedule import ramp` does not
+            for alias in node.names:
                 submodule = f"{base}.{alias.name}"
                 found.add(submodule if submodule in MODULES else base)
     return found
@@ -102,13 +106,17 @@ def foreign(names: set[str]) -> set[str]:
     return tops - set(sys.stdlib_module_names) - {"ofb_hf"}
 
 
-# ------------------------------------------------------------------------------------------------------------ arrows
+# ------------------------------------------------------------------------------------------- arrows
 
 
 def test_there_are_no_import_cycles():
-    graph = {name: own(imports(file)) & MODULES.keys() - {"ofb_hf"} for name, file in MODULES.items()}
+    graph = {
+        name: own(imports(file)) & MODULES.keys() - {"ofb_hf"} for name, file in MODULES.items()
+    }
     remaining = dict(graph)
-    while leaves := [name for name, targets in remaining.items() if not targets & remaining.keys() - {name}]:
+    while leaves := [
+        name for name, targets in remaining.items() if not targets & remaining.keys() - {name}
+    ]:
         for name in leaves:
             del remaining[name]
     assert not remaining, f"import cycle among {sorted(remaining)}"
@@ -163,7 +171,9 @@ def test_a_reader_climbs_few_levels():
 
 @pytest.mark.parametrize("name", sorted(THIRD_PARTY))
 def test_files_that_know_little_import_little(name):
-    files = [file for file in FILES if relative(file) == name or relative(file).startswith(f"{name}/")]
+    files = [
+        file for file in FILES if relative(file) == name or relative(file).startswith(f"{name}/")
+    ]
     assert files
     for file in files:
         assert foreign(imports(file)) <= THIRD_PARTY[name], relative(file)
@@ -196,7 +206,11 @@ def strings(file: Path):
         if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docstrings
+        ):
             yield node.lineno, node.value
 
 
@@ -209,10 +223,12 @@ def test_only_one_file_spells_module_paths():
     }
     assert not spelled
     families = PACKAGE / "families"
-    assert any(MODEL_PATHS.search(text) for file in families.rglob("*.py") for _, text in strings(file))
+    assert any(
+        MODEL_PATHS.search(text) for file in families.rglob("*.py") for _, text in strings(file)
+    )
 
 
-# -------------------------------------------------------------------------------------------------- what import does
+# --------------------------------------------------------------------------------- what import does
 
 
 IMPORT_EVERYTHING = """
@@ -239,7 +255,11 @@ except AttributeError as error:
 def test_importing_touches_neither_an_accelerator_nor_the_network():
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     result = subprocess.run(
-        [sys.executable, "-c", IMPORT_EVERYTHING], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", IMPORT_EVERYTHING],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
 
@@ -247,12 +267,14 @@ def test_importing_touches_neither_an_accelerator_nor_the_network():
 def test_importing_the_package_imports_the_models_only():
     script = "import sys, ofb_hf; print(*sorted(m for m in sys.modules if m.startswith('ofb_hf')))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
     loaded = {name for name in result.stdout.split() if not name.startswith("ofb_hf.models")}
     assert loaded == {"ofb_hf", "ofb_hf._moved", "ofb_hf._version"}
 
 
-# ------------------------------------------------------------------------------------------------------------- length
+# ------------------------------------------------------------------------------------------- length
 
 
 def functions(file: Path):
@@ -265,7 +287,12 @@ def functions(file: Path):
 def body_lines(function: ast.FunctionDef) -> int:
     """Lines of a function without its docstring."""
     docstring = ast.get_docstring(function, clean=False)
-    return function.end_lineno - function.lineno + 1 - (docstring.count("\n") + 1 if docstring is not None else 0)
+    return (
+        function.end_lineno
+        - function.lineno
+        + 1
+        - (docstring.count("\n") + 1 if docstring is not None else 0)
+    )
 
 
 def test_functions_are_short():
@@ -283,11 +310,12 @@ def test_files_are_short():
     assert {name: lines for name, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
 
 
-# ---------------------------------------------------------------------------------------------------------- the tests
+# ---------------------------------------------------------------------------------------- the tests
 
 
 def asserts(function: ast.FunctionDef) -> bool:
-    """Whether a function can fail: an `assert`, `pytest.raises` or `warns`, or a call of some `assert_...`."""
+    """Whether a function can fail: an `assert`, `pytest.raises` or `warns`, or a call of some
+    `assert_...`."""
     for node in ast.walk(function):
         if isinstance(node, ast.Assert):
             return True
@@ -299,14 +327,25 @@ def asserts(function: ast.FunctionDef) -> bool:
 
 
 def test_every_test_asserts_something():
-    tests = [(file, function) for file in TEST_FILES for function in functions(file) if file.name.startswith("test_")]
+    tests = [
+        (file, function)
+        for file in TEST_FILES
+        for function in functions(file)
+        if file.name.startswith("test_")
+    ]
     tests = [(file, function) for file, function in tests if function.name.startswith("test_")]
     assert len(tests) > 100
-    assert [f"{file.name}::{function.name}" for file, function in tests if not asserts(function)] == []
+    assert [
+        f"{file.name}::{function.name}" for file, function in tests if not asserts(function)
+    ] == []
 
 
 def test_tests_have_names_of_their_own():
     """Python keeps the last of two functions of one name: the first would never run."""
     for file in TEST_FILES:
-        names = [node.name for node in ast.parse(file.read_text(encoding="utf-8")).body if hasattr(node, "name")]
+        names = [
+            node.name
+            for node in ast.parse(file.read_text(encoding="utf-8")).body
+            if hasattr(node, "name")
+        ]
         assert len(names) == len(set(names)), file.name

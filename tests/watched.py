@@ -9,7 +9,10 @@ from pathlib import Path
 import psutil
 from runs import start_search
 
-OPTIONS = {"config": {"importance_hold": 0.1, "retire_begin": 0.6, "settle_at": 0.8}, "shrink_at": [6, 9, 13]}
+OPTIONS = {
+    "config": {"importance_hold": 0.1, "retire_begin": 0.6, "settle_at": 0.8},
+    "shrink_at": [6, 9, 13],
+}
 
 
 class Watched:
@@ -18,7 +21,9 @@ class Watched:
     def __init__(self, folder: Path, options: dict, ranks: int):
         self.process = start_search(folder, options, ranks)
         self.lines: list[str] = []
-        self.reader = threading.Thread(target=lambda: self.lines.extend(iter(self.process.stdout.readline, "")))
+        self.reader = threading.Thread(
+            target=lambda: self.lines.extend(iter(self.process.stdout.readline, ""))
+        )
         self.reader.start()
 
     def wait_for(self, happened, timeout: float = 120) -> bool:
@@ -36,7 +41,8 @@ class Watched:
         return any(line.startswith(start) for line in self.lines)
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
-        """Sends a signal to all its processes, as clusters do, and waits: (exit status, everything it said)."""
+        """Sends a signal to all its processes, as clusters do, and waits: (exit status, everything
+        it said)."""
         launcher = psutil.Process(self.process.pid)
         for process in [launcher, *launcher.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):

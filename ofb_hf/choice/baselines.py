@@ -1,7 +1,9 @@
-"""Simple ways to choose a subnet, to hold a search against: uniform scaling, chance, magnitude, first-order Taylor.
+"""Simple ways to choose a subnet, to hold a search against: uniform scaling, chance, magnitude,
+first-order Taylor.
 
-A baseline decides twice, as a search does: how many units each submodule keeps, and which. All of them end exactly
-under the same budget, over the same candidate sizes; `ofb_hf.pruning.surgery.slice_model` cuts the network accordingly.
+A baseline decides twice, as a search does: how many units each submodule keeps, and which. All of
+them end exactly under the same budget, over the same candidate sizes;
+`ofb_hf.pruning.surgery.slice_model` cuts the network accordingly.
 
     scores = taylor_scores(model, batches)
     small = slice_model(model, pruned_subnet(model, config, scores))
@@ -30,10 +32,12 @@ Scores = dict[str, Tensor]
 
 
 def magnitude_scores(model: PreTrainedModel) -> Scores:
-    """L1 norm of the weights that write each unit (arXiv:1608.08710), comparable between submodules.
+    """L1 norm of the weights that write each unit (arXiv:1608.08710), comparable between
+    submodules.
 
-    Relative to the mean of its submodule, times the share of the MACs that a unit of that submodule accounts for: norms
-    of different layers say nothing about each other, and without that share whatever is expensive would go first.
+    Relative to the mean of its submodule, times the share of the MACs that a unit of that submodule
+    accounts for: norms of different layers say nothing about each other, and without that share
+    whatever is expensive would go first.
     """
     architecture = describe(model.config)
     amounts = quantities(architecture.sizes)
@@ -41,17 +45,23 @@ def magnitude_scores(model: PreTrainedModel) -> Scores:
     scores = {}
     for name, score in sums.items():
         touched = tuple(term for term in architecture.macs if name in term.factors)
-        share = evaluate_terms(touched, amounts) / evaluate_terms(architecture.macs, amounts) / amounts[name]
+        share = (
+            evaluate_terms(touched, amounts)
+            / evaluate_terms(architecture.macs, amounts)
+            / amounts[name]
+        )
         scores[name] = share * score / score.mean()
     return scores
 
 
 def taylor_scores(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> Scores:
-    """First-order estimate of the squared change of the loss when a unit is removed (arXiv:1906.10771, eq. 8).
+    """First-order estimate of the squared change of the loss when a unit is removed
+    (arXiv:1906.10771, eq. 8).
 
     Args:
         model: on its device; a copy of it is worked on.
-        batches: `pixel_values` (B, C, H, W) and `labels` (B,); cross-entropy, squared per batch, summed over them.
+        batches: `pixel_values` (B, C, H, W) and `labels` (B,); cross-entropy, squared per batch,
+            summed over them.
     """
     model = copy.deepcopy(model).eval().requires_grad_(True)
     total: Scores = {}
@@ -67,7 +77,9 @@ def taylor_scores(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) 
 def random_scores(model: PreTrainedModel, seed: int) -> Scores:
     """Uniform noise in [0, 1)."""
     generator = torch.Generator().manual_seed(seed)
-    return {s.name: torch.rand(s.shape, generator=generator) for s in describe(model.config).submodules}
+    return {
+        s.name: torch.rand(s.shape, generator=generator) for s in describe(model.config).submodules
+    }
 
 
 def pruned_subnet(model: PreTrainedModel, config: BiMaskConfig, scores: Scores) -> SubnetSpec:
@@ -81,7 +93,12 @@ def pruned_subnet(model: PreTrainedModel, config: BiMaskConfig, scores: Scores) 
     Raises:
         UnreachableBudgetError: if no subnet fits the budget, naming the smallest possible value.
     """
-    return _choose(model, config, scores, lambda space, size: float(kept_scores(scores[space.name], size).sum()))
+    return _choose(
+        model,
+        config,
+        scores,
+        lambda space, size: float(kept_scores(scores[space.name], size).sum()),
+    )
 
 
 def uniform_subnet(model: PreTrainedModel, config: BiMaskConfig, scores: Scores) -> SubnetSpec:
@@ -92,10 +109,16 @@ def uniform_subnet(model: PreTrainedModel, config: BiMaskConfig, scores: Scores)
         scores: which units each submodule keeps, the best ones.
     """
     terms, target = _budget(model, config)
-    sizes, searched = describe(model.config).sizes, {space.name for space in config.search_space(model.config)}
+    sizes, searched = (
+        describe(model.config).sizes,
+        {space.name for space in config.search_space(model.config)},
+    )
 
     def cost(share: float) -> float:
-        scaled = {n: tuple(share ** (1 / len(s)) * u for u in s) if n in searched else s for n, s in sizes.items()}
+        scaled = {
+            n: tuple(share ** (1 / len(s)) * u for u in s) if n in searched else s
+            for n, s in sizes.items()
+        }
         return evaluate_terms(terms, quantities(scaled))
 
     low, high = 0.0, 1.0
@@ -107,15 +130,17 @@ def uniform_subnet(model: PreTrainedModel, config: BiMaskConfig, scores: Scores)
         model,
         config,
         scores,
-        lambda space, size: -((math.prod(size) / space.num_units - low) ** 2) + 1e-6 * size[-1] / space.num_units,
+        lambda space, size: (
+            -((math.prod(size) / space.num_units - low) ** 2) + 1e-6 * size[-1] / space.num_units
+        ),
     )
 
 
 def random_subnet(model: PreTrainedModel, config: BiMaskConfig, seed: int) -> SubnetSpec:
     """Random sizes and random units within the budget.
 
-    Sizes are the best choice under independent Gumbel noise, a nearly uniform sample of all that fit
-    (perturb-and-MAP, Papandreou and Yuille, ICCV 2011).
+    Sizes are the best choice under independent Gumbel noise, a nearly uniform sample of all that
+    fit (perturb-and-MAP, Papandreou and Yuille, ICCV 2011).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -143,12 +168,20 @@ def _choose(
     terms, target = _budget(model, config)
     space = config.search_space(model.config)
     if any(submodule.tied_to for submodule in space):
-        raise ValueError("uniform_across_layers is True; baselines choose every layer for itself, turn it off.")
+        raise ValueError(
+            "uniform_across_layers is True; baselines choose every layer for itself, turn it off."
+        )
     options = {s.name: [Option(size, worth(s, size)) for size in s.sizes] for s in space}
     architecture = describe(model.config)
-    fixed = quantities({name: size for name, size in architecture.sizes.items() if name not in options})
-    choice = settle(options, terms, fixed, target, TIGHTNESS, architecture.attentions, config.show).choice
-    return SubnetSpec({name: _best_units(scores[name], option.size) for name, option in choice.items()})
+    fixed = quantities(
+        {name: size for name, size in architecture.sizes.items() if name not in options}
+    )
+    choice = settle(
+        options, terms, fixed, target, TIGHTNESS, architecture.attentions, config.show
+    ).choice
+    return SubnetSpec(
+        {name: _best_units(scores[name], option.size) for name, option in choice.items()}
+    )
 
 
 def _best_units(score: Tensor, size: tuple[int, ...]) -> Kept:
@@ -163,11 +196,15 @@ def _unit_sums(model: PreTrainedModel, value: Callable[[Tensor], Tensor]) -> Sco
     """Sums of a value of every weight over the weights that write each unit."""
     require_classifier(model)
     parameters = dict(model.named_parameters())
-    submodules = [submodule for submodule in describe(model.config).submodules if math.prod(submodule.shape)]
+    submodules = [
+        submodule for submodule in describe(model.config).submodules if math.prod(submodule.shape)
+    ]
     return {submodule.name: _sum_of(submodule, parameters, value) for submodule in submodules}
 
 
-def _sum_of(submodule: Submodule, parameters: dict[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
+def _sum_of(
+    submodule: Submodule, parameters: dict[str, Tensor], value: Callable[[Tensor], Tensor]
+) -> Tensor:
     total = torch.zeros(math.prod(submodule.shape))
     for slot in submodule.slots:
         if slot.gated and slot.parameter in parameters:

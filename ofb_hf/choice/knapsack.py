@@ -1,9 +1,11 @@
-"""The last word of a search: one candidate per submodule, worth as much as possible, exactly within the budget.
+"""The last word of a search: one candidate per submodule, worth as much as possible, exactly within
+the budget.
 
-With the residual widths fixed, every other submodule costs a constant per unit, so the choice is a multiple-choice
-knapsack. It is solved by dynamic programming over rounded costs, every solution is verified in exact integers, and
-when rounding hides the few subnets that fit, an exact set of reachable costs finds one. One residual width is tried in
-all its sizes; several are first narrowed down by giving cost a price (a Lagrangian relaxation), which is easy to solve.
+With the residual widths fixed, every other submodule costs a constant per unit, so the choice is a
+multiple-choice knapsack. It is solved by dynamic programming over rounded costs, every solution is
+verified in exact integers, and when rounding hides the few subnets that fit, an exact set of
+reachable costs finds one. One residual width is tried in all its sizes; several are first narrowed
+down by giving cost a price (a Lagrangian relaxation), which is easy to solve.
 """
 
 import functools
@@ -18,21 +20,25 @@ from ..cost.budget import UnreachableBudgetError
 from ..families.description import Term, quantities
 
 BINS = 2048
-# Costs of every size below the budget are told apart exactly up to so many. Picoseconds are far more: they are rounded,
-# to so few that there are not as many ways to each of them as there are networks.
+# Costs of every size below the budget are told apart exactly up to so many. Picoseconds are far
+# more: they are rounded, to so few that there are not as many ways to each of them as there are
+# networks.
 REACHABLE, ROUNDED = 2**22, 2**16
 # How much of the budget a choice is to use, where the space is fine enough.
 TIGHTNESS = 0.98
-# Up to this many combinations of residual widths are all tried; beyond, the search starts where a relaxation points.
+# Up to this many combinations of residual widths are all tried; beyond, the search starts where a
+# relaxation points.
 MAX_COMBINATIONS = 64
-# In a coarse space it may end below the band although something lies in it: up to so many are all tried after all.
+# In a coarse space it may end below the band although something lies in it: up to so many are all
+# tried after all.
 MAX_COMBINATIONS_BELOW = 4096
 RELAXATION_STEPS = 40
 
 
 @dataclass(frozen=True)
 class Option:
-    """One candidate of a submodule: its size along each axis, and how good it would be to choose it."""
+    """One candidate of a submodule: its size along each axis, and how good it would be to choose
+    it."""
 
     size: tuple[int, ...]
     score: float
@@ -45,7 +51,8 @@ class Option:
 
 @dataclass(frozen=True)
 class Settlement:
-    """A choice for every submodule, its exact cost and score; and a token schedule where tokens are chosen, too."""
+    """A choice for every submodule, its exact cost and score; and a token schedule where tokens are
+    chosen, too."""
 
     choice: dict[str, Option]
     cost: int
@@ -74,36 +81,47 @@ def settle(
         show: a cost in words, for messages.
 
     Returns:
-        The best choice within the band; where no subnet lies in it, the most expensive one below it, up to a
-        millionth of the budget.
+        The best choice within the band; where no subnet lies in it, the most expensive one below
+        it, up to a millionth of the budget.
 
     Raises:
         UnreachableBudgetError: naming the smallest possible cost.
     """
     lowest = math.ceil(tightness * target)
     free = _Problem(options, terms, fixed, lowest, target)
-    restricted = [_Problem(each, terms, fixed, lowest, target) for each in _that_keep_one(options, fixed, needed)]
+    restricted = [
+        _Problem(each, terms, fixed, lowest, target)
+        for each in _that_keep_one(options, fixed, needed)
+    ]
     floor = min(problem.floor for problem in restricted or [free])
     if floor > target:
         raise UnreachableBudgetError(
-            f"the budget of {show(target)} is below the smallest subnet of the search space, which costs "
+            f"the budget of {show(target)} is below the smallest subnet of the search space, "
+            f"which costs "
             f"{show(floor)}; raise the target to at least that, or allow smaller candidates.",
             floor,
         )
     best = _solve(free)
     if not restricted or any(best.choice[name].units for name in needed if name in best.choice):
         return best
-    return max((_solve(problem) for problem in restricted if problem.floor <= target), key=free.rank)
+    return max(
+        (_solve(problem) for problem in restricted if problem.floor <= target), key=free.rank
+    )
 
 
 def _that_keep_one(
     options: dict[str, list[Option]], fixed: dict[str, int], needed: Collection[str]
 ) -> list[dict[str, list[Option]]]:
-    """Restrictions of the options that together cover every choice in which a needed submodule has units.
+    """Restrictions of the options that together cover every choice in which a needed submodule has
+    units.
 
     Empty if every choice is one.
     """
-    kept = {name: [option for option in options[name] if option.units] for name in needed if name in options}
+    kept = {
+        name: [option for option in options[name] if option.units]
+        for name in needed
+        if name in options
+    }
     if any(fixed.get(name) for name in needed) or any(kept[name] == options[name] for name in kept):
         return []
     return [options | {name: present} for name, present in kept.items() if present]
@@ -117,12 +135,16 @@ def _solve(problem: "_Problem") -> Settlement:
         best = _climb(problem, [smallest, *_promising_widths(problem)])
         if best.cost >= problem.lowest or combinations > MAX_COMBINATIONS_BELOW:
             return best
-    every = (dict(zip(problem.widths, c, strict=True)) for c in itertools.product(*map(options.get, problem.widths)))
+    every = (
+        dict(zip(problem.widths, c, strict=True))
+        for c in itertools.product(*map(options.get, problem.widths))
+    )
     return max(filter(None, map(problem.solve, every)), key=problem.rank)
 
 
 def _climb(problem: "_Problem", starts: list[dict[str, Option]]) -> Settlement:
-    """Starts from the best of the given widths and moves one width at a time to a neighbour while that helps."""
+    """Starts from the best of the given widths and moves one width at a time to a neighbour while
+    that helps."""
     best = max(filter(None, map(problem.solve, starts)), key=problem.rank)
     improved = True
     while improved:
@@ -139,9 +161,11 @@ def _climb(problem: "_Problem", starts: list[dict[str, Option]]) -> Settlement:
 
 
 def _promising_widths(problem: "_Problem") -> list[dict[str, Option]]:
-    """Widths of the best choices when cost has a price instead of a limit, at prices around the one that meets it."""
+    """Widths of the best choices when cost has a price instead of a limit, at prices around the one
+    that meets it."""
     relaxation = _Relaxation(problem)
-    below, above = 0.0, 1.0 / problem.target  # a price below which the choice is too expensive, one above
+    # a price below which the choice is too expensive, one above
+    below, above = 0.0, 1.0 / problem.target
     while relaxation.solve(above)[1] > problem.target:
         below, above = above, 4 * above
     found = []
@@ -158,19 +182,24 @@ def _promising_widths(problem: "_Problem") -> list[dict[str, Option]]:
 class _Relaxation:
     """The choice that maximises score - price x cost, exactly.
 
-    Products of two submodules' sizes tie these together; the ties form a tree (a block to its residual width, a width
-    to the next), so submodules can be maximised out from the leaves inwards.
+    Products of two submodules' sizes tie these together; the ties form a tree (a block to its
+    residual width, a width to the next), so submodules can be maximised out from the leaves
+    inwards.
     """
 
     def __init__(self, problem: "_Problem"):
         self.options = problem.options
-        self.scores = {name: np.array([o.score for o in options]) for name, options in problem.options.items()}
+        self.scores = {
+            name: np.array([o.score for o in options]) for name, options in problem.options.items()
+        }
         self.costs = {name: np.zeros(len(options)) for name, options in problem.options.items()}
         self.constant = 0.0
         self.pairs: dict[tuple[str, str], np.ndarray] = {}
         for term in problem.terms:
             free = [factor for factor in term.factors if factor not in problem.fixed]
-            value = float(term.coefficient) * math.prod(problem.fixed.get(factor, 1) for factor in term.factors)
+            value = float(term.coefficient) * math.prod(
+                problem.fixed.get(factor, 1) for factor in term.factors
+            )
             owners, amounts = [problem.owners[f] for f in free], [problem.amounts[f] for f in free]
             if not free:
                 self.constant += value
@@ -189,7 +218,9 @@ class _Relaxation:
         while ties:
             name = min(ties, key=lambda n: len(ties[n]))
             if len(ties[name]) > 1:
-                raise ValueError(f"the costs tie {sorted(ties)} together in a circle; they must form a tree.")
+                raise ValueError(
+                    f"the costs tie {sorted(ties)} together in a circle; they must form a tree."
+                )
             for other in ties.pop(name):
                 gain = gains[name][:, None] - price * self.pairs[name, other]
                 order.append((name, other, gain.argmax(0)))
@@ -202,7 +233,8 @@ class _Relaxation:
         for name, other, best in reversed(order):
             picks[name] = int(best if other is None else best[picks[other]])
         cost = self.constant + sum(self.costs[name][pick] for name, pick in picks.items())
-        cost += sum(table[picks[a], picks[b]] for (a, b), table in self.pairs.items()) / 2  # stored both ways
+        # stored both ways
+        cost += sum(table[picks[a], picks[b]] for (a, b), table in self.pairs.items()) / 2
         return {name: self.options[name][pick] for name, pick in picks.items()}, cost
 
 
@@ -210,19 +242,29 @@ class _Problem:
     """The knapsack that remains once the residual widths are given."""
 
     def __init__(
-        self, options: dict[str, list[Option]], terms: tuple[Term, ...], fixed: dict[str, int], lowest: int, target: int
+        self,
+        options: dict[str, list[Option]],
+        terms: tuple[Term, ...],
+        fixed: dict[str, int],
+        lowest: int,
+        target: int,
     ):
         self.options, self.terms, self.fixed = options, terms, fixed
         self.lowest, self.target = lowest, target
-        rows = {name: [quantities({name: option.size}) for option in options[name]] for name in options}
+        rows = {
+            name: [quantities({name: option.size}) for option in options[name]] for name in options
+        }
         self.owners = {quantity: name for name, row in rows.items() for quantity in row[0]}
-        self.amounts = {q: np.array([amounts[q] for amounts in rows[name]]) for q, name in self.owners.items()}
+        self.amounts = {
+            q: np.array([amounts[q] for amounts in rows[name]]) for q, name in self.owners.items()
+        }
         self.widths = self._coupled()
         self.smallest = {name: min(options[name], key=lambda o: o.units) for name in self.widths}
         self.floor = self._smallest_cost()
 
     def _coupled(self) -> list[str]:
-        """Submodules to fix so that the rest enters the cost linearly: the larger side of every product."""
+        """Submodules to fix so that the rest enters the cost linearly: the larger side of every
+        product."""
         tied = [[self.owners[f] for f in term.factors if f in self.owners] for term in self.terms]
         pairs = [tuple(names) for names in tied if len(names) == 2]
         degree: dict[str, int] = {}
@@ -252,8 +294,17 @@ class _Problem:
             return None
         above = [[cost - min(row) for cost in row] for row in costs.values()]
         scores = [[option.score for option in self.options[name]] for name in costs]
-        picks = dict(zip(costs, _best_picks(above, scores, self.lowest - base, self.target - base), strict=True))
-        choice = {name: self.options[name][picks[name]] if name in picks else widths[name] for name in self.options}
+        picks = dict(
+            zip(
+                costs,
+                _best_picks(above, scores, self.lowest - base, self.target - base),
+                strict=True,
+            )
+        )
+        choice = {
+            name: self.options[name][picks[name]] if name in picks else widths[name]
+            for name in self.options
+        }
         cost = constant + sum(costs[name][pick] for name, pick in picks.items())
         return Settlement(choice, cost, sum(option.score for option in choice.values()))
 
@@ -268,17 +319,25 @@ class _Problem:
                 rates[free[0]] = rates.get(free[0], 0) + value
             else:
                 constant += value
-        costs = {name: np.zeros(len(self.options[name]), dtype=np.int64) for name in self.options if name not in widths}
+        costs = {
+            name: np.zeros(len(self.options[name]), dtype=np.int64)
+            for name in self.options
+            if name not in widths
+        }
         for quantity, rate in rates.items():
             costs[self.owners[quantity]] += rate * self.amounts[quantity]
         return constant, {name: row.tolist() for name, row in costs.items()}
 
 
-def _best_picks(costs: list[list[int]], scores: list[list[float]], lowest: int, room: int) -> list[int]:
-    """One index per group: best total score with exact cost in [lowest, room], else the largest cost <= room."""
+def _best_picks(
+    costs: list[list[int]], scores: list[list[float]], lowest: int, room: int
+) -> list[int]:
+    """One index per group: best total score with exact cost in [lowest, room], else the largest
+    cost <= room."""
     if sum(map(max, costs)) < lowest:  # even everything at full size stays below the band
         return [
-            max(range(len(row)), key=lambda i: (row[i], value[i])) for row, value in zip(costs, scores, strict=True)
+            max(range(len(row)), key=lambda i: (row[i], value[i]))
+            for row, value in zip(costs, scores, strict=True)
         ]
     unit = max(1, -(-room // BINS))
     rounded = [[round(cost / unit) for cost in row] for row in costs]
@@ -314,8 +373,9 @@ def _trace(history: list[np.ndarray], rounded: list[list[int]], position: int) -
 def _largest_picks(costs: list[list[int]], scores: list[list[float]], room: int) -> list[int]:
     """The best-scoring of the picks whose cost comes closest to `room` from below, exactly.
 
-    Bit b of a set means cost b is reachable; only choices on the way to the largest such cost are compared. Where there
-    are more than `REACHABLE` costs, each is rounded up, so that what is chosen still fits.
+    Bit b of a set means cost b is reachable; only choices on the way to the largest such cost are
+    compared. Where there are more than `REACHABLE` costs, each is rounded up, so that what is
+    chosen still fits.
     """
     scale = max(math.gcd(*itertools.chain.from_iterable(costs)), 1)
     if room // scale > REACHABLE:

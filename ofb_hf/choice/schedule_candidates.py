@@ -1,9 +1,10 @@
-"""Which token schedules a search under one budget has to consider, and the best of them with the widths beside it.
+"""Which token schedules a search under one budget has to consider, and the best of them with the
+widths beside it.
 
-Under a price on what they cost the best schedule is a shortest path through the layers. Falling prices give a family of
-schedules, from all tokens to the fewest; each leaves the widths a budget of their own. Which of them makes the cheapest
-network depends on the widths: a reduction has a price, and next to nothing to save where the layers behind it are
-narrow or gone.
+Under a price on what they cost the best schedule is a shortest path through the layers. Falling
+prices give a family of schedules, from all tokens to the fewest; each leaves the widths a budget of
+their own. Which of them makes the cheapest network depends on the widths: a reduction has a price,
+and next to nothing to save where the layers behind it are narrow or gone.
 """
 
 import functools
@@ -25,9 +26,11 @@ SMALLEST_COUNT = 2  # the class token and a patch
 PRICES = 40
 # A family of more schedules than this is looked at in such steps first.
 SHORT, STRIDE = 24, 4
-# So many members of a family, at most, are held against each other where it can be measured what they lose.
+# So many members of a family, at most, are held against each other where it can be measured what
+# they lose.
 ALTERNATIVES = 16
-# Neighbours in a family whose costs are further apart than this share of the dense cost get others between them.
+# Neighbours in a family whose costs are further apart than this share of the dense cost get others
+# between them.
 LARGEST_GAP = 0.02
 
 
@@ -37,13 +40,16 @@ def attention_of(layer: int) -> str:
 
 
 def schedule_of(left: list[int], tokens: int) -> Schedule:
-    """The schedule that merges down to these counts; the last layer drops, for nobody reads its patches.
+    """The schedule that merges down to these counts; the last layer drops, for nobody reads its
+    patches.
 
     Args:
         left: tokens that leave each layer, none more than before. tokens: that enter the first one.
     """
     entering = [tokens, *left]
-    return [[before, after] for before, after in zip(entering[:-2], left[:-1], strict=True)] + [[left[-1]] * 2]
+    return [[before, after] for before, after in zip(entering[:-2], left[:-1], strict=True)] + [
+        [left[-1]] * 2
+    ]
 
 
 def reducing_layers(schedule: Schedule, tokens: int) -> list[int]:
@@ -53,14 +59,17 @@ def reducing_layers(schedule: Schedule, tokens: int) -> list[int]:
 
 
 def schedule_loss(curves: np.ndarray, schedule: Schedule) -> float:
-    """What a schedule loses: in each layer, what going from the tokens that come in to those that are left adds.
+    """What a schedule loses: in each layer, what going from the tokens that come in to those that
+    are left adds.
 
     Args:
         curves: (layers, tokens + 1), what a layer loses by going from all tokens to n.
     """
     entering = [curves.shape[1] - 1, *(left for _, left in schedule)]
     pairs = enumerate(zip(entering, schedule, strict=False))
-    return sum(float(curves[layer, left] - curves[layer, before]) for layer, (before, (_, left)) in pairs)
+    return sum(
+        float(curves[layer, left] - curves[layer, before]) for layer, (before, (_, left)) in pairs
+    )
 
 
 def schedule_family(
@@ -70,11 +79,12 @@ def schedule_family(
     reducing: Collection[int],
     cost: Cost = macs_of,
 ) -> list[Schedule]:
-    """Schedules that are worth considering: from all tokens to the fewest, then single reductions that are not among
-    them.
+    """Schedules that are worth considering: from all tokens to the fewest, then single reductions
+    that are not among them.
 
-    Whatever the widths, the cheapest schedule is one of these: that of all tokens, or one that goes down to one patch
-    at once. (Merging into a single patch costs no more than merging into several, and leaves less to do.)
+    Whatever the widths, the cheapest schedule is one of these: that of all tokens, or one that goes
+    down to one patch at once. (Merging into a single patch costs no more than merging into several,
+    and leaves less to do.)
 
     Args:
         config: of the model.
@@ -86,7 +96,9 @@ def schedule_family(
     tokens, layers = num_tokens(config), range(config.num_hidden_layers)
     counts = np.arange(SMALLEST_COUNT, tokens + 1)
     costs = [_layer_costs(layer, config, amounts, counts, cost) for layer in layers]
-    tables = [_layer_table(curves[layer], costs[layer], counts, layer in reducing) for layer in layers]
+    tables = [
+        _layer_table(curves[layer], costs[layer], counts, layer in reducing) for layer in layers
+    ]
     unit = sum(float(priced[-1, -1]) for _, priced in tables)  # all tokens everywhere
     prices = np.geomspace(1e-6, 1e2, PRICES) * max(float(curves.max()), 1e-12) / unit
     family = [[tokens] * len(layers)]
@@ -94,12 +106,17 @@ def schedule_family(
         left = _shortest_path([loss + price * priced for loss, priced in tables], counts)
         if left not in family:
             family.append(left)
-    singles = [[tokens] * layer + [SMALLEST_COUNT] * (len(layers) - layer) for layer in sorted(reducing)]
+    singles = [
+        [tokens] * layer + [SMALLEST_COUNT] * (len(layers) - layer) for layer in sorted(reducing)
+    ]
     family += [left for left in singles[:1] if left not in family]
 
     def share(left: list[int]) -> float:
         at = [count - SMALLEST_COUNT for count in (tokens, *left)]
-        return sum(float(table[1][a, b]) for table, a, b in zip(tables, at, at[1:], strict=False)) / unit
+        return (
+            sum(float(table[1][a, b]) for table, a, b in zip(tables, at, at[1:], strict=False))
+            / unit
+        )
 
     family = _filled_in(family, share)
     family += [left for left in singles if left not in family]
@@ -123,7 +140,9 @@ def _layer_table(
     """What a layer loses and costs for each of these pairs, infinite for those that cannot be."""
     before, after = counts[:, None], counts[None]
     impossible = after > before if reduces else after != before
-    return np.where(impossible, np.inf, curve[after] - curve[before]), np.where(impossible, np.inf, costs)
+    return np.where(impossible, np.inf, curve[after] - curve[before]), np.where(
+        impossible, np.inf, costs
+    )
 
 
 def _shortest_path(tables: list[np.ndarray], counts: np.ndarray) -> list[int]:
@@ -147,18 +166,24 @@ def _filled_in(family: list[list[int]], share: Callable[[list[int]], float]) -> 
     for before, after in itertools.pairwise(family):
         steps = int(abs(share(before) - share(after)) / LARGEST_GAP) + 1
         for step in range(1, steps + 1):
-            between = [round(a + (b - a) * step / steps) for a, b in zip(before, after, strict=True)]
+            between = [
+                round(a + (b - a) * step / steps) for a, b in zip(before, after, strict=True)
+            ]
             if between not in filled:
                 filled.append(between)
     return filled
 
 
 def best_in_family(
-    family: list[Schedule], solve: Callable[[Schedule], Settlement], curves: np.ndarray, lowest: float
+    family: list[Schedule],
+    solve: Callable[[Schedule], Settlement],
+    curves: np.ndarray,
+    lowest: float,
 ) -> Settlement:
     """The schedule that is worth most together with the widths that its budget allows.
 
-    Of a long family looks at every fourth schedule, then closer around the best: worth rises and falls once, or nearly.
+    Of a long family looks at every fourth schedule, then closer around the best: worth rises and
+    falls once, or nearly.
 
     Args:
         solve: the best widths under a schedule; raises UnreachableBudgetError where none fit.
@@ -169,7 +194,8 @@ def best_in_family(
         A settlement with its `token_schedule`, and what the tokens lose taken off its score.
 
     Raises:
-        UnreachableBudgetError: if the widths fit under no schedule, naming what the smallest network of all costs.
+        UnreachableBudgetError: if the widths fit under no schedule, naming what the smallest
+            network of all costs.
     """
 
     @functools.cache
@@ -192,14 +218,20 @@ def best_in_family(
             raise at(best)
     while stride > 1:
         stride //= 2
-        best = max((index for index in (best, best - stride, best + stride) if index in every), key=rank)
+        best = max(
+            (index for index in (best, best - stride, best + stride) if index in every), key=rank
+        )
     return at(best)
 
 
 def spread_over_family(
-    family: list[Schedule], solve: Callable[[Schedule], Settlement], curves: np.ndarray, lowest: float
+    family: list[Schedule],
+    solve: Callable[[Schedule], Settlement],
+    curves: np.ndarray,
+    lowest: float,
 ) -> list[Settlement]:
-    """Settlements from all parts of a family, in its order, that use the budget; arguments as for `best_in_family`."""
+    """Settlements from all parts of a family, in its order, that use the budget; arguments as for
+    `best_in_family`."""
     stride = -(-len(family) // ALTERNATIVES)
     found = [_with_widths(schedule, solve, curves) for schedule in family[::stride]]
     return [each for each in found if isinstance(each, Settlement) and each.cost >= lowest]
@@ -208,9 +240,12 @@ def spread_over_family(
 def _with_widths(
     schedule: Schedule, solve: Callable[[Schedule], Settlement], curves: np.ndarray
 ) -> Settlement | UnreachableBudgetError:
-    """A schedule with the best widths beside it; or the refusal, if it leaves too many tokens for any."""
+    """A schedule with the best widths beside it; or the refusal, if it leaves too many tokens for
+    any."""
     try:
         widths = solve(schedule)
     except UnreachableBudgetError as refusal:
         return refusal
-    return replace(widths, score=widths.score - schedule_loss(curves, schedule), token_schedule=schedule)
+    return replace(
+        widths, score=widths.score - schedule_loss(curves, schedule), token_schedule=schedule
+    )

@@ -11,25 +11,32 @@ from ..families.description import Term, heads_of, quantities
 from ..masks.bi_mask import BiMask, sums_of_first
 from .knapsack import Option
 
-# Kept importance, weighted by its share of the dense cost, counts this many times a nat of candidate probability
-# (found by experiment: docs/ARCHITECTURE.md).
+# Kept importance, weighted by its share of the dense cost, counts this many times a nat of
+# candidate probability (found by experiment: docs/ARCHITECTURE.md).
 IMPORTANCE_SCORE = 400.0
-# A softmax that has made up its mind must not outvote the budget: log-probabilities below this count as this.
+# A softmax that has made up its mind must not outvote the budget: log-probabilities below this
+# count as this.
 LOWEST_LOG_PROBABILITY = -5.0
 
 
-def candidate_options(groups: list[list[BiMask]], scores: Callable[[BiMask], Tensor]) -> dict[str, list[Option]]:
+def candidate_options(
+    groups: list[list[BiMask]], scores: Callable[[BiMask], Tensor]
+) -> dict[str, list[Option]]:
     """Every active candidate of every group of bi-masks that choose together, with its score.
 
     Args:
-        groups: the one that owns the choice comes first, and gives its name; the scores of all of them add up.
+        groups: the one that owns the choice comes first, and gives its name; the scores of all of
+            them add up.
         scores: of a bi-mask's candidates, shaped like alpha.
     """
     options = {}
     for leader, *tied in groups:
         score = torch.stack([scores(mask) for mask in (leader, *tied)]).sum(0)
         axes = [sizes.tolist() for sizes in leader.candidate_axes]
-        chosen, values = leader.active_candidates.nonzero().tolist(), score[leader.active_candidates].tolist()
+        chosen, values = (
+            leader.active_candidates.nonzero().tolist(),
+            score[leader.active_candidates].tolist(),
+        )
         options[leader.name] = [
             Option(tuple(axis[i] for axis, i in zip(axes, index, strict=True)), value)
             for index, value in zip(chosen, values, strict=True)
@@ -38,8 +45,11 @@ def candidate_options(groups: list[list[BiMask]], scores: Callable[[BiMask], Ten
 
 
 @torch.no_grad()
-def search_scores(mask: BiMask, terms: tuple[Term, ...], dense_sizes: dict[str, tuple[int, ...]]) -> Tensor:
-    """Kept importance in proportion to cost, plus log-probability, of every candidate; shaped like alpha.
+def search_scores(
+    mask: BiMask, terms: tuple[Term, ...], dense_sizes: dict[str, tuple[int, ...]]
+) -> Tensor:
+    """Kept importance in proportion to cost, plus log-probability, of every candidate; shaped like
+    alpha.
 
     Args:
         terms: the cost, in the budget's unit.
@@ -56,7 +66,8 @@ def search_scores(mask: BiMask, terms: tuple[Term, ...], dense_sizes: dict[str, 
 
 
 def kept_scores(scores: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The scores of the units that a candidate keeps: the best ones, on a grid the best channels of the best heads.
+    """The scores of the units that a candidate keeps: the best ones, on a grid the best channels of
+    the best heads.
 
     Args:
         scores: (U,) or (H, D). size: (U',) or (heads, channels per head).
@@ -67,7 +78,8 @@ def kept_scores(scores: Tensor, size: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def first_order_options(groups: list[list[BiMask]]) -> dict[str, list[Option]]:
-    """Every active candidate, scored by what was observed of the units it keeps; empty if nothing was observed.
+    """Every active candidate, scored by what was observed of the units it keeps; empty if nothing
+    was observed.
 
     Args:
         groups: as for `candidate_options`.
@@ -78,7 +90,8 @@ def first_order_options(groups: list[list[BiMask]]) -> dict[str, list[Option]]:
         axes = [sizes.tolist() for sizes in mask.candidate_axes]
         # As large in all as the scores of the search, for the same rounding.
         sums = [
-            IMPORTANCE_SCORE / total * kept_scores(mask.first_order.double(), size).sum() for size in product(*axes)
+            IMPORTANCE_SCORE / total * kept_scores(mask.first_order.double(), size).sum()
+            for size in product(*axes)
         ]
         return torch.stack(sums).reshape(mask.alpha.shape)
 

@@ -1,10 +1,12 @@
-"""Milliseconds as a cost like MACs and parameters: a sum of terms, with coefficients measured on one machine.
+"""Milliseconds as a cost like MACs and parameters: a sum of terms, with coefficients measured on
+one machine.
 
-The forward pass is cut into parts: what comes before the first block, the attention and MLP halves of every block with
-their norm and residual, the reduction of tokens between them, patch merging, and what comes after the last block. The
-time of a part is fitted as a sum of products of sizes and tokens that work and memory traffic are proportional to
-(`parts.py`) with coefficients that are 0 or positive, so that nothing gets faster by growing. The terms that they make
-are whole picoseconds: a network's predicted latency is exact arithmetic, whatever the measurement was worth.
+The forward pass is cut into parts: what comes before the first block, the attention and MLP halves
+of every block with their norm and residual, the reduction of tokens between them, patch merging,
+and what comes after the last block. The time of a part is fitted as a sum of products of sizes and
+tokens that work and memory traffic are proportional to (`parts.py`) with coefficients that are 0 or
+positive, so that nothing gets faster by growing. The terms that they make are whole picoseconds: a
+network's predicted latency is exact arithmetic, whatever the measurement was worth.
 """
 
 import itertools
@@ -36,18 +38,23 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_dict_of(*types: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(isinstance(each, types) for each in value.values())
+    return lambda value: (
+        isinstance(value, dict) and all(isinstance(each, types) for each in value.values())
+    )
 
 
 def _are_sizes(value: Any) -> bool:
-    return _is_dict_of(list)(value) and all(size and all(map(_is_extent, size)) for size in value.values())
+    return _is_dict_of(list)(value) and all(
+        size and all(map(_is_extent, size)) for size in value.values()
+    )
 
 
 def _is_extent(value: Any) -> bool:
     return value == 0 or _is_whole(value)
 
 
-# What the entries of a table, and the settings under which latency is measured again later, have to be.
+# What the entries of a table, and the settings under which latency is measured again later, have to
+# be.
 ENTRIES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("model", "hardware"), _is_text),
     **dict.fromkeys(("frame", "settings", "versions", "check"), _is_dict_of(object)),
@@ -55,7 +62,12 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "sizes": _are_sizes,
     "points": lambda value: isinstance(value, list),
 }
-SETTINGS = {"batch_size": _is_whole, "num_threads": _is_whole, "device": _is_text, "dtype": _is_text}
+SETTINGS = {
+    "batch_size": _is_whole,
+    "num_threads": _is_whole,
+    "device": _is_text,
+    "dtype": _is_text,
+}
 
 
 def amounts_of(part: Part, amounts: dict[str, int]) -> dict[str, int]:
@@ -64,7 +76,8 @@ def amounts_of(part: Part, amounts: dict[str, int]) -> dict[str, int]:
 
 
 def fit_coefficients(rows: list[list[int]], picoseconds: list[float]) -> list[float]:
-    """Coefficients, 0 or positive, with which sums over products come closest to times, in relative terms; six digits.
+    """Coefficients, 0 or positive, with which sums over products come closest to times, in relative
+    terms; six digits.
 
     Args:
         rows: (P, K) values of the products of every point.
@@ -75,7 +88,8 @@ def fit_coefficients(rows: list[list[int]], picoseconds: list[float]) -> list[fl
     scale = np.maximum(values.max(0), 1.0)
     weighted = values / scale / times[:, None]
     best, least = np.zeros(values.shape[1]), math.inf
-    # Which coefficients are 0 in the least-squares solution is not known beforehand; there are few enough to try all.
+    # Which coefficients are 0 in the least-squares solution is not known beforehand; there are few
+    # enough to try all.
     for count in range(1, values.shape[1] + 1):
         for chosen in map(list, itertools.combinations(range(values.shape[1]), count)):
             found = np.linalg.lstsq(weighted[:, chosen], np.ones(len(times)), rcond=None)[0]
@@ -93,15 +107,16 @@ class LatencyTable:
     Attributes:
         model: what it was measured for.
         sizes: submodule name -> its full units; a model with smaller ones fits as well.
-        frame: what else has to be the same: patches, colour channels, activation, and MACs and parameters at `sizes`,
-            in which tokens, labels, windows and biases show.
+        frame: what else has to be the same: patches, colour channels, activation, and MACs and
+            parameters at `sizes`, in which tokens, labels, windows and biases show.
         settings: batch size, threads, device, dtype, engine, attention kernel.
         hardware, versions: of the machine.
         coefficients: kind of part -> {product: picoseconds}.
         residuals: kind of part -> {"points", "median", "worst"}, relative errors of the fit.
-        check: {"median_error", "worst_error", "unrest", "networks"}: predicted and measured milliseconds of whole
-            networks that the fit did not see, and of the dense one; `unrest` is by how much medians lie above the
-            fastest tenth of the passes, little on a quiet machine.
+        check: {"median_error", "worst_error", "unrest", "networks"}: predicted and measured
+            milliseconds of whole networks that the fit did not see, and of the dense one; `unrest`
+            is by how much medians lie above the fastest tenth of the passes, little on a quiet
+            machine.
         points: what was measured: {"kind", one entry per product, "ms"}.
 
     Raises:
@@ -122,9 +137,14 @@ class LatencyTable:
     def __post_init__(self):
         for kind, products in self.coefficients.items():
             for product, value in products.items():
-                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                if (
+                    isinstance(value, bool)
+                    or not isinstance(value, int | float)
+                    or not 0 <= value < math.inf
+                ):
                     raise ValueError(
-                        f"the coefficient of {product!r} in {kind!r} is {value!r}; it is a number of picoseconds, 0 or "
+                        f"the coefficient of {product!r} in {kind!r} is {value!r}; it is a number "
+                        f"of picoseconds, 0 or "
                         f"more. Measure the table again: {COMMAND}."
                     )
 
@@ -143,16 +163,21 @@ class LatencyTable:
             known = self.coefficients.get(part.kind)
             if known is None or set(known) != set(part.products):
                 raise ValueError(
-                    f"the latency table of {self.model} has no {list(part.products)} for {part.kind!r}; measure one "
+                    f"the latency table of {self.model} has no {list(part.products)} for "
+                    f"{part.kind!r}; measure one "
                     f"for this model: {COMMAND}."
                 )
             found = ((known[name], product) for name, product in part.products.items())
-            terms += [Term(_whole(each * product.coefficient), product.factors) for each, product in found if each]
+            terms += [
+                Term(_whole(each * product.coefficient), product.factors)
+                for each, product in found
+                if each
+            ]
         return tuple(terms)
 
     def require_fit(self, architecture: Architecture) -> None:
-        """Raises ValueError, in words, unless an architecture is the measured one or could be cut from it, and all of
-        its parts were measured."""
+        """Raises ValueError, in words, unless an architecture is the measured one or could be cut
+        from it, and all of its parts were measured."""
         theirs, ours = {name: tuple(size) for name, size in self.sizes.items()}, architecture.sizes
         differing: dict[str, tuple[Any, Any]] = {}
         if list(theirs) != list(ours):
@@ -160,15 +185,21 @@ class LatencyTable:
         else:
             other = [n for n, size in ours.items() if len(size) != len(theirs[n])]
             larger = other or [
-                n for n, size in ours.items() if any(a > b for a, b in zip(size, theirs[n], strict=True))
+                n
+                for n, size in ours.items()
+                if any(a > b for a, b in zip(size, theirs[n], strict=True))
             ]
             differing |= {name: (theirs[name], ours[name]) for name in (other or larger)[:1]}
             here = {} if other else frame_of(architecture, theirs)
-            differing |= {n: (self.frame.get(n), here[n]) for n in here if self.frame.get(n) != here[n]}
+            differing |= {
+                n: (self.frame.get(n), here[n]) for n in here if self.frame.get(n) != here[n]
+            }
         if differing:
             raise ValueError(
-                f"the latency table is of {self.model}, which this model is no smaller version of; (table, here) "
-                f"differ in {differing}. Measure one for this model, with as many labels: {COMMAND}."
+                f"the latency table is of {self.model}, which this model is no smaller version "
+                f"of; (table, here) "
+                f"differ in {differing}. Measure one for this model, with as many labels: "
+                f"{COMMAND}."
             )
         self.terms(architecture)
 
@@ -179,7 +210,9 @@ class LatencyTable:
     def without_points(self) -> dict[str, Any]:
         """What a prediction needs, and how good it is: without the measurements behind it."""
         check = {name: value for name, value in self.check.items() if name != "networks"}
-        return {name: value for name, value in self.to_dict().items() if name != "points"} | {"check": check}
+        return {name: value for name, value in self.to_dict().items() if name != "points"} | {
+            "check": check
+        }
 
     @classmethod
     def from_dict(cls, values: Any) -> "LatencyTable":
@@ -192,15 +225,26 @@ class LatencyTable:
         needed = {"model", "sizes", "frame", "settings", "hardware", "versions", "coefficients"}
         if not isinstance(values, dict) or not needed <= set(values) <= known:
             got = sorted(values) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"this is no latency table: it has {got}, expected {sorted(known)}. Make one: {COMMAND}.")
+            raise ValueError(
+                f"this is no latency table: it has {got}, expected {sorted(known)}. Make one: "
+                f"{COMMAND}."
+            )
         for name, is_right in ENTRIES.items():
             if name in values and not is_right(values[name]):
-                raise ValueError(f"this is no latency table: {name} is {values[name]!r}. Make one: {COMMAND}.")
+                raise ValueError(
+                    f"this is no latency table: {name} is {values[name]!r}. Make one: {COMMAND}."
+                )
         if missing := [name for name in SETTINGS if name not in values["settings"]]:
-            raise ValueError(f"this is no latency table: its settings have no {missing}. Make one: {COMMAND}.")
-        if wrong := [name for name, is_right in SETTINGS.items() if not is_right(values["settings"][name])]:
+            raise ValueError(
+                f"this is no latency table: its settings have no {missing}. Make one: {COMMAND}."
+            )
+        if wrong := [
+            name for name, is_right in SETTINGS.items() if not is_right(values["settings"][name])
+        ]:
             given = {name: values["settings"][name] for name in wrong}
-            raise ValueError(f"this is no latency table: its settings say {given}. Make one: {COMMAND}.")
+            raise ValueError(
+                f"this is no latency table: its settings say {given}. Make one: {COMMAND}."
+            )
         return cls(**values)
 
     @classmethod
@@ -212,19 +256,23 @@ class LatencyTable:
         """
         if not Path(path).is_file():
             raise ValueError(
-                f"latency_table {path} is no file; measure one: {COMMAND}. A run keeps its own in its "
+                f"latency_table {path} is no file; measure one: {COMMAND}. A run keeps its own in "
+                f"its "
                 f"output_dir, as {LATENCY_TABLE_FILE}."
             )
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"latency_table {path} is no JSON ({error}); measure one: {COMMAND}.") from error
+            raise ValueError(
+                f"latency_table {path} is no JSON ({error}); measure one: {COMMAND}."
+            ) from error
         except ValueError as error:
             raise ValueError(f"latency_table {path} cannot be read: {error}") from error
 
 
 def frame_of(architecture: Architecture, sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What of a network decides its speed beside its sizes: `LatencyTable.frame` for the table's `sizes`."""
+    """What of a network decides its speed beside its sizes: `LatencyTable.frame` for the table's
+    `sizes`."""
     amounts = quantities(sizes)
     return {
         "patch_grid": list(architecture.patch_grid),
@@ -249,7 +297,8 @@ def milliseconds(picoseconds: float) -> float:
 
 
 def _whole(picoseconds: Any) -> Any:
-    """The whole number next to a number, or those next to an array; scalar tensors, to be differentiated, stay."""
+    """The whole number next to a number, or those next to an array; scalar tensors, to be
+    differentiated, stay."""
     if isinstance(picoseconds, int | float):
         return round(picoseconds)
     return np.rint(picoseconds) if isinstance(picoseconds, np.ndarray) else picoseconds

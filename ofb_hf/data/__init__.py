@@ -1,8 +1,9 @@
 """Images to train and to evaluate on: loading, checking, augmenting.
 
-`load_image_data(DataArguments(...))` gives both splits, `build_transform` what turns an image into the model's input,
-and `with_image_transform` joins the two into a data set that a Trainer takes as it is. With `streaming=True` the
-training split is a `StreamedSplit`, and `ImageStream` reads and augments it while a model trains.
+`load_image_data(DataArguments(...))` gives both splits, `build_transform` what turns an image into
+the model's input, and `with_image_transform` joins the two into a data set that a Trainer takes as
+it is. With `streaming=True` the training split is a `StreamedSplit`, and `ImageStream` reads and
+augments it while a model trains.
 """
 
 from ..hub_retries import StreamBrokenError
@@ -14,7 +15,13 @@ from .loading import DataArguments, load_image_data
 from .mixing import BatchAugmentation
 from .splits import ImageData, align_labels, require_decodable
 from .streaming import ImageStream, StreamedSplit
-from .transforms import ImageTransform, SeededImages, build_transform, cropping, with_image_transform
+from .transforms import (
+    ImageTransform,
+    SeededImages,
+    build_transform,
+    cropping,
+    with_image_transform,
+)
 
 __all__ = [
     "AugmentationArguments",

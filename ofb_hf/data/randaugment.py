@@ -1,7 +1,9 @@
-"""RandAugment (arXiv:1909.13719) by timm's policy strings, such as DeiT's `rand-m9-mstd0.5-inc1`, and colour jitter.
+"""RandAugment (arXiv:1909.13719) by timm's policy strings, such as DeiT's `rand-m9-mstd0.5-inc1`,
+and colour jitter.
 
-The operations, and what a magnitude means to each, are those of timm 1.0: a policy does here what it does there. Every
-random number comes from torch's global generator, never from `random` or numpy.
+The operations, and what a magnitude means to each, are those of timm 1.0: a policy does here what
+it does there. Every random number comes from torch's global generator, never from `random` or
+numpy.
 """
 
 import re
@@ -43,13 +45,16 @@ def _threshold(share: float, sign: int, increasing: bool) -> int:
 
 
 def _posterize(image: Image.Image, bits: int) -> Image.Image:
-    # The largest magnitude keeps no bit: black. ImageOps.posterize refuses that in newer versions of Pillow.
+    # The largest magnitude keeps no bit: black. ImageOps.posterize refuses that in newer versions
+    # of Pillow.
     step = 2 ** (8 - bits)
     return image.point([level // step * step for level in range(GRAY_LEVELS)] * 3)
 
 
 def _solarize_add(image: Image.Image, added: int) -> Image.Image:
-    return image.point([level + added if level < GRAY_LEVELS // 2 else level for level in range(GRAY_LEVELS)] * 3)
+    return image.point(
+        [level + added if level < GRAY_LEVELS // 2 else level for level in range(GRAY_LEVELS)] * 3
+    )
 
 
 # (image, strength) -> image.
@@ -67,7 +72,8 @@ ENHANCEMENTS = {
     "Color": ImageEnhance.Color,
     "Sharpness": ImageEnhance.Sharpness,
 }
-# (strength, width, height) -> (a, b, c, d, e, f): the pixel at (x, y) comes from (a x + b y + c, d x + e y + f).
+# (strength, width, height) -> (a, b, c, d, e, f): the pixel at (x, y) comes from (a x + b y + c, d
+# x + e y + f).
 AFFINE_MAPS: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
     "ShearX": lambda shear, width, height: (1, shear, 0, 0, 1, 0),
     "ShearY": lambda shear, width, height: (1, 0, 0, shear, 1, 0),
@@ -83,23 +89,30 @@ STRENGTHS: dict[str, Callable[[float, int, bool], float]] = {
     "Rotate": lambda share, sign, increasing: sign * share * MAX_DEGREES,
     **dict.fromkeys(ENHANCEMENTS, _factor),
     **dict.fromkeys(("ShearX", "ShearY"), lambda share, sign, increasing: sign * share * MAX_SHEAR),
-    **dict.fromkeys(("TranslateXRel", "TranslateYRel"), lambda share, sign, increasing: sign * share * MAX_SHIFT),
+    **dict.fromkeys(
+        ("TranslateXRel", "TranslateYRel"), lambda share, sign, increasing: sign * share * MAX_SHIFT
+    ),
 }
 
 
-def strength_of(name: str, magnitude: float, sign: int = 1, increasing: bool = True) -> float | None:
+def strength_of(
+    name: str, magnitude: float, sign: int = 1, increasing: bool = True
+) -> float | None:
     """What a magnitude from 0 to 10 means to an operation, in the operation's own unit.
 
-    Degrees for Rotate, pixels per pixel for shears, a share of the side for translations, bits that are kept for
-    Posterize, the lowest inverted level for Solarize, added levels for SolarizeAdd, a factor (1 changes nothing) for
-    Color, Contrast, Brightness and Sharpness; None for the operations that know only one strength.
+    Degrees for Rotate, pixels per pixel for shears, a share of the side for translations, bits that
+    are kept for Posterize, the lowest inverted level for Solarize, added levels for SolarizeAdd, a
+    factor (1 changes nothing) for Color, Contrast, Brightness and Sharpness; None for the
+    operations that know only one strength.
 
     Args:
         sign: 1 or -1, the direction; Posterize, Solarize and SolarizeAdd have only one.
-        increasing: whether a larger magnitude always changes more; otherwise Posterize keeps more bits, Solarize
-            inverts fewer levels, and factors run from 0.1 to 1.9.
+        increasing: whether a larger magnitude always changes more; otherwise Posterize keeps more
+            bits, Solarize inverts fewer levels, and factors run from 0.1 to 1.9.
     """
-    return STRENGTHS[name](magnitude / MAX_MAGNITUDE, sign, increasing) if name in STRENGTHS else None
+    return (
+        STRENGTHS[name](magnitude / MAX_MAGNITUDE, sign, increasing) if name in STRENGTHS else None
+    )
 
 
 def apply_operation(
@@ -109,7 +122,8 @@ def apply_operation(
     fill: tuple[int, ...] = MIDDLE_GRAY,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Image.Image:
-    """RGB image -> RGB image of the same size; pixels that come from outside the image take the color `fill`."""
+    """RGB image -> RGB image of the same size; pixels that come from outside the image take the
+    color `fill`."""
     if name in LEVEL_OPERATIONS:
         return LEVEL_OPERATIONS[name](image, strength)
     if name in ENHANCEMENTS:
@@ -122,7 +136,8 @@ def apply_operation(
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Some of the 15 operations after one another, each drawn from all of them and skipped with a certain probability.
+    """Some of the 15 operations after one another, each drawn from all of them and skipped with a
+    certain probability.
 
     Attributes:
         magnitude: how strong operations are, 0 to 10.
@@ -131,7 +146,8 @@ class RandAugment:
         magnitude_std: standard deviation of the magnitude, which stays within 0 and 10.
         increasing: see `strength_of`.
         fill: color of pixels that come from outside the image.
-        resample: interpolation of rotations, shears and translations; None: bilinear or bicubic, at random.
+        resample: interpolation of rotations, shears and translations; None: bilinear or bicubic, at
+            random.
     """
 
     magnitude: float = MAX_MAGNITUDE
@@ -144,24 +160,33 @@ class RandAugment:
 
     @classmethod
     def from_policy(
-        cls, policy: str, fill: tuple[int, ...] = MIDDLE_GRAY, resample: Image.Resampling | None = None
+        cls,
+        policy: str,
+        fill: tuple[int, ...] = MIDDLE_GRAY,
+        resample: Image.Resampling | None = None,
     ) -> "RandAugment":
-        """From timm's notation: `rand`, then parts in any order, joined by dashes, each a key and a number.
+        """From timm's notation: `rand`, then parts in any order, joined by dashes, each a key and a
+        number.
 
-        Keys: m (magnitude, 10 if left out), n (operations per image, 2), p (probability, 0.5), mstd (standard
-        deviation of the magnitude, 0), inc (1: increasing, 0).
+        Keys: m (magnitude, 10 if left out), n (operations per image, 2), p (probability, 0.5), mstd
+        (standard deviation of the magnitude, 0), inc (1: increasing, 0).
 
         Raises:
-            ValueError: for another policy than `rand`, and for parts that are unknown, repeated or out of range.
+            ValueError: for another policy than `rand`, and for parts that are unknown, repeated or
+                out of range.
         """
         name, *parts = policy.split("-")
         if name != "rand":
-            raise ValueError(f"the policy {policy!r} begins with {name!r}; only `rand` is known, e.g. {EXAMPLE}.")
+            raise ValueError(
+                f"the policy {policy!r} begins with {name!r}; only `rand` is known, e.g. {EXAMPLE}."
+            )
         values = {}
         for part in parts:
             field, value = _parse_part(part, policy)
             if field in values:
-                raise ValueError(f"the policy {policy!r} gives the {field} twice; leave one of them out.")
+                raise ValueError(
+                    f"the policy {policy!r} gives the {field} twice; leave one of them out."
+                )
             values[field] = value
         return cls(**values, fill=fill, resample=resample)
 
@@ -184,7 +209,8 @@ class RandAugment:
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Brightness, contrast and saturation, in random order, each times a factor from 1 - strength to 1 + strength."""
+    """Brightness, contrast and saturation, in random order, each times a factor from 1 - strength
+    to 1 + strength."""
 
     strength: float
 
@@ -193,7 +219,9 @@ class ColorJitter:
         low, high = max(0.0, 1 - self.strength), 1 + self.strength
         factors = (low + (high - low) * torch.rand(3)).tolist()
         for index in torch.randperm(3).tolist():
-            image = apply_operation(image, ("Brightness", "Contrast", "Color")[index], factors[index])
+            image = apply_operation(
+                image, ("Brightness", "Contrast", "Color")[index], factors[index]
+            )
         return image
 
 
@@ -202,7 +230,8 @@ def _parse_part(part: str, policy: str) -> tuple[str, float]:
     match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
     if match is None or match[1] not in POLICY_PARTS:
         raise ValueError(
-            f"the policy {policy!r} has the part {part!r}; allowed are {', '.join(POLICY_PARTS)}, each with a number "
+            f"the policy {policy!r} has the part {part!r}; allowed are {', '.join(POLICY_PARTS)}, "
+            f"each with a number "
             f"behind it, e.g. {EXAMPLE}."
         )
     field, kind, smallest, largest = POLICY_PARTS[match[1]]
@@ -210,6 +239,7 @@ def _parse_part(part: str, policy: str) -> tuple[str, float]:
     if not smallest <= value <= largest or kind(value) != value:
         what = "a number" if kind is float else "a whole number"
         raise ValueError(
-            f"the policy {policy!r} has the part {part!r}; {what} from {smallest} to {largest} is allowed."
+            f"the policy {policy!r} has the part {part!r}; {what} from {smallest} to {largest} is "
+            f"allowed."
         )
     return field, kind(value)

@@ -1,7 +1,8 @@
 """Where streamed rows come from: blocks of known length, each read from any row on.
 
-Exact epochs need the number of rows of every block. The footers of parquet files say it for their row groups, an image
-file is one row, and the shards of any other format are counted once (or taken to be equally long).
+Exact epochs need the number of rows of every block. The footers of parquet files say it for their
+row groups, an image file is one row, and the shards of any other format are counted once (or taken
+to be equally long).
 """
 
 import hashlib
@@ -30,7 +31,8 @@ logger = logging.get_logger(__name__)
 READERS = 16  # requests at a time, while nothing but their latency is waited for
 ROWS_AT_A_TIME = 32
 FILES_AT_A_TIME = 1000
-# Every read is one request for exactly these bytes: what read-ahead would fetch belongs to another worker.
+# Every read is one request for exactly these bytes: what read-ahead would fetch belongs to another
+# worker.
 UNBUFFERED = {"cache_type": "none"}
 
 
@@ -58,7 +60,8 @@ class Source(Protocol):
 
 
 def read_patiently(source: Source, block: int, start: int) -> Iterator[Row]:
-    """`source.read`, which goes on after network faults where it broke off: no row is lost, none comes twice.
+    """`source.read`, which goes on after network faults where it broke off: no row is lost, none
+    comes twice.
 
     Raises:
         StreamBrokenError: if the network fails for longer than `WAITS_IN_A_RUN`.
@@ -71,7 +74,9 @@ def read_patiently(source: Source, block: int, start: int) -> Iterator[Row]:
                 yield row
             return
         except Exception as error:
-            attempt = wait_or_give_up(error, attempt, f"reading row {start} of block {block}", WAITS_IN_A_RUN)
+            attempt = wait_or_give_up(
+                error, attempt, f"reading row {start} of block {block}", WAITS_IN_A_RUN
+            )
 
 
 def first_rows(source: Source, count: int) -> Source:
@@ -82,7 +87,8 @@ def first_rows(source: Source, count: int) -> Source:
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Parquet files, a block per row group: one request fetches it, and only these two of its columns."""
+    """Parquet files, a block per row group: one request fetches it, and only these two of its
+    columns."""
 
     rows: np.ndarray
     files: list[str]
@@ -93,10 +99,18 @@ class RowGroups:
     @classmethod
     def of(cls, files: list[str], columns: tuple[str, str]) -> "RowGroups":
         """Reads the footers of the files, all at once."""
-        stored = once_per_machine("footers", files, len(files), lambda index: _read_footer(files[index]))
+        stored = once_per_machine(
+            "footers", files, len(files), lambda index: _read_footer(files[index])
+        )
         footers = [pq.read_metadata(io.BytesIO(footer)) for footer in stored]
-        groups = [(file, group) for file, footer in enumerate(footers) for group in range(footer.num_row_groups)]
-        rows = np.array([footers[file].row_group(group).num_rows for file, group in groups], dtype=np.int64)
+        groups = [
+            (file, group)
+            for file, footer in enumerate(footers)
+            for group in range(footer.num_row_groups)
+        ]
+        rows = np.array(
+            [footers[file].row_group(group).num_rows for file, group in groups], dtype=np.int64
+        )
         return cls(rows, files, groups, footers, columns)
 
     def read(self, block: int, start: int) -> Iterator[Row]:
@@ -105,7 +119,9 @@ class RowGroups:
         url, footer = self.files[index], self.footers[index]
         offset = sum(footer.row_group(earlier).num_rows for earlier in range(group))
         with _open(url) as file, pq.ParquetFile(file, metadata=footer, pre_buffer=True) as parquet:
-            batches = parquet.iter_batches(ROWS_AT_A_TIME, [group], list(self.columns), use_threads=False)
+            batches = parquet.iter_batches(
+                ROWS_AT_A_TIME, [group], list(self.columns), use_threads=False
+            )
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in islice(enumerate(rows), start, None):
                 image, label = (row[column] for column in self.columns)
@@ -114,7 +130,8 @@ class RowGroups:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files that a list or a folder names, a block each: an epoch's order is a full shuffle."""
+    """Image files that a list or a folder names, a block each: an epoch's order is a full
+    shuffle."""
 
     rows: np.ndarray
     paths: pa.ChunkedArray
@@ -125,9 +142,15 @@ class ImageFiles:
         """Reads the list; the images themselves wait until they are needed."""
         (image_column, label_column), paths, labels = columns, [], []
         for rows in dataset.iter(FILES_AT_A_TIME):
-            paths.append(pa.array([image and image["path"] for image in rows[image_column]], pa.string()))
+            paths.append(
+                pa.array([image and image["path"] for image in rows[image_column]], pa.string())
+            )
             labels.append(pa.array(rows[label_column]))
-        return cls(np.ones(sum(map(len, paths)), dtype=np.int64), pa.chunked_array(paths), pa.chunked_array(labels))
+        return cls(
+            np.ones(sum(map(len, paths)), dtype=np.int64),
+            pa.chunked_array(paths),
+            pa.chunked_array(labels),
+        )
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         """See `Source`."""
@@ -169,17 +192,25 @@ class Shards:
             rows = np.diff(np.arange(count + 1) * num_examples // count)
             return cls(rows, dataset, columns, equally_long=True)
         if wanted is not None:
-            return cls(_count_until(dataset, columns[1], wanted), dataset, columns, equally_long=False)
+            return cls(
+                _count_until(dataset, columns[1], wanted), dataset, columns, equally_long=False
+            )
         logger.warning(
             f"{count} shards have no index: they are all read once, to count their rows. "
-            f"--num_train_examples {described or 'N'} would take that as the number, and the shards as equally long."
+            f"--num_train_examples {described or 'N'} would take that as the number, and the "
+            f"shards as equally long."
         )
-        counts = once_per_machine("rows", files, count, lambda shard: b"%d" % _count(dataset, shard, columns[1]))
-        return cls(np.array([int(number) for number in counts]), dataset, columns, equally_long=False)
+        counts = once_per_machine(
+            "rows", files, count, lambda shard: b"%d" % _count(dataset, shard, columns[1])
+        )
+        return cls(
+            np.array([int(number) for number in counts]), dataset, columns, equally_long=False
+        )
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         """See `Source`."""
-        # `iter`, because plain iteration in a loader's worker divides the shards among workers once more.
+        # `iter`, because plain iteration in a loader's worker divides the shards among workers once
+        # more.
         shard, passed = self.dataset.shard(self.dataset.num_shards, block), 0
         while True:
             before = passed
@@ -203,7 +234,8 @@ def open_source(
     """The rows of a split, by the format of its files.
 
     Args:
-        builder: which knows the files; dataset: its stream of the split; columns: of images and of labels.
+        builder: which knows the files; dataset: its stream of the split; columns: of images and of
+            labels.
         num_examples: how many rows there are, where the format does not say it.
         wanted: only the first so many of them.
 
@@ -211,7 +243,10 @@ def open_source(
         ValueError: if the files say that there are not `num_examples` rows.
         StreamBrokenError: if they cannot be read.
     """
-    files, described = list(builder.config.data_files[split]), (builder.info.splits or {}).get(split)
+    files, described = (
+        list(builder.config.data_files[split]),
+        (builder.info.splits or {}).get(split),
+    )
     described = described.num_examples if described is not None else None
     dataset = dataset.select_columns(list(columns)).cast_column(columns[0], Image(decode=False))
     if builder.name not in ("parquet", "imagefolder"):
@@ -223,26 +258,37 @@ def open_source(
     found = int(source.rows.sum())
     if num_examples not in (None, found):
         raise ValueError(
-            f"num_train_examples is {num_examples}, but the files of split {split!r} say that there are {found}; leave "
+            f"num_train_examples is {num_examples}, but the files of split {split!r} say that "
+            f"there are {found}; leave "
             "it out."
         )
     if wanted is not None:
         return first_rows(source, wanted)
     if described not in (None, found):
-        logger.warning(f"split {split!r} has {found} rows, though its description says {described}; {found} it is.")
+        logger.warning(
+            f"split {split!r} has {found} rows, though its description says {described}; {found} "
+            f"it is."
+        )
     return source
 
 
-def once_per_machine(kind: str, files: list[str], count: int, compute: Callable[[int], bytes]) -> list[bytes]:
-    """`compute(0), ..., compute(count - 1)`, computed by one process of a machine and kept in the cache of `datasets`.
+def once_per_machine(
+    kind: str, files: list[str], count: int, compute: Callable[[int], bytes]
+) -> list[bytes]:
+    """`compute(0), ..., compute(count - 1)`, computed by one process of a machine and kept in the
+    cache of `datasets`.
 
-    The others wait for it, and later runs on the same files find it there. It is computed in threads and repeated after
-    network faults.
+    The others wait for it, and later runs on the same files find it there. It is computed in
+    threads and repeated after network faults.
     """
 
     def compute_all() -> list[bytes]:
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(lambda index: patiently(lambda: compute(index), f"reading {kind}"), range(count)))
+            return list(
+                pool.map(
+                    lambda index: patiently(lambda: compute(index), f"reading {kind}"), range(count)
+                )
+            )
 
     identities = [_identity(file) for file in files]
     if None in identities:
@@ -277,7 +323,9 @@ def _count_until(dataset: IterableDataset, label_column: str, enough: int) -> np
     for shard in range(len(rows)):
         if rows.sum() >= enough:
             break
-        rows[shard] = patiently(lambda shard=shard: _count(dataset, shard, label_column), f"counting shard {shard}")
+        rows[shard] = patiently(
+            lambda shard=shard: _count(dataset, shard, label_column), f"counting shard {shard}"
+        )
     return rows
 
 
@@ -294,8 +342,11 @@ def _open(url: str) -> Any:
 
 
 def _row(image: Any, label: Any, name: str) -> Row:
-    """A row from an image as it is stored: a dict of bytes and path, the bytes alone, or the path alone."""
-    content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+    """A row from an image as it is stored: a dict of bytes and path, the bytes alone, or the path
+    alone."""
+    content, path = (
+        (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+    )
     if isinstance(content, str):
         content, path = None, content
     if content is None and path is not None:

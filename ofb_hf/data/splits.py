@@ -19,8 +19,8 @@ class ImageData:
 
     Attributes:
         name: what the data is called in reports: a Hub name, a folder's name or `digits`.
-        train, eval: rows with an `Image` column and a `ClassLabel` column, no row without a label. A streamed training
-            split is a `StreamedSplit` instead.
+        train, eval: rows with an `Image` column and a `ClassLabel` column, no row without a label.
+            A streamed training split is a `StreamedSplit` instead.
         image_column, label_column: the names of these columns.
         label_names: the classes, in the order of their indices.
     """
@@ -34,16 +34,19 @@ class ImageData:
 
 
 def hold_out(labels: list[int], num_held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows to keep and which to hold out: two arrays of row indices, every class in proportion.
+    """Which rows to keep and which to hold out: two arrays of row indices, every class in
+    proportion.
 
-    The same labels give the same answer on every machine: `RandomState` is the generator that numpy froze.
+    The same labels give the same answer on every machine: `RandomState` is the generator that numpy
+    froze.
 
     Raises:
         ValueError: unless both parts get at least one row.
     """
     if not 0 < num_held_out < len(labels):
         raise ValueError(
-            f"{num_held_out} of {len(labels)} rows cannot be held out for evaluation; both parts need at least one "
+            f"{num_held_out} of {len(labels)} rows cannot be held out for evaluation; both parts "
+            f"need at least one "
             "row. Give more images, another --eval_share, or name an --eval_split."
         )
     classes = np.asarray(labels)
@@ -51,21 +54,24 @@ def hold_out(labels: list[int], num_held_out: int) -> tuple[np.ndarray, np.ndarr
     position = np.empty(len(classes))
     for label in np.unique(classes):
         members = order[classes[order] == label]
-        # Members of every class are spread evenly over [0, 1): any first part then holds its share of each class.
+        # Members of every class are spread evenly over [0, 1): any first part then holds its share
+        # of each class.
         position[members] = (np.arange(len(members)) + 0.5) / len(members)
     by_position = order[np.argsort(position[order], kind="stable")]
     return by_position[num_held_out:], by_position[:num_held_out]
 
 
 def limit(dataset: Dataset, num_samples: int | None) -> Dataset:
-    """A random subset, always the same; the data set itself when there is no limit or nothing to cut."""
+    """A random subset, always the same; the data set itself when there is no limit or nothing to
+    cut."""
     if num_samples is None or num_samples >= len(dataset):
         return dataset
     return dataset.select(np.random.RandomState(SPLIT_SEED).permutation(len(dataset))[:num_samples])
 
 
 def align_labels(dataset: Dataset, label_names: list[str], label_column: str) -> Dataset:
-    """The same rows, their classes numbered in the order of `label_names`, which are those they have.
+    """The same rows, their classes numbered in the order of `label_names`, which are those they
+    have.
 
     Not the method of `datasets` for this: it takes names that differ in case only for the same.
     """
@@ -102,6 +108,7 @@ def require_decodable(dataset: Dataset, image_column: str) -> None:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
-            f"{len(problems)} of {len(rows)} images to evaluate on cannot be decoded: {'; '.join(problems[:5])}{more}. "
+            f"{len(problems)} of {len(rows)} images to evaluate on cannot be decoded: "
+            f"{'; '.join(problems[:5])}{more}. "
             "Repair them or take them out: accuracy is measured on all of them or not at all."
         )

@@ -1,4 +1,5 @@
-"""A pre-norm transformer block in the words of `description`: its submodules, slots, norms and parameters."""
+"""A pre-norm transformer block in the words of `description`: its submodules, slots, norms and
+parameters."""
 
 from typing import Any
 
@@ -14,7 +15,8 @@ from .description import (
 
 
 def linear_slots(path: str, axis: int, gated: bool = False) -> tuple[Slot, ...]:
-    """The slots of a linear or convolution layer: its outputs (axis 0, weight and bias) or its inputs (axis 1)."""
+    """The slots of a linear or convolution layer: its outputs (axis 0, weight and bias) or its
+    inputs (axis 1)."""
     names = ("weight", "bias") if axis == 0 else ("weight",)
     return tuple(Slot(f"{path}.{name}", axis, gated) for name in names)
 
@@ -25,14 +27,24 @@ def norm_slots(path: str, gated: bool = False, tiles: int = 1) -> tuple[Slot, ..
 
 # The norm that belongs to each half of a block, and the layers of that half.
 BLOCK_HALVES = {
-    "attention": ("layernorm_before", ("q_proj", "k_proj", "v_proj", "o_proj", "relative_position_bias")),
+    "attention": (
+        "layernorm_before",
+        ("q_proj", "k_proj", "v_proj", "o_proj", "relative_position_bias"),
+    ),
     "mlp": ("layernorm_after", ("fc1", "fc2")),
 }
 
 
-def block_submodules(path: str, name: str, sizes: dict[str, int], *more: Slot) -> tuple[Submodule, Submodule]:
-    """Attention and MLP of the block at `path`, called `name`; `more` are slots of its attention."""
-    rows = [slot for letter in "qkv" for slot in linear_slots(f"{path}.attention.{letter}_proj", 0, gated=True)]
+def block_submodules(
+    path: str, name: str, sizes: dict[str, int], *more: Slot
+) -> tuple[Submodule, Submodule]:
+    """Attention and MLP of the block at `path`, called `name`; `more` are slots of its
+    attention."""
+    rows = [
+        slot
+        for letter in "qkv"
+        for slot in linear_slots(f"{path}.attention.{letter}_proj", 0, gated=True)
+    ]
     attention = Submodule(
         f"{name}.attention",
         "attention",
@@ -56,7 +68,9 @@ def block_residual_slots(path: str) -> list[Slot]:
     writers = [f"{path}.attention.o_proj", f"{path}.mlp.fc2"]
     slots = [slot for reader in readers for slot in linear_slots(reader, 1)]
     slots += [slot for writer in writers for slot in linear_slots(writer, 0, gated=True)]
-    return slots + [slot for norm, _ in BLOCK_HALVES.values() for slot in norm_slots(f"{path}.{norm}")]
+    return slots + [
+        slot for norm, _ in BLOCK_HALVES.values() for slot in norm_slots(f"{path}.{norm}")
+    ]
 
 
 def _living_halves(sizes: dict[str, int]) -> list[str]:
@@ -70,7 +84,8 @@ def block_norms(path: str, sizes: dict[str, int]) -> list[str]:
 
 
 def block_attributes(path: str, sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """What the modules of the block at `path` keep beside their weights; a half without width has no layers left."""
+    """What the modules of the block at `path` keep beside their weights; a half without width has
+    no layers left."""
     heads = {name: sizes[name] for name in ("num_attention_heads", "head_dim")}
     attributes: dict[str, dict[str, Any]] = {path: {}, f"{path}.attention": heads}
     for half in BLOCK_HALVES.keys() - set(_living_halves(sizes)):
@@ -81,7 +96,8 @@ def block_attributes(path: str, sizes: dict[str, int]) -> dict[str, dict[str, An
 
 
 def common_scale(field: str, head_dims: list[int], scale_field: str) -> float:
-    """The factor on the attention logits that heads of this width imply; those of no width imply none.
+    """The factor on the attention logits that heads of this width imply; those of no width imply
+    none.
 
     Raises:
         UnsupportedArchitectureError: for heads of several widths, whose factors differ.
@@ -89,14 +105,17 @@ def common_scale(field: str, head_dims: list[int], scale_field: str) -> float:
     widths = set(head_dims) - {0} or {1}
     if len(widths) > 1:
         raise UnsupportedArchitectureError(
-            f"{field} is {head_dims} and {scale_field} is not given, so each width implies a factor of its own on the "
-            f"attention logits, which would change when heads shrink; only models with {scale_field} are supported."
+            f"{field} is {head_dims} and {scale_field} is not given, so each width implies a "
+            f"factor of its own on the "
+            f"attention logits, which would change when heads shrink; only models with "
+            f"{scale_field} are supported."
         )
     return widths.pop() ** -0.5
 
 
 def block_params(width: str, attention: str, mlp: str, qkv_bias: bool) -> list[Term]:
-    """Parameters of one block: its residual width and halves, and whether q, k and v have biases."""
+    """Parameters of one block: its residual width and halves, and whether q, k and v have
+    biases."""
     return [
         Term(4, (width, attention)),
         Term(3 * bool(qkv_bias), (attention,)),

@@ -1,10 +1,12 @@
-"""The words in which a model family is described: unit groups, and costs as sums of products of their sizes.
+"""The words in which a model family is described: unit groups, and costs as sums of products of
+their sizes.
 
-A *submodule* owns units that are kept or removed. Removing one touches many tensors at once: all of them, each with
-its axis, form the submodule's unit group (`Slot`s). A slot that is *gated* is multiplied by the bi-mask where the
-unit's value is written, which switches the unit off everywhere; the others only read it. Slicing all slots of the
-group removes the unit for good. Costs are sums of products of submodule sizes (`Term`s), for integers and for tensors,
-over the `Part`s of the forward pass.
+A *submodule* owns units that are kept or removed. Removing one touches many tensors at once: all of
+them, each with its axis, form the submodule's unit group (`Slot`s). A slot that is *gated* is
+multiplied by the bi-mask where the unit's value is written, which switches the unit off everywhere;
+the others only read it. Slicing all slots of the group removes the unit for good. Costs are sums of
+products of submodule sizes (`Term`s), for integers and for tensors, over the `Part`s of the forward
+pass.
 """
 
 import math
@@ -27,7 +29,8 @@ class Slot:
     Args:
         parameter, axis: the tensor, and which of its axes.
         gated: whether the bi-mask scales it.
-        tiles: how many copies of all units follow each other along the axis (patch merging concatenates 4).
+        tiles: how many copies of all units follow each other along the axis (patch merging
+            concatenates 4).
         per_head: the axis runs over the heads of a grid, not over its (head, channel) pairs.
     """
 
@@ -60,7 +63,8 @@ class Submodule:
         shape: current units, (U,) or (heads, channels per head).
         slots: every axis of every tensor that runs over the units.
         norms: LayerNorms over the units, whose statistics must skip removed ones.
-        constants: tensors that it adds whichever of its units are kept, and that go with the last one of them.
+        constants: tensors that it adds whichever of its units are kept, and that go with the last
+            one of them.
         variant: what it does besides, where not all of its kind in a stage do the same.
     """
 
@@ -74,7 +78,8 @@ class Submodule:
 
     @property
     def gates(self) -> list[tuple[str, str, int]]:
-        """What its bi-mask scales: tensor, the quantity whose gate scales it, and along which axis."""
+        """What its bi-mask scales: tensor, the quantity whose gate scales it, and along which
+        axis."""
         units = [(slot.parameter, self.name, slot.axis) for slot in self.slots if slot.gated]
         return units + [(tensor, presence_of(self.name), 0) for tensor in self.constants]
 
@@ -88,7 +93,8 @@ class Term:
 
 
 def heads_of(name: str) -> str:
-    """The quantity that counts the heads of an attention, whose name alone counts (head, channel) pairs."""
+    """The quantity that counts the heads of an attention, whose name alone counts (head, channel)
+    pairs."""
     return f"{name}.heads"
 
 
@@ -98,8 +104,8 @@ def presence_of(name: str) -> str:
 
 
 def quantities(sizes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """What cost terms multiply: the units of every submodule by its name, the heads of every attention, and whether
-    there is anything left of a submodule.
+    """What cost terms multiply: the units of every submodule by its name, the heads of every
+    attention, and whether there is anything left of a submodule.
 
     Args:
         sizes: submodule name -> (U,) or (heads, channels per head).
@@ -117,7 +123,8 @@ class Part:
         name: the submodule, or `layers.3.reduction`, `stem`, `stages.0.merging`, `head`.
         kind: parts of one kind share the coefficients of their time.
         macs: multiply-accumulates of one image.
-        products: what its time is a sum of, by name; before each stands a coefficient that is measured (`latency.py`).
+        products: what its time is a sum of, by name; before each stands a coefficient that is
+            measured (`latency.py`).
     """
 
     name: str
@@ -139,10 +146,12 @@ class Architecture:
         submodules: in the order of the model.
         parts: in the order of the forward pass; together they are all of it.
         params: size as a sum over terms.
-        patch_grid, patch_size: the patches that go in, (rows, columns), and pixels along a side of one.
+        patch_grid, patch_size: the patches that go in, (rows, columns), and pixels along a side of
+        one.
         token_grid, token_size: the same for the patch tokens that come out.
         num_channels: colour channels.
-        first_width, last_width: submodules of the residual stream where patches enter and tokens leave.
+        first_width, last_width: submodules of the residual stream where patches enter and tokens
+        leave.
         embeddings: path of the module that owns `mask_token`.
         activation: name of the MLP's activation function.
     """
@@ -188,10 +197,11 @@ class Family:
     Args:
         describe: config -> architecture.
         from_dense: stock classifier -> ours.
-        pin: writes into a config what it would otherwise derive from widths that are about to change.
+        pin: writes into a config what it would otherwise derive from widths that are about to
+            change.
         resize: writes submodule sizes into a config.
-        attributes: config -> {module path: {attribute: value}} of what modules keep beside their weights: sizes, and
-            what stands in for layers that have no width.
+        attributes: config -> {module path: {attribute: value}} of what modules keep beside their
+            weights: sizes, and what stands in for layers that have no width.
         model_class: our classifier.
         undecayed: how the names of parameters end that weight decay leaves alone, besides vectors.
     """
@@ -221,5 +231,7 @@ def image_sides(config: PreTrainedConfig) -> tuple[int, int]:
 def square_patch(config: PreTrainedConfig) -> int:
     height, width = _pair(config.patch_size)
     if height != width:
-        raise UnsupportedArchitectureError(f"patch_size is {(height, width)}; only square patches are supported.")
+        raise UnsupportedArchitectureError(
+            f"patch_size is {(height, width)}; only square patches are supported."
+        )
     return height

@@ -1,14 +1,16 @@
 """What the parts of the forward pass multiply, and what the time that they take is a sum of.
 
-Both are sums of terms, so what is counted and what is measured differ in coefficients only. Numbers of tokens stand in
-the coefficients. Where they are searched, they are scalar tensors or arrays instead of whole numbers.
+Both are sums of terms, so what is counted and what is measured differ in coefficients only. Numbers
+of tokens stand in the coefficients. Where they are searched, they are scalar tensors or arrays
+instead of whole numbers.
 """
 
 from typing import Any
 
 from .description import Part, Term, heads_of, presence_of
 
-REDUCTION = "reduction"  # the part, and the module, that drops and merges tokens between the halves of a block
+# the part, and the module, that drops and merges tokens between the halves of a block
+REDUCTION = "reduction"
 
 
 def end_part(name: str, width: str, macs: int) -> Part:
@@ -17,7 +19,9 @@ def end_part(name: str, width: str, macs: int) -> Part:
     Args:
         width: the residual stream there. macs: for each of its channels.
     """
-    return Part(name, name, (Term(macs, (width,)),), {"constant": Term(1), "width": Term(1, (width,))})
+    return Part(
+        name, name, (Term(macs, (width,)),), {"constant": Term(1), "width": Term(1, (width,))}
+    )
 
 
 def merging_part(stage: int, width: str, next_width: str, tokens: int) -> Part:
@@ -40,7 +44,8 @@ def windowed_block(
     Args:
         width: the residual stream. block: the submodules' names begin with it.
         stage: whose blocks are of one kind. variant: of this block's attention, as in `Submodule`.
-        tokens, attending: tokens of the image, and those that attention works on (padding included).
+        tokens, attending: tokens of the image, and those that attention works on (padding
+        included).
         window: tokens that one token attends to.
     """
     attention, mlp = f"{block}.attention", f"{block}.mlp"
@@ -62,14 +67,19 @@ def _half_products(width: str, name: str) -> dict[str, Term]:
     }
 
 
-def reducing_block(width: str, block: str, before: Any, kept: Any, merged: Any, weighs: Any) -> tuple[Part, ...]:
-    """The halves of a block that may drop and merge tokens, and that reduction between them unless it does not.
+def reducing_block(
+    width: str, block: str, before: Any, kept: Any, merged: Any, weighs: Any
+) -> tuple[Part, ...]:
+    """The halves of a block that may drop and merge tokens, and that reduction between them unless
+    it does not.
 
     Args:
         width, block: as for `windowed_block`.
-        before, kept, merged: tokens that come in, that are left after dropping, and after merging. Whole numbers,
-            scalar tensors, or arrays that broadcast; the coefficients are what these are.
-        weighs: whether those that come in may stand for several patches, as they do once any were merged; likewise.
+        before, kept, merged: tokens that come in, that are left after dropping, and after merging.
+            Whole numbers, scalar tensors, or arrays that broadcast; the coefficients are what these
+            are.
+        weighs: whether those that come in may stand for several patches, as they do once any were
+            merged; likewise.
     """
     attention, mlp, reduces = f"{block}.attention", f"{block}.mlp", 1 * (merged < before)
     parts = [
@@ -84,7 +94,8 @@ def reducing_block(width: str, block: str, before: Any, kept: Any, merged: Any, 
     if not isinstance(reduces, int) or reduces:
         macs = (
             Term(before * reduces, (attention,)),  # the class token's row of the map, once more
-            Term(2 * (kept - merged) * (merged - 1), (width,)),  # similarities, and sums of what is merged
+            # similarities, and sums of what is merged
+            Term(2 * (kept - merged) * (merged - 1), (width,)),
         )
         products = _reduction_products(width, reduces, kept, merged)
         parts.insert(1, Part(f"{block}.{REDUCTION}", f"stages.0.{REDUCTION}", macs, products))
@@ -102,11 +113,14 @@ def _mlp_macs(width: str, name: str, tokens: Any) -> tuple[Term, ...]:
     return (Term(2 * tokens, (width, name)),)
 
 
-def _attention_products(width: str, name: str, tokens: Any, ranks: Any, weighs: Any) -> dict[str, Term]:
+def _attention_products(
+    width: str, name: str, tokens: Any, ranks: Any, weighs: Any
+) -> dict[str, Term]:
     """What the time of an attention half grows with.
 
     Args:
-        ranks: 1 where it also ranks its tokens. weighs: 1 where they stand for several patches (or may do so).
+        ranks: 1 where it also ranks its tokens. weighs: 1 where they stand for several patches (or
+            may do so).
     """
     present = presence_of(name)
     return {

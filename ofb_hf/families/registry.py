@@ -15,7 +15,10 @@ from .swin import SWIN
 from .vit import VIT
 
 FAMILIES: dict[type[PreTrainedConfig], Family] = {ViTConfig: VIT, SwinConfig: SWIN}
-CLASSIFIERS: tuple[type[PreTrainedModel], ...] = (ViTForImageClassification, SwinForImageClassification)
+CLASSIFIERS: tuple[type[PreTrainedModel], ...] = (
+    ViTForImageClassification,
+    SwinForImageClassification,
+)
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -29,7 +32,8 @@ def family_of(config: PreTrainedConfig) -> Family:
             return family
     supported = sorted(config_class.model_type for config_class in FAMILIES)
     raise UnsupportedArchitectureError(
-        f"model type {getattr(config, 'model_type', type(config).__name__)!r} cannot be searched; supported: "
+        f"model type {getattr(config, 'model_type', type(config).__name__)!r} cannot be searched; "
+        f"supported: "
         f"{supported}. A new family is one entry in ofb_hf/architectures.py."
     )
 
@@ -40,9 +44,11 @@ def describe(config: PreTrainedConfig) -> Architecture:
 
 
 def require_classifier(model: nn.Module) -> None:
-    """Raises `UnsupportedArchitectureError` unless `model` is an image classifier of a supported family."""
+    """Raises `UnsupportedArchitectureError` unless `model` is an image classifier of a supported
+    family."""
     if not isinstance(model, CLASSIFIERS):
         raise UnsupportedArchitectureError(
-            f"got a {type(model).__name__}; expected an image classifier: {[c.__name__ for c in CLASSIFIERS]} or our "
+            f"got a {type(model).__name__}; expected an image classifier: "
+            f"{[c.__name__ for c in CLASSIFIERS]} or our "
             "classes of that kind."
         )

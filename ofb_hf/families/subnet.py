@@ -1,4 +1,5 @@
-"""Which units of a dense model are kept: the outcome of a search, as data (standard library only)."""
+"""Which units of a dense model are kept: the outcome of a search, as data (standard library
+only)."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +10,11 @@ Kept = tuple[int, ...] | dict[int, tuple[int, ...]]
 
 def all_units(shape: tuple[int, ...]) -> Kept:
     """Every unit of a submodule of this shape, (U,) or (heads, channels per head)."""
-    return tuple(range(shape[0])) if len(shape) == 1 else {h: tuple(range(shape[1])) for h in range(shape[0])}
+    return (
+        tuple(range(shape[0]))
+        if len(shape) == 1
+        else {h: tuple(range(shape[1])) for h in range(shape[0])}
+    )
 
 
 @dataclass(frozen=True)
@@ -17,14 +22,15 @@ class SubnetSpec:
     """The outcome of a search: which units of the dense parent are kept, per submodule.
 
     Args:
-        kept: submodule name -> sorted unit indices of the dense parent; for attention
-            `{head index: sorted channel indices inside that head}`, equally many channels in every kept head.
+        kept: submodule name -> sorted unit indices of the dense parent; for attention `{head index:
+            sorted channel indices inside that head}`, equally many channels in every kept head.
             Nothing at all, `()` or `{}`, is the attention or MLP left out.
-        token_schedule: tokens that are left in each layer, as in `OFBViTConfig`; None = as the parent has them.
+        token_schedule: tokens that are left in each layer, as in `OFBViTConfig`; None = as the
+            parent has them.
 
     Raises:
-        ValueError: for indices that are negative, unsorted or repeated, and for heads that keep none or different
-            numbers of channels. The message names the submodule.
+        ValueError: for indices that are negative, unsorted or repeated, and for heads that keep
+            none or different numbers of channels. The message names the submodule.
     """
 
     kept: dict[str, Kept]
@@ -37,18 +43,23 @@ class SubnetSpec:
             for row in rows if kept else ():
                 if not row or list(row) != sorted(set(row)) or row[0] < 0:
                     raise ValueError(
-                        f"kept[{name!r}] holds {list(row)}; expected at least one index, ascending and distinct."
+                        f"kept[{name!r}] holds {list(row)}; expected at least one index, "
+                        f"ascending and distinct."
                     )
             if is_grid and len({len(channels) for channels in kept.values()}) > 1:
                 raise ValueError(
-                    f"kept[{name!r}] keeps {[len(channels) for channels in kept.values()]} channels in its heads; "
+                    f"kept[{name!r}] keeps {[len(channels) for channels in kept.values()]} "
+                    f"channels in its heads; "
                     "the heads of one layer must keep equally many."
                 )
 
     def size(self, name: str) -> int | tuple[int, int]:
-        """Kept units of one submodule: U, or (heads, channels per head) for attention; 0 or (0, 0) for nothing."""
+        """Kept units of one submodule: U, or (heads, channels per head) for attention; 0 or (0, 0)
+        for nothing."""
         kept = self.kept[name]
-        return (len(kept), len(next(iter(kept.values()), ()))) if isinstance(kept, dict) else len(kept)
+        return (
+            (len(kept), len(next(iter(kept.values()), ()))) if isinstance(kept, dict) else len(kept)
+        )
 
     def within(self, parent: "SubnetSpec") -> "SubnetSpec":
         """The same units, counted as those of the network that `parent` was cut from.
@@ -75,9 +86,14 @@ class SubnetSpec:
         return {name: self.size(name) for name in self.kept}
 
     def to_json(self) -> str:
-        """The subnet as a JSON string with one line per submodule; `from_json` gives an equal one back."""
+        """The subnet as a JSON string with one line per submodule; `from_json` gives an equal one
+        back."""
         rows = (f"    {json.dumps(name)}: {json.dumps(kept)}" for name, kept in self.kept.items())
-        tokens = f',\n  "token_schedule": {json.dumps(self.token_schedule)}' if self.token_schedule else ""
+        tokens = (
+            f',\n  "token_schedule": {json.dumps(self.token_schedule)}'
+            if self.token_schedule
+            else ""
+        )
         return '{\n  "kept": {\n' + ",\n".join(rows) + "\n  }" + tokens + "\n}\n"
 
     @classmethod
@@ -97,5 +113,7 @@ class SubnetSpec:
             content = json.loads(text)
             kept = {name: read(indices) for name, indices in content["kept"].items()}
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError('not a subnet: expected a JSON object {"kept": {submodule: indices}}.') from error
+            raise ValueError(
+                'not a subnet: expected a JSON object {"kept": {submodule: indices}}.'
+            ) from error
         return cls(kept, content.get("token_schedule"))

@@ -45,19 +45,29 @@ def _vit_grid(config: ViTConfig) -> tuple[int, int]:
 
 def _describe_vit(config: ViTConfig) -> Architecture:
     grid, patch = _vit_grid(config), square_patch(config)
-    pixels, tokens, layers = config.num_channels * patch**2, grid[0] * grid[1] + 1, range(config.num_hidden_layers)
+    pixels, tokens, layers = (
+        config.num_channels * patch**2,
+        grid[0] * grid[1] + 1,
+        range(config.num_hidden_layers),
+    )
     is_ours = isinstance(config, OFBViTConfig)
     layer_sizes = OFBViTConfig.layer_sizes if is_ours else _dense_vit_layer_sizes
     schedule = [config.token_counts(layer)[1:] if is_ours else (tokens, tokens) for layer in layers]
 
     residual = [
         *linear_slots("vit.embeddings.patch_embeddings.projection", 0, gated=True),
-        *(Slot(f"vit.embeddings.{name}", 2, gated=True) for name in ("cls_token", "position_embeddings", "mask_token")),
+        *(
+            Slot(f"vit.embeddings.{name}", 2, gated=True)
+            for name in ("cls_token", "position_embeddings", "mask_token")
+        ),
         *norm_slots("vit.layernorm"),
         *linear_slots("classifier", 1),
     ]
     norms, submodules = ["vit.layernorm"], []
-    params = [Term(pixels + 1 + 1 + tokens + 2 + config.num_labels, ("embeddings",)), Term(config.num_labels)]
+    params = [
+        Term(pixels + 1 + 1 + tokens + 2 + config.num_labels, ("embeddings",)),
+        Term(config.num_labels),
+    ]
     for layer in layers:
         path, name, sizes = _vit_layer(layer), f"layers.{layer}", layer_sizes(config, layer)
         attention, mlp = block_submodules(path, name, sizes)
@@ -65,7 +75,9 @@ def _describe_vit(config: ViTConfig) -> Architecture:
         residual += block_residual_slots(path)
         norms += block_norms(path, sizes)
         params += block_params("embeddings", attention.name, mlp.name, config.qkv_bias)
-    embedding = Submodule("embeddings", "embedding", (config.hidden_size,), tuple(residual), tuple(norms))
+    embedding = Submodule(
+        "embeddings", "embedding", (config.hidden_size,), tuple(residual), tuple(norms)
+    )
     return Architecture(
         submodules=(embedding, *submodules),
         parts=vit_parts(config, schedule),
@@ -83,9 +95,12 @@ def _describe_vit(config: ViTConfig) -> Architecture:
 
 
 def vit_parts(config: ViTConfig, schedule: Sequence[Sequence[Any]]) -> tuple[Part, ...]:
-    """The parts of a ViT classifier under a token schedule whose counts do not rise; they may be scalar tensors."""
+    """The parts of a ViT classifier under a token schedule whose counts do not rise; they may be
+    scalar tensors."""
     patches = math.prod(_vit_grid(config))
-    parts = [end_part("stem", "embeddings", patches * config.num_channels * square_patch(config) ** 2)]
+    parts = [
+        end_part("stem", "embeddings", patches * config.num_channels * square_patch(config) ** 2)
+    ]
     before, weighs = patches + 1, False
     for layer, (kept, merged) in enumerate(schedule):
         parts += vit_layer_parts(layer, before, kept, merged, weighs)
@@ -93,7 +108,9 @@ def vit_parts(config: ViTConfig, schedule: Sequence[Sequence[Any]]) -> tuple[Par
     return (*parts, end_part("head", "embeddings", config.num_labels))
 
 
-def vit_layer_parts(layer: int, before: Any, kept: Any, merged: Any, weighs: Any) -> tuple[Part, ...]:
+def vit_layer_parts(
+    layer: int, before: Any, kept: Any, merged: Any, weighs: Any
+) -> tuple[Part, ...]:
     """The parts of one of its layers; counts as for `reducing_block`."""
     return reducing_block("embeddings", f"layers.{layer}", before, kept, merged, weighs)
 
@@ -109,16 +126,22 @@ def _vit_layer(layer: int) -> str:
 
 def vit_query_parameters(layer: int) -> tuple[str, ...]:
     """The tensors that make a ViT layer's queries out of its tokens."""
-    return tuple(slot.parameter for slot in linear_slots(f"{_vit_layer(layer)}.attention.q_proj", 0))
+    return tuple(
+        slot.parameter for slot in linear_slots(f"{_vit_layer(layer)}.attention.q_proj", 0)
+    )
 
 
 def with_vit_layers(state: dict[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
     """A ViT's state once only these layers are left, numbered anew."""
-    renamed = {name: tensor for name, tensor in state.items() if not name.startswith(f"{VIT_LAYERS}.")}
+    renamed = {
+        name: tensor for name, tensor in state.items() if not name.startswith(f"{VIT_LAYERS}.")
+    }
     for new, old in enumerate(layers):
         path = f"{_vit_layer(old)}."
         renamed |= {
-            f"{_vit_layer(new)}.{name.removeprefix(path)}": t for name, t in state.items() if name.startswith(path)
+            f"{_vit_layer(new)}.{name.removeprefix(path)}": t
+            for name, t in state.items()
+            if name.startswith(path)
         }
     return renamed
 
@@ -133,9 +156,12 @@ def _dense_vit_layer_sizes(config: ViTConfig, layer: int) -> dict[str, int]:
 
 
 def _pin_vit(config: OFBViTConfig) -> None:
-    """Writes down what the stock config derives from widths, so that it survives when widths change."""
+    """Writes down what the stock config derives from widths, so that it survives when widths
+    change."""
     if config.attention_scale is None:
-        head_dims = [config.layer_sizes(layer)["head_dim"] for layer in range(config.num_hidden_layers)]
+        head_dims = [
+            config.layer_sizes(layer)["head_dim"] for layer in range(config.num_hidden_layers)
+        ]
         config.attention_scale = common_scale("head_dim_per_layer", head_dims, "attention_scale")
     _resize_vit(config, _describe_vit(config).sizes)
 
@@ -143,7 +169,9 @@ def _pin_vit(config: OFBViTConfig) -> None:
 def _resize_vit(config: OFBViTConfig, sizes: dict[str, tuple[int, ...]]) -> None:
     layers = range(config.num_hidden_layers)
     config.hidden_size = sizes["embeddings"][0]
-    config.num_attention_heads_per_layer = [sizes[f"layers.{layer}.attention"][0] for layer in layers]
+    config.num_attention_heads_per_layer = [
+        sizes[f"layers.{layer}.attention"][0] for layer in layers
+    ]
     config.head_dim_per_layer = [sizes[f"layers.{layer}.attention"][1] for layer in layers]
     config.intermediate_size_per_layer = [sizes[f"layers.{layer}.mlp"][0] for layer in layers]
 
@@ -153,7 +181,9 @@ def _vit_attributes(config: OFBViTConfig) -> dict[str, dict[str, Any]]:
     for layer in range(config.num_hidden_layers):
         attributes |= block_attributes(_vit_layer(layer), config.layer_sizes(layer))
         before, kept, merged = config.token_counts(layer)
-        attributes[_vit_layer(layer)][REDUCTION] = TokenReduction(kept, merged) if merged < before else None
+        attributes[_vit_layer(layer)][REDUCTION] = (
+            TokenReduction(kept, merged) if merged < before else None
+        )
     return attributes
 
 
@@ -169,5 +199,6 @@ VIT = Family(
 
 
 def with_fewest_tokens(config: ViTConfig) -> Architecture:
-    """The architecture of a ViT that drops and merges: it has every kind of part that a schedule brings along."""
+    """The architecture of a ViT that drops and merges: it has every kind of part that a schedule
+    brings along."""
     return scheduled(config, [(3, 2)] * config.num_hidden_layers)

@@ -1,9 +1,9 @@
 """How bi-masks act on a model without changing its modules, parameters or state-dict keys.
 
-A gated module reads a gated parameter as `parameter * gate` along one axis; the parameter itself stays where it was.
-Scaling weight rows costs little beside scaling (batch x tokens) activations, unless those are few, and it is literally
-the folding that `compress` does at the end. Gates are computed once per forward pass of the supernet and shared through
-a `GateStore`.
+A gated module reads a gated parameter as `parameter * gate` along one axis; the parameter itself
+stays where it was. Scaling weight rows costs little beside scaling (batch x tokens) activations,
+unless those are few, and it is literally the folding that `compress` does at the end. Gates are
+computed once per forward pass of the supernet and shared through a `GateStore`.
 """
 
 import torch
@@ -17,13 +17,15 @@ from ..families.description import Submodule, presence_of
 class GateStore:
     """The current gate values, quantity -> (U,), shared by all gated modules of one supernet.
 
-    A quantity is a submodule's name, or `presence_of` it: (1,), the gate of what it adds whichever units it keeps.
-    Gradient checkpointing re-reads the same tensors in the backward pass, so the values stay until the next forward.
-    A copy starts out empty: non-leaf tensors cannot be deep-copied, and the copy computes its own.
+    A quantity is a submodule's name, or `presence_of` it: (1,), the gate of what it adds whichever
+    units it keeps. Gradient checkpointing re-reads the same tensors in the backward pass, so the
+    values stay until the next forward. A copy starts out empty: non-leaf tensors cannot be
+    deep-copied, and the copy computes its own.
 
     Attributes:
         values: quantity -> (U,).
-        of_images: quantity -> (B, U), one gate for every image of the batch; then there are no `values`.
+        of_images: quantity -> (B, U), one gate for every image of the batch; then there are no
+            `values`.
         separates: whether the next forward pass is to have those.
         alive: residual width -> its living channels, bool (U,), or None if all are.
     """
@@ -45,8 +47,12 @@ class GateStore:
         self._versions.clear()
 
     def separate_(self, count: int) -> None:
-        """Gives each of `count` images gates of its own, equal to the values: leaves of the graph, but for presence."""
-        gates = {name: gate.detach().expand(count, -1).clone().requires_grad_() for name, gate in self.values.items()}
+        """Gives each of `count` images gates of its own, equal to the values: leaves of the graph,
+        but for presence."""
+        gates = {
+            name: gate.detach().expand(count, -1).clone().requires_grad_()
+            for name, gate in self.values.items()
+        }
         present = {presence_of(name): gate.amax(1, keepdim=True) for name, gate in gates.items()}
         self.of_images = gates | {name: gate for name, gate in present.items() if name in gates}
         self.values = {}
@@ -54,8 +60,8 @@ class GateStore:
     def refresh_liveness(self, name: str, alive: Tensor) -> None:
         """Tells the norms which units (bool, any shape) of a submodule live.
 
-        Reading "is everything alive" from the device would wait for it; the version counter says for free whether the
-        tensor was written since the last look.
+        Reading "is everything alive" from the device would wait for it; the version counter says
+        for free whether the tensor was written since the last look.
         """
         version = (id(alive), alive._version)
         if self._versions.get(name) != version:
@@ -65,17 +71,19 @@ class GateStore:
 
 
 def apply_gate(parameter: Tensor, gate: Tensor, axis: int) -> Tensor:
-    """Scales a tensor along one axis: gate (U,) against `parameter.shape[axis] == U`, or (1,) for all of it."""
+    """Scales a tensor along one axis: gate (U,) against `parameter.shape[axis] == U`, or (1,) for
+    all of it."""
     shape = [1] * parameter.ndim
     shape[axis] = -1
     return parameter * gate.reshape(shape).to(parameter.dtype)
 
 
 class GatedLinearFunction(torch.autograd.Function):
-    """A linear layer whose outputs are gated through its weight and bias; arguments as for `gated_linear`.
+    """A linear layer whose outputs are gated through its weight and bias; arguments as for
+    `gated_linear`.
 
-    Left to autograd, `weight * gate` would be kept for the backward pass: a second copy of every weight. Here it is
-    made again there, which costs little beside the products with it.
+    Left to autograd, `weight * gate` would be kept for the backward pass: a second copy of every
+    weight. Here it is made again there, which costs little beside the products with it.
     """
 
     # Not split into `forward` and `setup_context`: torch would inspect the signature at every call.
@@ -83,9 +91,12 @@ class GatedLinearFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
         """Values, in the precision of `x`."""
         ctx.save_for_backward(x, weight, bias, gate)  # all of which are there anyway
-        ctx.few = x.numel() < x.shape[-1] ** 2  # outputs are fewer numbers than weights, and so cheaper to scale
+        # outputs are fewer numbers than weights, and so cheaper to scale
+        ctx.few = x.numel() < x.shape[-1] ** 2
         if ctx.few:
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)) * gate.to(x.dtype)
+            return F.linear(
+                x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+            ) * gate.to(x.dtype)
         bias = None if bias is None else apply_gate(bias, gate, 0).to(x.dtype)
         return F.linear(x, apply_gate(weight, gate, 0).to(x.dtype), bias)
 
@@ -95,9 +106,12 @@ class GatedLinearFunction(torch.autograd.Function):
         """Gradients of inputs, weight, bias and gate."""
         x, weight, bias, gate = ctx.saved_tensors
         for_x, for_weight, for_bias, for_gate = ctx.needs_input_grad
-        rows, x = (torch.atleast_2d(each).flatten(0, -2) for each in (grad, x))  # also a single vector
+        # also a single vector
+        rows, x = (torch.atleast_2d(each).flatten(0, -2) for each in (grad, x))
         grad_x = grad_weight = grad_bias = grad_gate = None
-        if for_x:  # of flat rows: as many products as there are images, with the same weights, take longer than one
+        # of flat rows: as many products as there are images, with the same weights, take longer
+        # than one
+        if for_x:
             if ctx.few:
                 grad_x = (rows * gate.to(grad.dtype)) @ weight.to(grad.dtype)
             else:
@@ -109,9 +123,12 @@ class GatedLinearFunction(torch.autograd.Function):
             grad_bias = rows.sum(0).to(bias.dtype)
         if for_gate:
             grad_gate = (grad_weight * weight).sum(1)
-            grad_gate = (grad_gate if bias is None else torch.addcmul(grad_gate, grad_bias, bias)).to(gate.dtype)
+            grad_gate = (
+                grad_gate if bias is None else torch.addcmul(grad_gate, grad_bias, bias)
+            ).to(gate.dtype)
         if for_weight:
-            grad_weight *= gate[:, None].to(weight.dtype)  # in place, for new memory takes longer than the product
+            # in place, for new memory takes longer than the product
+            grad_weight *= gate[:, None].to(weight.dtype)
         grad_bias = apply_gate(grad_bias, gate, 0) if for_bias else None
         return grad_x, grad_weight if for_weight else None, grad_bias, grad_gate
 
@@ -138,9 +155,11 @@ class GatedLinear(nn.Linear):
 
 
 class ScaledFunction(torch.autograd.Function):
-    """`x * gate` for a gate that broadcasts against x; where it is 0, as for units that are gone, it has no gradient.
+    """`x * gate` for a gate that broadcasts against x; where it is 0, as for units that are gone,
+    it has no gradient.
 
-    Left to autograd, x would be kept for the backward pass. Here the product is, which whoever reads it keeps as well.
+    Left to autograd, x would be kept for the backward pass. Here the product is, which whoever
+    reads it keeps as well.
     """
 
     @staticmethod
@@ -160,7 +179,8 @@ class ScaledFunction(torch.autograd.Function):
 
 
 class ImageGated:
-    """A linear layer, convolution or norm that gates its outputs image by image, where gates are given so.
+    """A linear layer, convolution or norm that gates its outputs image by image, where gates are
+    given so.
 
     Attributes:
         _scaled_by: quantities that gate weight and bias, output by output.
@@ -171,7 +191,8 @@ class ImageGated:
         out, gates = super().forward(x), self._gate_store.of_images
         if not gates:
             return out
-        # Images come first, and Swin lines up the windows of each; channels come last, or second after a convolution.
+        # Images come first, and Swin lines up the windows of each; channels come last, or second
+        # after a convolution.
         is_map, count = isinstance(self, nn.Conv2d), len(next(iter(gates.values())))
         rows = out.flatten(2).mT if is_map else out.reshape(count, -1, out.shape[-1])
         for gate in (gates[name] for name in self._present_with if name in gates):
@@ -189,7 +210,8 @@ def _gated_parameter(name: str) -> property:
         for gate, axis in module._gates[name]:
             if gate in store.values:
                 parameter = apply_gate(parameter, store.values[gate], axis)
-            elif gate in store.of_images and not isinstance(module, ImageGated):  # tokens, (1, N, U)
+            # tokens, (1, N, U)
+            elif gate in store.of_images and not isinstance(module, ImageGated):
                 parameter = parameter * store.of_images[gate][:, None].to(parameter.dtype)
         return parameter
 
@@ -197,7 +219,8 @@ def _gated_parameter(name: str) -> property:
 
 
 class _LivingLayerNorm(nn.LayerNorm):
-    """LayerNorm whose statistics run over living channels only, as they will once the others are sliced away."""
+    """LayerNorm whose statistics run over living channels only, as they will once the others are
+    sliced away."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         alive = self._gate_store.alive.get(self._residual)
@@ -214,16 +237,22 @@ class _LivingLayerNorm(nn.LayerNorm):
         return (normalized * alive).to(dtype)
 
 
-def gate_parameters_(module: nn.Module, store: GateStore, gates: dict[str, list[tuple[str, int]]]) -> None:
-    """Makes `module` read parameters through gates: {parameter name: [(quantity, axis)]}. Changes only its class."""
+def gate_parameters_(
+    module: nn.Module, store: GateStore, gates: dict[str, list[tuple[str, int]]]
+) -> None:
+    """Makes `module` read parameters through gates: {parameter name: [(quantity, axis)]}. Changes
+    only its class."""
     base, bases = type(module), ()
     scaled = [quantity for quantity, _ in gates.get("weight", ())]
     if "weight" in gates or "bias" in gates:
         module._scaled_by = scaled
-        module._present_with = [quantity for quantity, _ in gates.get("bias", ()) if quantity not in scaled]
+        module._present_with = [
+            quantity for quantity, _ in gates.get("bias", ()) if quantity not in scaled
+        ]
         bases = (ImageGated,)
     if base is nn.Linear and len(scaled) == 1:
-        base = GatedLinear  # which gates weight and bias by itself; properties read what else there is
+        # which gates weight and bias by itself; properties read what else there is
+        base = GatedLinear
         gates = {name: [gate for gate in of if gate[0] != scaled[0]] for name, of in gates.items()}
     read = {name: _gated_parameter(name) for name, of in gates.items() if of}
     prefix = "" if base is GatedLinear else "Gated"
@@ -234,13 +263,16 @@ def gate_parameters_(module: nn.Module, store: GateStore, gates: dict[str, list[
 def mask_norm_(norm: nn.LayerNorm, store: GateStore, residual: str) -> None:
     """Makes a LayerNorm skip the channels of submodule `residual` that are no longer alive."""
     if type(norm) is not nn.LayerNorm:
-        raise TypeError(f"expected a LayerNorm over the channels of {residual!r}, got {type(norm).__name__}.")
+        raise TypeError(
+            f"expected a LayerNorm over the channels of {residual!r}, got {type(norm).__name__}."
+        )
     norm.__class__ = _LivingLayerNorm
     norm._residual, norm._gate_store = residual, store
 
 
 def install_gates(model: nn.Module, submodules: list[Submodule], store: GateStore) -> None:
-    """Makes a classifier read the gated slots of its submodules through gates, and its norms skip dead channels."""
+    """Makes a classifier read the gated slots of its submodules through gates, and its norms skip
+    dead channels."""
     gates: dict[str, dict[str, list[tuple[str, int]]]] = {}
     parameters = dict(model.named_parameters())
     for submodule in submodules:
@@ -256,7 +288,8 @@ def install_gates(model: nn.Module, submodules: list[Submodule], store: GateStor
 
 @torch.no_grad()
 def apply_gates_(tensors: dict[str, Tensor], submodules: list[Submodule], store: GateStore) -> None:
-    """Multiplies gates into the tensors, named as a classifier's parameters, whose slots they gate."""
+    """Multiplies gates into the tensors, named as a classifier's parameters, whose slots they
+    gate."""
     for submodule in submodules:
         for parameter, gate, axis in submodule.gates:
             if parameter in tensors and gate in store.values:

@@ -1,30 +1,35 @@
-"""The adaptive one-hot loss: small when one candidate of a submodule owns all probability (torch only)."""
+"""The adaptive one-hot loss: small when one candidate of a submodule owns all probability (torch
+only)."""
 
 import math
 
 import torch
 from torch import Tensor
 
-# The spread of the probabilities enters through a cotangent with a pole at 0 (uniform) and at 1 (one-hot). In fp32
-# the published tan(pi/2 - pi*sigma) has the wrong sign on the poles (-2.3e7 for uniform logits), so the spread stays
-# this far away from both; its gradient is zero there, where the entropy term goes on pulling.
+# The spread of the probabilities enters through a cotangent with a pole at 0 (uniform) and at 1
+# (one-hot). In fp32 the published tan(pi/2 - pi*sigma) has the wrong sign on the poles (-2.3e7 for
+# uniform logits), so the spread stays this far away from both; its gradient is zero there, where
+# the entropy term goes on pulling.
 SPREAD_MARGIN = 1e-4
 
 
 def one_hot_loss(alpha: Tensor, active: Tensor) -> Tensor:
-    """Adaptive one-hot loss of one submodule (arXiv:2403.15835): small when one candidate owns all probability.
+    """Adaptive one-hot loss of one submodule (arXiv:2403.15835): small when one candidate owns all
+    probability.
 
-    Entropy plus `cot(pi * sigma) / n`, where sigma, the variance of the n active probabilities divided by its
-    largest possible value, is 0 for uniform and 1 for one-hot logits. The cotangent's slope is steep near uniform
-    and flat in the middle, and n shrinks as candidates retire: that is what adapts.
+    Entropy plus `cot(pi * sigma) / n`, where sigma, the variance of the n active probabilities
+    divided by its largest possible value, is 0 for uniform and 1 for one-hot logits. The
+    cotangent's slope is steep near uniform and flat in the middle, and n shrinks as candidates
+    retire: that is what adapts.
 
     Args:
         alpha: architecture logits, any shape; the softmax runs over all active ones together.
         active: bool of the same shape; False = retired.
 
     Returns:
-        Scalar in float32 or alpha's wider type; 0 when a single candidate is left. Finite with finite gradients for
-        every alpha, uniform and one-hot included (deviation: sigma is clamped, see `SPREAD_MARGIN`).
+        Scalar in float32 or alpha's wider type; 0 when a single candidate is left. Finite with
+        finite gradients for every alpha, uniform and one-hot included (deviation: sigma is clamped,
+        see `SPREAD_MARGIN`).
     """
     return one_hot_losses(alpha.reshape(1, -1), active.reshape(1, -1))[0]
 
@@ -33,7 +38,8 @@ def one_hot_losses(alpha: Tensor, active: Tensor) -> Tensor:
     """`one_hot_loss` of M submodules at once.
 
     Args:
-        alpha: (M, K). active: bool (M, K), at least one of each row; to fill a row up, add inactive ones.
+        alpha: (M, K). active: bool (M, K), at least one of each row; to fill a row up, add inactive
+            ones.
 
     Returns:
         (M,) in float32 or alpha's wider type.

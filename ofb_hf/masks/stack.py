@@ -1,4 +1,5 @@
-"""All bi-masks of a kind side by side: what a step needs of them is one computation, not one for each."""
+"""All bi-masks of a kind side by side: what a step needs of them is one computation, not one for
+each."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,15 +12,18 @@ from ..families.description import heads_of, presence_of
 from .bi_mask import BiMask, bi_mask_values, importance_scores, probabilities, staircase, unit_ranks
 from .one_hot import one_hot_losses
 
-# L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit elsewhere.
+# L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit
+# elsewhere.
 IMPORTANCE_PENALTY = {"attention": 2e-4, "mlp": 5e-5, "embedding": 5e-5}
 
 
 class MaskStack(nn.Module):
-    """M bi-masks of one kind, filled up to a common shape with units that are dead and candidates that are retired.
+    """M bi-masks of one kind, filled up to a common shape with units that are dead and candidates
+    that are retired.
 
-    Units are (M, H, D) and candidates (M, K_heads, K_dims); a plain axis is a grid of one head. A stack has no
-    parameters of its own, nothing to save, and fits the shapes of the moment: after a shrink there has to be another.
+    Units are (M, H, D) and candidates (M, K_heads, K_dims); a plain axis is a grid of one head. A
+    stack has no parameters of its own, nothing to save, and fits the shapes of the moment: after a
+    shrink there has to be another.
 
     Args:
         masks: of one kind.
@@ -33,22 +37,34 @@ class MaskStack(nn.Module):
         self.counts = [mask.alive.numel() for mask in masks]
         units, self.unit_shape = _slots([mask.alive.shape for mask in masks])
         candidates, self.candidate_shape = _slots([mask.alpha.shape for mask in masks])
-        indices = {"units": units, "candidates": candidates, "positions": units.argsort()[: sum(self.counts)]}
+        indices = {
+            "units": units,
+            "candidates": candidates,
+            "positions": units.argsort()[: sum(self.counts)],
+        }
         for axis, length in enumerate(self.candidate_shape[1:]):
             sizes = [mask.grid_axes[axis].cpu() for mask in masks]
-            indices[f"sizes_{axis}"] = torch.stack([F.pad(own, (0, length - len(own))) for own in sizes])
+            indices[f"sizes_{axis}"] = torch.stack(
+                [F.pad(own, (0, length - len(own))) for own in sizes]
+            )
         for name, values in indices.items():
             self.register_buffer(name, values, persistent=False)
 
     def _stacked_units(self, name: str) -> Tensor:
-        return _side_by_side([getattr(mask, name) for mask in self.masks], self.units, self.unit_shape)
+        return _side_by_side(
+            [getattr(mask, name) for mask in self.masks], self.units, self.unit_shape
+        )
 
     def _stacked_candidates(self, name: str) -> Tensor:
-        return _side_by_side([getattr(mask, name) for mask in self.masks], self.candidates, self.candidate_shape)
+        return _side_by_side(
+            [getattr(mask, name) for mask in self.masks], self.candidates, self.candidate_shape
+        )
 
     def probabilities(self) -> Tensor:
         """As `BiMask.candidate_probs`: (M, K_heads, K_dims)."""
-        return probabilities(self._stacked_candidates("alpha"), self._stacked_candidates("active_candidates"))
+        return probabilities(
+            self._stacked_candidates("alpha"), self._stacked_candidates("active_candidates")
+        )
 
     def importance(self) -> Tensor:
         """As `BiMask.importance`: (M, H, D)."""
@@ -59,7 +75,9 @@ class MaskStack(nn.Module):
         """As `BiMask.prunability`: (M, H, D)."""
         logits, alive = self._stacked_units("importance_logits"), self._stacked_units("alive")
         importance = importance_scores(logits, alive, self.normalize, self.floor)
-        sparsity = staircase(self.probabilities(), (self.sizes_0, self.sizes_1), unit_ranks(logits, alive))
+        sparsity = staircase(
+            self.probabilities(), (self.sizes_0, self.sizes_1), unit_ranks(logits, alive)
+        )
         return bi_mask_values(importance, sparsity, lam, alive)
 
     def apart(self, values: Tensor) -> tuple[Tensor, ...]:
@@ -73,15 +91,23 @@ class MaskStack(nn.Module):
     def expected_amounts(self) -> list[Tensor]:
         """Units, heads and presence under `probabilities`, (M,) each."""
         p, sizes = self.probabilities(), self.sizes_0[:, :, None] * self.sizes_1[:, None]
-        return [(p * sizes).sum((1, 2)), (p.sum(2) * self.sizes_0).sum(1), (p * (sizes > 0)).sum((1, 2))]
+        return [
+            (p * sizes).sum((1, 2)),
+            (p.sum(2) * self.sizes_0).sum(1),
+            (p * (sizes > 0)).sum((1, 2)),
+        ]
 
     def amounts_of(self, values: Tensor) -> list[Tensor]:
-        """The same as sums of bi-mask values (M, H, D); a head is there as long as its best channel."""
+        """The same as sums of bi-mask values (M, H, D); a head is there as long as its best
+        channel."""
         return [values.sum((1, 2)), values.amax(2).sum(1), values.amax((1, 2))]
 
     def one_hot_losses(self) -> Tensor:
         """(M,)"""
-        alpha, active = self._stacked_candidates("alpha"), self._stacked_candidates("active_candidates")
+        alpha, active = (
+            self._stacked_candidates("alpha"),
+            self._stacked_candidates("active_candidates"),
+        )
         return one_hot_losses(alpha.flatten(1), active.flatten(1))
 
 
@@ -100,16 +126,21 @@ class MaskStacks(nn.Module):
             kinds.setdefault((mask.kind, mask.may_vanish), []).append(mask)
         self.stacks = nn.ModuleList(MaskStack(of_kind) for of_kind in kinds.values())
         self.register_buffer("dense", torch.tensor(list(dense.values())), persistent=False)
-        # Amounts of each stack come as units, heads and presence, one after the other, and after them the dense ones.
+        # Amounts of each stack come as units, heads and presence, one after the other, and after
+        # them the dense ones.
         names = [
-            name(mask.name) for stack in self.stacks for name in (str, heads_of, presence_of) for mask in stack.masks
+            name(mask.name)
+            for stack in self.stacks
+            for name in (str, heads_of, presence_of)
+            for mask in stack.masks
         ]
         searched = {name: place for place, name in enumerate(names) if name in dense}
         places = [searched.get(name, len(names) + place) for place, name in enumerate(dense)]
         self.register_buffer("places", torch.tensor(places), persistent=False)
 
     def gates(self, lam: Tensor) -> dict[str, Tensor]:
-        """The bi-mask values of every submodule (U,) by name, and where it may vanish those of its presence (1,)."""
+        """The bi-mask values of every submodule (U,) by name, and where it may vanish those of its
+        presence (1,)."""
         gates: dict[str, Tensor] = {}
         for stack in self.stacks:
             values, names = stack.values(lam), [mask.name for mask in stack.masks]
@@ -129,7 +160,9 @@ class MaskStacks(nn.Module):
             if gates is None:
                 amounts += stack.expected_amounts()
             else:
-                amounts += stack.amounts_of(stack.together([gates[mask.name] for mask in stack.masks]))
+                amounts += stack.amounts_of(
+                    stack.together([gates[mask.name] for mask in stack.masks])
+                )
         amounts.append(self.dense)
         return torch.cat([amount.float() for amount in amounts]).index_select(0, self.places)
 
@@ -139,12 +172,14 @@ class MaskStacks(nn.Module):
 
     def importance_penalty(self) -> Tensor:
         """The published L1 penalty on importance scores (arXiv:2403.15835, its code)."""
-        return torch.stack([IMPORTANCE_PENALTY[stack.kind] * stack.importance().sum() for stack in self.stacks]).sum()
+        return torch.stack(
+            [IMPORTANCE_PENALTY[stack.kind] * stack.importance().sum() for stack in self.stacks]
+        ).sum()
 
 
 def _slots(shapes: list[tuple[int, ...]]) -> tuple[Tensor, tuple[int, int, int]]:
-    """The common shape of some grids, and for each of its places the entry that stands there if all entries are lined
-    up; the one behind them where there is none."""
+    """The common shape of some grids, and for each of its places the entry that stands there if all
+    entries are lined up; the one behind them where there is none."""
     grids = [(1, *shape)[-2:] for shape in shapes]
     height, width = (max(1, *sides) for sides in zip(*grids, strict=True))
     total = sum(map(math.prod, grids))

@@ -10,22 +10,25 @@ class OFBSwinConfig(SwinConfig):
 
     Args:
         hidden_size_per_stage (`list[int]`, *optional*):
-            Channels of each stage's residual stream. The first entry is `embed_dim`; the others need not double.
+            Channels of each stage's residual stream. The first entry is `embed_dim`; the others
+            need not double.
         num_heads_per_block (`list[list[int]]`, *optional*):
-            Heads of each block of each stage, up to the stage's `num_heads` (which stays the dense count). 0 = the
-            block has no attention, nor the norm before it: tokens pass by.
+            Heads of each block of each stage, up to the stage's `num_heads` (which stays the dense
+            count). 0 = the block has no attention, nor the norm before it: tokens pass by.
         head_dim_per_block (`list[list[int]]`, *optional*):
-            Channels of each head of each block; the heads of one block are equally wide. 0 where there are none.
+            Channels of each head of each block; the heads of one block are equally wide. 0 where
+            there are none.
         intermediate_size_per_block (`list[list[int]]`, *optional*):
             Hidden width of each block's MLP. 0 = the block has no MLP, nor the norm before it.
         attention_scale_per_stage (`list[float]`, *optional*):
-            Factor on the attention logits. A compressed model keeps `dense_head_dim ** -0.5`, whatever its
-            heads were narrowed to; `None` derives it from the head's width as the stock model does.
+            Factor on the attention logits. A compressed model keeps `dense_head_dim ** -0.5`,
+            whatever its heads were narrowed to; `None` derives it from the head's width as the
+            stock model does.
 
     Raises:
-        ValueError: for a list that does not match `depths`, for a negative width and a stage of width 0, for more
-            heads than `num_heads`, and for a first width other than `embed_dim`. The message names the field, the
-            place and the value.
+        ValueError: for a list that does not match `depths`, for a negative width and a stage of
+            width 0, for more heads than `num_heads`, and for a first width other than `embed_dim`.
+            The message names the field, the place and the value.
 
     Example:
 
@@ -66,18 +69,25 @@ class OFBSwinConfig(SwinConfig):
         return {
             "num_attention_heads": heads if head_dim else 0,
             "head_dim": head_dim if heads else 0,
-            "intermediate_size": pick(self.intermediate_size_per_block, int(self.mlp_ratio * width)),
+            "intermediate_size": pick(
+                self.intermediate_size_per_block, int(self.mlp_ratio * width)
+            ),
         }
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if getattr(self, "token_schedule", None) is not None:
             raise ValueError(
-                "token_schedule is given, but Swin has no class token to rank patches by, and its windows need the "
+                "token_schedule is given, but Swin has no class token to rank patches by, and its "
+                "windows need the "
                 "whole grid; leave it out, or take a ViT."
             )
-        self._check_list("hidden_size_per_stage", self.hidden_size_per_stage, len(self.depths), "stage")
-        self._check_list("attention_scale_per_stage", self.attention_scale_per_stage, len(self.depths), "stage")
+        self._check_list(
+            "hidden_size_per_stage", self.hidden_size_per_stage, len(self.depths), "stage"
+        )
+        self._check_list(
+            "attention_scale_per_stage", self.attention_scale_per_stage, len(self.depths), "stage"
+        )
         for field in ("num_heads_per_block", "head_dim_per_block", "intermediate_size_per_block"):
             rows = getattr(self, field)
             if rows is None:
@@ -89,34 +99,48 @@ class OFBSwinConfig(SwinConfig):
             for block, heads in enumerate(row):
                 if heads > self.num_heads[stage]:
                     raise ValueError(
-                        f"num_heads_per_block[{stage}][{block}] is {heads}, but num_heads[{stage}] is "
+                        f"num_heads_per_block[{stage}][{block}] is {heads}, but "
+                        f"num_heads[{stage}] is "
                         f"{self.num_heads[stage]}; a block has 0 to {self.num_heads[stage]} heads."
                     )
-        if self.hidden_size_per_stage is not None and self.hidden_size_per_stage[0] != self.embed_dim:
+        if (
+            self.hidden_size_per_stage is not None
+            and self.hidden_size_per_stage[0] != self.embed_dim
+        ):
             raise ValueError(
-                f"hidden_size_per_stage[0] is {self.hidden_size_per_stage[0]}, but embed_dim is {self.embed_dim}; both "
+                f"hidden_size_per_stage[0] is {self.hidden_size_per_stage[0]}, but embed_dim is "
+                f"{self.embed_dim}; both "
                 "are the width of the first stage and must agree."
             )
         if self.head_dim_per_block is None:
-            for stage, (width, heads) in enumerate(zip(self.hidden_size_per_stage or [], self.num_heads, strict=False)):
+            for stage, (width, heads) in enumerate(
+                zip(self.hidden_size_per_stage or [], self.num_heads, strict=False)
+            ):
                 if width < heads:
                     raise ValueError(
-                        f"hidden_size_per_stage[{stage}] is {width}, but num_heads[{stage}] is {heads}; without "
+                        f"hidden_size_per_stage[{stage}] is {width}, but num_heads[{stage}] is "
+                        f"{heads}; without "
                         "head_dim_per_block these heads would be 0 channels wide."
                     )
-        # The stock config puts the doubled width here, which other libraries read as the width of the output.
+        # The stock config puts the doubled width here, which other libraries read as the width of
+        # the output.
         self.hidden_size = self.stage_width(len(self.depths) - 1)
 
-    def _check_list(self, field: str, values: list | None, length: int, place: str, smallest: int = 1) -> None:
+    def _check_list(
+        self, field: str, values: list | None, length: int, place: str, smallest: int = 1
+    ) -> None:
         if values is None:
             return
         if len(values) != length:
             raise ValueError(
-                f"{field} has {len(values)} entries, but depths is {list(self.depths)}; give one per {place}, {length}."
+                f"{field} has {len(values)} entries, but depths is {list(self.depths)}; give one "
+                f"per {place}, {length}."
             )
         for index, value in enumerate(values):
             if isinstance(value, int) and value < smallest:
-                raise ValueError(f"{field}[{index}] is {value}; every width must be at least {smallest}.")
+                raise ValueError(
+                    f"{field}[{index}] is {value}; every width must be at least {smallest}."
+                )
             if isinstance(value, float) and not value > 0:
                 raise ValueError(f"{field}[{index}] is {value}; every factor must be positive.")
 

@@ -14,26 +14,29 @@ class OFBViTConfig(ViTConfig):
 
     Args:
         num_attention_heads_per_layer (`list[int]`, *optional*):
-            Heads of each layer, up to `num_attention_heads` (which stays the dense count). 0 = the layer has no
-            attention, nor the norm before it: tokens pass by.
+            Heads of each layer, up to `num_attention_heads` (which stays the dense count). 0 = the
+            layer has no attention, nor the norm before it: tokens pass by.
         head_dim_per_layer (`list[int]`, *optional*):
-            Channels of each head of each layer; the heads of one layer are equally wide. 0 where there are none.
+            Channels of each head of each layer; the heads of one layer are equally wide. 0 where
+            there are none.
         intermediate_size_per_layer (`list[int]`, *optional*):
             Hidden width of each layer's MLP. 0 = the layer has no MLP, nor the norm before it.
         attention_scale (`float`, *optional*):
-            Factor on the attention logits. A compressed model keeps `dense_head_dim ** -0.5`, whatever its
-            heads were narrowed to; `None` derives it from the head's width as the stock model does.
+            Factor on the attention logits. A compressed model keeps `dense_head_dim ** -0.5`,
+            whatever its heads were narrowed to; `None` derives it from the head's width as the
+            stock model does.
         token_schedule (`list[list[int]]`, *optional*):
-            For each layer `[kept after dropping, kept after merging]`: at most so many tokens, the class token
-            included, go on to its MLP and to the next layer. Tokens never come back, so an entry above an earlier
-            one means that one; the running minimum is what is stored. `None` keeps all tokens everywhere, and so
-            does a schedule of nothing but full counts, which is stored as `None`.
+            For each layer `[kept after dropping, kept after merging]`: at most so many tokens, the
+            class token included, go on to its MLP and to the next layer. Tokens never come back, so
+            an entry above an earlier one means that one; the running minimum is what is stored.
+            `None` keeps all tokens everywhere, and so does a schedule of nothing but full counts,
+            which is stored as `None`.
 
     Raises:
-        ValueError: for a list whose length is not `num_hidden_layers`, for a negative width, for more heads than
-            `num_attention_heads`, and for token counts that are no pair of whole numbers, below 2 (the class token and
-            a patch), above the tokens of an image, or falling in a layer without attention. The message names the
-            field, the layer and the value.
+        ValueError: for a list whose length is not `num_hidden_layers`, for a negative width, for
+            more heads than `num_attention_heads`, and for token counts that are no pair of whole
+            numbers, below 2 (the class token and a patch), above the tokens of an image, or falling
+            in a layer without attention. The message names the field, the layer and the value.
 
     Example:
 
@@ -51,25 +54,30 @@ class OFBViTConfig(ViTConfig):
     head_dim_per_layer: list[int] | None = None
     intermediate_size_per_layer: list[int] | None = None
     attention_scale: float | None = None
-    token_schedule: Any = None  # not `list[list[int]]`: tuples and numpy's numbers are as good, and become that
+    # not `list[list[int]]`: tuples and numpy's numbers are as good, and become that
+    token_schedule: Any = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of one image at `image_size`, class token included."""
         (height, width), (rows, columns) = (
-            (size, size) if isinstance(size, int) else size for size in (self.image_size, self.patch_size)
+            (size, size) if isinstance(size, int) else size
+            for size in (self.image_size, self.patch_size)
         )
         return (height // rows) * (width // columns) + 1
 
     def token_counts(self, layer: int) -> tuple[int, int, int]:
-        """Tokens that enter a layer, those left after dropping, and those left after merging; class token included."""
+        """Tokens that enter a layer, those left after dropping, and those left after merging; class
+        token included."""
         if self.token_schedule is None:
             return (self.num_tokens,) * 3
-        schedule = self._falling_schedule(self.token_schedule)  # `from_pretrained` may have put in another one
+        # `from_pretrained` may have put in another one
+        schedule = self._falling_schedule(self.token_schedule)
         return schedule[layer - 1][1] if layer else self.num_tokens, *schedule[layer]
 
     def meant_schedule(self, schedule: Sequence[Sequence[int]]) -> list[list[int]] | None:
-        """A schedule as `token_schedule` stores it: its running minimum, or None if it keeps all tokens.
+        """A schedule as `token_schedule` stores it: its running minimum, or None if it keeps all
+        tokens.
 
         Raises:
             ValueError: for one that this model cannot follow; see the class.
@@ -99,21 +107,30 @@ class OFBViTConfig(ViTConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for field in ("num_attention_heads_per_layer", "head_dim_per_layer", "intermediate_size_per_layer"):
+        for field in (
+            "num_attention_heads_per_layer",
+            "head_dim_per_layer",
+            "intermediate_size_per_layer",
+        ):
             self._check_sizes(field, getattr(self, field))
         if self.head_dim_per_layer is None and 0 < self.hidden_size < self.num_attention_heads:
             raise ValueError(
-                f"hidden_size is {self.hidden_size}, but num_attention_heads is {self.num_attention_heads}; without "
+                f"hidden_size is {self.hidden_size}, but num_attention_heads is "
+                f"{self.num_attention_heads}; without "
                 "head_dim_per_layer these heads would be 0 channels wide."
             )
         for layer, heads in enumerate(self.num_attention_heads_per_layer or []):
             if heads > self.num_attention_heads:
                 raise ValueError(
-                    f"num_attention_heads_per_layer[{layer}] is {heads}, but num_attention_heads is "
-                    f"{self.num_attention_heads}; a layer has 0 to {self.num_attention_heads} heads."
+                    f"num_attention_heads_per_layer[{layer}] is {heads}, but num_attention_heads "
+                    f"is "
+                    f"{self.num_attention_heads}; a layer has 0 to {self.num_attention_heads} "
+                    f"heads."
                 )
         if self.attention_scale is not None and not self.attention_scale > 0:
-            raise ValueError(f"attention_scale is {self.attention_scale}; it must be positive or None.")
+            raise ValueError(
+                f"attention_scale is {self.attention_scale}; it must be positive or None."
+            )
         if self.token_schedule is not None:
             self.token_schedule = self.meant_schedule(self.token_schedule)
 
@@ -123,26 +140,30 @@ class OFBViTConfig(ViTConfig):
             schedule = [[index(count) for count in counts] for counts in schedule]
         except TypeError:
             raise ValueError(
-                f"token_schedule is {schedule!r}; give two whole numbers for each layer, [kept after dropping, kept "
+                f"token_schedule is {schedule!r}; give two whole numbers for each layer, [kept "
+                f"after dropping, kept "
                 "after merging]."
             ) from None
         if len(schedule) != self.num_hidden_layers:
             raise ValueError(
-                f"token_schedule has {len(schedule)} entries, but num_hidden_layers is {self.num_hidden_layers}; give "
+                f"token_schedule has {len(schedule)} entries, but num_hidden_layers is "
+                f"{self.num_hidden_layers}; give "
                 "[kept after dropping, kept after merging] for each layer."
             )
         left, meant = self.num_tokens, []
         for layer, counts in enumerate(schedule):
             if len(counts) != 2 or not all(2 <= count <= self.num_tokens for count in counts):
                 raise ValueError(
-                    f"token_schedule[{layer}] is {counts}; give [kept after dropping, kept after merging], each from 2 "
+                    f"token_schedule[{layer}] is {counts}; give [kept after dropping, kept after "
+                    f"merging], each from 2 "
                     f"(the class token and one patch) to the {self.num_tokens} tokens of an image."
                 )
             before, kept = left, min(left, counts[0])
             left = min(kept, counts[1])
             if left < before and not self.layer_sizes(layer)["num_attention_heads"]:
                 raise ValueError(
-                    f"token_schedule[{layer}] is {counts}, fewer than the {before} tokens that come in, but that layer "
+                    f"token_schedule[{layer}] is {counts}, fewer than the {before} tokens that "
+                    f"come in, but that layer "
                     "has no attention to rank them by; let them pass."
                 )
             meant.append([kept, left])
@@ -153,12 +174,15 @@ class OFBViTConfig(ViTConfig):
             return
         if len(sizes) != self.num_hidden_layers:
             raise ValueError(
-                f"{field} has {len(sizes)} entries, but num_hidden_layers is {self.num_hidden_layers}; "
+                f"{field} has {len(sizes)} entries, but num_hidden_layers is "
+                f"{self.num_hidden_layers}; "
                 "give one width per layer."
             )
         for layer, size in enumerate(sizes):
             if size < 0:
-                raise ValueError(f"{field}[{layer}] is {size}; a width is 1 or more, or 0 for none.")
+                raise ValueError(
+                    f"{field}[{layer}] is {size}; a width is 1 or more, or 0 for none."
+                )
 
 
 __all__ = ["OFBViTConfig"]

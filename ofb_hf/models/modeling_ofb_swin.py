@@ -1,7 +1,7 @@
 """Swin with widths of their own in every stage and block: what a bi-mask search leaves behind.
 
-Parameters, forward passes and outputs are those of transformers' Swin; only the sizes of the layers differ. With no
-width lists in the config the model equals the stock one bit for bit.
+Parameters, forward passes and outputs are those of transformers' Swin; only the sizes of the layers
+differ. With no width lists in the config the model equals the stock one bit for bit.
 """
 
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from .configuration_ofb_swin import OFBSwinConfig
 
 
 class OFBSwinAttention(SwinAttention):
-    """Window attention with this block's number of heads and head width; its scale may be the dense model's.
+    """Window attention with this block's number of heads and head width; its scale may be the dense
+    model's.
 
     Without heads it has no parameters and is never called.
     """
@@ -46,7 +47,9 @@ class OFBSwinAttention(SwinAttention):
         self.o_proj = nn.Linear(width, hidden_size) if width else None
 
         window = (config.window_size, config.window_size)
-        self.relative_position_bias = SwinRelativePositionBias(self.num_attention_heads, window) if width else None
+        self.relative_position_bias = (
+            SwinRelativePositionBias(self.num_attention_heads, window) if width else None
+        )
 
 
 class OFBSwinMLP(SwinMLP):
@@ -54,7 +57,10 @@ class OFBSwinMLP(SwinMLP):
 
     def __init__(self, config: OFBSwinConfig, stage: int, block: int):
         nn.Module.__init__(self)
-        hidden_size, width = config.stage_width(stage), config.layer_sizes(stage, block)["intermediate_size"]
+        hidden_size, width = (
+            config.stage_width(stage),
+            config.layer_sizes(stage, block)["intermediate_size"],
+        )
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(hidden_size, width) if width else None
         self.fc2 = nn.Linear(width, hidden_size) if width else None
@@ -67,9 +73,10 @@ class OFBSwinMLP(SwinMLP):
 class OFBSwinLayer(SwinLayer):
     """Swin block built from `config.layer_sizes(stage, block)`; a half without width is passed by.
 
-    A block without attention returns a map of no heads, (B * windows, 0, T, T) with T tokens in a window.
-    The stock layer gives up its shift for good at the first image that is no larger than one window. This one looks at
-    every image anew, so what it computes does not depend on what it has seen before.
+    A block without attention returns a map of no heads, (B * windows, 0, T, T) with T tokens in a
+    window. The stock layer gives up its shift for good at the first image that is no larger than
+    one window. This one looks at every image anew, so what it computes does not depend on what it
+    has seen before.
     """
 
     def __init__(
@@ -83,23 +90,34 @@ class OFBSwinLayer(SwinLayer):
         nn.Module.__init__(self)
         sizes = config.layer_sizes(stage, block)
         self.attention = OFBSwinAttention(config, stage, block)
-        self.layernorm_before = _norm(config, stage) if sizes["num_attention_heads"] else nn.Identity()
+        self.layernorm_before = (
+            _norm(config, stage) if sizes["num_attention_heads"] else nn.Identity()
+        )
         self.layernorm_after = _norm(config, stage) if sizes["intermediate_size"] else nn.Identity()
         self.mlp = OFBSwinMLP(config, stage, block)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.configured_windows = (config.window_size, 0 if block % 2 == 0 else config.window_size // 2)
+        self.configured_windows = (
+            config.window_size,
+            0 if block % 2 == 0 else config.window_size // 2,
+        )
         self.window_size, self.shift_size = self.configured_windows
         self.input_resolution = input_resolution
         self.drop_path = SwinDropPath(drop_path_rate) if drop_path_rate > 0.0 else nn.Identity()
 
     def forward(
-        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs
+        self,
+        hidden_states: Tensor,
+        input_dimensions: tuple[int, int],
+        always_partition: bool = False,
+        **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         self.window_size, self.shift_size = self.configured_windows
         if self.attention.num_attention_heads:
             return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
         if self.mlp.fc1 is not None:
-            hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+            hidden_states = hidden_states + self.dropout(
+                self.mlp(self.layernorm_after(hidden_states))
+            )
         if self.attention.config._attn_implementation != "eager":  # which alone returns maps
             return hidden_states, None
         if not always_partition:
@@ -126,7 +144,13 @@ class OFBSwinPatchMerging(SwinPatchMerging):
 class OFBSwinStage(SwinStage):
     """Blocks of one width, and the merging to the next stage's width."""
 
-    def __init__(self, config: OFBSwinConfig, stage: int, input_resolution: tuple[int, int], drop_path: list[float]):
+    def __init__(
+        self,
+        config: OFBSwinConfig,
+        stage: int,
+        input_resolution: tuple[int, int],
+        drop_path: list[float],
+    ):
         nn.Module.__init__(self)
         self.config = config
         self.blocks = nn.ModuleList(
@@ -137,12 +161,15 @@ class OFBSwinStage(SwinStage):
         )
         is_last = stage == len(config.depths) - 1
         self.downsample = (
-            None if is_last else OFBSwinPatchMerging(config.stage_width(stage), config.stage_width(stage + 1))
+            None
+            if is_last
+            else OFBSwinPatchMerging(config.stage_width(stage), config.stage_width(stage + 1))
         )
 
 
 class OFBSwinPreTrainedModel(SwinPreTrainedModel):
-    """What the OFB Swin classes share: their config class; weights and outputs are handled as in the stock Swin."""
+    """What the OFB Swin classes share: their config class; weights and outputs are handled as in
+    the stock Swin."""
 
     config: OFBSwinConfig
     config_class = OFBSwinConfig
@@ -180,7 +207,9 @@ class OFBSwinModel(OFBSwinPreTrainedModel, SwinModel):
 
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
-    def __init__(self, config: OFBSwinConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+    def __init__(
+        self, config: OFBSwinConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
+    ):
         OFBSwinPreTrainedModel.__init__(self, config)
         self.config = config
         self.num_layers = len(config.depths)
@@ -193,7 +222,8 @@ class OFBSwinModel(OFBSwinPreTrainedModel, SwinModel):
 
 
 class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassification):
-    """Swin classifier with widths per stage and block. Inputs and outputs as `transformers.SwinForImageClassification`.
+    """Swin classifier with widths per stage and block. Inputs and outputs as
+    `transformers.SwinForImageClassification`.
 
     Example:
 
@@ -213,7 +243,9 @@ class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassifi
         self.num_labels = config.num_labels
         self.swin = OFBSwinModel(config)
         width = self.swin.num_features
-        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = (
+            nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        )
         self.post_init()
 
     def forward_chosen(
@@ -241,12 +273,13 @@ class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassifi
         """Copies a stock Swin classifier into this class; `model` is left as it is.
 
         Args:
-            model: any `SwinForImageClassification`, also one loaded from a checkpoint with old key names.
+            model: any `SwinForImageClassification`, also one loaded from a checkpoint with old key
+                names.
             token_schedule: for ViTs only; refused here in words.
 
         Returns:
-            A model with the same weights, dtype, device, attention implementation and training mode, whose logits
-            equal those of `model` bit for bit.
+            A model with the same weights, dtype, device, attention implementation and training
+            mode, whose logits equal those of `model` bit for bit.
 
         Raises:
             TypeError: if `model` is no Swin classifier.
@@ -254,7 +287,8 @@ class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassifi
         """
         if not isinstance(model, SwinForImageClassification):
             raise TypeError(
-                f"from_dense got a {type(model).__name__}; it copies a transformers SwinForImageClassification. "
+                f"from_dense got a {type(model).__name__}; it copies a transformers "
+                f"SwinForImageClassification. "
                 "Load one with SwinForImageClassification.from_pretrained(...)."
             )
         fields = model.config.to_dict()

@@ -1,11 +1,12 @@
 """ViT with a width of its own in every layer: what a bi-mask search leaves behind.
 
-Parameters, forward passes and outputs are those of transformers' ViT; only the sizes of the linear layers differ.
-With no width lists in the config the model equals the stock one bit for bit.
+Parameters, forward passes and outputs are those of transformers' ViT; only the sizes of the linear
+layers differ. With no width lists in the config the model equals the stock one bit for bit.
 
-With a `token_schedule`, blocks hand fewer tokens on than they got. Between attention and MLP, patch tokens are ranked
-by the attention that the class token pays them; the last ones are dropped, the next ones merged into those that are
-most similar to them (DiffRate, arXiv:2305.17997). How many is fixed, so all shapes are static.
+With a `token_schedule`, blocks hand fewer tokens on than they got. Between attention and MLP, patch
+tokens are ranked by the attention that the class token pays them; the last ones are dropped, the
+next ones merged into those that are most similar to them (DiffRate, arXiv:2305.17997). How many is
+fixed, so all shapes are static.
 """
 
 import torch
@@ -33,8 +34,11 @@ from .configuration_ofb_vit import OFBViTConfig
 BIASED_ATTENTION = ("eager", "sdpa")
 
 
-def class_attention(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
-    """Attention of the class token to each patch token, averaged over heads: one row of the map, not the map.
+def class_attention(
+    query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None
+) -> Tensor:
+    """Attention of the class token to each patch token, averaged over heads: one row of the map,
+    not the map.
 
     Args:
         query, key: (B, heads, N, channels per head), class token first.
@@ -56,7 +60,8 @@ def take_tokens(tokens: Tensor, chosen: Tensor) -> Tensor:
 
 
 def rank_tokens(importance: Tensor, count: int) -> Tensor:
-    """Indices (B, count) of the class token and of the most important patch tokens, in falling order.
+    """Indices (B, count) of the class token and of the most important patch tokens, in falling
+    order.
 
     Args:
         importance: of the patch tokens, (B, N - 1).
@@ -67,23 +72,26 @@ def rank_tokens(importance: Tensor, count: int) -> Tensor:
 
 
 def is_one_for_all_queries(attention_mask: Tensor | None) -> bool:
-    """Whether a mask, as attention kernels get it, has no rows of its own for single queries, so that some of these may
-    be left out. Flex attention's always has."""
-    return attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.shape[1:3] == (1, 1))
+    """Whether a mask, as attention kernels get it, has no rows of its own for single queries, so
+    that some of these may be left out. Flex attention's always has."""
+    return attention_mask is None or (
+        isinstance(attention_mask, Tensor) and attention_mask.shape[1:3] == (1, 1)
+    )
 
 
 def require_biased_attention(config: ViTConfig) -> None:
     """Raises ValueError unless the attention kernel can count a token by its size."""
     if config._attn_implementation not in BIASED_ATTENTION:
         raise ValueError(
-            f"attn_implementation is {config._attn_implementation!r}, which takes no additive bias; with fewer tokens "
+            f"attn_implementation is {config._attn_implementation!r}, which takes no additive "
+            f"bias; with fewer tokens "
             f"(token_schedule, and searches for one) it is one of {list(BIASED_ATTENTION)}."
         )
 
 
 def token_directions(tokens: Tensor) -> Tensor:
-    """Tokens (B, N, C) at length 1; features that are all 0 stay so, also in float16, which has no number that small to
-    divide by."""
+    """Tokens (B, N, C) at length 1; features that are all 0 stay so, also in float16, which has no
+    number that small to divide by."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
     return F.normalize(tokens.detach().to(wide), dim=-1).to(tokens.dtype)
 
@@ -95,8 +103,8 @@ def match_tokens(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
         tokens: (B, N, C), class token first; `count` is 2 to N - 1.
 
     Returns:
-        Cosine similarity (B, N - count), and the number of the match (B, N - count), 1 to count - 1. The class token
-        is no match.
+        Cosine similarity (B, N - count), and the number of the match (B, N - count), 1 to count -
+        1. The class token is no match.
     """
     directions = token_directions(tokens)
     similarity, match = (directions[:, count:] @ directions[:, 1:count].mT).max(-1)
@@ -106,8 +114,9 @@ def match_tokens(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def merge_tokens(tokens: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Merges each token from number `count` on into its match.
 
-    Features become the mean of all tokens that meet; sizes add up, those that come in weighted by their similarity
-    (DiffRate's published code). Deviation: a negative similarity counts as 0, so a size never falls below 1.
+    Features become the mean of all tokens that meet; sizes add up, those that come in weighted by
+    their similarity (DiffRate's published code). Deviation: a negative similarity counts as 0, so a
+    size never falls below 1.
 
     Args:
         tokens: (B, N, C), most important first; sizes: (B, N), how many patches each stands for.
@@ -117,11 +126,14 @@ def merge_tokens(tokens: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Ten
     """
     similarity, match = match_tokens(tokens, count)
     # A product with a 0/1 matrix is deterministic on every device, which scattered sums are not.
-    joins = match[..., None] == torch.arange(1, count, device=match.device)  # (B, N - count, count - 1)
+    # (B, N - count, count - 1)
+    joins = match[..., None] == torch.arange(1, count, device=match.device)
     weights = joins.to(tokens.dtype)
     patches = tokens[:, 1:count] + weights.mT @ tokens[:, count:]
     patches = patches / (1 + weights.sum(1))[..., None]
-    gained = (joins * (sizes[:, count:] * similarity.to(sizes.dtype).clamp(min=0))[..., None]).sum(1)
+    gained = (joins * (sizes[:, count:] * similarity.to(sizes.dtype).clamp(min=0))[..., None]).sum(
+        1
+    )
     sizes = torch.cat([sizes[:, :1], sizes[:, 1:count] + gained], 1)
     return torch.cat([tokens[:, :1], patches.to(tokens.dtype)], 1), sizes
 
@@ -137,8 +149,11 @@ class TokenReduction(nn.Module):
         super().__init__()
         self.kept, self.merged = kept, merged
 
-    def forward(self, tokens: Tensor, sizes: Tensor | None, importance: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N, C), sizes (B, N) or None for all 1, importance (B, N - 1) -> fewer tokens and their sizes."""
+    def forward(
+        self, tokens: Tensor, sizes: Tensor | None, importance: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, C), sizes (B, N) or None for all 1, importance (B, N - 1) -> fewer tokens
+        and their sizes."""
         kept = min(self.kept, tokens.shape[1])
         chosen = rank_tokens(importance.detach(), kept)
         tokens = take_tokens(tokens, chosen)
@@ -156,10 +171,11 @@ class TokenReduction(nn.Module):
 
 
 class OFBViTAttention(ViTAttention):
-    """Self-attention with this layer's number of heads and head width; its scale may be the dense model's.
+    """Self-attention with this layer's number of heads and head width; its scale may be the dense
+    model's.
 
-    Without heads it has no parameters and adds nothing. Its entry in `attentions` is then a map of no heads,
-    (B, 0, N, N), so that there is one per layer.
+    Without heads it has no parameters and adds nothing. Its entry in `attentions` is then a map of
+    no heads, (B, 0, N, N), so that there is one per layer.
     """
 
     def __init__(self, config: OFBViTConfig, layer: int):
@@ -169,7 +185,11 @@ class OFBViTAttention(ViTAttention):
         self.num_attention_heads = sizes["num_attention_heads"]
         self.head_dim = sizes["head_dim"]
         self.attention_dropout = config.attention_probs_dropout_prob
-        self.scaling = (self.head_dim or 1) ** -0.5 if config.attention_scale is None else config.attention_scale
+        self.scaling = (
+            (self.head_dim or 1) ** -0.5
+            if config.attention_scale is None
+            else config.attention_scale
+        )
         self.is_causal = False
 
         width = self.num_attention_heads * self.head_dim
@@ -194,15 +214,25 @@ class OFBViTAttention(ViTAttention):
         if not self.num_attention_heads:
             (batch, tokens, _), queries = hidden_states.shape, attending.shape[1]
             is_eager = self.config._attn_implementation == "eager"  # which alone returns maps
-            return None, hidden_states.new_empty(batch, 0, queries, tokens) if is_eager else None, None
+            return (
+                None,
+                hidden_states.new_empty(batch, 0, queries, tokens) if is_eager else None,
+                None,
+            )
         projected = self.q_proj(attending), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        query, key, value = (one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for one in projected)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        query, key, value = (
+            one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for one in projected
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        importance = class_attention(query, key, self.scaling, attention_mask) if with_importance else None
+        importance = (
+            class_attention(query, key, self.scaling, attention_mask) if with_importance else None
+        )
         return self.o_proj(output.flatten(2).contiguous()), weights, importance
 
 
@@ -219,7 +249,8 @@ class OFBViTMLP(ViTMLP):
 
 
 class OFBViTLayer(ViTLayer):
-    """Pre-norm transformer block built from `config.layer_sizes(layer)`; a half without width is passed by."""
+    """Pre-norm transformer block built from `config.layer_sizes(layer)`; a half without width is
+    passed by."""
 
     def __init__(self, config: OFBViTConfig, layer: int):
         nn.Module.__init__(self)
@@ -246,12 +277,14 @@ class OFBViTLayer(ViTLayer):
             hidden_states: (B, N, C).
             attention_mask: as for the stock block.
             sizes: (B, N), how many patches each token stands for; None before the first merging.
-            wanted: (B, K), which tokens to compute; by default, and where the schedule reduces them here, all.
+            wanted: (B, K), which tokens to compute; by default, and where the schedule reduces them
+                here, all.
 
         Returns:
             Tokens and their sizes; fewer than came in where the schedule or `wanted` says so.
         """
-        if sizes is not None:  # proportional attention: a token of n patches is attended to n times (arXiv:2210.09461)
+        # proportional attention: a token of n patches is attended to n times (arXiv:2210.09461)
+        if sizes is not None:
             attention_mask = sizes.log().to(hidden_states.dtype)[:, None, None]
         attending = normed = self.layernorm_before(hidden_states)
         wanted = None if self.reduction is not None else wanted
@@ -259,7 +292,11 @@ class OFBViTLayer(ViTLayer):
         if asks_less:
             attending = take_tokens(normed, wanted)
         attended, _, importance = self.attention(
-            normed, attention_mask, with_importance=self.reduction is not None, attending=attending, **kwargs
+            normed,
+            attention_mask,
+            with_importance=self.reduction is not None,
+            attending=attending,
+            **kwargs,
         )
         if wanted is not None:
             hidden_states = take_tokens(hidden_states, wanted)
@@ -269,7 +306,9 @@ class OFBViTLayer(ViTLayer):
         if self.reduction is not None:
             hidden_states, sizes = self.reduction(hidden_states, sizes, importance)
         if self.mlp.fc1 is not None:
-            hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+            hidden_states = hidden_states + self.dropout(
+                self.mlp(self.layernorm_after(hidden_states))
+            )
         return hidden_states, sizes
 
 
@@ -278,7 +317,8 @@ def _norm(config: OFBViTConfig) -> nn.LayerNorm:
 
 
 class OFBViTPreTrainedModel(ViTPreTrainedModel):
-    """What the OFB ViT classes share: their config class; weights and outputs are handled as in the stock ViT."""
+    """What the OFB ViT classes share: their config class; weights and outputs are handled as in the
+    stock ViT."""
 
     config: OFBViTConfig
     config_class = OFBViTConfig
@@ -288,8 +328,9 @@ class OFBViTPreTrainedModel(ViTPreTrainedModel):
 class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
     """ViT encoder with per-layer widths. Inputs and outputs as `transformers.ViTModel`.
 
-    With a `token_schedule`, `last_hidden_state`, `hidden_states` and `attentions` have as many tokens as are left at
-    their place: the class token first, then patches in falling order of importance, not in the order of the image.
+    With a `token_schedule`, `last_hidden_state`, `hidden_states` and `attentions` have as many
+    tokens as are left at their place: the class token first, then patches in falling order of
+    importance, not in the order of the image.
 
     There is no pooling layer unless asked for: a classifier's checkpoint holds none, and
     `AutoModel.from_pretrained(classifier_checkpoint)` should load clean.
@@ -297,11 +338,15 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
 
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
-    def __init__(self, config: OFBViTConfig, add_pooling_layer: bool = False, use_mask_token: bool = False):
+    def __init__(
+        self, config: OFBViTConfig, add_pooling_layer: bool = False, use_mask_token: bool = False
+    ):
         OFBViTPreTrainedModel.__init__(self, config)
         self.config = config
         self.embeddings = ViTEmbeddings(config, use_mask_token=use_mask_token)
-        self.layers = nn.ModuleList([OFBViTLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [OFBViTLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         self.post_init()
@@ -321,11 +366,13 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
 
         Args:
             pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask: as there.
-            wanted: (B, K), tokens that anything follows from: the last layer computes no others, and
-                `last_hidden_state` is of these. With a `token_schedule`, the class token at most.
+            wanted: (B, K), tokens that anything follows from: the last layer computes no others,
+                and `last_hidden_state` is of these. With a `token_schedule`, the class token at
+                most.
 
         Raises:
-            ValueError: with a `token_schedule`, for an `attention_mask`, and for attention without additive bias.
+            ValueError: with a `token_schedule`, for an `attention_mask`, and for attention without
+                additive bias.
         """
         self._check_schedule(attention_mask)
         hidden_states = self.embeddings(
@@ -351,14 +398,16 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
             return
         if attention_mask is not None:
             raise ValueError(
-                "attention_mask is given, but token_schedule moves and removes tokens, which it would no longer fit; "
+                "attention_mask is given, but token_schedule moves and removes tokens, which it "
+                "would no longer fit; "
                 "leave it out, or load the model with token_schedule=None."
             )
         require_biased_attention(self.config)
 
 
 class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassification):
-    """ViT classifier with per-layer widths. Inputs and outputs as `transformers.ViTForImageClassification`.
+    """ViT classifier with per-layer widths. Inputs and outputs as
+    `transformers.ViTForImageClassification`.
 
     Example:
 
@@ -377,13 +426,18 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
         OFBViTPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.vit = OFBViTModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = (
+            nn.Linear(config.hidden_size, config.num_labels)
+            if config.num_labels > 0
+            else nn.Identity()
+        )
         self.post_init()
 
     def forward_chosen(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None, chosen: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What `forward` computes, but in the last layer only for the class token and the chosen patch tokens.
+        """What `forward` computes, but in the last layer only for the class token and the chosen
+        patch tokens.
 
         Args:
             pixel_values: (B, channels, height, width).
@@ -394,7 +448,9 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
             Logits (B, classes) and tokens (B, K, C).
         """
         wanted = F.pad(chosen + 1, (1, 0))  # the class token is number 0
-        tokens = self.vit(pixel_values, bool_masked_pos=bool_masked_pos, wanted=wanted).last_hidden_state
+        tokens = self.vit(
+            pixel_values, bool_masked_pos=bool_masked_pos, wanted=wanted
+        ).last_hidden_state
         return self.classifier(tokens[:, 0]), tokens[:, 1:]
 
     @classmethod
@@ -404,12 +460,14 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
         """Copies a stock ViT classifier, or one of ours, into this class; `model` is left as it is.
 
         Args:
-            model: any `ViTForImageClassification`, also one loaded from a checkpoint with old key names.
+            model: any `ViTForImageClassification`, also one loaded from a checkpoint with old key
+                names.
             token_schedule: as in `OFBViTConfig`; by default that of `model`, if it has one.
 
         Returns:
-            A model with the same weights, dtype, device, attention implementation and training mode. Without a
-            schedule, and with one that keeps all tokens, its logits equal those of `model` bit for bit.
+            A model with the same weights, dtype, device, attention implementation and training
+            mode. Without a schedule, and with one that keeps all tokens, its logits equal those of
+            `model` bit for bit.
 
         Raises:
             TypeError: if `model` is no ViT classifier.
@@ -417,7 +475,8 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
         """
         if not isinstance(model, ViTForImageClassification):
             raise TypeError(
-                f"from_dense got a {type(model).__name__}; it copies a transformers ViTForImageClassification. "
+                f"from_dense got a {type(model).__name__}; it copies a transformers "
+                f"ViTForImageClassification. "
                 "Load one with ViTForImageClassification.from_pretrained(...)."
             )
         fields = model.config.to_dict()

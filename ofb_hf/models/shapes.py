@@ -20,16 +20,26 @@ class Shape:
     def config(self, label_names: list[str]) -> PreTrainedConfig:
         """The config of a classifier for these labels, in this order."""
         labels = {name: index for index, name in enumerate(label_names)}
-        return self.config_class(**self.fields, id2label=dict(enumerate(label_names)), label2id=labels)
+        return self.config_class(
+            **self.fields, id2label=dict(enumerate(label_names)), label2id=labels
+        )
 
 
 def _deit(width: int) -> Shape:
-    fields = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
+    fields = {
+        "hidden_size": width,
+        "num_attention_heads": width // 64,
+        "intermediate_size": 4 * width,
+    }
     return Shape(ViTConfig, fields | {"layer_norm_eps": 1e-6, "image_size": 224})
 
 
 def _swin(width: int, depth: int, drop_path_rate: float) -> Shape:
-    fields = {"embed_dim": width, "depths": [2, 2, depth, 2], "num_heads": [width // 32 * 2**s for s in range(4)]}
+    fields = {
+        "embed_dim": width,
+        "depths": [2, 2, depth, 2],
+        "num_heads": [width // 32 * 2**s for s in range(4)],
+    }
     return Shape(SwinConfig, fields | {"drop_path_rate": drop_path_rate, "image_size": 224})
 
 

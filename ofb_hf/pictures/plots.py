@@ -34,8 +34,8 @@ def plot_search(
     budget: str,
     path: str | Path,
 ) -> None:
-    """Draws a search: cost against the budget, candidates in the race, what is left of every layer, and of its tokens
-    where these were searched.
+    """Draws a search: cost against the budget, candidates in the race, what is left of every layer,
+    and of its tokens where these were searched.
 
     Args:
         history: rows of `search_history.jsonl`.
@@ -48,7 +48,11 @@ def plot_search(
     rows = [row for row in history if row["phase"] == "search"]
     tokens = [0.8] if subnet.token_schedule else []
     with drawing(
-        path, 1, 3 + len(tokens), figsize=(17 + 4 * len(tokens), 4.6), width_ratios=[1, 0.8, 1.5, *tokens]
+        path,
+        1,
+        3 + len(tokens),
+        figsize=(17 + 4 * len(tokens), 4.6),
+        width_ratios=[1, 0.8, 1.5, *tokens],
     ) as (
         cost,
         race,
@@ -68,7 +72,10 @@ def draw_schedule(axes: Any, schedule: list[list[int]]) -> None:
     Args:
         axes: of matplotlib. schedule: as in `OFBViTConfig.token_schedule`.
     """
-    layers, before = range(len(schedule)), [schedule[0][0], *(merged for _, merged in schedule[:-1])]
+    layers, before = (
+        range(len(schedule)),
+        [schedule[0][0], *(merged for _, merged in schedule[:-1])],
+    )
     axes.bar(layers, before, color="0.9", label="dropped")
     axes.bar(layers, [kept for kept, _ in schedule], color="tab:purple", alpha=0.5, label="merged")
     axes.bar(layers, [merged for _, merged in schedule], color="tab:blue", label="left")
@@ -77,7 +84,8 @@ def draw_schedule(axes: Any, schedule: list[list[int]]) -> None:
 
 
 def plot_family(results: dict[str, dict[str, Any]], path: str | Path) -> None:
-    """Draws accuracy over MACs of the models of a family, right after the search and finetuned, and of the dense one.
+    """Draws accuracy over MACs of the models of a family, right after the search and finetuned, and
+    of the dense one.
 
     Args:
         results: budget -> content of its `eval_results.json`, the largest first.
@@ -91,8 +99,15 @@ def plot_family(results: dict[str, dict[str, Any]], path: str | Path) -> None:
             if rows:
                 macs, top1 = [row["macs"] / 1e6 for row in rows], [row["top1"] for row in rows]
                 axes.plot(macs, top1, marker="o", label=stage, color=color)
-        axes.plot(dense["macs"] / 1e6, dense["top1"], marker="s", label="dense", color="0.3", linestyle="")
-        axes.set(title="Accuracy over cost", xlabel="MMACs of one image", ylabel="top-1 (%)", xlim=(0, None))
+        axes.plot(
+            dense["macs"] / 1e6, dense["top1"], marker="s", label="dense", color="0.3", linestyle=""
+        )
+        axes.set(
+            title="Accuracy over cost",
+            xlabel="MMACs of one image",
+            ylabel="top-1 (%)",
+            xlim=(0, None),
+        )
         axes.legend()
 
 
@@ -103,10 +118,23 @@ def _draw_cost(axes: Any, rows: list[dict[str, Any]], target: float, budget: str
     if name == "latency_ms":
         scale, unit = 1, "predicted "
     if name == "macs":
-        axes.plot(steps, [row["expected_macs"] / scale for row in rows], label="expected", color="tab:blue")
-    axes.step(steps, [row[name] / scale for row in rows], where="post", label="network as it is", color="tab:orange")
+        axes.plot(
+            steps,
+            [row["expected_macs"] / scale for row in rows],
+            label="expected",
+            color="tab:blue",
+        )
+    axes.step(
+        steps,
+        [row[name] / scale for row in rows],
+        where="post",
+        label="network as it is",
+        color="tab:orange",
+    )
     axes.axhline(target / scale, label="budget", color="tab:red", linestyle="--", linewidth=1)
-    axes.set(title="Cost of the network", xlabel="search step", ylabel=f"{unit}{name}", ylim=(0, None))
+    axes.set(
+        title="Cost of the network", xlabel="search step", ylabel=f"{unit}{name}", ylim=(0, None)
+    )
     axes.legend()
 
 
@@ -128,5 +156,7 @@ def _draw_widths(axes: Any, subnet: SubnetSpec, dense_sizes: dict[str, tuple[int
         axes.bar(position, share, color={1: "tab:blue", 2: "tab:purple"}[len(dense)])
         label = " x ".join(map(str, kept)) if all(kept) else "left out"
         axes.text(position, share + 0.01, label, rotation=90, ha="center", va="bottom", fontsize=7)
-    axes.set(title="Kept units (share of the dense width; heads x channels in purple)", ylim=(0, 1.25))
+    axes.set(
+        title="Kept units (share of the dense width; heads x channels in purple)", ylim=(0, 1.25)
+    )
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)

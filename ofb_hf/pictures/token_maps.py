@@ -25,8 +25,8 @@ def trace_tokens(model: OFBViTForImageClassification, pixel_values: Tensor) -> l
         pixel_values: (B, C, H, W), as the model takes them.
 
     Returns:
-        For every layer (B, patches): the number of the patch in whose token a patch is now, its own if it was neither
-        dropped nor merged, `DROPPED` if it is in none.
+        For every layer (B, patches): the number of the patch in whose token a patch is now, its own
+        if it was neither dropped nor merged, `DROPPED` if it is in none.
 
     Raises:
         UnsupportedArchitectureError: for models without a class token.
@@ -35,12 +35,16 @@ def trace_tokens(model: OFBViTForImageClassification, pixel_values: Tensor) -> l
     require_class_token(model)
     if not isinstance(model, ViTForImageClassification):
         raise TypeError(
-            f"got a {type(model).__name__}; tokens are traced in a classifier, OFBViTForImageClassification."
+            f"got a {type(model).__name__}; tokens are traced in a classifier, "
+            f"OFBViTForImageClassification."
         )
     if getattr(model.config, "token_schedule", None) is None:
-        raise ValueError("the model has no token_schedule, so it keeps all tokens; there is nothing to trace.")
+        raise ValueError(
+            "the model has no token_schedule, so it keeps all tokens; there is nothing to trace."
+        )
     tokens = num_tokens(model.config)
-    # For each token that is left, the number it began with; and for each token of the image, the one it is in.
+    # For each token that is left, the number it began with; and for each token of the image, the
+    # one it is in.
     names = torch.arange(tokens).repeat(len(pixel_values), 1)
     place, traced = names.clone(), []
 
@@ -49,7 +53,8 @@ def trace_tokens(model: OFBViTForImageClassification, pixel_values: Tensor) -> l
         states, _, importance = inputs
         kept = min(reduction.kept, states.shape[1])
         chosen = rank_tokens(importance, kept)
-        became = torch.full(states.shape[:2], DROPPED)  # for each token that came in, its number among those that stay
+        # for each token that came in, its number among those that stay
+        became = torch.full(states.shape[:2], DROPPED)
         became.scatter_(1, chosen.cpu(), torch.arange(kept).repeat(len(states), 1))
         if reduction.merged < kept:
             ordered = states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1]))
@@ -66,7 +71,9 @@ def trace_tokens(model: OFBViTForImageClassification, pixel_values: Tensor) -> l
     was_training = model.training
     handles = [layer.register_forward_hook(note) for layer in model.vit.layers]
     handles += [
-        layer.reduction.register_forward_hook(follow) for layer in model.vit.layers if layer.reduction is not None
+        layer.reduction.register_forward_hook(follow)
+        for layer in model.vit.layers
+        if layer.reduction is not None
     ]
     try:
         model.eval()(pixel_values.to(model.device))
@@ -78,8 +85,8 @@ def trace_tokens(model: OFBViTForImageClassification, pixel_values: Tensor) -> l
 
 
 def paint_tokens(image: Tensor, places: Tensor, patch_size: int) -> Tensor:
-    """An image as its tokens see it: kept patches as they are, merged ones in the mean colour of all that are in the
-    same token, dropped ones dark.
+    """An image as its tokens see it: kept patches as they are, merged ones in the mean colour of
+    all that are in the same token, dropped ones dark.
 
     Args:
         image: (C, H, W) in [0, 1].
@@ -153,7 +160,11 @@ def plot_token_search(
         scale, unit = 1, "predicted ms"
     expected = budget.replace("target", "expected")
     with drawing(path, 1, 2, figsize=(11, 4.2)) as (cost, counts):
-        cost.plot([row["step"] for row in rows], [row[expected] / scale for row in rows], label="learned counts")
+        cost.plot(
+            [row["step"] for row in rows],
+            [row[expected] / scale for row in rows],
+            label="learned counts",
+        )
         cost.axhline(target / scale, label="budget", color="tab:red", linestyle="--", linewidth=1)
         cost.set(title="Cost of the network", xlabel="search step", ylabel=unit, ylim=(0, None))
         cost.legend()

@@ -1,10 +1,13 @@
-"""After a cut, what stays makes up for what went: layers that write into the residual stream are fitted anew.
+"""After a cut, what stays makes up for what went: layers that write into the residual stream are
+fitted anew.
 
-A removed MLP or head channel said something that the others partly know as well. So each linear layer whose outputs are
-added to the residual stream is fitted, by ridge regression, to write what the same layer of the uncut network writes:
-layer by layer in the order of the forward pass, each on inputs as the layers before it now produce them. That is the
-reconstruction step of channel pruning (arXiv:1707.06168, eq. 1) for residual networks of attentions and MLPs. It takes
-two forward passes over some hundred images, no labels and no gradients.
+A removed MLP or head channel said something that the others partly know as well. So each linear
+layer whose outputs are added to the residual stream is fitted, by ridge regression, to write what
+the same layer of the uncut network writes:
+layer by layer in the order of the forward pass, each on inputs as the layers before it now produce
+them. That is the reconstruction step of channel pruning (arXiv:1707.06168, eq. 1) for residual
+networks of attentions and MLPs. It takes two forward passes over some hundred images, no labels and
+no gradients.
 """
 
 from collections.abc import Iterator
@@ -31,19 +34,23 @@ IMAGES_FILE = "remembered_images.safetensors"
 
 
 def writers(model: PreTrainedModel) -> dict[str, str]:
-    """The linear layers that write into the residual stream: module path -> the submodule of its outputs."""
+    """The linear layers that write into the residual stream: module path -> the submodule of its
+    outputs."""
     found, modules = {}, dict(model.named_modules())
     for submodule in describe(model.config).submodules:
         for slot in submodule.slots:
             path, _, name = slot.parameter.rpartition(".")
-            written = submodule.kind == "embedding" and slot.gated and slot.axis == 0 and name == "weight"
+            written = (
+                submodule.kind == "embedding" and slot.gated and slot.axis == 0 and name == "weight"
+            )
             if written and isinstance(modules.get(path), nn.Linear):
                 found[path] = submodule.name
     return found
 
 
 def images_to_remember(model: PreTrainedModel) -> int:
-    """How many images a fit should have, so that what the layers write for them fits into `MEMORY`."""
+    """How many images a fit should have, so that what the layers write for them fits into
+    `MEMORY`."""
     architecture: Architecture = describe(model.config)
     tokens = architecture.patch_grid[0] * architecture.patch_grid[1] + 1
     floats = tokens * sum(architecture.sizes[of][0] for of in writers(model).values())
@@ -51,7 +58,8 @@ def images_to_remember(model: PreTrainedModel) -> int:
 
 
 class Compensation:
-    """Images of the first steps of a search and the network as it was then, until the choice is made.
+    """Images of the first steps of a search and the network as it was then, until the choice is
+    made.
 
     Args:
         dense: the uncut classifier, ours.
@@ -68,7 +76,8 @@ class Compensation:
             self._images.append(pixel_values[:missing].detach().clone())
 
     def fit_(self, small: PreTrainedModel, subnet: SubnetSpec) -> dict[str, Tensor]:
-        """Fits a cut classifier, in place, if any images are remembered; arguments as for `compensate_`.
+        """Fits a cut classifier, in place, if any images are remembered; arguments as for
+        `compensate_`.
 
         Returns:
             The parameters that were fitted, by name, on the CPU.
@@ -81,7 +90,9 @@ class Compensation:
     def save(self, folder: Path) -> None:
         """Writes the images into a checkpoint."""
         if self._images:
-            safetensors.torch.save_file({"pixel_values": torch.cat(self._images)}, folder / IMAGES_FILE)
+            safetensors.torch.save_file(
+                {"pixel_values": torch.cat(self._images)}, folder / IMAGES_FILE
+            )
 
     def load(self, folder: Path, device: torch.device) -> None:
         """Reads them from a checkpoint; one that was saved after the choice has none."""
@@ -91,7 +102,9 @@ class Compensation:
 
 
 @torch.no_grad()
-def compensate_(small: PreTrainedModel, dense: PreTrainedModel, subnet: SubnetSpec, pixel_values: Tensor) -> list[str]:
+def compensate_(
+    small: PreTrainedModel, dense: PreTrainedModel, subnet: SubnetSpec, pixel_values: Tensor
+) -> list[str]:
     """Fits the layers of a cut classifier that write into the residual stream, in place.
 
     Args:
@@ -104,10 +117,18 @@ def compensate_(small: PreTrainedModel, dense: PreTrainedModel, subnet: SubnetSp
         The names of the parameters that were fitted.
     """
     layers = writers(small)
-    fitted = [f"{path}.{name}" for path in layers for name, _ in small.get_submodule(path).named_parameters()]
-    written = _outputs(dense, {path: subnet.kept.get(of) for path, of in layers.items()}, pixel_values)
+    fitted = [
+        f"{path}.{name}"
+        for path in layers
+        for name, _ in small.get_submodule(path).named_parameters()
+    ]
+    written = _outputs(
+        dense, {path: subnet.kept.get(of) for path, of in layers.items()}, pixel_values
+    )
     hooks = [
-        small.get_submodule(path).register_forward_pre_hook(partial(_fit_first, wanted=written[path]))
+        small.get_submodule(path).register_forward_pre_hook(
+            partial(_fit_first, wanted=written[path])
+        )
         for path in layers
     ]
     _run(small, pixel_values, hooks)
@@ -124,12 +145,17 @@ def _outputs(
         rows, channels = output.flatten(0, -2), kept[path]
         outputs[path] = rows if channels is None else rows[:, list(channels)]
 
-    hooks = [model.get_submodule(path).register_forward_hook(partial(remember, path=path)) for path in kept]
+    hooks = [
+        model.get_submodule(path).register_forward_hook(partial(remember, path=path))
+        for path in kept
+    ]
     _run(model, pixel_values, hooks)
     return outputs
 
 
-def _run(model: PreTrainedModel, pixel_values: Tensor, hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+def _run(
+    model: PreTrainedModel, pixel_values: Tensor, hooks: list[torch.utils.hooks.RemovableHandle]
+) -> None:
     was_training = model.training
     try:
         with _all_tokens(model):  # row by row the same tokens in both networks
@@ -143,7 +169,9 @@ def _run(model: PreTrainedModel, pixel_values: Tensor, hooks: list[torch.utils.h
 @contextmanager
 def _all_tokens(model: PreTrainedModel) -> Iterator[None]:
     """Lets all tokens pass through a model with a token schedule."""
-    reductions = [(layer, layer.reduction) for layer in model.modules() if isinstance(layer, OFBViTLayer)]
+    reductions = [
+        (layer, layer.reduction) for layer in model.modules() if isinstance(layer, OFBViTLayer)
+    ]
     for layer, _ in reductions:
         layer.reduction = None
     try:
@@ -154,7 +182,8 @@ def _all_tokens(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _fit_first(layer: nn.Linear, args: tuple[Tensor], wanted: Tensor) -> None:
-    """Before a layer runs: solves min |inputs W' + b - wanted|^2 + ridge |(W, b) - (W, b) as they are|^2."""
+    """Before a layer runs: solves min |inputs W' + b - wanted|^2 + ridge |(W, b) - (W, b) as they
+    are|^2."""
     inputs = args[0].flatten(0, -2).float()
     if layer.bias is not None:
         inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)

@@ -1,8 +1,8 @@
 """Physical removal of units: the same plan applied to a model, its average and its optimizer.
 
-A plan says which entries of each tensor stay: {tensor name: ((axis, indices), ...)}. Parameters are replaced by new
-ones (the gradient machinery remembers the old shape), modules never are (hooks and references stay valid); those of an
-attention or MLP of which nothing is left are taken out.
+A plan says which entries of each tensor stay: {tensor name: ((axis, indices), ...)}. Parameters are
+replaced by new ones (the gradient machinery remembers the old shape), modules never are (hooks and
+references stay valid); those of an attention or MLP of which nothing is left are taken out.
 """
 
 import copy
@@ -26,15 +26,22 @@ def slice_tensor(tensor: Tensor, entries: Entries) -> Tensor:
     """The part of a tensor that stays.
 
     Args:
-        entries: (axis, indices) in order; 1-D indices select along the axis, 2-D ones select within every row.
+        entries: (axis, indices) in order; 1-D indices select along the axis, 2-D ones select within
+            every row.
     """
     for axis, indices in entries:
         indices = indices.to(tensor.device)
-        tensor = tensor.index_select(axis, indices) if indices.ndim == 1 else tensor.take_along_dim(indices, dim=axis)
+        tensor = (
+            tensor.index_select(axis, indices)
+            if indices.ndim == 1
+            else tensor.take_along_dim(indices, dim=axis)
+        )
     return tensor.contiguous()
 
 
-def unit_group_plan(submodules: Iterable[Submodule], kept: dict[str, Tensor], names: set[str]) -> Plan:
+def unit_group_plan(
+    submodules: Iterable[Submodule], kept: dict[str, Tensor], names: set[str]
+) -> Plan:
     """The plan that keeps some units of each submodule.
 
     Args:
@@ -59,7 +66,8 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
         model: a classifier, stock or ours; its units are what the indices of `subnet` count.
 
     Raises:
-        ValueError: for submodules or indices that `model` does not have, and for a token schedule that it cannot have.
+        ValueError: for submodules or indices that `model` does not have, and for a token schedule
+            that it cannot have.
     """
     family = family_of(model.config)
     if not isinstance(model, family.model_class):
@@ -68,37 +76,61 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     architecture = describe(config)
     check_subnet(subnet, architecture)
     kept = {
-        name: flat_indices(subnet, name, shape) for name, shape in architecture.sizes.items() if name in subnet.kept
+        name: flat_indices(subnet, name, shape)
+        for name, shape in architecture.sizes.items()
+        if name in subnet.kept
     }
     state = model.state_dict()
     plan = unit_group_plan(architecture.submodules, kept, set(state))
-    sizes = {name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()}
+    sizes = {
+        name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()
+    }
     family.pin(config)
     family.resize(config, architecture.sizes | sizes)
     if subnet.token_schedule is not None:
         schedule = meant_schedule(config, subnet.token_schedule)
         config.token_schedule = config.meant_schedule(schedule)
     smaller = family.model_class(config).to(device=model.device, dtype=model.dtype)
-    smaller.load_state_dict({name: slice_tensor(state[name], plan.get(name, ())) for name in smaller.state_dict()})
+    smaller.load_state_dict(
+        {name: slice_tensor(state[name], plan.get(name, ())) for name in smaller.state_dict()}
+    )
     return smaller.train(model.training)
 
 
 def check_subnet(subnet: SubnetSpec, architecture: Architecture) -> None:
-    """Raises ValueError, naming submodule and value, unless `subnet` fits a network of this architecture."""
-    sizes, kinds = architecture.sizes, {submodule.name: submodule.kind for submodule in architecture.submodules}
+    """Raises ValueError, naming submodule and value, unless `subnet` fits a network of this
+    architecture."""
+    sizes, kinds = (
+        architecture.sizes,
+        {submodule.name: submodule.kind for submodule in architecture.submodules},
+    )
     for name, kept in subnet.kept.items():
         if name not in sizes:
-            raise ValueError(f"the subnet has a submodule {name!r}, but the model has {sorted(sizes)}.")
+            raise ValueError(
+                f"the subnet has a submodule {name!r}, but the model has {sorted(sizes)}."
+            )
         shape = sizes[name]
         if isinstance(kept, dict) != (len(shape) == 2):
-            raise ValueError(f"kept[{name!r}] must be {'{head: channels}' if len(shape) == 2 else 'a list of units'}.")
+            raise ValueError(
+                f"kept[{name!r}] must be "
+                f"{'{head: channels}' if len(shape) == 2 else 'a list of units'}."
+            )
         if not kept and kinds[name] == "embedding":
-            raise ValueError(f"kept[{name!r}] is empty; the residual stream needs a channel, keep at least one.")
+            raise ValueError(
+                f"kept[{name!r}] is empty; the residual stream needs a channel, keep at least one."
+            )
         if not kept:
             continue
-        largest = [max(kept), max(max(c) for c in kept.values())] if isinstance(kept, dict) else [max(kept)]
+        largest = (
+            [max(kept), max(max(c) for c in kept.values())]
+            if isinstance(kept, dict)
+            else [max(kept)]
+        )
         if any(index >= size for index, size in zip(largest, shape, strict=True)):
-            raise ValueError(f"kept[{name!r}] reaches index {largest}, but the model's sizes there are {list(shape)}.")
+            raise ValueError(
+                f"kept[{name!r}] reaches index {largest}, but the model's sizes there are "
+                f"{list(shape)}."
+            )
 
 
 def flat_indices(subnet: SubnetSpec, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -112,7 +144,8 @@ def flat_indices(subnet: SubnetSpec, name: str, shape: tuple[int, ...]) -> Tenso
 def resize_(model: PreTrainedModel, sizes: dict[str, tuple[int, ...]]) -> None:
     """Brings config and modules of a classifier to these sizes, but not their tensors.
 
-    Attentions and MLPs of size 0 lose their layers and their norm. Hooks on the modules that remain stay.
+    Attentions and MLPs of size 0 lose their layers and their norm. Hooks on the modules that remain
+    stay.
     """
     family = family_of(model.config)
     family.resize(model.config, sizes)
@@ -158,7 +191,8 @@ def slice_optimizer_(
     replaced: dict[nn.Parameter, nn.Parameter | None],
     entries: dict[nn.Parameter, Entries],
 ) -> None:
-    """Hands an optimizer the new parameters and slices every state tensor that had the old parameter's shape.
+    """Hands an optimizer the new parameters and slices every state tensor that had the old
+    parameter's shape.
 
     Args:
         replaced: old parameter -> new one, None if it is gone.
@@ -179,15 +213,17 @@ def slice_optimizer_(
 
 
 def rebuild_ddp_(wrapped: DistributedDataParallel) -> None:
-    """Makes DDP watch the parameters its module has now; without this, replaced ones silently stop being averaged.
+    """Makes DDP watch the parameters its module has now; without this, replaced ones silently stop
+    being averaged.
 
-    Rebuilt in place, so that every reference to the wrapper stays valid; shapes are checked across ranks and rank 0's
-    values are broadcast.
+    Rebuilt in place, so that every reference to the wrapper stays valid; shapes are checked across
+    ranks and rank 0's values are broadcast.
     """
     keys = "device_ids output_device dim process_group find_unused_parameters gradient_as_bucket_view static_graph"
     kwargs = {key: getattr(wrapped, key) for key in keys.split()}
     if not wrapped.bucket_bytes_cap_default:
         kwargs["bucket_cap_mb"] = wrapped.bucket_bytes_cap / 2**20
-    if not wrapped.broadcast_buffers:  # the default, True, is not passed: newer torch warns about the name
+    # the default, True, is not passed: newer torch warns about the name
+    if not wrapped.broadcast_buffers:
         kwargs["broadcast_buffers"] = False
     wrapped.__init__(wrapped.module, **kwargs)

@@ -1,4 +1,5 @@
-"""A classifier for other runtimes, ONNX Runtime or torch.export: written, read back, and compared before it counts."""
+"""A classifier for other runtimes, ONNX Runtime or torch.export: written, read back, and compared
+before it counts."""
 
 import copy
 import logging
@@ -33,7 +34,8 @@ class Exported:
     Args:
         path: the file; weights of more than 2 GB lie beside it.
         size: bytes of everything that was written.
-        difference: largest difference of any logit from PyTorch's, over batches of 1, 2 and 5 images.
+        difference: largest difference of any logit from PyTorch's, over batches of 1, 2 and 5
+            images.
     """
 
     path: Path
@@ -42,7 +44,8 @@ class Exported:
 
 
 def export_onnx(model: PreTrainedModel, output_dir: str | Path) -> Exported:
-    """Writes `model.onnx`, in float32: `pixel_values` (B, C, H, W) to `logits` (B, labels), for any batch size B.
+    """Writes `model.onnx`, in float32: `pixel_values` (B, C, H, W) to `logits` (B, labels), for any
+    batch size B.
 
     Args:
         model: an image classifier, stock or ours. H and W are its `config.image_size`.
@@ -51,18 +54,23 @@ def export_onnx(model: PreTrainedModel, output_dir: str | Path) -> Exported:
     Raises:
         UnsupportedArchitectureError: for models of other families.
         ImportError: without onnx, onnxscript and onnxruntime (`pip install "ofb-hf[onnx]"`).
-        ExportError: if ONNX Runtime computes other logits, by more than 1e-5 of the largest. Nothing is written then.
+        ExportError: if ONNX Runtime computes other logits, by more than 1e-5 of the largest.
+            Nothing is written then.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  needed by torch.onnx
     except ImportError as error:
-        raise ImportError(f'{error}; exporting to ONNX needs `pip install "ofb-hf[onnx]"`.') from error
+        raise ImportError(
+            f'{error}; exporting to ONNX needs `pip install "ofb-hf[onnx]"`.'
+        ) from error
 
     def write(classifier: nn.Module, images: Tensor, path: Path) -> None:
         batch = {INPUT: {0: torch.export.Dim("batch")}}
         names = {"input_names": [INPUT], "output_names": [OUTPUT]}
-        program = torch.onnx.export(classifier, (images,), dynamo=True, dynamic_shapes=batch, verbose=False, **names)
+        program = torch.onnx.export(
+            classifier, (images,), dynamo=True, dynamic_shapes=batch, verbose=False, **names
+        )
         program.save(path)
 
     def read(path: Path) -> Callable[[Tensor], Tensor]:
@@ -73,14 +81,16 @@ def export_onnx(model: PreTrainedModel, output_dir: str | Path) -> Exported:
 
 
 def export_torch(model: PreTrainedModel, output_dir: str | Path) -> Exported:
-    """Writes `model.pt2`, in float32, a program that `torch.export.load` reads without transformers or this package.
+    """Writes `model.pt2`, in float32, a program that `torch.export.load` reads without transformers
+    or this package.
 
     Args:
         model, output_dir: as for `export_onnx`.
 
     Raises:
         UnsupportedArchitectureError: for models of other families.
-        ExportError: if the program computes other logits, by more than 1e-5 of the largest. Nothing is written then.
+        ExportError: if the program computes other logits, by more than 1e-5 of the largest. Nothing
+            is written then.
     """
 
     def write(classifier: nn.Module, images: Tensor, path: Path) -> None:
@@ -96,7 +106,10 @@ def export_torch(model: PreTrainedModel, output_dir: str | Path) -> Exported:
     return _export(model, Path(output_dir) / "model.pt2", write, read)
 
 
-FORMATS: dict[str, Callable[[PreTrainedModel, str | Path], Exported]] = {"onnx": export_onnx, "torch": export_torch}
+FORMATS: dict[str, Callable[[PreTrainedModel, str | Path], Exported]] = {
+    "onnx": export_onnx,
+    "torch": export_torch,
+}
 
 
 class _Classifier(nn.Module):
@@ -122,7 +135,11 @@ def _export(
     plain.set_attn_implementation("eager")  # the only one that exporters trace in every family
     classifier = _Classifier(plain)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as aside, _quiet(), torch.inference_mode():
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as aside,
+        _quiet(),
+        torch.inference_mode(),
+    ):
         written = Path(aside) / path.name
         write(classifier, _images(model, BATCH_SIZES[0]), written)
         difference = _difference(classifier, read(written), model)
@@ -133,16 +150,23 @@ def _export(
     return Exported(path, size, difference)
 
 
-def _difference(expected: Callable[[Tensor], Tensor], got: Callable[[Tensor], Tensor], model: PreTrainedModel) -> float:
+def _difference(
+    expected: Callable[[Tensor], Tensor], got: Callable[[Tensor], Tensor], model: PreTrainedModel
+) -> float:
     largest = 0.0
     for count in BATCH_SIZES:
         images = _images(model, count)
         wanted, found = expected(images), got(images)
         if wanted.shape != found.shape:
-            raise ExportError(f"{count} images give logits of shape {tuple(found.shape)}, not {tuple(wanted.shape)}.")
+            raise ExportError(
+                f"{count} images give logits of shape {tuple(found.shape)}, not "
+                f"{tuple(wanted.shape)}."
+            )
         difference = (wanted - found).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):
-            raise ExportError(f"for {count} images the logits differ by {difference:.2g} from PyTorch's.")
+            raise ExportError(
+                f"for {count} images the logits differ by {difference:.2g} from PyTorch's."
+            )
         largest = max(largest, difference)
     return largest
 

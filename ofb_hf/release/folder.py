@@ -1,4 +1,5 @@
-"""The folder that is published: everything about a checkpoint, and nothing about the machine it was made on."""
+"""The folder that is published: everything about a checkpoint, and nothing about the machine it was
+made on."""
 
 import hashlib
 import json
@@ -20,7 +21,12 @@ from .card import final_results, plain_card, read_results
 from .leaks import require_no_token
 from .stock import has_stock_twin, pad_to_stock
 
-CARD, RESULTS, SUBNET, PREPROCESSOR = "README.md", "eval_results.json", "subnet.json", "preprocessor_config.json"
+CARD, RESULTS, SUBNET, PREPROCESSOR = (
+    "README.md",
+    "eval_results.json",
+    "subnet.json",
+    "preprocessor_config.json",
+)
 # What of a search's output folder is published, where it is there; everything else stays.
 OPTIONAL = (PREPROCESSOR, SUBNET, CARD, RESULTS, "search_history.jsonl", "search.png")
 EVALUATIONS = ".eval_results"
@@ -30,7 +36,9 @@ AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageClassification")
 def is_ours(path: str) -> bool:
     """Whether a file of a repository is one that this package publishes, of whatever model."""
     code = {f"{cls.__module__.rpartition('.')[2]}.py" for row in models.REGISTERED for cls in row}
-    return path in {CONFIG_NAME, SAFE_WEIGHTS_NAME, *OPTIONAL, *code} or path.startswith(f"{EVALUATIONS}/")
+    return path in {CONFIG_NAME, SAFE_WEIGHTS_NAME, *OPTIONAL, *code} or path.startswith(
+        f"{EVALUATIONS}/"
+    )
 
 
 def stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) -> PreTrainedModel:
@@ -45,7 +53,8 @@ def stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) 
         The classifier that is in the folder.
 
     Raises:
-        ValueError: for a folder without a whole classifier of ours, or with results that cannot be read.
+        ValueError: for a folder without a whole classifier of ours, or with results that cannot be
+            read.
         LeakError: for a token in a `training_args.bin`.
     """
     folder.mkdir()
@@ -58,7 +67,8 @@ def stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) 
     if classes is None:
         ours = ", ".join(row[2].__name__ for row in models.REGISTERED)
         raise ValueError(
-            f"the classifier is a {type(loaded).__name__}; publish takes {ours}. Others have their own push_to_hub."
+            f"the classifier is a {type(loaded).__name__}; publish takes {ours}. Others have "
+            f"their own push_to_hub."
         )
     _add_code(folder, classes)
     results = read_results(folder / RESULTS) if (folder / RESULTS).is_file() else {}
@@ -75,7 +85,9 @@ def stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) 
 def _copy(source: Path, folder: Path, secrets: set[str]) -> None:
     for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME):
         if not (source / name).is_file():
-            raise ValueError(f"{source} has no {name}; give the output folder of a search, or a model.")
+            raise ValueError(
+                f"{source} has no {name}; give the output folder of a search, or a model."
+            )
     if (source / TRAINING_ARGS_NAME).is_file():
         require_no_token(source / TRAINING_ARGS_NAME, secrets)
     for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME, *OPTIONAL):
@@ -99,7 +111,8 @@ def stage_stock(model: PreTrainedModel, main: Path, folder: Path) -> bool:
 
 
 def _add_code(folder: Path, classes: tuple[type, ...]) -> None:
-    """The two files that define the model, and the entries of the config by which transformers finds them."""
+    """The two files that define the model, and the entries of the config by which transformers
+    finds them."""
     auto_map = {}
     for auto, cls in zip(AUTO_CLASSES, classes, strict=True):
         file = Path(models.__file__).with_name(f"{cls.__module__.rpartition('.')[2]}.py")
@@ -107,21 +120,27 @@ def _add_code(folder: Path, classes: tuple[type, ...]) -> None:
         auto_map[auto] = f"{file.stem}.{cls.__name__}"
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config["auto_map"] = auto_map
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def _add_evaluation(folder: Path, results: dict[str, Any]) -> None:
-    """Top-1 in the format in which the Hub collects results by data set, for data that is on the Hub."""
+    """Top-1 in the format in which the Hub collects results by data set, for data that is on the
+    Hub."""
     data, final = results["data"], final_results(results)
     notes = f"top-1 in percent on {final['num_examples']:,} images"
     entry = EvalResultEntry(data, "image-classification", final["top1"], notes=notes)
     file = folder / EVALUATIONS / f"{data.replace('/', '--')}.yaml"
     file.parent.mkdir()
-    file.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8"
+    )
 
 
 def _describe_weights(folder: Path, model: PreTrainedModel, source: dict[str, Any]) -> None:
-    """Writes into the header of the weights what they are; the tensors stay as they are, byte for byte."""
+    """Writes into the header of the weights what they are; the tensors stay as they are, byte for
+    byte."""
     file, subnet = folder / SAFE_WEIGHTS_NAME, folder / SUBNET
     content = file.read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")
@@ -131,9 +150,13 @@ def _describe_weights(folder: Path, model: PreTrainedModel, source: dict[str, An
     metadata |= {f"source_{key}": str(value) for key, value in source.items() if value is not None}
     if subnet.is_file():
         metadata["subnet_sha256"] = hashlib.sha256(subnet.read_bytes()).hexdigest()
-    # Not by safetensors' own function: it orders these entries by chance, and publishing again would change the file.
-    words = json.dumps({"__metadata__": dict(sorted(metadata.items()))} | header, separators=(",", ":")).encode()
+    # Not by safetensors' own function: it orders these entries by chance, and publishing again
+    # would change the file.
+    words = json.dumps(
+        {"__metadata__": dict(sorted(metadata.items()))} | header, separators=(",", ":")
+    ).encode()
     words += b" " * (-len(words) % 8)
     aside = file.with_name(f"new-{file.name}")
     aside.write_bytes(len(words).to_bytes(8, "little") + words + content[begin:])
-    aside.replace(file)  # not into the file itself, which the loaded model may have mapped into its memory
+    # not into the file itself, which the loaded model may have mapped into its memory
+    aside.replace(file)

@@ -1,4 +1,5 @@
-"""What must never be published: tokens, names and folders of the machine that something was made on, pickles."""
+"""What must never be published: tokens, names and folders of the machine that something was made
+on, pickles."""
 
 import getpass
 import os
@@ -17,7 +18,8 @@ TOKENS = re.compile(
 PATHS = re.compile(
     # Where people and machines keep their files, whatever stands before it but an address.
     r"(?<![\w.])/(?:home|Users|root|mnt|scratch|tmp|workspace|content|kaggle|data\d*)/[\w.+@/-]+|file:/+[\w.]"
-    # Any path of at least three names that does not continue something: no part of an address, a tag, or a fraction.
+    # Any path of at least three names that does not continue something: no part of an address, a
+    # tag, or a fraction.
     r"|(?<![\w.:/<)\]*~-])/(?:[\w.+@-]+/){2,}[\w.+@-]*"
     r"|\b[A-Za-z]:[\\/]+[\w.]+[\\/]|\\\\[\w.-]+\\[\w.$-]+|~/[\w.]"
 )
@@ -45,7 +47,9 @@ class Leak:
         return f"{self.file}{self.place}: {self.what}"
 
 
-def require_no_leaks(folder: Path, public_names: set[str] = frozenset(), secrets: set[str] = frozenset()) -> None:
+def require_no_leaks(
+    folder: Path, public_names: set[str] = frozenset(), secrets: set[str] = frozenset()
+) -> None:
     """Reads every file of a folder.
 
     Args:
@@ -71,7 +75,8 @@ def require_no_leaks(folder: Path, public_names: set[str] = frozenset(), secrets
 
 
 def require_no_token(path: Path, secrets: set[str] = frozenset()) -> None:
-    """Looks for access tokens in a file of any kind that is not published itself, but lies beside what is.
+    """Looks for access tokens in a file of any kind that is not published itself, but lies beside
+    what is.
 
     Raises:
         LeakError: naming the file.
@@ -81,8 +86,10 @@ def require_no_token(path: Path, secrets: set[str] = frozenset()) -> None:
         secret.encode() in content for secret in secrets | _secrets()
     ):
         raise LeakError(
-            f"not published: {path.name} holds an access token. The file itself would have stayed here, but whoever "
-            "gets this folder gets the token: delete the file, and revoke the token if the folder was shared."
+            f"not published: {path.name} holds an access token. The file itself would have stayed "
+            f"here, but whoever "
+            "gets this folder gets the token: delete the file, and revoke the token if the folder "
+            "was shared."
         )
 
 
@@ -90,7 +97,11 @@ def _leaks_in(path: Path, folder: Path, public_names: set[str], secrets: set[str
     name = path.relative_to(folder).as_posix()
     if path.suffix in PICKLES:
         return [Leak(name, "", "a file that may hold pickled code")]
-    findings = ((place, what) for place, text in _texts(path) for what in _findings(text, public_names, secrets))
+    findings = (
+        (place, what)
+        for place, text in _texts(path)
+        for what in _findings(text, public_names, secrets)
+    )
     return [Leak(name, place, what) for place, what in findings]
 
 
@@ -116,7 +127,9 @@ def _findings(text: str, public_names: set[str], secrets: set[str]) -> list[str]
     if match := PATHS.search(text):
         found.append(f"a folder of a machine ({match[0][:60]})")
     for kind, name in (("account", _account()), ("machine", platform.node())):
-        personal = len(name) > 2 and name.lower() not in IMPERSONAL | {public.lower() for public in public_names}
+        personal = len(name) > 2 and name.lower() not in IMPERSONAL | {
+            public.lower() for public in public_names
+        }
         if personal and re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
             found.append(f"the name of the {kind} ({name})")
     return found
@@ -130,5 +143,7 @@ def _account() -> str:
 
 
 def _secrets() -> set[str]:
-    values = {value for name, value in os.environ.items() if SECRET_VARIABLES.search(name)} | {get_token() or ""}
+    values = {value for name, value in os.environ.items() if SECRET_VARIABLES.search(name)} | {
+        get_token() or ""
+    }
     return {value for value in values if len(value) >= SHORTEST_SECRET}

@@ -1,4 +1,5 @@
-"""What a search has still to choose, and the choices: under the budget, of widths, and of tokens with them."""
+"""What a search has still to choose, and the choices: under the budget, of widths, and of tokens
+with them."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -45,7 +46,10 @@ class Choices(nn.Module):
     def expect_costs_(self) -> None:
         """Brings the differentiable costs up to date with what was decided about tokens."""
         names = list(quantities(self.dense_sizes))
-        for name, terms in (("expected_cost", self.terms), ("expected_macs", self.decided_architecture.macs)):
+        for name, terms in (
+            ("expected_cost", self.terms),
+            ("expected_macs", self.decided_architecture.macs),
+        ):
             setattr(self, name, ExpectedCost(terms, names).to(self.model.device))
 
     @property
@@ -55,7 +59,8 @@ class Choices(nn.Module):
 
     @property
     def leaders(self) -> dict[str, str]:
-        """Submodule name -> the submodule whose choice it follows; its own name unless it is tied."""
+        """Submodule name -> the submodule whose choice it follows; its own name unless it is
+        tied."""
         return {space.name: space.tied_to or space.name for space in self.space}
 
     @property
@@ -69,7 +74,9 @@ class Choices(nn.Module):
     @property
     def num_active_candidates(self) -> int:
         """Candidates still in the race, over all submodules that choose for themselves."""
-        return int(torch.stack([leader.active_candidates.sum() for leader, *_ in self.groups]).sum())
+        return int(
+            torch.stack([leader.active_candidates.sum() for leader, *_ in self.groups]).sum()
+        )
 
     @property
     def is_settled(self) -> bool:
@@ -78,14 +85,17 @@ class Choices(nn.Module):
 
     def options(self) -> dict[str, list[Option]]:
         """Every active candidate of every submodule that chooses, with its score."""
-        return candidate_options(self.groups, lambda mask: search_scores(mask, self.terms, self.dense_sizes))
+        return candidate_options(
+            self.groups, lambda mask: search_scores(mask, self.terms, self.dense_sizes)
+        )
 
     def settlement(
         self,
         options: dict[str, list[Option]] | None = None,
         choose: Callable[[list[Settlement]], Settlement] | None = None,
     ) -> Settlement:
-        """The best choice within the budget as things stand, for every searched submodule, and for undecided tokens.
+        """The best choice within the budget as things stand, for every searched submodule, and for
+        undecided tokens.
 
         Args:
             options: with first-order scores instead of those of `options`.
@@ -94,7 +104,11 @@ class Choices(nn.Module):
         Raises:
             UnreachableBudgetError: naming the smallest possible cost.
         """
-        total = None if options is None else sum(float(mask.first_order.double().sum()) for mask in self.bi_masks)
+        total = (
+            None
+            if options is None
+            else sum(float(mask.first_order.double().sum()) for mask in self.bi_masks)
+        )
         options = options or self.options()
         if self.tokens is None:
             return self._settled_widths(options, self.terms)
@@ -103,7 +117,9 @@ class Choices(nn.Module):
             return self._settled_widths(options, self.bi_mask_config.terms(architecture), kept)
 
         cost = self.bi_mask_config.terms_of
-        return self.tokens.settle(self.config, self.dense_sizes, self.target, total, cost, solve, choose)
+        return self.tokens.settle(
+            self.config, self.dense_sizes, self.target, total, cost, solve, choose
+        )
 
     def _settled_widths(
         self, options: dict[str, list[Option]], terms: tuple[Term, ...], kept: Collection[str] = ()
@@ -111,17 +127,26 @@ class Choices(nn.Module):
         """The best widths under these cost terms, if the submodules that are named keep units."""
         for name in {self.leaders[name] for name in kept if name in self.leaders}:
             options = options | {name: [option for option in options[name] if option.units]}
-        fixed = quantities({name: size for name, size in self.dense_sizes.items() if name not in self.named_masks})
+        fixed = quantities(
+            {name: size for name, size in self.dense_sizes.items() if name not in self.named_masks}
+        )
         named = (str, heads_of, presence_of)
-        follows = {quantity(name): quantity(leader) for name, leader in self.leaders.items() for quantity in named}
-        terms = tuple(replace(term, factors=tuple(follows.get(f, f) for f in term.factors)) for term in terms)
+        follows = {
+            quantity(name): quantity(leader)
+            for name, leader in self.leaders.items()
+            for quantity in named
+        }
+        terms = tuple(
+            replace(term, factors=tuple(follows.get(f, f) for f in term.factors)) for term in terms
+        )
         settings = {"needed": self.dense_architecture.attentions, "show": self.bi_mask_config.show}
         settlement = settle(options, terms, fixed, self.target, tightness=TIGHTNESS, **settings)
         choice = {name: settlement.choice[leader] for name, leader in self.leaders.items()}
         return replace(settlement, choice=choice)
 
     def settle_(self) -> SubnetSpec:
-        """Makes the final choice in every submodule and returns it; the units left out are exactly 0 from now on."""
+        """Makes the final choice in every submodule and returns it; the units left out are exactly
+        0 from now on."""
         settlement = self.settlement()
         self.decide_tokens_(settlement.token_schedule)
         for mask in self.bi_masks:
@@ -131,7 +156,8 @@ class Choices(nn.Module):
         return SubnetSpec(kept | {mask.name: mask.kept() for mask in self.bi_masks}, schedule)
 
     def retire_candidates(self) -> int:
-        """Retires weak candidates, except those of the best choice within the budget. Returns how many.
+        """Retires weak candidates, except those of the best choice within the budget. Returns how
+        many.
 
         Sparing that choice keeps the budget within reach whatever the softmaxes do.
         """
@@ -146,9 +172,12 @@ class Choices(nn.Module):
                 retired += int(weak.sum())
         return retired
 
-    def estimate_importance_(self, choose: Callable[[list[Settlement]], Settlement] | None = None) -> None:
-        """Sets importance from the gradients that were observed: high for the units that the best choice within the
-        budget keeps, if each unit is worth its first-order score. Without any observation importance stays.
+    def estimate_importance_(
+        self, choose: Callable[[list[Settlement]], Settlement] | None = None
+    ) -> None:
+        """Sets importance from the gradients that were observed: high for the units that the best
+        choice within the budget keeps, if each unit is worth its first-order score. Without any
+        observation importance stays.
 
         Args:
             choose: as for `SearchedTokens.settle`.
@@ -172,7 +201,8 @@ class Choices(nn.Module):
 
     @property
     def first_order_of_tokens(self) -> Tensor:
-        """The buffer of what was observed of tokens, (layers, K); without any entry where they are not searched."""
+        """The buffer of what was observed of tokens, (layers, K); without any entry where they are
+        not searched."""
         return self.lam.new_zeros(0) if self.tokens is None else self.tokens.first_order
 
     @property
@@ -181,7 +211,8 @@ class Choices(nn.Module):
         return None if self.tokens is None else self.tokens.decided
 
     def fit_alpha_(self) -> None:
-        """Fits every alpha to the importance curve of its submodule, or to the mean of those tied together."""
+        """Fits every alpha to the importance curve of its submodule, or to the mean of those tied
+        together."""
         for leader, *tied in self.groups:
             curves = [mask.importance_by_rank() for mask in (leader, *tied)]
             leader.fit_alpha_(curve=torch.stack(curves).mean(0))

@@ -10,10 +10,11 @@ from .supernet import Supernet
 
 
 def parameter_groups(supernet: Supernet, args: OFBTrainingArguments) -> list[dict[str, Any]]:
-    """Groups for an AdamW: weights, weights_no_decay, importance, architecture, pmim_decoder, those that exist.
+    """Groups for an AdamW: weights, weights_no_decay, importance, architecture, pmim_decoder, those
+    that exist.
 
-    Each has `params`, `name`, `lr`, `betas` and `weight_decay`. What rests is in none; a group whose parameters all
-    rest is there and empty, for a resumed run has to have the same groups.
+    Each has `params`, `name`, `lr`, `betas` and `weight_decay`. What rests is in none; a group
+    whose parameters all rest is there and empty, for a resumed run has to have the same groups.
     """
     config = supernet.bi_mask_config
     weights = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
@@ -34,7 +35,11 @@ def parameter_groups(supernet: Supernet, args: OFBTrainingArguments) -> list[dic
     for name, parameter in supernet.named_parameters():
         group = groups.setdefault(_group_of(name, parameter, undecayed), [])
         group += [parameter] * parameter.requires_grad
-    return [{"params": groups[name], "name": name, **settings[name]} for name in settings if name in groups]
+    return [
+        {"params": groups[name], "name": name, **settings[name]}
+        for name in settings
+        if name in groups
+    ]
 
 
 def _group_of(name: str, parameter: nn.Parameter, undecayed: tuple[str, ...]) -> str:

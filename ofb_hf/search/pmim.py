@@ -1,8 +1,9 @@
-"""Progressive masked image modelling (arXiv:2403.15835): a search-time loss that keeps the features rich.
+"""Progressive masked image modelling (arXiv:2403.15835): a search-time loss that keeps the features
+rich.
 
-The growing share of hidden patches is replaced by a mask token; a one-layer decoder repaints them from the final
-tokens. Only hidden patches count, and so no others need be painted. Used while training a supernet, thrown away by
-`compress`.
+The growing share of hidden patches is replaced by a mask token; a one-layer decoder repaints them
+from the final tokens. Only hidden patches count, and so no others need be painted. Used while
+training a supernet, thrown away by `compress`.
 """
 
 import torch
@@ -13,7 +14,8 @@ WINDOW_AT_PATCH_16 = 47
 
 
 def window_for_patch(patch_size: int) -> int:
-    """Side of the normalisation window: 47 pixels for 16-pixel patches, scaled to the nearest odd size otherwise."""
+    """Side of the normalisation window: 47 pixels for 16-pixel patches, scaled to the nearest odd
+    size otherwise."""
     return max(3, 2 * round((WINDOW_AT_PATCH_16 * patch_size / 16 - 1) / 2) + 1)
 
 
@@ -21,8 +23,9 @@ def window_for_patch(patch_size: int) -> int:
 def normalize_target(pixels: Tensor, window: int) -> Tensor:
     """Standardises every pixel by the mean and variance of the window around it.
 
-    A window is cut at the image's border and only pixels inside count. Averages are separable: a product with a band
-    matrix for each axis (the published 47 x 47 pooling costs more than the network).
+    A window is cut at the image's border and only pixels inside count. Averages are separable: a
+    product with a band matrix for each axis (the published 47 x 47 pooling costs more than the
+    network).
 
     Args:
         pixels: (B, C, H, W).
@@ -38,7 +41,8 @@ def normalize_target(pixels: Tensor, window: int) -> Tensor:
         raise ValueError(f"window is {window}; it needs a centre, so give an odd number of pixels.")
     with torch.autocast(pixels.device.type, enabled=False):
         pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
-        # E[x^2] - E[x]^2 cancels badly for bright flat images; the overall mean has no effect on the result.
+        # E[x^2] - E[x]^2 cancels badly for bright flat images; the overall mean has no effect on
+        # the result.
         pixels = pixels - pixels.mean((-2, -1), keepdim=True)
         rows, columns = (_window_sum(side, window, pixels) for side in pixels.shape[-2:])
         inside_rows, inside_columns = rows.sum(1, keepdim=True), columns.sum(0)
@@ -46,12 +50,15 @@ def normalize_target(pixels: Tensor, window: int) -> Tensor:
         rows, columns = rows / inside_rows, columns / inside_columns
         mean, variance = rows @ pixels @ columns, rows @ pixels.square() @ columns
         # In place: new memory for a picture of every step takes longer than the arithmetic.
-        variance.addcmul_(mean, mean, value=-1).mul_(count / (count - 1).clamp(min=1)).clamp_(min=0).add_(1e-6).sqrt_()
+        variance.addcmul_(mean, mean, value=-1).mul_(count / (count - 1).clamp(min=1)).clamp_(
+            min=0
+        ).add_(1e-6).sqrt_()
         return pixels.sub_(mean).div_(variance)
 
 
 def _window_sum(length: int, window: int, like: Tensor) -> Tensor:
-    """The matrix (length, length) that adds up the entries within a window around each one. It is symmetric.
+    """The matrix (length, length) that adds up the entries within a window around each one. It is
+    symmetric.
 
     Products with it are many times faster than pooling along one axis.
     """
@@ -59,16 +66,18 @@ def _window_sum(length: int, window: int, like: Tensor) -> Tensor:
     return ((position[:, None] - position).abs() <= window // 2).to(like.dtype)
 
 
-def refine_mask(masked: Tensor, grid: tuple[int, int], finer: tuple[int, int], factor: int) -> Tensor:
+def refine_mask(
+    masked: Tensor, grid: tuple[int, int], finer: tuple[int, int], factor: int
+) -> Tensor:
     """The same hidden regions on a finer grid.
 
-    A network that merges patches is masked in units of its final tokens, as SimMIM does (arXiv:2111.09886): the
-    neighbours of a single small patch would give it away.
+    A network that merges patches is masked in units of its final tokens, as SimMIM does
+    (arXiv:2111.09886): the neighbours of a single small patch would give it away.
 
     Args:
         masked: (B, N) bool over `grid` (rows, columns).
-        finer: the other grid, each cell of `grid` covering `factor` x `factor` of its cells; cells of `grid` may reach
-            beyond its border.
+        finer: the other grid, each cell of `grid` covering `factor` x `factor` of its cells; cells
+            of `grid` may reach beyond its border.
 
     Returns:
         (B, M) bool over `finer`.
@@ -77,12 +86,16 @@ def refine_mask(masked: Tensor, grid: tuple[int, int], finer: tuple[int, int], f
     return masked[:, : finer[0], : finer[1]].flatten(1)
 
 
-def mask_patches(batch_size: int, num_patches: int, keep_ratio: float, generator: torch.Generator) -> Tensor:
+def mask_patches(
+    batch_size: int, num_patches: int, keep_ratio: float, generator: torch.Generator
+) -> Tensor:
     """Hides a random set of patches of every image.
 
     Args:
-        keep_ratio: share of patches left visible, in [0, 1]; `int(num_patches * keep_ratio)` of them stay.
-        generator: on the CPU; seed it from step and rank, so that a resumed run hides the same patches.
+        keep_ratio: share of patches left visible, in [0, 1]; `int(num_patches * keep_ratio)` of
+            them stay.
+        generator: on the CPU; seed it from step and rank, so that a resumed run hides the same
+            patches.
 
     Returns:
         (B, N) bool on the CPU, True = hidden (`bool_masked_pos` of transformers).
@@ -95,7 +108,8 @@ def mask_patches(batch_size: int, num_patches: int, keep_ratio: float, generator
 
 
 def hidden_first(masked: Tensor, count: int) -> Tensor:
-    """Which patches to repaint: all hidden ones, and after them others, so that there are as many at every step.
+    """Which patches to repaint: all hidden ones, and after them others, so that there are as many
+    at every step.
 
     Args:
         masked: (B, N) bool, at most `count` hidden in an image.
@@ -120,8 +134,10 @@ class PMIMDecoder(nn.Module):
         self.projection = nn.Conv2d(hidden_size, stride**2 * num_channels, kernel_size=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, K, C) -> pixels of their patches (B, K, channels * stride * stride), as `cut_patches` has them."""
-        # A 1x1 convolution is a linear layer, and tokens are in order for one; on CPUs that is faster.
+        """tokens (B, K, C) -> pixels of their patches (B, K, channels * stride * stride), as
+        `cut_patches` has them."""
+        # A 1x1 convolution is a linear layer, and tokens are in order for one; on CPUs that is
+        # faster.
         return F.linear(tokens, self.projection.weight.flatten(1), self.projection.bias)
 
 
@@ -129,7 +145,8 @@ def cut_patches(images: Tensor, grid: tuple[int, int], size: int, chosen: Tensor
     """The pixels of some patches.
 
     Args:
-        images: (B, C, H, W). A border that no patch covers is left out; patches that reach beyond it have zeros there.
+        images: (B, C, H, W). A border that no patch covers is left out; patches that reach beyond
+            it have zeros there.
         grid: rows and columns of patches.
         size: side of a patch in pixels.
         chosen: (B, K) indices of patches, row by row.
@@ -140,27 +157,42 @@ def cut_patches(images: Tensor, grid: tuple[int, int], size: int, chosen: Tensor
     beyond = [size * side - pixels for side, pixels in zip(grid, images.shape[-2:], strict=True)]
     if any(beyond):
         images = F.pad(images, (0, beyond[1], 0, beyond[0]))
-    patches = images.unflatten(3, (grid[1], size)).unflatten(2, (grid[0], size)).permute(0, 2, 4, 1, 3, 5)
+    patches = (
+        images.unflatten(3, (grid[1], size)).unflatten(2, (grid[0], size)).permute(0, 2, 4, 1, 3, 5)
+    )
     every = torch.arange(len(images), device=images.device)[:, None]
     return patches[every, chosen // grid[1], chosen % grid[1]].flatten(2)
 
 
 def reconstruction_loss(
-    reconstruction: Tensor, target: Tensor, masked: Tensor, grid: tuple[int, int], size: int, repainted: Tensor
+    reconstruction: Tensor,
+    target: Tensor,
+    masked: Tensor,
+    grid: tuple[int, int],
+    size: int,
+    repainted: Tensor,
 ) -> Tensor:
     """Mean absolute error over the pixels of the hidden patches.
 
     Args:
-        reconstruction: (B, K, C * size * size), what the decoder makes of the tokens of `repainted`.
-        target: (B, C, H, W); a border that no patch covers, and what is painted beyond the image, are left out.
-        masked: (B, N) bool, True = hidden, for the N = rows * columns patches of `grid`, `size` pixels wide.
+        reconstruction: (B, K, C * size * size), what the decoder makes of the tokens of
+            `repainted`.
+        target: (B, C, H, W); a border that no patch covers, and what is painted beyond the image,
+            are left out.
+        masked: (B, N) bool, True = hidden, for the N = rows * columns patches of `grid`, `size`
+            pixels wide.
         repainted: (B, K) indices of patches, all that are hidden among them.
 
     Returns:
         Scalar; 0 when nothing is hidden.
     """
-    channels, inside = target.shape[1], target.new_ones(1, 1, *target.shape[2:]).expand(len(target), -1, -1, -1)
-    difference = (reconstruction.to(target.dtype) - cut_patches(target, grid, size, repainted)).abs()
+    channels, inside = (
+        target.shape[1],
+        target.new_ones(1, 1, *target.shape[2:]).expand(len(target), -1, -1, -1),
+    )
+    difference = (
+        reconstruction.to(target.dtype) - cut_patches(target, grid, size, repainted)
+    ).abs()
     counted = cut_patches(inside, grid, size, repainted) * masked.gather(1, repainted)[..., None]
     total = (difference.unflatten(2, (channels, -1)) * counted[:, :, None]).sum()
     return total / (counted.sum() + 1e-5) / channels

@@ -1,8 +1,10 @@
-"""Tokens as a part of the search for widths: observed with the units, chosen with them, gone when they are cut.
+"""Tokens as a part of the search for widths: observed with the units, chosen with them, gone when
+they are cut.
 
-While units are observed, every layer also asks, with the same gradients, what merging its tokens down to n would do to
-the loss: first order of the change, squared, as for a unit. So the settlement can weigh units and tokens against each
-other. Nothing is merged before it has decided: hidden patches are repainted from all tokens.
+While units are observed, every layer also asks, with the same gradients, what merging its tokens
+down to n would do to the loss: first order of the change, squared, as for a unit. So the settlement
+can weigh units and tokens against each other. Nothing is merged before it has decided: hidden
+patches are repainted from all tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +32,9 @@ from ..models import OFBViTForImageClassification
 from ..models.modeling_ofb_vit import rank_tokens
 from ..tokens.schedules import Cost, Schedule, full_schedule, num_tokens
 
-TRIED = 16  # numbers of tokens to which merging is tried in each layer, about evenly apart on a scale of square roots
+# numbers of tokens to which merging is tried in each layer, about evenly apart on a scale of square
+# roots
+TRIED = 16
 ROUNDS = 2
 
 
@@ -40,11 +44,14 @@ def tried_counts(tokens: int) -> list[int]:
     return sorted({round(float(root) ** 2) for root in roots})
 
 
-def merging_changes(tokens: Tensor, gradient: Tensor, importance: Tensor, counts: list[int]) -> Tensor:
-    """First-order change of the loss if each image's tokens were merged down to n, all of them staying in place.
+def merging_changes(
+    tokens: Tensor, gradient: Tensor, importance: Tensor, counts: list[int]
+) -> Tensor:
+    """First-order change of the loss if each image's tokens were merged down to n, all of them
+    staying in place.
 
-    Tokens that meet get the mean of their features, as many times as there are of them: what attention sees of a
-    merged token that counts by its size.
+    Tokens that meet get the mean of their features, as many times as there are of them: what
+    attention sees of a merged token that counts by its size.
 
     Args:
         tokens: (B, N, C), class token first; gradient: of the loss, likewise.
@@ -80,7 +87,9 @@ class TokenProbe(nn.Module):
         super().__init__()
         self.counts, self.changes = counts, None
 
-    def forward(self, tokens: Tensor, sizes: Tensor | None, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, sizes: Tensor | None, importance: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """As `TokenReduction.forward`, with all tokens."""
         if tokens.requires_grad:
             seen, ranked = tokens.detach(), importance.detach()
@@ -96,8 +105,8 @@ class SearchedTokens(nn.Module):
     """What a search knows and has decided about the tokens of its model.
 
     Attributes:
-        first_order: buffer (layers, K), sums over images of squared `merging_changes`, one for each of `counts`; 0 in
-            layers that cannot reduce their tokens.
+        first_order: buffer (layers, K), sums over images of squared `merging_changes`, one for each
+            of `counts`; 0 in layers that cannot reduce their tokens.
         schedule: buffer (layers, 2), as `OFBViTConfig.token_schedule`; zeros while it is undecided.
         acts: buffer, bool: whether the model has this schedule by now.
         counts: what `first_order` is about.
@@ -108,7 +117,8 @@ class SearchedTokens(nn.Module):
         layers = config.num_hidden_layers
         if num_tokens(config) < 4:
             raise ValueError(
-                f"search_tokens is True, but an image has {num_tokens(config) - 1} patches, too few to merge any "
+                f"search_tokens is True, but an image has {num_tokens(config) - 1} patches, too "
+                f"few to merge any "
                 f"(image_size {config.image_size}, patch_size {config.patch_size}); turn it off."
             )
         self.num_tokens, self.counts = num_tokens(config), tried_counts(num_tokens(config))
@@ -133,7 +143,8 @@ class SearchedTokens(nn.Module):
 
     @torch.no_grad()
     def changes(self, model: OFBViTForImageClassification, images: int) -> Tensor:
-        """What the probes saw in the last backward pass, (B, layers, K); 0 in layers that have none.
+        """What the probes saw in the last backward pass, (B, layers, K); 0 in layers that have
+        none.
 
         Args:
             images: B, how many entered it.
@@ -146,20 +157,27 @@ class SearchedTokens(nn.Module):
         return changes
 
     def curves(self, total: float | None) -> np.ndarray:
-        """What each layer loses by going from all tokens to n, (layers, N + 1), in the unit of the settlement's scores.
+        """What each layer loses by going from all tokens to n, (layers, N + 1), in the unit of the
+        settlement's scores.
 
         Args:
-            total: sum of the units' first order, which makes scores; None = nothing was observed. Then each token is
-                worth the same in a layer, and the more the more layers come after it.
+            total: sum of the units' first order, which makes scores; None = nothing was observed.
+                Then each token is worth the same in a layer, and the more the more layers come
+                after it.
         """
         layers, every = len(self.first_order), np.arange(self.num_tokens + 1)
         if total is None:
             lost = (self.num_tokens - every) / self.num_tokens
-            return IMPORTANCE_SCORE * np.stack([(1 - layer / layers) * lost for layer in range(layers)])
+            return IMPORTANCE_SCORE * np.stack(
+                [(1 - layer / layers) * lost for layer in range(layers)]
+            )
         points = [*self.counts, self.num_tokens]
         observed = F.pad(self.first_order.double().cpu(), (0, 1)).numpy()
-        falling = np.maximum.accumulate(observed[:, ::-1], axis=1)[:, ::-1]  # fewer tokens are never worth more
-        return IMPORTANCE_SCORE / total * np.stack([np.interp(every, points, row) for row in falling])
+        # fewer tokens are never worth more
+        falling = np.maximum.accumulate(observed[:, ::-1], axis=1)[:, ::-1]
+        return (
+            IMPORTANCE_SCORE / total * np.stack([np.interp(every, points, row) for row in falling])
+        )
 
     def architecture(self, config: ViTConfig) -> Architecture:
         """The model under the schedule that was decided, or with all tokens."""
@@ -177,15 +195,17 @@ class SearchedTokens(nn.Module):
     ) -> Settlement:
         """The best widths and schedule under one budget; a schedule that was decided stays.
 
-        A layer that reduces its tokens needs an attention to rank them by. So, where attentions may be left out, the
-        family of schedules is made a second time, for those that would stay if that were no condition.
+        A layer that reduces its tokens needs an attention to rank them by. So, where attentions may
+        be left out, the family of schedules is made a second time, for those that would stay if
+        that were no condition.
 
         Args:
             config: of the model. sizes: submodule name -> units, of the dense model.
             target: the budget, in what `cost` counts. total: as for `curves`.
-            solve: (the model under a schedule, attentions that have to keep units) -> the best widths.
-            choose: picks among settlements that differ in how much of the budget tokens give up; by default the one
-                with the best score.
+            solve: (the model under a schedule, attentions that have to keep units) -> the best
+                widths.
+            choose: picks among settlements that differ in how much of the budget tokens give up; by
+                default the one with the best score.
 
         Raises:
             UnreachableBudgetError: naming the smallest possible cost.
@@ -199,7 +219,11 @@ class SearchedTokens(nn.Module):
             return widths(decided)
         curves, best, amounts = self.curves(total), None, quantities(sizes)
         for _ in range(ROUNDS):
-            reducing = [layer for layer in range(1, config.num_hidden_layers) if amounts[attention_of(layer)]]
+            reducing = [
+                layer
+                for layer in range(1, config.num_hidden_layers)
+                if amounts[attention_of(layer)]
+            ]
             family = schedule_family(config, amounts, curves, reducing, cost)
             try:
                 found = best_in_family(family, widths, curves, TIGHTNESS * target)

@@ -1,4 +1,5 @@
-"""The supernet: a classifier with bi-masks and a PMIM decoder on top, searchable, shrinkable, and removable again."""
+"""The supernet: a classifier with bi-masks and a PMIM decoder on top, searchable, shrinkable, and
+removable again."""
 
 import copy
 from collections.abc import Iterator
@@ -12,7 +13,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..cost.counting import count_macs, evaluate_terms
-from ..families.description import Architecture, Slot, Submodule, UnsupportedArchitectureError, image_sides, quantities
+from ..families.description import (
+    Architecture,
+    Slot,
+    Submodule,
+    UnsupportedArchitectureError,
+    image_sides,
+    quantities,
+)
 from ..families.registry import describe, family_of, require_classifier
 from ..families.subnet import SubnetSpec
 from ..masks.bi_mask import BiMask, TiedBiMask
@@ -29,13 +37,15 @@ from .searched_tokens import SearchedTokens
 
 @dataclass
 class SupernetOutput(ImageClassifierOutput):
-    """Classifier output plus `reconstruction` (B, K, channels * size * size), the pixels of K patches."""
+    """Classifier output plus `reconstruction` (B, K, channels * size * size), the pixels of K
+    patches."""
 
     reconstruction: Tensor | None = None
 
 
 class Supernet(Choices):
-    """A classifier whose units are scaled by bi-masks. Made by `install_bi_masks`; `compress` takes the masks off.
+    """A classifier whose units are scaled by bi-masks. Made by `install_bi_masks`; `compress` takes
+    the masks off.
 
     Attributes:
         model: the classifier, with the state-dict keys it always had. It shrinks during the search.
@@ -45,10 +55,13 @@ class Supernet(Choices):
         bi_mask_config, space: what is searched, and the candidates for the dense model.
         dense_architecture, dense_sizes, dense_macs: of the model before the search.
         dense_cost, target: in the budget's unit.
-        lam: buffer, weight of importance in the bi-mask. multiplier: buffer, the budget's dual variable.
+        lam: buffer, weight of importance in the bi-mask. multiplier: buffer, the budget's dual
+            variable.
         importance_known: buffer, whether the importance phase is over.
-        folded: buffer, whether the bi-masks are part of the weights (`fold_`); `is_folded` says so without waiting.
-        pmim_ratio: buffer, classification / reconstruction loss of the last step, the weight of PMIM.
+        folded: buffer, whether the bi-masks are part of the weights (`fold_`); `is_folded` says so
+            without waiting.
+        pmim_ratio: buffer, classification / reconstruction loss of the last step, the weight of
+            PMIM.
     """
 
     main_input_name = "pixel_values"
@@ -66,12 +79,19 @@ class Supernet(Choices):
         for space in self.space:
             leader = () if space.tied_to is None else (self.named_masks[space.tied_to],)
             mask_class = TiedBiMask if leader else BiMask
-            self.bi_masks.append(mask_class(space, *leader, normalize_importance=config.normalize_importance))
+            self.bi_masks.append(
+                mask_class(space, *leader, normalize_importance=config.normalize_importance)
+            )
         self.pmim_decoder = None
         self.pmim_window = config.pmim_window or window_for_patch(architecture.token_size)
         if config.pmim:
-            first, last = (architecture.sizes[name][0] for name in (architecture.first_width, architecture.last_width))
-            self.pmim_decoder = PMIMDecoder(last, architecture.token_size, architecture.num_channels).to(model.dtype)
+            first, last = (
+                architecture.sizes[name][0]
+                for name in (architecture.first_width, architecture.last_width)
+            )
+            self.pmim_decoder = PMIMDecoder(
+                last, architecture.token_size, architecture.num_channels
+            ).to(model.dtype)
             mask_token = torch.zeros(1, 1, first, dtype=model.dtype)
             model.get_submodule(architecture.embeddings).mask_token = nn.Parameter(mask_token)
         self.register_buffer("lam", torch.tensor(config.importance_start))
@@ -99,17 +119,24 @@ class Supernet(Choices):
     @property
     def repaints(self) -> bool:
         """Whether patches may still be hidden and repainted."""
-        return self.pmim_decoder is not None and not (self.is_folded and self.bi_mask_config.pmim_until_settled)
+        return self.pmim_decoder is not None and not (
+            self.is_folded and self.bi_mask_config.pmim_until_settled
+        )
 
     @property
     def is_fresh(self) -> bool:
-        """Whether no search has moved it yet: full widths, everything in the race, lambda at its start."""
+        """Whether no search has moved it yet: full widths, everything in the race, lambda at its
+        start."""
         start = torch.tensor(self.bi_mask_config.importance_start)
-        complete = self.architecture.sizes == self.dense_sizes and all(mask.alive.all() for mask in self.bi_masks)
+        complete = self.architecture.sizes == self.dense_sizes and all(
+            mask.alive.all() for mask in self.bi_masks
+        )
         undecided = self.num_active_candidates == self.space.num_candidates
         return complete and undecided and bool(self.lam.cpu() == start)
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs
+    ) -> None:
         """Trades compute for memory in the classifier's blocks; arguments as in transformers.
 
         Raises:
@@ -117,43 +144,58 @@ class Supernet(Choices):
         """
         settings = without_reentry(
             activation_checkpointing_kwargs,
-            "all blocks share the gates of one forward pass, which reentrant checkpointing would run backward through "
+            "all blocks share the gates of one forward pass, which reentrant checkpointing would "
+            "run backward through "
             "block by block",
         )
         enable = (
-            getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+            getattr(self.model, "activation_checkpointing_enable", None)
+            or self.model.gradient_checkpointing_enable
         )
         enable(settings, **kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, **kwargs
+    ) -> None:
         """The older name of `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def forward(
-        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, repainted: Tensor | None = None, **kwargs
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        repainted: Tensor | None = None,
+        **kwargs,
     ) -> ImageClassifierOutput | SupernetOutput:
-        """The classifier under its bi-masks; in training, no more of it than logits and repainted patches follow from.
+        """The classifier under its bi-masks; in training, no more of it than logits and repainted
+        patches follow from.
 
-        That is by way of its `forward_chosen`: hooks on the classifier as a whole see evaluations only.
+        That is by way of its `forward_chosen`: hooks on the classifier as a whole see evaluations
+        only.
 
         Args:
             pixel_values: (B, channels, height, width).
             bool_masked_pos: (B, N) bool, patches to hide; the decoder then repaints.
-            repainted: (B, K) indices of the final tokens whose patches to repaint; by default all, in their order.
-            kwargs: for the classifier (`labels`, `output_hidden_states`, ...), without masked patches only.
+            repainted: (B, K) indices of the final tokens whose patches to repaint; by default all,
+                in their order.
+            kwargs: for the classifier (`labels`, `output_hidden_states`, ...), without masked
+                patches only.
 
         Raises:
-            ValueError: for masked images of another size than the config's, and for masked ones with more arguments.
+            ValueError: for masked images of another size than the config's, and for masked ones
+                with more arguments.
         """
         if bool_masked_pos is not None and kwargs:
             raise ValueError(
-                f"{sorted(kwargs)} are given beside bool_masked_pos, but what hidden patches leave are logits and a "
+                f"{sorted(kwargs)} are given beside bool_masked_pos, but what hidden patches "
+                f"leave are logits and a "
                 "reconstruction alone; compute losses from these, or leave bool_masked_pos out."
             )
         sides, pixels = image_sides(self.config), tuple(pixel_values.shape[-2:])
         if bool_masked_pos is not None and pixels != sides:
             raise ValueError(
-                f"pixel_values are {pixels[0]} x {pixels[1]} pixels, but the config's image_size is "
+                f"pixel_values are {pixels[0]} x {pixels[1]} pixels, but the config's image_size "
+                f"is "
                 f"{sides[0]} x {sides[1]}; masked image modelling needs images of that size."
             )
         self.refresh_gates()
@@ -164,7 +206,9 @@ class Supernet(Choices):
         rows, columns = self.dense_architecture.token_grid
         if repainted is None:
             count = 0 if bool_masked_pos is None else rows * columns
-            repainted = torch.arange(count, device=pixel_values.device).expand(len(pixel_values), -1)
+            repainted = torch.arange(count, device=pixel_values.device).expand(
+                len(pixel_values), -1
+            )
         logits, tokens = self.model.forward_chosen(pixel_values, bool_masked_pos, repainted)
         if bool_masked_pos is None:
             return ImageClassifierOutput(logits=logits)
@@ -172,21 +216,23 @@ class Supernet(Choices):
 
     def refresh_gates(self) -> None:
         """Computes the bi-mask values that the gated modules read until the next call."""
-        # A new dict, and nobody looks at the last one: compiled code does not depend on what it held.
+        # A new dict, and nobody looks at the last one: compiled code does not depend on what it
+        # held.
         self._gate_store.values = {} if self.is_folded else self._stacks.gates(self.lam)
         if not torch.compiler.is_compiling():
             self.refresh_liveness()
 
     def refresh_liveness(self) -> None:
-        """Tells the norms which channels live. `forward` does so by itself, unless it is compiled: then whoever
-        retires candidates has to call this before the next forward pass."""
+        """Tells the norms which channels live. `forward` does so by itself, unless it is compiled:
+        then whoever retires candidates has to call this before the next forward pass."""
         for mask in self.bi_masks:
             self._gate_store.refresh_liveness(mask.name, mask.alive)
 
     @contextmanager
     def separate_images(self) -> Iterator[None]:
-        """Inside, every image of a forward pass has gates of its own, equal to those of the others: one backward pass
-        tells `changes_of_images`. Nothing else has gradients, for nobody would look at them.
+        """Inside, every image of a forward pass has gates of its own, equal to those of the others:
+        one backward pass tells `changes_of_images`. Nothing else has gradients, for nobody would
+        look at them.
         """
         resting = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self._gate_store.separates = True
@@ -201,14 +247,17 @@ class Supernet(Choices):
 
     @torch.no_grad()
     def changes_of_images(self) -> tuple[Tensor, Tensor]:
-        """What the last backward pass of `separate_images` said of every image, as derivatives of the loss.
+        """What the last backward pass of `separate_images` said of every image, as derivatives of
+        the loss.
 
         Returns:
-            By the gates of all bi-masks, one after the other, (B, U). And what merging its tokens would change to first
-            order, (B, entries of `first_order_of_tokens`).
+            By the gates of all bi-masks, one after the other, (B, U). And what merging its tokens
+            would change to first order, (B, entries of `first_order_of_tokens`).
         """
         gates = [self._gate_store.of_images[mask.name] for mask in self.bi_masks]
-        units = torch.cat([torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in gates], 1)
+        units = torch.cat(
+            [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in gates], 1
+        )
         if self.tokens is None:
             return units, units[:, :0]
         return units, self.tokens.changes(self.model, len(units)).flatten(1)
@@ -218,10 +267,12 @@ class Supernet(Choices):
         return [submodule for submodule in architecture.submodules if submodule.name in names]
 
     def sizes(self, on: str) -> Tensor:
-        """Differentiable values of all quantities that cost terms multiply, in the order of `quantities`: (Q,).
+        """Differentiable values of all quantities that cost terms multiply, in the order of
+        `quantities`: (Q,).
 
         Args:
-            on: `bi_mask` = sums of the bi-mask values of the last forward; `sparsity` = expected sizes under alpha.
+            on: `bi_mask` = sums of the bi-mask values of the last forward; `sparsity` = expected
+                sizes under alpha.
         """
         if on != "bi_mask" or self.is_folded:
             return self._stacks.sizes()
@@ -241,13 +292,13 @@ class Supernet(Choices):
 
     @torch.no_grad()
     def shrink_(self) -> tuple[dict[nn.Parameter, nn.Parameter | None], dict[str, Entries]]:
-        """Removes all units that are not alive, physically, from classifier, masks and decoder; attentions and MLPs
-        that have none left lose their layers and their norm.
+        """Removes all units that are not alive, physically, from classifier, masks and decoder;
+        attentions and MLPs that have none left lose their layers and their norm.
 
         Returns:
             Old parameter -> new parameter, or None where nothing is left to train, and the plan
-            {parameter name: ((axis, indices), ...)} for those that stay. With these the optimizer and a weight average
-            follow. Both empty if there was nothing to remove.
+            {parameter name: ((axis, indices), ...)} for those that stay. With these the optimizer
+            and a weight average follow. Both empty if there was nothing to remove.
         """
         gone = [mask for mask in self.bi_masks if not mask.alive.all()]
         ready = self.token_schedule is not None and self.is_settled and not self.tokens.acts
@@ -256,15 +307,26 @@ class Supernet(Choices):
             return retired, {}
         kept = {mask.name: mask.alive.flatten().nonzero()[:, 0] for mask in gone}
         submodules, before = self._submodules_with_decoder(), set(self.parameters())
-        living = {mask.name: tuple(indices.shape[-1] for indices in mask.alive_units()) for mask in gone}
+        living = {
+            mask.name: tuple(indices.shape[-1] for indices in mask.alive_units()) for mask in gone
+        }
         resize_(self.model, self.architecture.sizes | living)
         plan = unit_group_plan(submodules, kept, set(self.state_dict()))
         for index, mask in enumerate(self.bi_masks):
             if mask.name in kept:
-                plan |= {f"bi_masks.{index}.{name}": entries for name, entries in mask.shrink_plan().items()}
+                plan |= {
+                    f"bi_masks.{index}.{name}": entries
+                    for name, entries in mask.shrink_plan().items()
+                }
         replaced = dict.fromkeys(before - set(self.parameters())) | slice_tensors_(self, plan)
-        # Masks of what is gone: nothing in the forward pass reads them any more, so DDP must not wait for them.
-        idle = {p.requires_grad_(False) for mask in gone if not mask.alive.numel() for p in mask.parameters()}
+        # Masks of what is gone: nothing in the forward pass reads them any more, so DDP must not
+        # wait for them.
+        idle = {
+            p.requires_grad_(False)
+            for mask in gone
+            if not mask.alive.numel()
+            for p in mask.parameters()
+        }
         replaced = retired | {old: None if new in idle else new for old, new in replaced.items()}
         self._stack_masks()
         self._gate_store.clear()
@@ -286,11 +348,14 @@ class Supernet(Choices):
         return dict.fromkeys(before - set(self.parameters()))
 
     def _submodules_with_decoder(self) -> list[Submodule]:
-        """The model's submodules with slots named as in the supernet, the decoder's input included."""
+        """The model's submodules with slots named as in the supernet, the decoder's input
+        included."""
         decoder = Slot("pmim_decoder.projection.weight", 1)
         submodules = []
         for submodule in self.architecture.submodules:
-            slots = tuple(replace(slot, parameter=f"model.{slot.parameter}") for slot in submodule.slots)
+            slots = tuple(
+                replace(slot, parameter=f"model.{slot.parameter}") for slot in submodule.slots
+            )
             slots += (decoder,) if submodule.name == self.architecture.last_width else ()
             submodules.append(replace(submodule, slots=slots))
         return submodules
@@ -309,13 +374,17 @@ class Supernet(Choices):
             saved = f"bi_masks.{index}."
             ids = state.get(f"{saved}unit_ids")
             if ids is None or not torch.isin(ids, mask.unit_ids.cpu()).all():
-                raise ValueError(f"the checkpoint's units of {mask.name!r} are not among this supernet's units.")
+                raise ValueError(
+                    f"the checkpoint's units of {mask.name!r} are not among this supernet's units."
+                )
             mask.alive.copy_(torch.isin(mask.unit_ids, ids.to(mask.unit_ids.device)))
             present = [
                 torch.isin(sizes, state[f"{saved}candidate_sizes_{axis}"].to(sizes.device))
                 for axis, sizes in enumerate(mask.candidate_axes)
             ]
-            mask.active_candidates.copy_(present[0][:, None] & present[1] if mask.is_grid else present[0])
+            mask.active_candidates.copy_(
+                present[0][:, None] & present[1] if mask.is_grid else present[0]
+            )
         self.shrink_()
         if self.tokens is not None:
             self.tokens.schedule.copy_(state["tokens.schedule"])
@@ -327,25 +396,30 @@ class Supernet(Choices):
 
     @torch.no_grad()
     def scale_(self, tensors: dict[str, Tensor]) -> None:
-        """Multiplies the present mask values into tensors named and shaped like the classifier's parameters."""
+        """Multiplies the present mask values into tensors named and shaped like the classifier's
+        parameters."""
         self.refresh_gates()
         apply_gates_(tensors, self._searched(self.architecture), self._gate_store)
 
     @torch.no_grad()
     def fold_(self) -> dict[nn.Parameter, None]:
-        """Makes the bi-masks part of the weights, once one candidate of each is left and dead units are gone.
+        """Makes the bi-masks part of the weights, once one candidate of each is left and dead units
+        are gone.
 
-        The function stays, and costs what the network alone costs: no gates, and no patches to repaint where that ends
-        with the choice.
+        The function stays, and costs what the network alone costs: no gates, and no patches to
+        repaint where that ends with the choice.
 
         Returns:
-            The parameters that have nothing left to learn, for the optimizer to forget: {parameter: None}.
+            The parameters that have nothing left to learn, for the optimizer to forget: {parameter:
+            None}.
 
         Raises:
             RuntimeError: while there is anything left to choose or to remove.
         """
         if not self.is_settled or not all(mask.alive.all() for mask in self.bi_masks):
-            raise RuntimeError("bi-masks are folded for good after settle_() and shrink_(), not before.")
+            raise RuntimeError(
+                "bi-masks are folded for good after settle_() and shrink_(), not before."
+            )
         self.scale_(dict(self.model.named_parameters()))
         return self._rest_()
 
@@ -359,15 +433,24 @@ class Supernet(Choices):
                 *self.pmim_decoder.parameters(),
                 self.model.get_submodule(self.architecture.embeddings).mask_token,
             ]
-        return {parameter.requires_grad_(False): None for parameter in resting if parameter.requires_grad}
+        return {
+            parameter.requires_grad_(False): None
+            for parameter in resting
+            if parameter.requires_grad
+        }
 
     @torch.no_grad()
     def fold(self) -> PreTrainedModel:
-        """The classifier as it is, with the mask values multiplied into its weights: same logits, no masks.
+        """The classifier as it is, with the mask values multiplied into its weights: same logits,
+        no masks.
 
         Units that are not alive are left out. The supernet stays as it was.
         """
-        state = {n: tensor.clone() for n, tensor in self.model.state_dict().items() if not n.endswith(".mask_token")}
+        state = {
+            n: tensor.clone()
+            for n, tensor in self.model.state_dict().items()
+            if not n.endswith(".mask_token")
+        }
         self.scale_(state)
         folded = family_of(self.config).model_class(copy.deepcopy(self.config))
         folded.to(device=self.model.device, dtype=self.model.dtype)
@@ -377,10 +460,12 @@ class Supernet(Choices):
 
 
 def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None) -> Supernet:
-    """Puts bi-masks on a copy of a classifier. `model` itself stays as it is and can serve as the teacher.
+    """Puts bi-masks on a copy of a classifier. `model` itself stays as it is and can serve as the
+    teacher.
 
     Args:
-        model: a stock transformers classifier of a family in `ofb_hf/architectures.py`, or one of ours.
+        model: a stock transformers classifier of a family in `ofb_hf/architectures.py`, or one of
+            ours.
         config: what to search; the default is half the MACs with the preset "ours".
 
     Returns:
@@ -393,9 +478,12 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
     require_classifier(model)
     if getattr(model.config, "token_schedule", None) is not None:
         raise UnsupportedArchitectureError(
-            "the model has a token_schedule, and widths cannot be searched on top of it: masked images are repainted "
-            "from all tokens, and heads that are switched off would still vote on which tokens stay. Search widths "
-            "first (load the model with token_schedule=None), then tokens; or both together (search_tokens=True)."
+            "the model has a token_schedule, and widths cannot be searched on top of it: masked "
+            "images are repainted "
+            "from all tokens, and heads that are switched off would still vote on which tokens "
+            "stay. Search widths "
+            "first (load the model with token_schedule=None), then tokens; or both together "
+            "(search_tokens=True)."
         )
     family = family_of(model.config)
     config = config if config is not None else default_config(model.config)
@@ -404,10 +492,13 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
     activation = describe(model.config).activation
     if ACT2FN[activation](torch.zeros(1)).item() != 0:
         raise ValueError(
-            f"hidden_act is {activation!r}, which is not 0 at 0: a masked MLP channel would still contribute. "
+            f"hidden_act is {activation!r}, which is not 0 at 0: a masked MLP channel would still "
+            f"contribute. "
             "Search models with gelu, relu, silu or another activation through the origin."
         )
-    ours = copy.deepcopy(model) if isinstance(model, family.model_class) else family.from_dense(model)
+    ours = (
+        copy.deepcopy(model) if isinstance(model, family.model_class) else family.from_dense(model)
+    )
     family.pin(ours.config)
     supernet = Supernet(ours, config)
     for mask in supernet.bi_masks:
@@ -422,11 +513,12 @@ def read_subnet(supernet: Supernet) -> SubnetSpec:
 
 
 def compress(supernet: Supernet) -> PreTrainedModel:
-    """The small dense classifier: settles under the budget, folds the masks into the weights, slices.
+    """The small dense classifier: settles under the budget, folds the masks into the weights,
+    slices.
 
     Returns:
-        A new model without masks and decoder, in the supernet's training mode; the supernet stays as it was.
-        `count_macs` of it is at most the budget.
+        A new model without masks and decoder, in the supernet's training mode; the supernet stays
+        as it was. `count_macs` of it is at most the budget.
 
     Raises:
         UnreachableBudgetError: naming the smallest possible cost.
@@ -437,8 +529,13 @@ def compress(supernet: Supernet) -> PreTrainedModel:
 
 
 def dense_parent(supernet: Supernet) -> PreTrainedModel:
-    """The classifier as it was before masks scaled it. Meant for a supernet that has not been trained yet."""
-    state = {k: v.clone() for k, v in supernet.model.state_dict().items() if not k.endswith(".mask_token")}
+    """The classifier as it was before masks scaled it. Meant for a supernet that has not been
+    trained yet."""
+    state = {
+        k: v.clone()
+        for k, v in supernet.model.state_dict().items()
+        if not k.endswith(".mask_token")
+    }
     dense = family_of(supernet.config).model_class(copy.deepcopy(supernet.config))
     dense.load_state_dict(state)
     return dense.to(supernet.model.device, supernet.model.dtype).eval()

@@ -1,4 +1,5 @@
-"""The search: one training run that learns weights, importance and widths together, and shrinks the network."""
+"""The search: one training run that learns weights, importance and widths together, and shrinks the
+network."""
 
 import math
 from collections.abc import Callable
@@ -49,10 +50,12 @@ class OFBTrainer(DistillationTrainer):
     """Searches a classifier under a budget; `compress` gives the small model afterwards.
 
     Args:
-        model: a classifier (bi-masks are installed on a copy of it) or a supernet from `install_bi_masks`.
+        model: a classifier (bi-masks are installed on a copy of it) or a supernet from
+            `install_bi_masks`.
         args: `OFBTrainingArguments`; `max_steps` or `num_train_epochs` is the length of the search.
         bi_mask_config: what to search, when `model` is no supernet yet.
-        teacher: classifier to learn from; by default the dense model itself where the preset distils.
+        teacher: classifier to learn from; by default the dense model itself where the preset
+            distils.
         kwargs: as for `DistillationTrainer`.
 
     Raises:
@@ -77,31 +80,42 @@ class OFBTrainer(DistillationTrainer):
     ):
         check_search_arguments(args)
         if isinstance(model, Supernet) and bi_mask_config is not None:
-            raise ValueError("bi_mask_config is given, but the model is a supernet that already has one; leave it out.")
-        set_seed(args.seed)  # the masks' random start belongs to the run, as the order of the data does
+            raise ValueError(
+                "bi_mask_config is given, but the model is a supernet that already has one; leave "
+                "it out."
+            )
+        # the masks' random start belongs to the run, as the order of the data does
+        set_seed(args.seed)
         supernet = model if isinstance(model, Supernet) else install_bi_masks(model, bi_mask_config)
         dense = dense_parent(supernet) if supernet.is_fresh else None
         weight = args.distillation_weight
         if weight is None:
-            # Not all of it: a dense model that learns from itself has no gradient, and nothing could be observed.
+            # Not all of it: a dense model that learns from itself has no gradient, and nothing
+            # could be observed.
             weight = supernet.bi_mask_config.distillation_weight or float(teacher is not None)
         if teacher is None and weight > 0:
             if weight == 1 and supernet.bi_mask_config.importance_from == "first_order":
                 raise ValueError(
-                    "distillation_weight is 1 and the teacher is the dense model itself: it agrees with itself, so "
-                    "there are no gradients to rank units by. Leave labels a share (0.5), or give another teacher."
+                    "distillation_weight is 1 and the teacher is the dense model itself: it "
+                    "agrees with itself, so "
+                    "there are no gradients to rank units by. Leave labels a share (0.5), or give "
+                    "another teacher."
                 )
             if dense is None:
                 raise ValueError(
-                    "the supernet has been searched already, so the dense model to learn from is no longer in it; "
+                    "the supernet has been searched already, so the dense model to learn from is "
+                    "no longer in it; "
                     "give that model as teacher, or distillation_weight=0."
                 )
             teacher = dense
         config = supernet.bi_mask_config
-        # A network that trains on with its choice learns by itself what a fit, long afterwards, would undo.
+        # A network that trains on with its choice learns by itself what a fit, long afterwards,
+        # would undo.
         fits = config.compensate and (config.prune_during_search or config.settle_at == 1)
         self.compensation = Compensation(dense) if fits and dense is not None else None
-        super().__init__(model=supernet, args=args, teacher=teacher, distillation_weight=weight, **kwargs)
+        super().__init__(
+            model=supernet, args=args, teacher=teacher, distillation_weight=weight, **kwargs
+        )
         self.supernet, self.bi_mask_config = supernet, supernet.bi_mask_config
         self.add_callback(SearchCallback(self))
         self._pmim_sums = torch.zeros(2, device=args.device)
@@ -122,20 +136,31 @@ class OFBTrainer(DistillationTrainer):
             self.observation.images.append(pixel_values)
         hides = supernet.repaints and not self._is_observing
         if hides:
-            grid, size = supernet.dense_architecture.token_grid, supernet.dense_architecture.token_size
+            grid, size = (
+                supernet.dense_architecture.token_grid,
+                supernet.dense_architecture.token_size,
+            )
             hidden, repainted = self._hide_tokens(len(pixel_values))
             factor = size // supernet.dense_architecture.patch_size
-            masked_patches = refine_mask(hidden, grid, supernet.dense_architecture.patch_grid, factor)
-            outputs = model(pixel_values=pixel_values, bool_masked_pos=masked_patches, repainted=repainted)
+            masked_patches = refine_mask(
+                hidden, grid, supernet.dense_architecture.patch_grid, factor
+            )
+            outputs = model(
+                pixel_values=pixel_values, bool_masked_pos=masked_patches, repainted=repainted
+            )
         else:
             outputs = model(pixel_values=pixel_values)
         parts = {"task": self.task_loss(outputs.logits, pixel_values, labels)}
         loss = parts["task"]
         if hides:
             target = normalize_target(pixel_values, supernet.pmim_window)
-            parts["pmim"] = reconstruction_loss(outputs.reconstruction, target, hidden, grid, size, repainted)
+            parts["pmim"] = reconstruction_loss(
+                outputs.reconstruction, target, hidden, grid, size, repainted
+            )
             loss = loss + config.pmim_weight * supernet.pmim_ratio * parts["pmim"]
-            self._pmim_sums += torch.stack([parts["task"].detach().float(), parts["pmim"].detach().float()])
+            self._pmim_sums += torch.stack(
+                [parts["task"].detach().float(), parts["pmim"].detach().float()]
+            )
         elif supernet.pmim_decoder is not None:
             parts["pmim"] = torch.zeros_like(parts["task"])
 
@@ -167,8 +192,8 @@ class OFBTrainer(DistillationTrainer):
     def _hide_tokens(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Which final tokens lose their patches (B, N), and which are repainted (B, K).
 
-        Nothing hidden is a mask like any other, and as many are repainted at every step: the same graph to compile, and
-        every parameter takes part under DDP.
+        Nothing hidden is a mask like any other, and as many are repainted at every step: the same
+        graph to compile, and every parameter takes part under DDP.
         """
         config, grid = self.bi_mask_config, self.supernet.dense_architecture.token_grid
         tokens = grid[0] * grid[1]
@@ -176,7 +201,8 @@ class OFBTrainer(DistillationTrainer):
         most = tokens - int(tokens * min(config.keep_ratio_start, config.keep_ratio_end))
         drawn = masked, hidden_first(masked, most)
         if self.args.device.type == "cuda":
-            drawn = [tensor.pin_memory() for tensor in drawn]  # from ordinary memory it waits for all that is queued
+            # from ordinary memory it waits for all that is queued
+            drawn = [tensor.pin_memory() for tensor in drawn]
         return tuple(tensor.to(self.args.device, non_blocking=True) for tensor in drawn)
 
     def begin_search(self) -> None:
@@ -185,32 +211,45 @@ class OFBTrainer(DistillationTrainer):
         Raises:
             ValueError: for a supernet whose choice is made, if there would be units to rank.
         """
-        observes = self._observes and self.state.global_step < self._hold_steps(self.state.max_steps)
+        observes = self._observes and self.state.global_step < self._hold_steps(
+            self.state.max_steps
+        )
         if observes and self.supernet.is_folded:
             raise ValueError(
-                "the supernet has made its choice, and its bi-masks are part of its weights: there is nothing left to "
+                "the supernet has made its choice, and its bi-masks are part of its weights: "
+                "there is nothing left to "
                 "search in it. compress() gives the network; another search begins with that one."
             )
-        self._handed_over = not self.bi_mask_config.importance_hold or bool(self.supernet.importance_known)
+        self._handed_over = not self.bi_mask_config.importance_hold or bool(
+            self.supernet.importance_known
+        )
         self.supernet.watch_tokens_(self._observes and not self._handed_over)
 
     def begin_search_step(self) -> None:
-        """Sets everything that follows the global step; the step about to run is `state.global_step`."""
+        """Sets everything that follows the global step; the step about to run is
+        `state.global_step`."""
         config, supernet = self.bi_mask_config, self.supernet
         step, total = self.state.global_step, self.state.max_steps
         hold, warmup = self._hold_steps(total), config.warmup * total
         shrinks = hold <= step < schedule.settlement_step(config.settle_at, total)
         hides = supernet.pmim_decoder is not None and (shrinks or not config.pmim_until_settled)
-        lam = schedule.importance_weight(step - hold, warmup, config.importance_start, config.importance_end)
+        lam = schedule.importance_weight(
+            step - hold, warmup, config.importance_start, config.importance_end
+        )
         keep = schedule.keep_ratio(step, warmup, config.keep_ratio_start, config.keep_ratio_end)
-        share = schedule.budget_share(step, config.budget_ramp * total, supernet.target / supernet.dense_cost)
+        share = schedule.budget_share(
+            step, config.budget_ramp * total, supernet.target / supernet.dense_cost
+        )
         self._schedule = {
             "lam": lam,
             "keep_ratio": keep if hides else 1.0,
             "target": share * supernet.dense_cost,
             "importance_phase": step < hold,
             "one_hot_weight": schedule.one_hot_weight(
-                step, config.one_hot_begin * total, config.one_hot_end * total, config.one_hot_weight
+                step,
+                config.one_hot_begin * total,
+                config.one_hot_end * total,
+                config.one_hot_weight,
             ),
         }
         supernet.lam.fill_(lam)
@@ -227,51 +266,69 @@ class OFBTrainer(DistillationTrainer):
         return self._observes and self._schedule["importance_phase"]
 
     def _hold_steps(self, total: int) -> int:
-        """Steps of the importance phase; at least one where there has to be something to observe, and not too many."""
+        """Steps of the importance phase; at least one where there has to be something to observe,
+        and not too many."""
         hold, args = self.bi_mask_config.importance_hold, self.args
         if not self._observes or not hold:
             return round(hold * total)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        enough = min(math.ceil(OBSERVED_IMAGES / batch), schedule.settlement_step(self.bi_mask_config.settle_at, total))
+        enough = min(
+            math.ceil(OBSERVED_IMAGES / batch),
+            schedule.settlement_step(self.bi_mask_config.settle_at, total),
+        )
         return min(max(1, round(hold * total)), enough)
 
     @torch.no_grad()
     def _hand_over(self) -> None:
-        """Ends the importance phase: importance as it was observed, alpha as importance suggests."""
+        """Ends the importance phase: importance as it was observed, alpha as importance
+        suggests."""
         masks = self.supernet.bi_masks
         self.supernet.watch_tokens_(False)
 
         def decide() -> tuple[list[tuple[Tensor, Tensor]], Schedule | None]:
             if self._observes:
-                nearest = lambda found: nearest_settlement(self.supernet, found, self.observation.images)  # noqa: E731
+                nearest = lambda found: nearest_settlement(
+                    self.supernet, found, self.observation.images
+                )  # noqa: E731
                 self.supernet.estimate_importance_(nearest)
             self.supernet.fit_alpha_()
-            return [(mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks], self.supernet.token_schedule
+            return [
+                (mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks
+            ], self.supernet.token_schedule
 
         scores, token_schedule = decided_by_rank_0(decide)
         self.supernet.decide_tokens_(token_schedule)
         for mask, (importance, alpha) in zip(masks, scores, strict=True):
             mask.importance_logits.copy_(importance)
             mask.alpha.copy_(alpha)
-            self.optimizer.state.pop(mask.alpha, None)  # its momentum is of the time when alpha rested
+            # its momentum is of the time when alpha rested
+            self.optimizer.state.pop(mask.alpha, None)
         if self._observes:
-            self.optimizer.state.clear()  # all of it rested: moments of nothing, grown old, make large first steps
+            # all of it rested: moments of nothing, grown old, make large first steps
+            self.optimizer.state.clear()
         self.supernet.importance_known.fill_(True)
         self._handed_over, self._resting_choice = True, None
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """One forward and backward pass; or one that is only observed, and teaches nothing."""
         if not self._is_observing:
             return super().training_step(model, inputs, num_items_in_batch)
-        # The bare network: ranks add up what they saw afterwards, and nothing is compiled for so few steps.
-        backward = partial(super().training_step, self.supernet, num_items_in_batch=num_items_in_batch)
+        # The bare network: ranks add up what they saw afterwards, and nothing is compiled for so
+        # few steps.
+        backward = partial(
+            super().training_step, self.supernet, num_items_in_batch=num_items_in_batch
+        )
         return self.observation.observe(inputs, backward, self.current_gradient_accumulation_steps)
 
     @torch.no_grad()
     def end_search_step(self) -> None:
-        """Updates the budget multiplier; at their steps, retires candidates or settles, and shrinks."""
+        """Updates the budget multiplier; at their steps, retires candidates or settles, and
+        shrinks."""
         supernet, config = self.supernet, self.bi_mask_config
         step, total = self.state.global_step, self.state.max_steps
         if self._schedule["importance_phase"] and not self._observes:
@@ -280,7 +337,8 @@ class OFBTrainer(DistillationTrainer):
             gap = (expected - self._schedule["target"]) / supernet.dense_cost
             supernet.multiplier.add_(config.dual_step * gap).clamp_(min=0)
         if supernet.repaints:
-            task, pmim = self.accelerator.reduce(self._pmim_sums)  # every rank goes on with the same weight
+            # every rank goes on with the same weight
+            task, pmim = self.accelerator.reduce(self._pmim_sums)
             ratio = (task / pmim.clamp(min=1e-8)).clamp(max=config.pmim_max_ratio)
             supernet.pmim_ratio.copy_(torch.where(pmim > 0, ratio, supernet.pmim_ratio))
 
@@ -304,7 +362,9 @@ class OFBTrainer(DistillationTrainer):
 
         def decision() -> tuple[list[tuple[Tensor, Tensor]], Schedule | None]:
             decide()
-            return [(mask.active_candidates.cpu(), mask.alive.cpu()) for mask in masks], self.supernet.token_schedule
+            return [
+                (mask.active_candidates.cpu(), mask.alive.cpu()) for mask in masks
+            ], self.supernet.token_schedule
 
         choices, token_schedule = decided_by_rank_0(decision)
         self.supernet.decide_tokens_(token_schedule)
@@ -312,17 +372,20 @@ class OFBTrainer(DistillationTrainer):
             mask.active_candidates.copy_(active)
             mask.alive.copy_(alive)
             if not torch.equal(mask.active_candidates, previous):
-                # A softmax over fewer candidates is another problem: its momentum starts afresh (published).
+                # A softmax over fewer candidates is another problem: its momentum starts afresh
+                # (published).
                 self.optimizer.state.pop(mask.alpha, None)
 
     def shrink(self, fold: bool = False) -> None:
-        """Removes dead units from the network, its average and the optimizer, and tells DDP about it.
+        """Removes dead units from the network, its average and the optimizer, and tells DDP about
+        it.
 
         Args:
             fold: make the bi-masks part of the weights as well; for a settled supernet.
 
         Raises:
-            RanksDifferError: if the ranks no longer hold the same network; checked whether or not anything was removed.
+            RanksDifferError: if the ranks no longer hold the same network; checked whether or not
+                anything was removed.
         """
         replaced, plan = self.supernet.shrink_()
         names = {parameter: name for name, parameter in self.supernet.named_parameters()}
@@ -333,13 +396,15 @@ class OFBTrainer(DistillationTrainer):
             self.average.slice_(plan, names.values())
         if fold:
             replaced |= self._fold()
-        self._require_identical_ranks()  # before DDP is rebuilt: copying rank 0's values would hide a difference
+        # before DDP is rebuilt: copying rank 0's values would hide a difference
+        self._require_identical_ranks()
         if not replaced:
             return
-        wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)  # torch.compile wraps once more
+        # torch.compile wraps once more
+        wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
         if wrapped is not self.model_wrapped:
-            # The code compiled for the larger network is never needed again, and counts towards the number of variants
-            # after which torch gives up and runs eagerly.
+            # The code compiled for the larger network is never needed again, and counts towards the
+            # number of variants after which torch gives up and runs eagerly.
             torch.compiler.reset()
         if isinstance(wrapped, DistributedDataParallel):
             rebuild_ddp_(wrapped)
@@ -359,20 +424,25 @@ class OFBTrainer(DistillationTrainer):
     def _compensate(self) -> None:
         small, compensation, self.compensation = self.supernet.model, self.compensation, None
         if self.average is not None and self.state.global_step == self.state.max_steps:
-            self.average.copy_to_(self.supernet)  # no step will follow: the average is what is kept, so it is fitted
-        for name, values in decided_by_rank_0(lambda: compensation.fit_(small, self.read_subnet())).items():
+            # no step will follow: the average is what is kept, so it is fitted
+            self.average.copy_to_(self.supernet)
+        for name, values in decided_by_rank_0(
+            lambda: compensation.fit_(small, self.read_subnet())
+        ).items():
             parameter = small.get_parameter(name)
             parameter.copy_(values)
             self.optimizer.state.pop(parameter, None)
         if self.average is not None:
-            self.average.restart(self.supernet)  # layers fitted to each other, not to averages of what they were
+            # layers fitted to each other, not to averages of what they were
+            self.average.restart(self.supernet)
 
     def _require_identical_ranks(self) -> None:
         if self.args.world_size > 1:
             require_identical_ranks(self.supernet, self.optimizer, self.state.global_step)
 
     def compress(self) -> PreTrainedModel:
-        """The small dense model that the search arrived at; its MACs or parameters are within the budget."""
+        """The small dense model that the search arrived at; its MACs or parameters are within the
+        budget."""
         return compress(self.supernet)
 
     def read_subnet(self) -> SubnetSpec:
@@ -382,7 +452,8 @@ class OFBTrainer(DistillationTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One AdamW with the groups of `parameter_groups`.
 
-        Fused where `args.optim` says so, which is transformers' default: the same update in one pass over the weights.
+        Fused where `args.optim` says so, which is transformers' default: the same update in one
+        pass over the weights.
         """
         if self.optimizer is None:
             fused = self.args.optim == OptimizerNames.ADAMW_TORCH_FUSED
@@ -390,15 +461,20 @@ class OFBTrainer(DistillationTrainer):
             self.optimizer = torch.optim.AdamW(groups, eps=self.args.adam_epsilon, fused=fused)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """One LambdaLR: weights and decoder follow `lr_scheduler_type`, the masks as their preset says."""
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """One LambdaLR: weights and decoder follow `lr_scheduler_type`, the masks as their preset
+        says."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             hold = self._hold_steps(num_training_steps)
-            rests = hold if self._observes else 0  # the schedule of the weights begins when they begin to move
+            # the schedule of the weights begins when they begin to move
+            rests = hold if self._observes else 0
             reference = get_scheduler(
                 self.args.lr_scheduler_type,
-                # Some schedules end at a given learning rate: they have to know the one they start from.
+                # Some schedules end at a given learning rate: they have to know the one they start
+                # from.
                 torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=self.args.learning_rate),
                 num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
                 num_training_steps=num_training_steps - rests,
@@ -411,13 +487,17 @@ class OFBTrainer(DistillationTrainer):
             factors = {
                 "weights": lambda step: follow(step) * (held if step < hold else 1.0),
                 "pmim_decoder": lambda step: 0.0 if step < rests else follow(step),
-                # Gradients are comparable, and the function is the given one, as long as importance rests.
+                # Gradients are comparable, and the function is the given one, as long as importance
+                # rests.
                 "importance": lambda step: 0.0 if step < rests else masks(step),
-                # While importance leads alone, alpha would only follow the budget: it sees no units worth keeping yet.
+                # While importance leads alone, alpha would only follow the budget: it sees no units
+                # worth keeping yet.
                 "architecture": lambda step: 0.0 if step < hold else masks(step),
             }
             factors["weights_no_decay"] = factors["weights"]
-            self.lr_scheduler = LambdaLR(optimizer, [factors[group["name"]] for group in optimizer.param_groups])
+            self.lr_scheduler = LambdaLR(
+                optimizer, [factors[group["name"]] for group in optimizer.param_groups]
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -452,19 +532,27 @@ class OFBTrainer(DistillationTrainer):
 
 
 class SearchCallback(TrainerCallback):
-    """Moves the search on: schedules before a step; multiplier, retirement, shrinking and settlement after it."""
+    """Moves the search on: schedules before a step; multiplier, retirement, shrinking and
+    settlement after it."""
 
     def __init__(self, trainer: "OFBTrainer"):
         self.trainer = trainer
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
         """Looks at where the supernet stands; a checkpoint has been loaded by now."""
         self.trainer.begin_search()
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
         """Sets lambda, keep ratio, budget and one-hot weight for this step."""
         self.trainer.begin_search_step()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Decides and cuts. Gradients are gone here, and a checkpoint of this step includes the cut."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Decides and cuts. Gradients are gone here, and a checkpoint of this step includes the
+        cut."""
         self.trainer.end_search_step()

@@ -1,7 +1,9 @@
-"""How far from the network as it is the networks are that a choice of widths and tokens might leave.
+"""How far from the network as it is the networks are that a choice of widths and tokens might
+leave.
 
-First-order scores rank units against units and tokens against tokens well; but how much of the budget each of the two
-is to give up they tell less reliably (docs/LOG.md). A look at what some networks answer settles that.
+First-order scores rank units against units and tokens against tokens well; but how much of the
+budget each of the two is to give up they tell less reliably (docs/LOG.md). A look at what some
+networks answer settles that.
 """
 
 import copy
@@ -15,22 +17,32 @@ from .supernet import Supernet, compress
 
 
 @torch.no_grad()
-def nearest_settlement(supernet: Supernet, settlements: list[Settlement], batches: list[Tensor]) -> Settlement:
+def nearest_settlement(
+    supernet: Supernet, settlements: list[Settlement], batches: list[Tensor]
+) -> Settlement:
     """The settlement whose network predicts most nearly what the network predicts now.
 
     Args:
         supernet: observed, and not scaled by its masks to speak of.
-        settlements: of all of its bi-masks, each with a token schedule. The first is taken if others are no nearer.
+        settlements: of all of its bi-masks, each with a token schedule. The first is taken if
+            others are no nearer.
         batches: images, (B, C, H, W) each.
     """
     was_training = supernet.training
     supernet.eval()
-    answers, best, least = [supernet(images).logits for images in batches], settlements[0], torch.inf
-    with torch.random.fork_rng():  # new networks draw weights, which are overwritten; the run shall not notice
+    answers, best, least = (
+        [supernet(images).logits for images in batches],
+        settlements[0],
+        torch.inf,
+    )
+    # new networks draw weights, which are overwritten; the run shall not notice
+    with torch.random.fork_rng():
         for settlement in settlements:
             trial, distance = _cut(supernet, settlement), 0.0
             for images, answer in zip(batches, answers, strict=True):
-                distance += len(images) * float(distillation_loss(trial(images).logits, answer, temperature=1.0))
+                distance += len(images) * float(
+                    distillation_loss(trial(images).logits, answer, temperature=1.0)
+                )
             if distance < least:
                 best, least = settlement, distance
     supernet.train(was_training)
@@ -38,7 +50,8 @@ def nearest_settlement(supernet: Supernet, settlements: list[Settlement], batche
 
 
 def _cut(supernet: Supernet, settlement: Settlement) -> torch.nn.Module:
-    """The network that a settlement leaves, with the units of the highest first order, as they were."""
+    """The network that a settlement leaves, with the units of the highest first order, as they
+    were."""
     trial = copy.deepcopy(supernet)
     trial.decide_tokens_(settlement.token_schedule)
     for mask in trial.bi_masks:

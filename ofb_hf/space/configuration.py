@@ -28,111 +28,196 @@ def _field(default: Any, help: str) -> Any:
 class BiMaskConfig(Budget):
     """What a search may change, how it decides and what the result may cost.
 
-    Use the subclass of your model's family, `ViTBiMaskConfig` or `SwinBiMaskConfig`. Fields that say "preset" take
-    their value from `preset` unless given: `"ours"` (led by data and budget) or `"paper"` (the published constants).
-    A list of candidates serves all submodules of its kind: each takes the sizes up to its own full one.
+    Use the subclass of your model's family, `ViTBiMaskConfig` or `SwinBiMaskConfig`. Fields that
+    say "preset" take their value from `preset` unless given: `"ours"` (led by data and budget) or
+    `"paper"` (the published constants). A list of candidates serves all submodules of its kind:
+    each takes the sizes up to its own full one.
 
     Raises:
-        ValueError: for an unknown preset, two budgets, a budget that is no share and no count, a latency table that is
-            missing or none, and for fractions and weights out of range. The message names the field, the value and
-            what is allowed.
+        ValueError: for an unknown preset, two budgets, a budget that is no share and no count, a
+            latency table that is missing or none, and for fractions and weights out of range. The
+            message names the field, the value and what is allowed.
     """
 
     family: ClassVar[type[PreTrainedConfig] | None] = None
 
     preset: str = _field("ours", "Source of all fields left at None: 'ours' or 'paper'.")
     target_macs: float | None = _field(
-        None, "Budget in MACs: at most 1 = share of the dense model, above 1 = absolute. 0.5 if no target is given."
+        None,
+        "Budget in MACs: at most 1 = share of the dense model, above 1 = absolute. 0.5 if no "
+        "target is given.",
     )
-    target_params: float | None = _field(None, "Budget in parameters instead, likewise. Give one target, not both.")
-    search_embedding: bool = _field(True, "Search the width of the residual stream (of every stage).")
-    search_attention: bool = _field(True, "Search heads x channels per head, jointly, in every attention.")
+    target_params: float | None = _field(
+        None, "Budget in parameters instead, likewise. Give one target, not both."
+    )
+    search_embedding: bool = _field(
+        True, "Search the width of the residual stream (of every stage)."
+    )
+    search_attention: bool = _field(
+        True, "Search heads x channels per head, jointly, in every attention."
+    )
     search_mlp: bool = _field(True, "Search the hidden width of every MLP.")
     search_depth: DepthSearch = field(
         default=False,
         metadata={
-            "help": "Let attentions and MLPs be left out altogether: True for both, 'attention' or 'mlp' for one kind.",
-            **{"nargs": "?", "const": True},  # the flag without a value is True, as with other switches
+            "help": "Let attentions and MLPs be left out altogether: True for both, 'attention' "
+            "or 'mlp' for one kind.",
+            # the flag without a value is True, as with other switches
+            **{"nargs": "?", "const": True},
         },
     )
     search_tokens: bool = _field(
-        False, "Search how many tokens each layer keeps, too, under the same budget in MACs or milliseconds. ViT only."
+        False,
+        "Search how many tokens each layer keeps, too, under the same budget in MACs or "
+        "milliseconds. ViT only.",
     )
-    embedding_candidates: list[int] | None = _field(None, "Residual widths to choose from; every full one included.")
-    head_candidates: list[int] | None = _field(None, "Numbers of heads to choose from; every full one included.")
-    head_dim_candidates: list[int] | None = _field(None, "Channels per head to choose from; every full one included.")
-    mlp_candidates: list[int] | None = _field(None, "MLP widths to choose from; every full one included.")
+    embedding_candidates: list[int] | None = _field(
+        None, "Residual widths to choose from; every full one included."
+    )
+    head_candidates: list[int] | None = _field(
+        None, "Numbers of heads to choose from; every full one included."
+    )
+    head_dim_candidates: list[int] | None = _field(
+        None, "Channels per head to choose from; every full one included."
+    )
+    mlp_candidates: list[int] | None = _field(
+        None, "MLP widths to choose from; every full one included."
+    )
     uniform_across_layers: bool = _field(
         False,
-        "Tie the sizes of all attentions, and of all MLPs, that are equally large in the dense model: one choice for "
-        "all of them, importance of each its own. A ViT then loads as a stock checkpoint without padding.",
+        "Tie the sizes of all attentions, and of all MLPs, that are equally large in the dense "
+        "model: one choice for "
+        "all of them, importance of each its own. A ViT then loads as a stock checkpoint without "
+        "padding.",
     )
-    multiple_of: int | None = _field(None, "Channel counts are multiples of this where the dense size is. Preset.")
-    smallest_share: float | None = _field(None, "Smallest residual width as a share of the full one. Preset.")
-    prune_during_search: bool = _field(True, "Remove units physically while searching; False cuts once, at the end.")
+    multiple_of: int | None = _field(
+        None, "Channel counts are multiples of this where the dense size is. Preset."
+    )
+    smallest_share: float | None = _field(
+        None, "Smallest residual width as a share of the full one. Preset."
+    )
+    prune_during_search: bool = _field(
+        True, "Remove units physically while searching; False cuts once, at the end."
+    )
 
-    importance_start: float = _field(0.99, "lambda, the weight of the importance score, at step 0 (paper's code).")
+    importance_start: float = _field(
+        0.99, "lambda, the weight of the importance score, at step 0 (paper's code)."
+    )
     importance_end: float = _field(0.1, "lambda after the warm-up (paper's code).")
     importance_from: str | None = _field(
         None,
-        "How importance is learned in that phase: 'first_order' observes gradients of the given network and ranks its "
-        "units by them; 'descent' moves importance under a budget that presses on the bi-mask. Preset.",
+        "How importance is learned in that phase: 'first_order' observes gradients of the given "
+        "network and ranks its "
+        "units by them; 'descent' moves importance under a budget that presses on the bi-mask. "
+        "Preset.",
     )
     importance_hold: float | None = _field(
         None,
-        "Share of the steps before lambda starts to fall; with 'first_order' no more than 2,048 images take. Meanwhile "
-        "importance is learned alone and alpha rests; then alpha is fitted to the importance curve. 0 = no such phase. "
+        "Share of the steps before lambda starts to fall; with 'first_order' no more than 2,048 "
+        "images take. Meanwhile "
+        "importance is learned alone and alpha rests; then alpha is fitted to the importance "
+        "curve. 0 = no such phase. "
         "Preset.",
     )
     hold_learning_rate: float | None = _field(
         None,
-        "Factor on the weights' learning rate in that phase. Below 1, importance is learned before the weights make up "
+        "Factor on the weights' learning rate in that phase. Below 1, importance is learned "
+        "before the weights make up "
         "for small gates or wake useless units. Preset.",
     )
-    warmup: float | None = _field(None, "Share of the steps over which lambda and the keep ratio move. Preset.")
-    importance_init_mean: float | None = _field(None, "Mean of the initial importance logits. Preset.")
-    importance_init_std: float | None = _field(None, "Their standard deviation, truncated at two of it. Preset.")
-    alpha_init: str | None = _field(None, "Initial architecture logits: 'zeros' or 'uniform' in [0, 1). Preset.")
-    normalize_importance: bool | None = _field(None, "Divide importance by its maximum in a submodule. Preset.")
-    importance_learning_rate: float | None = _field(None, "Learning rate of the importance logits. Preset.")
+    warmup: float | None = _field(
+        None, "Share of the steps over which lambda and the keep ratio move. Preset."
+    )
+    importance_init_mean: float | None = _field(
+        None, "Mean of the initial importance logits. Preset."
+    )
+    importance_init_std: float | None = _field(
+        None, "Their standard deviation, truncated at two of it. Preset."
+    )
+    alpha_init: str | None = _field(
+        None, "Initial architecture logits: 'zeros' or 'uniform' in [0, 1). Preset."
+    )
+    normalize_importance: bool | None = _field(
+        None, "Divide importance by its maximum in a submodule. Preset."
+    )
+    importance_learning_rate: float | None = _field(
+        None, "Learning rate of the importance logits. Preset."
+    )
     architecture_learning_rate: float | None = _field(None, "Learning rate of alpha. Preset.")
     architecture_weight_decay: float | None = _field(None, "Weight decay of alpha. Preset.")
     masks_follow_schedule: bool | None = _field(
-        None, "Whether the two learning rates above follow lr_scheduler_type or stay constant. Preset."
+        None,
+        "Whether the two learning rates above follow lr_scheduler_type or stay constant. Preset.",
     )
 
-    flops_weight: float | None = _field(None, "Weight of the squared relative gap to the budget. Preset.")
+    flops_weight: float | None = _field(
+        None, "Weight of the squared relative gap to the budget. Preset."
+    )
     dual_step: float | None = _field(
-        None, "Step of the dual ascent on the budget multiplier in the importance phase, 0 = none. Preset."
+        None,
+        "Step of the dual ascent on the budget multiplier in the importance phase, 0 = none. "
+        "Preset.",
     )
-    budget_ramp: float | None = _field(None, "Share of the steps over which the budget shrinks to the target. Preset.")
-    one_hot_weight: float | None = _field(None, "Final weight of the adaptive one-hot loss. Preset.")
-    one_hot_begin: float | None = _field(None, "Share of the steps before one-hot pressure starts to build up. Preset.")
-    one_hot_end: float | None = _field(None, "Share of the steps at which it has reached its full weight. Preset.")
+    budget_ramp: float | None = _field(
+        None, "Share of the steps over which the budget shrinks to the target. Preset."
+    )
+    one_hot_weight: float | None = _field(
+        None, "Final weight of the adaptive one-hot loss. Preset."
+    )
+    one_hot_begin: float | None = _field(
+        None, "Share of the steps before one-hot pressure starts to build up. Preset."
+    )
+    one_hot_end: float | None = _field(
+        None, "Share of the steps at which it has reached its full weight. Preset."
+    )
     importance_penalty: float | None = _field(
-        None, "Factor on the L1 penalty of importance (paper: 2e-4 per attention unit, 5e-5 elsewhere). Preset."
+        None,
+        "Factor on the L1 penalty of importance (paper: 2e-4 per attention unit, 5e-5 elsewhere). "
+        "Preset.",
     )
-    retire_threshold: float = _field(0.2, "A candidate retires at probability threshold / active candidates (paper).")
-    retire_begin: float | None = _field(None, "Share of the steps before candidates may retire. Preset.")
+    retire_threshold: float = _field(
+        0.2, "A candidate retires at probability threshold / active candidates (paper)."
+    )
+    retire_begin: float | None = _field(
+        None, "Share of the steps before candidates may retire. Preset."
+    )
     settle_at: float | None = _field(
-        None, "Share of the steps after which the final choice is made; the rest trains what was chosen. Preset."
+        None,
+        "Share of the steps after which the final choice is made; the rest trains what was "
+        "chosen. Preset.",
     )
     compensate: bool | None = _field(
         None,
-        "Right after the choice, fit the layers that write into the residual stream by least squares, so that what "
-        "stays makes up for what went; not where training goes on before the cut (prune_during_search=False). Preset.",
+        "Right after the choice, fit the layers that write into the residual stream by least "
+        "squares, so that what "
+        "stays makes up for what went; not where training goes on before the cut "
+        "(prune_during_search=False). Preset.",
     )
-    retire_events: int = _field(40, "How many times in a search weak candidates retire, evenly spaced.")
+    retire_events: int = _field(
+        40, "How many times in a search weak candidates retire, evenly spaced."
+    )
 
     pmim: bool = _field(True, "Progressive masked image modelling as an auxiliary loss.")
-    keep_ratio_start: float = _field(0.95, "Share of patches left visible at step 0 (paper's code).")
-    keep_ratio_end: float = _field(0.75, "Share of patches left visible after the warm-up (paper's code).")
-    pmim_until_settled: bool | None = _field(
-        None, "Hide patches only while the network may shrink: after the importance phase, until the choice. Preset."
+    keep_ratio_start: float = _field(
+        0.95, "Share of patches left visible at step 0 (paper's code)."
     )
-    pmim_window: int | None = _field(None, "Normalisation window in pixels, odd; 47 at 16-pixel patches if not given.")
-    pmim_weight: float = _field(1.0, "The reconstruction loss counts this many times the classification loss.")
-    pmim_max_ratio: float = _field(10.0, "Upper bound of classification / reconstruction loss in that weight.")
+    keep_ratio_end: float = _field(
+        0.75, "Share of patches left visible after the warm-up (paper's code)."
+    )
+    pmim_until_settled: bool | None = _field(
+        None,
+        "Hide patches only while the network may shrink: after the importance phase, until the "
+        "choice. Preset.",
+    )
+    pmim_window: int | None = _field(
+        None, "Normalisation window in pixels, odd; 47 at 16-pixel patches if not given."
+    )
+    pmim_weight: float = _field(
+        1.0, "The reconstruction loss counts this many times the classification loss."
+    )
+    pmim_max_ratio: float = _field(
+        10.0, "Upper bound of classification / reconstruction loss in that weight."
+    )
 
     def __post_init__(self):
         if self.preset not in PRESETS:
@@ -145,7 +230,8 @@ class BiMaskConfig(Budget):
 
     def _check_ranges(self) -> None:
         shares = (
-            "smallest_share importance_start importance_end importance_hold warmup budget_ramp one_hot_begin "
+            "smallest_share importance_start importance_end importance_hold warmup budget_ramp "
+            "one_hot_begin "
             "one_hot_end retire_begin settle_at retire_threshold keep_ratio_start keep_ratio_end"
         )
         for name in shares.split():
@@ -153,34 +239,49 @@ class BiMaskConfig(Budget):
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share between 0 and 1.")
         amounts = (
             "flops_weight dual_step one_hot_weight importance_penalty importance_init_std "
-            "importance_learning_rate architecture_learning_rate pmim_weight pmim_max_ratio hold_learning_rate"
+            "importance_learning_rate architecture_learning_rate pmim_weight pmim_max_ratio "
+            "hold_learning_rate"
         )
         for name in amounts.split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or positive.")
         if not self.flops_weight > 0:
-            raise ValueError(f"flops_weight is {self.flops_weight}; it must be positive, or no budget is ever met.")
+            raise ValueError(
+                f"flops_weight is {self.flops_weight}; it must be positive, or no budget is ever "
+                f"met."
+            )
         for name in ("multiple_of", "retire_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.importance_from not in ("first_order", "descent"):
-            raise ValueError(f"importance_from is {self.importance_from!r}; allowed are 'first_order' and 'descent'.")
+            raise ValueError(
+                f"importance_from is {self.importance_from!r}; allowed are 'first_order' and "
+                f"'descent'."
+            )
         if self.importance_from == "first_order" and not self.importance_hold:
             raise ValueError(
-                "importance_hold is 0, but importance_from='first_order' has to look at gradients before anything else "
+                "importance_hold is 0, but importance_from='first_order' has to look at gradients "
+                "before anything else "
                 "happens; give it a share of the steps, 0.05 for example."
             )
         if self.importance_hold > self.settle_at:
             raise ValueError(
-                f"importance_hold is {self.importance_hold}, but settle_at is {self.settle_at}; the choice cannot fall "
+                f"importance_hold is {self.importance_hold}, but settle_at is {self.settle_at}; "
+                f"the choice cannot fall "
                 "before importance is known."
             )
         if self.alpha_init not in ("zeros", "uniform"):
-            raise ValueError(f"alpha_init is {self.alpha_init!r}; allowed are 'zeros' and 'uniform'.")
+            raise ValueError(
+                f"alpha_init is {self.alpha_init!r}; allowed are 'zeros' and 'uniform'."
+            )
         if self.pmim_window is not None and (self.pmim_window < 3 or self.pmim_window % 2 == 0):
-            raise ValueError(f"pmim_window is {self.pmim_window}; give an odd number of pixels, 3 or more.")
+            raise ValueError(
+                f"pmim_window is {self.pmim_window}; give an odd number of pixels, 3 or more."
+            )
         if not (self.search_embedding or self.search_attention or self.search_mlp):
-            raise ValueError("nothing to search: turn on search_embedding, search_attention or search_mlp.")
+            raise ValueError(
+                "nothing to search: turn on search_embedding, search_attention or search_mlp."
+            )
         self._check_depth()
         self._check_tokens()
 
@@ -193,34 +294,45 @@ class BiMaskConfig(Budget):
                 self.target_params is not None,
                 "give target_macs or target_latency_ms",
             ),
-            f"importance_from is {self.importance_from!r}, which observes nothing that tells what tokens are worth": (
+            f"importance_from is {self.importance_from!r}, which observes nothing that tells what "
+            f"tokens are worth": (
                 self.importance_from != "first_order",
                 "take preset='ours', or importance_from='first_order'",
             ),
-            f"pmim_until_settled is {self.pmim_until_settled}, and hidden patches are repainted from all tokens": (
+            f"pmim_until_settled is {self.pmim_until_settled}, and hidden patches are repainted "
+            f"from all tokens": (
                 self.pmim and not self.pmim_until_settled,
                 "turn it on, or pmim off",
             ),
-            f"prune_during_search is {self.prune_during_search}, and heads that are switched off but still there would "
+            f"prune_during_search is {self.prune_during_search}, and heads that are switched off "
+            f"but still there would "
             "vote on which tokens stay": (not self.prune_during_search, "turn it on"),
         }
         for reason, (conflict, advice) in conflicts.items():
             if conflict:
-                raise ValueError(f"search_tokens is True, but {reason}; {advice}, or search tokens afterwards.")
+                raise ValueError(
+                    f"search_tokens is True, but {reason}; {advice}, or search tokens afterwards."
+                )
 
     def _check_depth(self) -> None:
         if self.search_depth not in get_args(DepthSearch):
-            raise ValueError(f"search_depth is {self.search_depth!r}; allowed are True, False, 'attention' and 'mlp'.")
+            raise ValueError(
+                f"search_depth is {self.search_depth!r}; allowed are True, False, 'attention' and "
+                f"'mlp'."
+            )
         if not self.search_depth:
             return
         if not any(self._may_vanish(kind) for kind in ("attention", "mlp")):
             raise ValueError(
-                f"search_depth is {self.search_depth!r}, search_attention {self.search_attention}, search_mlp "
-                f"{self.search_mlp}: nothing could be left out. Search what may go, or turn search_depth off."
+                f"search_depth is {self.search_depth!r}, search_attention "
+                f"{self.search_attention}, search_mlp "
+                f"{self.search_mlp}: nothing could be left out. Search what may go, or turn "
+                f"search_depth off."
             )
         if self.uniform_across_layers:
             raise ValueError(
-                f"search_depth is {self.search_depth!r} and uniform_across_layers True: layers that choose together "
+                f"search_depth is {self.search_depth!r} and uniform_across_layers True: layers "
+                f"that choose together "
                 "would all be left out together. Turn one of them off."
             )
 
@@ -237,19 +349,24 @@ class BiMaskConfig(Budget):
         """The candidates of every searched submodule of a model.
 
         Raises:
-            ValueError: if the model is of another family, or given candidates or the latency table do not fit it.
+            ValueError: if the model is of another family, or given candidates or the latency table
+                do not fit it.
         """
         if self.family is not None and not isinstance(model_config, self.family):
             raise ValueError(
-                f"{type(self).__name__} searches {self.family.__name__} models, got a {type(model_config).__name__}."
+                f"{type(self).__name__} searches {self.family.__name__} models, got a "
+                f"{type(model_config).__name__}."
             )
         architecture: Architecture = describe(model_config)
         if self.search_tokens and not isinstance(model_config, ViTConfig):
             raise ValueError(
-                f"search_tokens is True, but a {type(model_config).__name__} has no class token to rank tokens by (and "
+                f"search_tokens is True, but a {type(model_config).__name__} has no class token "
+                f"to rank tokens by (and "
                 "Swin's windows need the whole grid); turn it off."
             )
-        self.require_fit(architecture, *([with_fewest_tokens(model_config)] if self.search_tokens else []))
+        self.require_fit(
+            architecture, *([with_fewest_tokens(model_config)] if self.search_tokens else [])
+        )
         wanted = {
             "embedding": self.search_embedding,
             "attention": self.search_attention,
@@ -257,20 +374,25 @@ class BiMaskConfig(Budget):
         }
         searched = [s for s in architecture.submodules if wanted[s.kind] and math.prod(s.shape)]
         if not searched:
-            raise ValueError("nothing to search: the model has no units of the kinds that are to be searched.")
+            raise ValueError(
+                "nothing to search: the model has no units of the kinds that are to be searched."
+            )
         self._check_candidates(searched)
         spaces = map(self._submodule_space, searched)
         return SearchSpace(tuple(_tie_layers(spaces) if self.uniform_across_layers else spaces))
 
     def fitted_to(self, model_config: PreTrainedConfig, **changes: Any) -> "BiMaskConfig":
-        """The same search of a network that was cut from the one this config is for: lists without what is gone.
+        """The same search of a network that was cut from the one this config is for: lists without
+        what is gone.
 
         Args:
             model_config: of the smaller network.
             changes: other fields to set, the budget for example.
         """
         largest = {
-            name: max(full.values()) for name, full in _full_sizes(describe(model_config).submodules).items() if full
+            name: max(full.values())
+            for name, full in _full_sizes(describe(model_config).submodules).items()
+            if full
         }
         lists = {name: _up_to(size, getattr(self, name)) or None for name, size in largest.items()}
         return replace(self, **lists | changes)
@@ -279,14 +401,21 @@ class BiMaskConfig(Budget):
         for name, full in _full_sizes(searched).items():
             given = getattr(self, name) or []
             if any(size < 1 for size in given):
-                raise ValueError(f"{name} is {given}; sizes are 1 or more, search_depth=True adds 0 to them.")
+                raise ValueError(
+                    f"{name} is {given}; sizes are 1 or more, search_depth=True adds 0 to them."
+                )
             if full and any(size > max(full.values()) for size in given):
-                raise ValueError(f"{name} is {given}, but the largest full size in this model is {max(full.values())}.")
+                raise ValueError(
+                    f"{name} is {given}, but the largest full size in this model is "
+                    f"{max(full.values())}."
+                )
             missing = [submodule for submodule, size in full.items() if size not in given]
             if given and missing:
                 raise ValueError(
-                    f"{name} is {given}, but the full size of {missing[0]!r} is {full[missing[0]]}; the full size "
-                    "of every submodule must be among its candidates, so that the dense model is in the space."
+                    f"{name} is {given}, but the full size of {missing[0]!r} is "
+                    f"{full[missing[0]]}; the full size "
+                    "of every submodule must be among its candidates, so that the dense model is "
+                    "in the space."
                 )
 
     def _submodule_space(self, submodule: Submodule) -> SubmoduleSpace:
@@ -312,7 +441,9 @@ class BiMaskConfig(Budget):
         else:
             step = units // (8 if self.preset == "paper" else 16)
             smallest = 1 / 4 if self.preset == "paper" else 1 / 16
-            sizes = _up_to(units, self.mlp_candidates) or self._channel_sizes(units, smallest, max(step, 1))
+            sizes = _up_to(units, self.mlp_candidates) or self._channel_sizes(
+                units, smallest, max(step, 1)
+            )
         return SubmoduleSpace(submodule.name, submodule.kind, units, (*nothing, *sizes))
 
     def _head_sizes(self, heads: int) -> list[int]:
@@ -320,7 +451,8 @@ class BiMaskConfig(Budget):
         return sorted({*range(step, heads, step), heads})
 
     def _channel_sizes(self, full: int, smallest_share: float, step: int) -> list[int]:
-        """Sizes from `smallest_share * full` to `full`, `step` apart, multiples of `multiple_of` where they can be."""
+        """Sizes from `smallest_share * full` to `full`, `step` apart, multiples of `multiple_of`
+        where they can be."""
         unit = math.gcd(full, self.multiple_of)
         step = math.ceil(step / unit) * unit
         smallest = max(math.ceil(int(full * smallest_share) / unit) * unit, unit)
@@ -343,7 +475,9 @@ class BiMaskConfig(Budget):
         """
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"{cls.__name__} has no field {unknown}; its fields are {sorted(known)}.")
+            raise ValueError(
+                f"{cls.__name__} has no field {unknown}; its fields are {sorted(known)}."
+            )
         return cls(**values)
 
     @classmethod
@@ -354,7 +488,8 @@ class BiMaskConfig(Budget):
 
 @dataclass
 class ViTBiMaskConfig(BiMaskConfig):
-    """Search of a `ViTForImageClassification` (DeiT included): residual width, heads x channels, MLP widths.
+    """Search of a `ViTForImageClassification` (DeiT included): residual width, heads x channels,
+    MLP widths.
 
     Example:
 
@@ -372,10 +507,12 @@ class ViTBiMaskConfig(BiMaskConfig):
 
 @dataclass
 class SwinBiMaskConfig(BiMaskConfig):
-    """Search of a `SwinForImageClassification`: one residual width per stage, heads x channels and MLP of every block.
+    """Search of a `SwinForImageClassification`: one residual width per stage, heads x channels and
+    MLP of every block.
 
-    The paper reports a search of Swin but no space for it, nor is there public code of one: this space is our own.
-    The stages' widths are independent, they need not double; a removed head takes its relative position bias along.
+    The paper reports a search of Swin but no space for it, nor is there public code of one: this
+    space is our own. The stages' widths are independent, they need not double; a removed head takes
+    its relative position bias along.
 
     Example:
 
@@ -402,7 +539,8 @@ def _tie_layers(spaces: Iterable[SubmoduleSpace]) -> Iterator[SubmoduleSpace]:
 
 
 def _full_sizes(submodules: Iterable[Submodule]) -> dict[str, dict[str, int]]:
-    """For each field with candidates the submodules it is about, and how large they are along that axis."""
+    """For each field with candidates the submodules it is about, and how large they are along that
+    axis."""
     axes = {"embedding": ["embedding_candidates"], "mlp": ["mlp_candidates"]}
     axes["attention"] = ["head_candidates", "head_dim_candidates"]
     submodules = list(submodules)

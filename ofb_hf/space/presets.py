@@ -1,7 +1,7 @@
 """Every constant that the two presets of a search disagree about.
 
-"paper": the published code (arXiv:2403.15835 and its repository); "ours": led by data and budget, docs/ARCHITECTURE.md
-tells why. A field of `BiMaskConfig` that is None is taken from here.
+"paper": the published code (arXiv:2403.15835 and its repository); "ours": led by data and budget,
+docs/ARCHITECTURE.md tells why. A field of `BiMaskConfig` that is None is taken from here.
 """
 
 from typing import Any

@@ -6,38 +6,45 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 
-def _check_candidates(name: str, field: str, candidates: tuple[int, ...], full: int, smallest: int) -> None:
+def _check_candidates(
+    name: str, field: str, candidates: tuple[int, ...], full: int, smallest: int
+) -> None:
     if not candidates or list(candidates) != sorted(set(candidates)) or candidates[0] < smallest:
         raise ValueError(
-            f"{field} of submodule {name!r} is {list(candidates)}; expected distinct sizes of {smallest} or more in "
+            f"{field} of submodule {name!r} is {list(candidates)}; expected distinct sizes of "
+            f"{smallest} or more in "
             "ascending order."
         )
     if candidates[-1] != full:
         raise ValueError(
-            f"{field} of submodule {name!r} ends with {candidates[-1]}, but its full size is {full}; "
+            f"{field} of submodule {name!r} ends with {candidates[-1]}, but its full size is "
+            f"{full}; "
             "the full size must be the last candidate, so that the dense model is in its own space."
         )
 
 
 @dataclass(frozen=True)
 class SubmoduleSpace:
-    """The candidate sizes of one submodule: a plain axis of units, or the joint grid of heads x channels per head.
+    """The candidate sizes of one submodule: a plain axis of units, or the joint grid of heads x
+    channels per head.
 
-    Where attentions and MLPs may be left out altogether, 0 is the first candidate, on a grid that of both axes: there
-    is one way to be absent, (0, 0).
+    Where attentions and MLPs may be left out altogether, 0 is the first candidate, on a grid that
+    of both axes: there is one way to be absent, (0, 0).
 
     Args:
         name: the submodule, for example `embeddings`, `layers.0.attention`, `layers.0.mlp`.
-        kind: `embedding`, `attention` or `mlp`; decides learning rates and reports, not the arithmetic. An embedding
-            cannot be left out.
+        kind: `embedding`, `attention` or `mlp`; decides learning rates and reports, not the
+            arithmetic. An embedding cannot be left out.
         num_units: U, the units of a plain axis. For a grid it is derived as `num_heads * head_dim`.
         candidate_sizes: ascending numbers of units of a plain axis, the last one is `num_units`.
         num_heads, head_dim: the full grid, heads times channels per head.
-        head_candidates, dim_candidates: ascending numbers of heads and of channels per head, the last is the full one.
+        head_candidates, dim_candidates: ascending numbers of heads and of channels per head, the
+        last is the full one.
         tied_to: an earlier submodule with the same candidates, whose choice this one follows.
 
     Raises:
-        ValueError: for a space that is neither, and for candidates that are not ascending or miss the full size.
+        ValueError: for a space that is neither, and for candidates that are not ascending or miss
+            the full size.
     """
 
     name: str
@@ -57,28 +64,41 @@ class SubmoduleSpace:
         if self.is_grid:
             if self.head_dim is None or self.candidate_sizes:
                 raise ValueError(
-                    f"submodule {self.name!r} has num_heads={self.num_heads}, head_dim={self.head_dim} and "
-                    f"candidate_sizes={self.candidate_sizes}; a grid takes num_heads, head_dim, head_candidates and "
+                    f"submodule {self.name!r} has num_heads={self.num_heads}, "
+                    f"head_dim={self.head_dim} and "
+                    f"candidate_sizes={self.candidate_sizes}; a grid takes num_heads, head_dim, "
+                    f"head_candidates and "
                     "dim_candidates, a plain axis takes num_units and candidate_sizes."
                 )
-            _check_candidates(self.name, "head_candidates", self.head_candidates, self.num_heads, smallest)
-            _check_candidates(self.name, "dim_candidates", self.dim_candidates, self.head_dim, smallest)
+            _check_candidates(
+                self.name, "head_candidates", self.head_candidates, self.num_heads, smallest
+            )
+            _check_candidates(
+                self.name, "dim_candidates", self.dim_candidates, self.head_dim, smallest
+            )
             if (0 in self.head_candidates) != (0 in self.dim_candidates):
                 raise ValueError(
                     f"submodule {self.name!r} has head_candidates={self.head_candidates} and "
-                    f"dim_candidates={self.dim_candidates}; give 0 in both, to let it be left out, or in neither."
+                    f"dim_candidates={self.dim_candidates}; give 0 in both, to let it be left "
+                    f"out, or in neither."
                 )
             units = self.num_heads * self.head_dim
             if self.num_units not in (None, units):
                 raise ValueError(
-                    f"submodule {self.name!r} has num_units={self.num_units}, but its grid of {self.num_heads} heads x "
+                    f"submodule {self.name!r} has num_units={self.num_units}, but its grid of "
+                    f"{self.num_heads} heads x "
                     f"{self.head_dim} channels has {units}; leave num_units out."
                 )
             object.__setattr__(self, "num_units", units)
         else:
             if self.num_units is None:
-                raise ValueError(f"submodule {self.name!r} has neither num_units nor num_heads; give one of them.")
-            _check_candidates(self.name, "candidate_sizes", self.candidate_sizes, self.num_units, smallest)
+                raise ValueError(
+                    f"submodule {self.name!r} has neither num_units nor num_heads; give one of "
+                    f"them."
+                )
+            _check_candidates(
+                self.name, "candidate_sizes", self.candidate_sizes, self.num_units, smallest
+            )
 
     @property
     def is_grid(self) -> bool:
@@ -93,7 +113,9 @@ class SubmoduleSpace:
     @property
     def sizes(self) -> list[tuple[int, ...]]:
         """Every candidate, (U',) or (heads, channels per head), ascending."""
-        axes = (self.head_candidates, self.dim_candidates) if self.is_grid else (self.candidate_sizes,)
+        axes = (
+            (self.head_candidates, self.dim_candidates) if self.is_grid else (self.candidate_sizes,)
+        )
         return [size for size in itertools.product(*axes) if all(size) or not any(size)]
 
     @property
@@ -104,7 +126,11 @@ class SubmoduleSpace:
     @property
     def candidate_shape(self) -> tuple[int, ...]:
         """(K,) for a plain axis, (K_heads, K_dims) for a grid."""
-        return (len(self.head_candidates), len(self.dim_candidates)) if self.is_grid else (len(self.candidate_sizes),)
+        return (
+            (len(self.head_candidates), len(self.dim_candidates))
+            if self.is_grid
+            else (len(self.candidate_sizes),)
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +151,8 @@ class SearchSpace:
             leader = leaders.get(submodule.tied_to)
             if leader is None or replace(submodule, name=leader.name, tied_to=None) != leader:
                 raise ValueError(
-                    f"submodule {submodule.name!r} is tied to {submodule.tied_to!r}, which must come before it, be "
+                    f"submodule {submodule.name!r} is tied to {submodule.tied_to!r}, which must "
+                    f"come before it, be "
                     "tied to nothing itself, and have the same units and candidates."
                 )
 
@@ -139,11 +166,14 @@ class SearchSpace:
         for submodule in self.submodules:
             if submodule.name == name:
                 return submodule
-        raise KeyError(f"no submodule {name!r} in this space; it has {[s.name for s in self.submodules]}.")
+        raise KeyError(
+            f"no submodule {name!r} in this space; it has {[s.name for s in self.submodules]}."
+        )
 
     @property
     def num_candidates(self) -> int:
-        """Architecture logits of the whole space (DeiT-S: 353, DeiT-B: 621 with the paper's candidates)."""
+        """Architecture logits of the whole space (DeiT-S: 353, DeiT-B: 621 with the paper's
+        candidates)."""
         return sum(len(submodule.sizes) for submodule in self if submodule.tied_to is None)
 
     @property

@@ -4,8 +4,8 @@ from transformers import ViTConfig
 
 from .schedules import Schedule, num_tokens
 
-# compression_rate.json of github.com/OpenGVLab/DiffRate (commit b380acf): hidden size -> GMACs by its own formula ->
-# tokens kept after dropping, and after merging. For DeiT-T/S/B at 224 pixels.
+# compression_rate.json of github.com/OpenGVLab/DiffRate (commit b380acf): hidden size -> GMACs by
+# its own formula -> tokens kept after dropping, and after merging. For DeiT-T/S/B at 224 pixels.
 PUBLISHED: dict[int, dict[float, tuple[list[int], list[int]]]] = {
     192: {
         0.6: (
@@ -80,8 +80,8 @@ def published_schedule(config: ViTConfig, gmacs: float) -> Schedule:
     """A schedule that DiffRate's authors learned for DeiT-T/S/B, for use without any training.
 
     Args:
-        config: of a model with the shape of DeiT-T/S/B at 224 pixels (12 layers of 192, 384 or 768 channels, 197
-            tokens), stock or ours.
+        config: of a model with the shape of DeiT-T/S/B at 224 pixels (12 layers of 192, 384 or 768
+            channels, 197 tokens), stock or ours.
         gmacs: which one, by its published cost.
 
     Raises:
@@ -99,10 +99,13 @@ def published_schedule(config: ViTConfig, gmacs: float) -> Schedule:
     shape = (config.num_hidden_layers, num_tokens(config), config.hidden_size)
     if shape[:2] != (12, 197) or shape[2] not in PUBLISHED:
         raise ValueError(
-            f"(layers, tokens, channels) are {shape}; schedules were published for 12 layers, 197 tokens and "
+            f"(layers, tokens, channels) are {shape}; schedules were published for 12 layers, 197 "
+            f"tokens and "
             f"{sorted(PUBLISHED)} channels. Learn one for this model: ofb-hf search-tokens."
         )
     known = PUBLISHED[config.hidden_size]
     if gmacs not in known:
-        raise ValueError(f"gmacs is {gmacs}; for {config.hidden_size} channels there are {sorted(known)}.")
+        raise ValueError(
+            f"gmacs is {gmacs}; for {config.hidden_size} channels there are {sorted(known)}."
+        )
     return [[kept, merged] for kept, merged in zip(*known[gmacs], strict=True)]

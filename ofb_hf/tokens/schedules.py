@@ -1,7 +1,9 @@
-"""Token schedules: published ones (DiffRate, arXiv:2305.17997), fixed-rate ones, and whole counts near learned ones.
+"""Token schedules: published ones (DiffRate, arXiv:2305.17997), fixed-rate ones, and whole counts
+near learned ones.
 
-A schedule says for each layer how many tokens are left after dropping and after merging, class token included. What a
-model does with it is in `models/`; how one is learned, in `learned_tokens.py`.
+A schedule says for each layer how many tokens are left after dropping and after merging, class
+token included. What a model does with it is in `models/`; how one is learned, in
+`learned_tokens.py`.
 """
 
 import itertools
@@ -23,16 +25,18 @@ Schedule = list[list[int]]
 Cost = Callable[[Iterable[Part]], tuple[Term, ...]]
 
 SMALLEST = [2, 2]  # the class token and one patch
-# How near a schedule is brought to its budget before single tokens are counted, in tokens per layer.
+# How near a schedule is brought to its budget before single tokens are counted, in tokens per
+# layer.
 FINENESS = 1 / 64
 
 
 def require_class_token(model: nn.Module | PreTrainedConfig) -> None:
-    """Raises `UnsupportedArchitectureError` unless tokens of the model, or of one with this config, can be ranked by
-    its class token."""
+    """Raises `UnsupportedArchitectureError` unless tokens of the model, or of one with this config,
+    can be ranked by its class token."""
     if getattr(getattr(model, "config", model), "model_type", None) not in ("vit", "ofb_vit"):
         raise UnsupportedArchitectureError(
-            f"got a {type(model).__name__}; tokens are ranked by the attention of a class token, which among the "
+            f"got a {type(model).__name__}; tokens are ranked by the attention of a class token, "
+            f"which among the "
             "supported families only ViT has. (Swin has none, and its windows need the whole grid.)"
         )
 
@@ -52,28 +56,39 @@ def ranking_layers(config: ViTConfig) -> list[int]:
     """The layers that have an attention to rank tokens by."""
     require_class_token(config)
     sizes = describe(config).sizes
-    return [layer for layer in range(config.num_hidden_layers) if math.prod(sizes[f"layers.{layer}.attention"])]
+    return [
+        layer
+        for layer in range(config.num_hidden_layers)
+        if math.prod(sizes[f"layers.{layer}.attention"])
+    ]
 
 
 def learning_layers(config: ViTConfig) -> list[int]:
-    """The layers that learn how many tokens to keep: those with attention but for the first, which keeps all tokens.
+    """The layers that learn how many tokens to keep: those with attention but for the first, which
+    keeps all tokens.
 
     The last of them has nothing to learn: it drops to one patch, for no attention reads the others.
 
     Raises:
-        UnsupportedArchitectureError: for models without a class token, and with attention in fewer than three layers.
+        UnsupportedArchitectureError: for models without a class token, and with attention in fewer
+            than three layers.
     """
     if len(layers := ranking_layers(config)) < 3:
         raise UnsupportedArchitectureError(
-            f"num_hidden_layers is {config.num_hidden_layers}, with attention in layers {layers}; the first of them "
-            "keeps all tokens and the last one patch, so tokens are searched in models with attention in at least 3 "
+            f"num_hidden_layers is {config.num_hidden_layers}, with attention in layers {layers}; "
+            f"the first of them "
+            "keeps all tokens and the last one patch, so tokens are searched in models with "
+            "attention in at least 3 "
             "layers. Give a token_schedule by hand."
         )
     return layers[1:]
 
 
-def learned_schedule(config: ViTConfig, counts: list[list[Any]], last: list[int] = SMALLEST) -> list[list[Any]]:
-    """The schedule with these counts in the layers that learn them. Other layers hand on what they get.
+def learned_schedule(
+    config: ViTConfig, counts: list[list[Any]], last: list[int] = SMALLEST
+) -> list[list[Any]]:
+    """The schedule with these counts in the layers that learn them. Other layers hand on what they
+    get.
 
     Args:
         counts: [kept after dropping, kept after merging] of each of them but the last.
@@ -89,7 +104,8 @@ def learned_schedule(config: ViTConfig, counts: list[list[Any]], last: list[int]
 
 
 def schedule_cost(config: ViTConfig, schedule: list[list[Any]], cost: Cost = macs_of) -> Any:
-    """What a model costs under a schedule whose counts do not rise; `count_cost` of the model that obeys it.
+    """What a model costs under a schedule whose counts do not rise; `count_cost` of the model that
+    obeys it.
 
     Args:
         schedule: whole numbers, for exact costs, or scalar tensors, for a cost to differentiate.
@@ -104,8 +120,11 @@ def _counter(config: ViTConfig, cost: Cost) -> Callable[[list[list[Any]]], Any]:
     return lambda schedule: evaluate_terms(cost(vit_parts(config, schedule)), amounts)
 
 
-def fixed_rate_schedule(config: ViTConfig, target: int, merge: bool = True, cost: Cost = macs_of) -> Schedule:
-    """As many tokens fewer in every layer but the first, by merging (ToMe, arXiv:2210.09461) or dropping.
+def fixed_rate_schedule(
+    config: ViTConfig, target: int, merge: bool = True, cost: Cost = macs_of
+) -> Schedule:
+    """As many tokens fewer in every layer but the first, by merging (ToMe, arXiv:2210.09461) or
+    dropping.
 
     Args:
         target: budget in what `cost` counts; the schedule is the largest of its kind that fits.
@@ -119,7 +138,8 @@ def fixed_rate_schedule(config: ViTConfig, target: int, merge: bool = True, cost
     def at(rate: float) -> Schedule:
         schedule = [[tokens, tokens]]
         for layer in range(1, config.num_hidden_layers):
-            # Where there is no attention, there is nothing to rank tokens by: all that come in go on.
+            # Where there is no attention, there is nothing to rank tokens by: all that come in go
+            # on.
             left = max(2, round(tokens - rate * layer)) if layer in attends else schedule[-1][1]
             schedule.append([schedule[-1][1] if merge else left, left])
         return schedule
@@ -128,21 +148,24 @@ def fixed_rate_schedule(config: ViTConfig, target: int, merge: bool = True, cost
 
 
 def smallest_schedule(config: ViTConfig, cost: Cost = macs_of) -> Schedule:
-    """One patch from the first layer that learns on, without reductions that cost more than they save: the least that
-    `settle_schedule` can come to."""
+    """One patch from the first layer that learns on, without reductions that cost more than they
+    save: the least that `settle_schedule` can come to."""
     settling = _Settling(config, cost)
     return settling.meant(settling.worthwhile([SMALLEST] * settling.layers))
 
 
-def settle_schedule(config: ViTConfig, expected: list[list[float]], target: int, cost: Cost = macs_of) -> Schedule:
+def settle_schedule(
+    config: ViTConfig, expected: list[list[float]], target: int, cost: Cost = macs_of
+) -> Schedule:
     """Whole counts near learned ones, whose cost is at most the budget.
 
-    All counts are lowered alike until they fit, or raised alike where there is room; then single tokens are given back
-    where rounding took most. No count rises beyond the whole number after it, so where counts are few, or reductions
-    dear, some of the budget may stay unused.
+    All counts are lowered alike until they fit, or raised alike where there is room; then single
+    tokens are given back where rounding took most. No count rises beyond the whole number after it,
+    so where counts are few, or reductions dear, some of the budget may stay unused.
 
     Args:
-        expected: learned (kept, merged), as expectations, of the layers that learn them (`learned_schedule`).
+        expected: learned (kept, merged), as expectations, of the layers that learn them
+            (`learned_schedule`).
         target: budget in what `cost` counts.
 
     Raises:
@@ -151,19 +174,25 @@ def settle_schedule(config: ViTConfig, expected: list[list[float]], target: int,
     settling, tokens = _Settling(config, cost), num_tokens(config)
 
     def at(removed: float) -> Schedule:
-        rounded = [[max(2, math.floor(count - removed + 0.5)) for count in counts] for counts in expected]
+        rounded = [
+            [max(2, math.floor(count - removed + 0.5)) for count in counts] for counts in expected
+        ]
         return settling.worthwhile([*_falling(rounded, tokens), SMALLEST])
 
     removed = _smallest_rate(settling.count, target, at, -float(tokens), float(tokens))
     wanted = [[count - removed for count in counts] for counts in expected]
     learned, best = [], at(removed)
     while best != learned:
-        learned, best = best, settling.worthwhile(_filled(settling.count, best, wanted, target, tokens))
+        learned, best = (
+            best,
+            settling.worthwhile(_filled(settling.count, best, wanted, target, tokens)),
+        )
     return settling.meant(best)
 
 
 class _Settling:
-    """Whole counts of the layers that learn them, the last of these included: what they mean and cost."""
+    """Whole counts of the layers that learn them, the last of these included: what they mean and
+    cost."""
 
     def __init__(self, config: ViTConfig, cost: Cost):
         self.config, self.tokens, self.counted = config, num_tokens(config), _counter(config, cost)
@@ -179,10 +208,11 @@ class _Settling:
         return self.counted(self.meant(learned))
 
     def worthwhile(self, learned: Schedule) -> Schedule:
-        """The counts without reductions that cost more than they save; such layers have all tokens, and let them pass.
+        """The counts without reductions that cost more than they save; such layers have all tokens,
+        and let them pass.
 
-        A reduction has a price of its own, in time above all: a few large ones may be worth it where many small ones
-        are not.
+        A reduction has a price of its own, in time above all: a few large ones may be worth it
+        where many small ones are not.
         """
         while True:
             cheapest = min(self._with_one_less(learned), key=self.count, default=learned)
@@ -191,8 +221,8 @@ class _Settling:
             learned = cheapest
 
     def _with_one_less(self, learned: Schedule) -> list[Schedule]:
-        """The counts without one of the reductions; the layers behind it, up to the next one, may make up for it, or
-        let all tokens pass as well."""
+        """The counts without one of the reductions; the layers behind it, up to the next one, may
+        make up for it, or let all tokens pass as well."""
         left = [self.tokens, *(merged for _, merged in _falling(learned, self.tokens))]
         reducing = [layer for layer in range(len(learned)) if left[layer + 1] < left[layer]]
         fewer = []
@@ -214,12 +244,17 @@ def _falling(counts: Schedule, tokens: int) -> Schedule:
 
 
 def _smallest_rate(
-    count: Callable[[Schedule], int], target: int, at: Callable[[float], Schedule], low: float, high: float
+    count: Callable[[Schedule], int],
+    target: int,
+    at: Callable[[float], Schedule],
+    low: float,
+    high: float,
 ) -> float:
     """Where the schedules between two rates begin to fit; the schedule of what is returned does."""
     if (smallest := count(at(high))) > target:
         raise UnreachableBudgetError(
-            f"no token schedule of this kind costs at most {target:,}, the smallest costs {smallest:,}; raise the "
+            f"no token schedule of this kind costs at most {target:,}, the smallest costs "
+            f"{smallest:,}; raise the "
             "budget to at least that.",
             smallest,
         )
@@ -232,9 +267,14 @@ def _smallest_rate(
 
 
 def _filled(
-    count: Callable[[Schedule], int], learned: Schedule, wanted: list[list[float]], target: int, tokens: int
+    count: Callable[[Schedule], int],
+    learned: Schedule,
+    wanted: list[list[float]],
+    target: int,
+    tokens: int,
 ) -> Schedule:
-    """The counts with single tokens given back while the budget allows it, first where rounding took most.
+    """The counts with single tokens given back while the budget allows it, first where rounding
+    took most.
 
     Args:
         count: cost under whole counts of the layers that learn them. learned: these counts.

@@ -18,7 +18,8 @@ class WeightAverage:
 
     Args:
         module: whose parameters to follow.
-        decay: share of the average that stays at each update; early updates use less, `(1 + n) / (10 + n)`.
+        decay: share of the average that stays at each update; early updates use less, `(1 + n) /
+            (10 + n)`.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -36,7 +37,9 @@ class WeightAverage:
     def restart(self, module: nn.Module) -> None:
         """Forgets everything but the current parameters."""
         self.updates = 0
-        self.average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        self.average = {
+            name: parameter.detach().clone() for name, parameter in module.named_parameters()
+        }
 
     def slice_(self, plan: Plan, names: Collection[str]) -> None:
         """Follows the module through a shrink.
@@ -45,11 +48,18 @@ class WeightAverage:
             plan: how parameters are sliced.
             names: of the parameters that the module still has.
         """
-        self.average = {name: slice_tensor(self.average[name], plan.get(name, ())) for name in names}
+        self.average = {
+            name: slice_tensor(self.average[name], plan.get(name, ())) for name in names
+        }
 
     def part_of(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The averages themselves, to be changed in place, of parameters whose names begin like this; without it."""
-        return {name.removeprefix(prefix): tensor for name, tensor in self.average.items() if name.startswith(prefix)}
+        """The averages themselves, to be changed in place, of parameters whose names begin like
+        this; without it."""
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.average.items()
+            if name.startswith(prefix)
+        }
 
     @torch.no_grad()
     def copy_to_(self, module: nn.Module) -> None:
@@ -60,7 +70,9 @@ class WeightAverage:
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
         """Puts the average into the module's parameters for the time of a block."""
-        current = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        current = {
+            name: parameter.detach().clone() for name, parameter in module.named_parameters()
+        }
         self.copy_to_(module)
         try:
             yield
@@ -74,7 +86,8 @@ class WeightAverage:
         safetensors.torch.save_file(self.average, path, metadata={"updates": str(self.updates)})
 
     def load(self, path: str | Path) -> None:
-        """Reads what `save` wrote; names and shapes are taken from the file: the module may have shrunk since."""
+        """Reads what `save` wrote; names and shapes are taken from the file: the module may have
+        shrunk since."""
         with safetensors.safe_open(path, "pt") as file:
             self.updates = int(file.metadata()["updates"])
         saved = safetensors.torch.load_file(path)
@@ -88,10 +101,14 @@ class AverageCallback(TrainerCallback):
     def __init__(self, average: "WeightAverage"):
         self.average = average
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
         """Follows the weights."""
         self.average.update(kwargs["model"])
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
         """The average is the result."""
         self.average.copy_to_(kwargs["model"])

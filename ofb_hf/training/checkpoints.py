@@ -13,10 +13,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-ASIDE = ".incomplete"  # where checkpoints and results are written before they are renamed to their place
+# where checkpoints and results are written before they are renamed to their place
+ASIDE = ".incomplete"
 STATE_FILE = "trainer_state.json"
 REPLACED = "replaced-"
-# What a Trainer needs to go on, as patterns: any match of a row will do. Sharded optimizers are folders.
+# What a Trainer needs to go on, as patterns: any match of a row will do. Sharded optimizers are
+# folders.
 NEEDED = (
     (STATE_FILE,),
     ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model_fsdp*", "global_step*"),
@@ -36,7 +38,10 @@ def move_into_place(written: Path, place: Path) -> None:
         written: where it was written.
         place: where it belongs; an older checkpoint of the same step is replaced.
     """
-    claimed, old = written.with_name(f"moving-{written.name}"), written.with_name(f"{REPLACED}{written.name}")
+    claimed, old = (
+        written.with_name(f"moving-{written.name}"),
+        written.with_name(f"{REPLACED}{written.name}"),
+    )
     try:
         os.rename(written, claimed)
     except FileNotFoundError:
@@ -49,7 +54,8 @@ def move_into_place(written: Path, place: Path) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a folder is a checkpoint to resume from: everything is there, and no file was cut short."""
+    """Whether a folder is a checkpoint to resume from: everything is there, and no file was cut
+    short."""
     if not all(any(_matches(checkpoint, row)) for row in NEEDED):
         return False
     return all(_is_whole(file) for file in checkpoint.iterdir() if file.is_file())
@@ -77,7 +83,8 @@ def _is_whole(file: Path) -> bool:
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint of a phase, None if there is none. Says so when a later one was cut short."""
+    """The last complete checkpoint of a phase, None if there is none. Says so when a later one was
+    cut short."""
     _restore_replaced(folder)
     checkpoints = {
         int(match[1]): child
@@ -89,14 +96,16 @@ def newest_checkpoint(folder: Path) -> str | None:
     unfinished = [step for step in checkpoints if step not in complete]
     if unfinished or list((folder / ASIDE).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         logger.warning(
-            f"{folder} holds a checkpoint that was not written to its end, or without an optimizer; resuming from "
+            f"{folder} holds a checkpoint that was not written to its end, or without an "
+            f"optimizer; resuming from "
             f"{newest}."
         )
     return None if newest is None else str(newest)
 
 
 def _restore_replaced(folder: Path) -> None:
-    """Puts back what a kill between the two renames of `move_into_place` has left without its name."""
+    """Puts back what a kill between the two renames of `move_into_place` has left without its
+    name."""
     for old in (folder / ASIDE).glob(f"{REPLACED}{PREFIX_CHECKPOINT_DIR}-*"):
         place = folder / old.name.removeprefix(REPLACED)
         if not place.exists():

@@ -14,14 +14,16 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Ranks see a signal at different moments and have to agree on the step to stop at. Agreeing waits for the device, so
-# on accelerators it is done every few steps only.
+# Ranks see a signal at different moments and have to agree on the step to stop at. Agreeing waits
+# for the device, so on accelerators it is done every few steps only.
 AGREE_EVERY_ON_ACCELERATORS = 10
-PASSED_ON_SECONDS = 1.0  # the same signal may arrive twice within this time, directly and through a launcher
+# the same signal may arrive twice within this time, directly and through a launcher
+PASSED_ON_SECONDS = 1.0
 
 
 class TrainingInterrupted(SystemExit):
-    """Training was asked to stop and saved a checkpoint first. Its exit status is the shell's, 128 + signal.
+    """Training was asked to stop and saved a checkpoint first. Its exit status is the shell's, 128
+    + signal.
 
     Args:
         number: the signal.
@@ -39,9 +41,9 @@ class TrainingInterrupted(SystemExit):
 class Interruption(TrainerCallback):
     """Turns SIGTERM and SIGINT into an orderly end of training, on all ranks at the same step.
 
-    A context manager around the training, and a callback in it; the Trainer saves the checkpoint. A second Ctrl-C stops
-    at once, unless it comes right after the first: launchers pass on what has been sent to all processes already.
-    Further SIGTERMs are ignored for the same reason.
+    A context manager around the training, and a callback in it; the Trainer saves the checkpoint. A
+    second Ctrl-C stops at once, unless it comes right after the first: launchers pass on what has
+    been sent to all processes already. Further SIGTERMs are ignored for the same reason.
 
     Attributes:
         stopped_by: the signal after which training ended, None if it ended by itself.
@@ -55,7 +57,8 @@ class Interruption(TrainerCallback):
 
     def __enter__(self) -> "Interruption":
         self.stopped_by = self._received = None
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+        # Python delivers signals nowhere else
+        if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
@@ -64,7 +67,8 @@ class Interruption(TrainerCallback):
             signal.signal(number, handler)
         self._previous = {}
         if self._received is not None and self.stopped_by is None and error[0] is None:
-            signal.raise_signal(self._received)  # it came after the last moment at which training could react
+            # it came after the last moment at which training could react
+            signal.raise_signal(self._received)
 
     def _receive(self, number: int, frame: Any) -> None:
         if self._received is None:
@@ -82,15 +86,22 @@ class Interruption(TrainerCallback):
             self.stopped_by = self._received or signal.SIGTERM
         return bool(asked)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
         """Ends training once any rank has received a signal."""
-        every = AGREE_EVERY_ON_ACCELERATORS if args.world_size > 1 and args.device.type != "cpu" else 1
+        every = (
+            AGREE_EVERY_ON_ACCELERATORS if args.world_size > 1 and args.device.type != "cpu" else 1
+        )
         if state.global_step % every == 0 or state.global_step >= state.max_steps:
             control.should_training_stop |= self.is_asked_for(args)
         return control
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Does nothing of what belongs to the end of an epoch where training was stopped in the middle of one."""
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Does nothing of what belongs to the end of an epoch where training was stopped in the
+        middle of one."""
         if self.stopped_by is not None and state.epoch % 1 and state.global_step < state.max_steps:
             control.should_evaluate = control.should_save = control.should_log = False
         return control
@@ -99,8 +110,8 @@ class Interruption(TrainerCallback):
 def shield_workers(loader: DataLoader) -> DataLoader:
     """Makes the worker processes of a loader outlive signals that are meant for the training.
 
-    Clusters send SIGTERM to all processes of a job, terminals send Ctrl-C to a whole group. A worker that dies of it
-    takes the training along before a checkpoint is written.
+    Clusters send SIGTERM to all processes of a job, terminals send Ctrl-C to a whole group. A
+    worker that dies of it takes the training along before a checkpoint is written.
     """
     # accelerate's loaders start the workers of another one inside.
     for each in (loader, getattr(loader, "base_dataloader", None)):

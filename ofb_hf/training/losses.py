@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 
 def flops_loss(expected: Tensor, target: float | Tensor, dense: float) -> Tensor:
-    """Squared gap between expected and target cost, as a share of the dense cost (arXiv:2403.15835, published code).
+    """Squared gap between expected and target cost, as a share of the dense cost (arXiv:2403.15835,
+    published code).
 
     All three in the same unit (MACs); scalar out.
     """
@@ -13,22 +14,28 @@ def flops_loss(expected: Tensor, target: float | Tensor, dense: float) -> Tensor
 
 
 def budget_loss(gap: Tensor, multiplier: Tensor, weight: float) -> Tensor:
-    """Augmented Lagrangian of the inequality `gap <= 0`: presses on a network over budget, leaves one below it alone.
+    """Augmented Lagrangian of the inequality `gap <= 0`: presses on a network over budget, leaves
+    one below it alone.
 
     Args:
         gap: (expected - target) / dense, scalar.
         multiplier: current dual variable, scalar >= 0 (not differentiated).
-        weight: positive; with multiplier 0 the loss is `weight * gap^2` above the budget and 0 below.
+        weight: positive; with multiplier 0 the loss is `weight * gap^2` above the budget and 0
+            below.
     """
     pressure = (multiplier + 2 * weight * gap).clamp(min=0)
     return (pressure.square() - multiplier.square()) / (4 * weight)
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0, hard: bool = False) -> Tensor:
-    """How far a student's prediction is from its teacher's. Logits (B, classes) both -> scalar, mean over the batch.
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0, hard: bool = False
+) -> Tensor:
+    """How far a student's prediction is from its teacher's. Logits (B, classes) both -> scalar,
+    mean over the batch.
 
-    Soft: KL(teacher || student) at `temperature`, times temperature squared so that its gradient does not fade
-    (arXiv:1503.02531). Hard: cross-entropy with the teacher's arg max (arXiv:2012.12877).
+    Soft: KL(teacher || student) at `temperature`, times temperature squared so that its gradient
+    does not fade (arXiv:1503.02531). Hard: cross-entropy with the teacher's arg max
+    (arXiv:2012.12877).
     """
     if hard:
         return F.cross_entropy(logits.float(), teacher_logits.argmax(-1))
@@ -38,5 +45,6 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with class indices (B,) or class probabilities (B, classes), mean over the batch."""
+    """Cross-entropy with class indices (B,) or class probabilities (B, classes), mean over the
+    batch."""
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)

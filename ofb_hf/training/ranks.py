@@ -1,4 +1,5 @@
-"""Do all processes of a distributed search still hold the same network? Cheap enough to ask after every shrink."""
+"""Do all processes of a distributed search still hold the same network? Cheap enough to ask after
+every shrink."""
 
 import hashlib
 from collections.abc import Callable
@@ -21,8 +22,9 @@ class RanksDifferError(RuntimeError):
 def checksum(tensor: Tensor) -> Tensor:
     """A 64-bit hash of a tensor's bits and their places: scalar int64 on its device.
 
-    The sum over all entries of splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014) of bits and position; every
-    bit of an entry reaches every bit of its summand, so that no two changes cancel as they would in a plain sum.
+    The sum over all entries of splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014) of bits
+    and position; every bit of an entry reaches every bit of its summand, so that no two changes
+    cancel as they would in a plain sum.
     """
     bits = tensor.detach().contiguous().reshape(-1)
     bits = bits.view(_INTEGER_OF_SIZE[bits.element_size()]).to(torch.int64)
@@ -33,9 +35,11 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def require_identical_ranks(module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Compares names, shapes and bits of a module's tensors, and the shapes of its optimizer's state, over all ranks.
+    """Compares names, shapes and bits of a module's tensors, and the shapes of its optimizer's
+    state, over all ranks.
 
-    Costs one pass over the weights, one small message and one of 8 bytes per tensor. Every rank has to call it.
+    Costs one pass over the weights, one small message and one of 8 bytes per tensor. Every rank has
+    to call it.
 
     Raises:
         RanksDifferError: on every rank, naming the tensor and the ranks.
@@ -54,14 +58,18 @@ def require_identical_ranks(module: nn.Module, optimizer: torch.optim.Optimizer,
             for name in sorted(set().union(*everyone))
             if any(row.get(name) != everyone[0].get(name) for row in everyone)
         )
-        raise RanksDifferError(f"after step {step} the ranks have different shapes, in rank order, of {first}.")
+        raise RanksDifferError(
+            f"after step {step} the ranks have different shapes, in rank order, of {first}."
+        )
     sums = gather(torch.stack([checksum(tensor) for tensor in tensors.values()])[None])
     differing = (sums != sums[0]).nonzero().tolist()
     if differing:
         rank, index = differing[0]
         raise RanksDifferError(
-            f"after step {step} ranks 0 and {rank} hold different values of {list(tensors)[index]} (and of "
-            f"{len({i for _, i in differing}) - 1} other tensors). Gradients are no longer averaged, or a rank was "
+            f"after step {step} ranks 0 and {rank} hold different values of "
+            f"{list(tensors)[index]} (and of "
+            f"{len({i for _, i in differing}) - 1} other tensors). Gradients are no longer "
+            f"averaged, or a rank was "
             "changed on its own; resume from the last checkpoint."
         )
 
@@ -69,7 +77,8 @@ def require_identical_ranks(module: nn.Module, optimizer: torch.optim.Optimizer,
 def decided_by_rank_0(decide: Callable[[], Any]) -> Any:
     """What `decide` returns on rank 0, on every rank; what it raises there is raised everywhere.
 
-    Ranks on different hardware may round differently; a choice that depends on rounding must be made once.
+    Ranks on different hardware may round differently; a choice that depends on rounding must be
+    made once.
     """
     answer: list[Any] = [None]
     if _is_rank_0():
@@ -85,4 +94,7 @@ def decided_by_rank_0(decide: Callable[[], Any]) -> Any:
 
 def _is_rank_0() -> bool:
     distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    return (
+        not (distributed.is_available() and distributed.is_initialized())
+        or distributed.get_rank() == 0
+    )

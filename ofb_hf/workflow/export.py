@@ -12,7 +12,8 @@ def run_export(wanted: ExportArguments) -> Exported:
     """Exports a classifier; its config and image processor go beside the file.
 
     Raises:
-        ValueError: if model or image processor cannot be loaded or do not go together, or the folder holds something.
+        ValueError: if model or image processor cannot be loaded or do not go together, or the
+            folder holds something.
         ExportError: if the exported model computes something else.
     """
     folder, name = Path(wanted.output_dir), wanted.model_name_or_path

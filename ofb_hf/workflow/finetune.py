@@ -62,7 +62,8 @@ def run(job: Finetuning) -> dict[str, Any]:
         Content of `eval_results.json`: the model before (`dense`) and after (`finetuned`).
     """
     is_main = job.args.should_save
-    PartialState().wait_for_everyone()  # all ranks have looked at the folder before one of them writes to it
+    # all ranks have looked at the folder before one of them writes to it
+    PartialState().wait_for_everyone()
     if is_main:
         output.begin(job.args, job.settings)
     with output.marked_if_failed(job.folder, is_main):
@@ -73,7 +74,9 @@ def run(job: Finetuning) -> dict[str, Any]:
         if resuming and decided_by_rank_0(done.is_dir):
             job.model = type(job.model).from_pretrained(done)
         else:
-            trainer = DistillationTrainer(job.model, job.args, teacher=job.teacher, **augmented, **datasets)
+            trainer = DistillationTrainer(
+                job.model, job.args, teacher=job.teacher, **augmented, **datasets
+            )
             trainer.train(resume_from_checkpoint=job.args.resume_from_checkpoint)
             if is_main:
                 output.write_aside(done, job.model.save_pretrained)
@@ -89,8 +92,11 @@ def run(job: Finetuning) -> dict[str, Any]:
     return results
 
 
-def run_evaluate(model_args: ModelArguments, data_args: DataArguments, args: OFBTrainingArguments) -> dict[str, Any]:
-    """Measures a classifier on the evaluation split: accuracy, cost, size, speed. Writes nothing."""
+def run_evaluate(
+    model_args: ModelArguments, data_args: DataArguments, args: OFBTrainingArguments
+) -> dict[str, Any]:
+    """Measures a classifier on the evaluation split: accuracy, cost, size, speed. Writes
+    nothing."""
     name = _required(model_args)
     model, inputs = load(name, data_args, args.seed)
     results, _ = measure({"model": model}, inputs.eval, args)
@@ -99,5 +105,7 @@ def run_evaluate(model_args: ModelArguments, data_args: DataArguments, args: OFB
 
 def _required(model_args: ModelArguments) -> str:
     if model_args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing; give a Hub name or a folder with an image classifier.")
+        raise ValueError(
+            "--model_name_or_path is missing; give a Hub name or a folder with an image classifier."
+        )
     return model_args.model_name_or_path

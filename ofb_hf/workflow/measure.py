@@ -34,10 +34,12 @@ SECONDS_PER_ROUND = 0.3
 def measure(
     models: dict[str, PreTrainedModel], dataset: Any, args: OFBTrainingArguments
 ) -> tuple[dict[str, dict], dict[str, list[float]]]:
-    """Everything there is to know about each model: accuracy, size, and speed side by side in one run.
+    """Everything there is to know about each model: accuracy, size, and speed side by side in one
+    run.
 
     Returns:
-        By model: the content of `eval_results.json`, and top-1 in percent of every class (NaN without images of it).
+        By model: the content of `eval_results.json`, and top-1 in percent of every class (NaN
+        without images of it).
     """
     results, by_class = {}, {}
     for name, model in models.items():
@@ -49,9 +51,16 @@ def measure(
     return results, by_class
 
 
-def lost_classes(before: list[float], after: list[float], names: list[str]) -> dict[str, list[float]]:
-    """Classes whose top-1 fell by more than `LOST` points: name -> [before, after] in percent, worst first."""
-    losses = {name: [was, now] for name, was, now in zip(names, before, after, strict=True) if was - now > LOST}
+def lost_classes(
+    before: list[float], after: list[float], names: list[str]
+) -> dict[str, list[float]]:
+    """Classes whose top-1 fell by more than `LOST` points: name -> [before, after] in percent,
+    worst first."""
+    losses = {
+        name: [was, now]
+        for name, was, now in zip(names, before, after, strict=True)
+        if was - now > LOST
+    }
     return dict(sorted(losses.items(), key=lambda item: item[1][1] - item[1][0]))
 
 
@@ -69,17 +78,26 @@ def provenance(seed: int, device: torch.device) -> dict[str, Any]:
 def library_versions() -> dict[str, str]:
     """Of Python, of this package, and of what speed and accuracy depend on."""
     versions = {"python": platform.python_version(), "ofb-hf": __version__}
-    return versions | {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
+    return versions | {
+        name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")
+    }
 
 
 def _commit() -> str | None:
-    """The commit of this package's source, "-dirty" if it was changed since; None where it is not checked out."""
+    """The commit of this package's source, "-dirty" if it was changed since; None where it is not
+    checked out."""
     git = ["git", "-C", str(Path(__file__).parent)]
     describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     try:
         # A virtual environment may lie in somebody else's repository.
-        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
-        return subprocess.run([*git, *describe], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True,
+            check=True,
+        )
+        return subprocess.run(
+            [*git, *describe], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -114,11 +132,14 @@ def threads(count: int) -> Iterator[None]:
 
 def random_images(config: PreTrainedConfig, count: int) -> Tensor:
     """Images (B, C, H, W) as a model takes them, always the same."""
-    return torch.randn(count, config.num_channels, *image_sides(config), generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        count, config.num_channels, *image_sides(config), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory so far, in bytes: of tensors on a GPU (since the last reset), of the whole process on a CPU."""
+    """The most memory so far, in bytes: of tensors on a GPU (since the last reset), of the whole
+    process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on every system, and nothing else needs it
@@ -136,10 +157,20 @@ def evaluate_classifier(
         {"top1", "top5", "num_examples"}, and top-1 of every class; all in percent.
     """
     with tempfile.TemporaryDirectory() as folder:
-        args = changed(args, output_dir=folder, distillation_weight=None, ema_decay=None, eval_strategy="no")
-        output = DistillationTrainer(model, args, **METRICS).predict(dataset, metric_key_prefix="eval")
-    labels, hits = torch.as_tensor(output.label_ids), torch.as_tensor(output.predictions[:, 0] == output.label_ids)
-    count, right = (torch.bincount(x, minlength=model.config.num_labels).double() for x in (labels, labels[hits]))
+        args = changed(
+            args, output_dir=folder, distillation_weight=None, ema_decay=None, eval_strategy="no"
+        )
+        output = DistillationTrainer(model, args, **METRICS).predict(
+            dataset, metric_key_prefix="eval"
+        )
+    labels, hits = (
+        torch.as_tensor(output.label_ids),
+        torch.as_tensor(output.predictions[:, 0] == output.label_ids),
+    )
+    count, right = (
+        torch.bincount(x, minlength=model.config.num_labels).double()
+        for x in (labels, labels[hits])
+    )
     accuracy = {
         "top1": round(output.metrics["eval_top1"], 4),
         "top5": round(output.metrics["eval_top5"], 4),
@@ -157,7 +188,8 @@ def describe_size(model: PreTrainedModel) -> dict[str, int]:
 
 
 def images_per_second(models: dict[str, PreTrainedModel], pixel_values: Tensor) -> dict[str, float]:
-    """Median throughput of several models in one run, taken in turn so that a noisy machine is fair to all.
+    """Median throughput of several models in one run, taken in turn so that a noisy machine is fair
+    to all.
 
     Args:
         models: by name, on the device to measure.

@@ -54,7 +54,9 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON aside, then renames."""
-    write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    write_aside(
+        path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    )
 
 
 def remove(path: Path) -> None:
@@ -65,8 +67,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_free(args: OFBTrainingArguments, settings: dict[str, Any], overwrite: bool, phases: tuple[str, ...]) -> None:
-    """Refuses a folder that holds something else than this very run, unless a run there is to be replaced.
+def check_free(
+    args: OFBTrainingArguments, settings: dict[str, Any], overwrite: bool, phases: tuple[str, ...]
+) -> None:
+    """Refuses a folder that holds something else than this very run, unless a run there is to be
+    replaced.
 
     Args:
         args: for `output_dir` and `resume_from_checkpoint`.
@@ -82,7 +87,9 @@ def check_free(args: OFBTrainingArguments, settings: dict[str, Any], overwrite: 
         raise ValueError(f"output_dir {folder} is a file; give a folder.")
     is_ours = (folder / SETTINGS_FILE).is_file()
     if not is_ours and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"output_dir {folder} holds other files than those of a run; give another folder.")
+        raise ValueError(
+            f"output_dir {folder} holds other files than those of a run; give another folder."
+        )
     if args.resume_from_checkpoint is not None:
         if args.resume_from_checkpoint != "auto":
             _check_checkpoint(Path(args.resume_from_checkpoint), folder, phases)
@@ -90,7 +97,8 @@ def check_free(args: OFBTrainingArguments, settings: dict[str, Any], overwrite: 
             _check_settings(folder, settings)
     elif is_ours and not overwrite:
         raise ValueError(
-            f"output_dir {folder} holds a run; continue it with --resume_from_checkpoint auto, start over with "
+            f"output_dir {folder} holds a run; continue it with --resume_from_checkpoint auto, "
+            f"start over with "
             "--overwrite_output_dir, or give another folder."
         )
 
@@ -98,17 +106,24 @@ def check_free(args: OFBTrainingArguments, settings: dict[str, Any], overwrite: 
 def _check_checkpoint(checkpoint: Path, folder: Path, phases: tuple[str, ...]) -> None:
     """Refuses a checkpoint that this run could not continue from."""
     if not is_complete(checkpoint):
-        raise ValueError(f"resume_from_checkpoint {checkpoint} is no complete checkpoint; give one, or 'auto'.")
+        raise ValueError(
+            f"resume_from_checkpoint {checkpoint} is no complete checkpoint; give one, or 'auto'."
+        )
     allowed = [folder / phase for phase in phases]
-    phase = next((phase for phase in allowed if checkpoint.resolve().parent == phase.resolve()), None)
+    phase = next(
+        (phase for phase in allowed if checkpoint.resolve().parent == phase.resolve()), None
+    )
     if phase is None:
         raise ValueError(
-            f"resume_from_checkpoint {checkpoint} is no checkpoint of this run, which writes them to "
-            f"{', '.join(map(str, allowed))}; give one of these, or 'auto', or the --output_dir it belongs to."
+            f"resume_from_checkpoint {checkpoint} is no checkpoint of this run, which writes them "
+            f"to "
+            f"{', '.join(map(str, allowed))}; give one of these, or 'auto', or the --output_dir "
+            f"it belongs to."
         )
     if (phase / RESULT).is_dir():
         raise ValueError(
-            f"resume_from_checkpoint {checkpoint} belongs to a part of the run that is finished; 'auto' goes on after "
+            f"resume_from_checkpoint {checkpoint} belongs to a part of the run that is finished; "
+            f"'auto' goes on after "
             "it. To repeat it, take another --output_dir."
         )
 
@@ -116,28 +131,39 @@ def _check_checkpoint(checkpoint: Path, folder: Path, phases: tuple[str, ...]) -
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     saved = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     settings = json.loads(json.dumps(settings))
-    differing = {name: (saved.get(name), value) for name, value in settings.items() if saved.get(name) != value}
+    differing = {
+        name: (saved.get(name), value)
+        for name, value in settings.items()
+        if saved.get(name) != value
+    }
     if WORLD_SIZE in differing:
         spread = {name: differing.pop(name) for name in SPREAD if name in differing}
         logger.warning(
-            f"the run in {folder} goes on with another number of processes; (there, here) differ in {spread}. Each of "
-            "them sees other images than before, and the result is not that of an uninterrupted run."
+            f"the run in {folder} goes on with another number of processes; (there, here) differ "
+            f"in {spread}. Each of "
+            "them sees other images than before, and the result is not that of an uninterrupted "
+            "run."
         )
     if differing:
         raise ValueError(
-            f"the run in {folder} has other settings; (there, here) differ in {differing}. Resume with the same "
+            f"the run in {folder} has other settings; (there, here) differ in {differing}. Resume "
+            f"with the same "
             "settings, or give another output_dir."
         )
 
 
 def begin(args: OFBTrainingArguments, settings: dict[str, Any]) -> None:
-    """Marks the folder as that of an unfinished run; a run that starts over first removes what the last one left."""
+    """Marks the folder as that of an unfinished run; a run that starts over first removes what the
+    last one left."""
     folder, resuming = Path(args.output_dir), args.resume_from_checkpoint is not None
     folder.mkdir(parents=True, exist_ok=True)
     if not resuming and (folder / SETTINGS_FILE).is_file():
         for name in ("dense", RESULT, *SEARCH_PHASES, *PRODUCT, FAMILY, FAMILY_PICTURE):
             remove(folder / name)
-        for path in (*folder.glob("checkpoint-*"), *(file.parent for file in folder.glob(f"target_*/{SETTINGS_FILE}"))):
+        for path in (
+            *folder.glob("checkpoint-*"),
+            *(file.parent for file in folder.glob(f"target_*/{SETTINGS_FILE}")),
+        ):
             remove(path)
     write_json(folder / SETTINGS_FILE, settings)
     mark_failed(folder, "it is running, or it was killed.")
@@ -146,7 +172,8 @@ def begin(args: OFBTrainingArguments, settings: dict[str, Any]) -> None:
 def mark_failed(folder: Path, reason: str) -> None:
     """Writes `FAILED.txt`."""
     (folder / FAILED_FILE).write_text(
-        f"This run has not finished: {reason}\nContinue with --resume_from_checkpoint auto, or start over with "
+        f"This run has not finished: {reason}\nContinue with --resume_from_checkpoint auto, or "
+        f"start over with "
         "--overwrite_output_dir.\n",
         encoding="utf-8",
     )

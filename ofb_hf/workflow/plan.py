@@ -1,4 +1,5 @@
-"""What a search would cost and come to, before there is any data: exact counts, and measured seconds and memory."""
+"""What a search would cost and come to, before there is any data: exact counts, and measured
+seconds and memory."""
 
 import math
 import statistics
@@ -35,22 +36,30 @@ COSTS = {
 }
 
 
-def run_plan(wanted: PlanArguments, search: SearchArguments, args: OFBTrainingArguments) -> dict[str, Any]:
-    """Counts what the space holds and what every budget comes to, then takes some steps of each search.
+def run_plan(
+    wanted: PlanArguments, search: SearchArguments, args: OFBTrainingArguments
+) -> dict[str, Any]:
+    """Counts what the space holds and what every budget comes to, then takes some steps of each
+    search.
 
     Returns:
-        {"model", "dense", "space", "budgets", "trial"}: counts are integers, times seconds, memory bytes. Of every
-        budget: `target` (its limit), `macs` and `params` of what is chosen if all units of a submodule are worth the
-        same (a search ends at another choice, in the same band below the limit), `before` and `after` that choice the
-        seconds of a step, and `seconds` of the whole search. With a latency table, `latency_ms` beside MACs.
+        {"model", "dense", "space", "budgets", "trial"}: counts are integers, times seconds, memory
+        bytes. Of every
+        budget: `target` (its limit), `macs` and `params` of what is chosen if all units of a
+        submodule are worth the same (a search ends at another choice, in the same band below the
+        limit), `before` and `after` that choice the seconds of a step, and `seconds` of the whole
+        search. With a latency table, `latency_ms` beside MACs.
 
     Raises:
         ValueError: if the model cannot be loaded, or for arguments that a search refuses.
-        UnreachableBudgetError: for a budget that nothing in the space meets, before anything is measured.
+        UnreachableBudgetError: for a budget that nothing in the space meets, before anything is
+            measured.
     """
     check_search_arguments(args)
     model = load_for_counting(wanted.model_name_or_path, wanted.num_labels)
-    configs = {name: default_config(model.config, **values) for name, values in search.by_budget().items()}
+    configs = {
+        name: default_config(model.config, **values) for name, values in search.by_budget().items()
+    }
     budgets = {name: _outcome(model, config) for name, config in configs.items()}
     warn_if_elsewhere(next(iter(configs.values())).table, args.device)
     batches = math.ceil(wanted.num_images / (args.train_batch_size * args.world_size))
@@ -83,9 +92,9 @@ def describe_space(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, An
     """How much there is to choose from, and how small a network may get.
 
     Returns:
-        `choices`: submodules that choose for themselves; `candidates`: over all of them; `subnets`: what they multiply
-        to; `macs` and `params` of the smallest subnet; `share`: the smallest budget as a share of the dense model,
-        rounded up to four decimals.
+        `choices`: submodules that choose for themselves; `candidates`: over all of them; `subnets`:
+        what they multiply to; `macs` and `params` of the smallest subnet; `share`: the smallest
+        budget as a share of the dense model, rounded up to four decimals.
     """
     space = config.search_space(model.config)
     sizes = {submodule.name: submodule.sizes for submodule in space if submodule.tied_to is None}
@@ -95,7 +104,10 @@ def describe_space(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, An
         "candidates": space.num_candidates,
         "subnets": math.prod(map(len, sizes.values())),
         **_costs(model, config, smallest),
-        "share": math.ceil(1e4 * count_cost(model, config.terms, smallest) / count_cost(model, config.terms)) / 1e4,
+        "share": math.ceil(
+            1e4 * count_cost(model, config.terms, smallest) / count_cost(model, config.terms)
+        )
+        / 1e4,
     }
 
 
@@ -105,7 +117,9 @@ def _smallest(model: PreTrainedModel, config: BiMaskConfig) -> SubnetSpec:
     try:
         return install_bi_masks(model, replace(config, **{name: 2 / config.unit})).settle_()
     except UnreachableBudgetError as error:
-        return install_bi_masks(model, replace(config, **{name: config.absolute(error.smallest)})).settle_()
+        return install_bi_masks(
+            model, replace(config, **{name: config.absolute(error.smallest)})
+        ).settle_()
 
 
 def plan_text(plan: dict[str, Any]) -> str:
@@ -150,8 +164,11 @@ def _outcome(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, Any]:
     return {"target": config.absolute(supernet.target), **_costs(model, config, subnet)}
 
 
-def _costs(model: PreTrainedModel, config: BiMaskConfig, subnet: SubnetSpec | None = None) -> dict[str, Any]:
-    """MACs and parameters of a model or a subnet of it, and its predicted latency where there is a table."""
+def _costs(
+    model: PreTrainedModel, config: BiMaskConfig, subnet: SubnetSpec | None = None
+) -> dict[str, Any]:
+    """MACs and parameters of a model or a subnet of it, and its predicted latency where there is a
+    table."""
     costs = {"macs": count_macs(model, subnet), "params": count_params(model, subnet)}
     if config.table is not None:
         costs["latency_ms"] = milliseconds(count_latency(model, config.table, subnet))
@@ -180,7 +197,8 @@ def _measure(
 
 
 def _step_seconds(trial: TrialSearch, batch: dict[str, Tensor], limit: float) -> float:
-    """Median seconds of a step, the first left out; no other is begun after `limit` seconds, but for one."""
+    """Median seconds of a step, the first left out; no other is begun after `limit` seconds, but
+    for one."""
     began, times = time.perf_counter(), []
     while len(times) < 2 or (len(times) <= MEASURED_STEPS and time.perf_counter() - began < limit):
         start = time.perf_counter()

@@ -11,7 +11,10 @@ COLUMNS = (
     ("images/s", "images_per_second", lambda value: f"{value:,.0f}"),
 )
 # Of runs with a latency table.
-LATENCY = (("ms", "latency_ms", lambda value: f"{value:.3f}"), ("predicted", "predicted_latency_ms", "{:.3f}".format))
+LATENCY = (
+    ("ms", "latency_ms", lambda value: f"{value:.3f}"),
+    ("predicted", "predicted_latency_ms", "{:.3f}".format),
+)
 TITLES = {"dense": "dense", "searched": "after search", "finetuned": "after finetuning"}
 
 
@@ -23,7 +26,13 @@ def results_rows(results: dict[str, Any]) -> list[list[str]]:
         if results.get(stage):
             values = results[stage]
             rows.append(
-                [title, *(show(values[key]) if values.get(key) is not None else "-" for _, key, show in columns)]
+                [
+                    title,
+                    *(
+                        show(values[key]) if values.get(key) is not None else "-"
+                        for _, key, show in columns
+                    ),
+                ]
             )
     return rows
 
@@ -46,7 +55,10 @@ def text_table(rows: list[list[str]]) -> str:
     """Aligned columns, the first to the left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(cells))
+        "  ".join(
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(cells)
+        )
         for cells in ([*zip(row, widths, strict=True)] for row in rows)
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

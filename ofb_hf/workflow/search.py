@@ -35,7 +35,14 @@ from ..training.distillation import DistillationTrainer
 from ..training.history import HISTORY_FILE, HistoryCallback, left_out_at, read_history
 from ..training.ranks import decided_by_rank_0
 from . import output
-from .arguments import FinetuneArguments, ModelArguments, SearchArguments, changed, phase_arguments, training_settings
+from .arguments import (
+    FinetuneArguments,
+    ModelArguments,
+    SearchArguments,
+    changed,
+    phase_arguments,
+    training_settings,
+)
 from .inputs import Inputs, load, load_teacher
 from .latency_table import measured_latency, warn_if_elsewhere
 from .measure import METRICS, lost_classes, measure, provenance
@@ -52,10 +59,11 @@ class Walk:
 
     Attributes:
         dense: the model to make smaller, the reference of all measurements.
-        targets: subfolder -> budget in MACs, parameters or milliseconds, the largest first; `config` asks for the
-            first one.
-        start, start_subnet: what the search begins with where that is not `dense`, and its units as units of `dense`.
-            In a search for tokens, the units of `dense` as those of the model it was cut from, where they are known.
+        targets: subfolder -> budget in MACs, parameters or milliseconds, the largest first;
+            `config` asks for the first one.
+        start, start_subnet: what the search begins with where that is not `dense`, and its units as
+            units of `dense`. In a search for tokens, the units of `dense` as those of the model it
+            was cut from, where they are known.
         steps_before: of search, that `start` has behind it.
     """
 
@@ -109,17 +117,20 @@ def run(walk: Walk) -> dict[str, Any]:
 @contextmanager
 def output_of(walk: Walk) -> Iterator[None]:
     """The output folder is that of an unfinished run until the block ends well."""
-    PartialState().wait_for_everyone()  # all ranks have looked at the folder before one of them writes to it
+    # all ranks have looked at the folder before one of them writes to it
+    PartialState().wait_for_everyone()
     if walk.is_main:
         output.begin(walk.args, walk.settings)
-        if walk.settings.get("latency_table"):  # the one that was given may be gone when the run is resumed
+        # the one that was given may be gone when the run is resumed
+        if walk.settings.get("latency_table"):
             output.write_json(walk.folder / LATENCY_TABLE_FILE, walk.settings["latency_table"])
     with output.marked_if_failed(walk.folder, walk.is_main):
         yield
 
 
 def meet_budget(walk: Walk) -> tuple[dict[str, Any], PreTrainedModel, SubnetSpec]:
-    """Searches, finetunes, measures, writes. Returns results, the model before finetuning, and its units."""
+    """Searches, finetunes, measures, writes. Returns results, the model before finetuning, and its
+    units."""
     searched, subnet = search(walk)
     models = {"dense": walk.dense, "searched": searched}
     if walk.finetune_args.is_wanted:
@@ -141,18 +152,32 @@ def prepare(
         ValueError: for whatever cannot work, in words.
     """
     if args.push_to_hub and len(config.budgets) > 1:
-        raise ValueError("push_to_hub cannot go with several budgets; publish each finished folder (ofb-hf publish).")
+        raise ValueError(
+            "push_to_hub cannot go with several budgets; publish each finished folder (ofb-hf "
+            "publish)."
+        )
     name = require_start(model_args, args)
-    settings = run_settings(model_args, data_args, config, args) | asdict(augmentation_args) | asdict(finetune_args)
+    settings = (
+        run_settings(model_args, data_args, config, args)
+        | asdict(augmentation_args)
+        | asdict(finetune_args)
+    )
     if len(config.budgets) > 1:
         settings |= {config.budget[0]: config.budgets}
     output.check_free(args, settings, model_args.overwrite_output_dir, config.phases)
     dense, inputs = load(name, data_args, args.seed, augmentation_args)
-    configs = {folder: default_config(dense.config, **values) for folder, values in config.by_budget().items()}
-    costs = {folder: one.absolute(install_bi_masks(dense, one).target) for folder, one in configs.items()}
+    configs = {
+        folder: default_config(dense.config, **values)
+        for folder, values in config.by_budget().items()
+    }
+    costs = {
+        folder: one.absolute(install_bi_masks(dense, one).target) for folder, one in configs.items()
+    }
     targets = dict(sorted(costs.items(), key=lambda item: -item[1]))
     if len(set(targets.values())) < len(config.budgets):
-        raise ValueError(f"{config.budget[0]} is {config.budgets}, with the same budget twice; give each once.")
+        raise ValueError(
+            f"{config.budget[0]} is {config.budgets}, with the same budget twice; give each once."
+        )
     first = configs[next(iter(targets))]
     warn_if_elsewhere(first.table, args.device)
     teacher = load_teacher(model_args.teacher_name_or_path, inputs)
@@ -168,8 +193,12 @@ def require_start(model_args: ModelArguments, args: OFBTrainingArguments) -> str
     """
     name = model_args.model_name_or_path
     if name is None:
-        raise ValueError(f"--model_name_or_path is missing; give a Hub name, a folder, or one of {sorted(SHAPES)}.")
-    check_search_arguments(changed(args, push_to_hub=False))  # it is the finished folder that is pushed
+        raise ValueError(
+            f"--model_name_or_path is missing; give a Hub name, a folder, or one of "
+            f"{sorted(SHAPES)}."
+        )
+    # it is the finished folder that is pushed
+    check_search_arguments(changed(args, push_to_hub=False))
     if args.push_to_hub:
         decided_by_rank_0(lambda: require_write_access(args.hub_model_id, args.hub_token))
     return name
@@ -183,8 +212,12 @@ def run_settings(
 ) -> dict[str, Any]:
     """What defines the result of a search; a resumed run must agree with it."""
     settings = asdict(data_args) | config.to_dict()
-    settings |= {name: getattr(model_args, name) for name in ("model_name_or_path", "teacher_name_or_path")}
-    settings |= {name: getattr(model_args, name) for name in ("dense_epochs", "dense_learning_rate")}
+    settings |= {
+        name: getattr(model_args, name) for name in ("model_name_or_path", "teacher_name_or_path")
+    }
+    settings |= {
+        name: getattr(model_args, name) for name in ("dense_epochs", "dense_learning_rate")
+    }
     return settings | training_settings(args, data_args)
 
 
@@ -218,7 +251,11 @@ def search(walk: Walk) -> tuple[PreTrainedModel, SubnetSpec]:
     set_seed(walk.args.seed)
     start, teacher, args = walk.dense, walk.teacher, phase_arguments(walk.args, "search")
     if walk.start is not None:
-        share = walk.config.distillation_weight if args.distillation_weight is None else args.distillation_weight
+        share = (
+            walk.config.distillation_weight
+            if args.distillation_weight is None
+            else args.distillation_weight
+        )
         start, teacher = walk.start, teacher or (walk.dense if share else None)
     trainer = OFBTrainer(start, args, walk.config, teacher=teacher, **datasets(walk))
     run_phase(trainer, walk, "search")
@@ -266,12 +303,17 @@ def finish(walk: Walk, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -
     if subnet.token_schedule is not None:
         results["token_schedule"] = subnet.token_schedule
     final = models.get("finetuned", models["searched"])
-    write_output(walk, final, results, lambda folder: _write_extras(walk, final, subnet, results, folder))
+    write_output(
+        walk, final, results, lambda folder: _write_extras(walk, final, subnet, results, folder)
+    )
     return results
 
 
-def _add_latency(results: dict[str, Any], models: dict[str, PreTrainedModel], table: LatencyTable) -> None:
-    """What the table predicts for every model, and what it really takes under the table's settings."""
+def _add_latency(
+    results: dict[str, Any], models: dict[str, PreTrainedModel], table: LatencyTable
+) -> None:
+    """What the table predicts for every model, and what it really takes under the table's
+    settings."""
     results["latency"] = {"hardware": table.hardware, **table.settings}
     for name, model in models.items():
         results[name]["predicted_latency_ms"] = milliseconds(count_latency(model, table))
@@ -281,7 +323,11 @@ def _add_latency(results: dict[str, Any], models: dict[str, PreTrainedModel], ta
 
 def measured(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     """What `eval_results.json` says of any run: the budget, the models, and what made them."""
-    results: dict[str, Any] = {"target_macs": None, "target_params": None, walk.config.budget[0]: walk.target}
+    results: dict[str, Any] = {
+        "target_macs": None,
+        "target_params": None,
+        walk.config.budget[0]: walk.target,
+    }
     of_models, by_class = measure(models, walk.inputs.eval, phase_arguments(walk.args, "search"))
     results |= of_models | provenance(walk.args.seed, walk.args.device)
     results["seconds"] = None if walk.resuming else round(time.monotonic() - walk.began)
@@ -291,10 +337,14 @@ def measured(walk: Walk, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
         results["steps"]["search"] += walk.steps_before
     gone = describe((walk.dense if walk.start is None else walk.start).config).left_out
     results["left_out"] = {
-        name: step + walk.steps_before for name, step in left_out_at(history).items() if name not in gone
+        name: step + walk.steps_before
+        for name, step in left_out_at(history).items()
+        if name not in gone
     }
     results |= {"source": _source(walk), "data": walk.inputs.data.name}
-    results["lost_classes"] = lost_classes(by_class["dense"], [*by_class.values()][-1], walk.inputs.data.label_names)
+    results["lost_classes"] = lost_classes(
+        by_class["dense"], [*by_class.values()][-1], walk.inputs.data.label_names
+    )
     if walk.config.table is not None:
         _add_latency(results, models, walk.config.table)
     return results
@@ -304,7 +354,8 @@ def push(walk: Walk) -> None:
     """Publishes the output folder of a finished walk.
 
     Raises:
-        LeakError, PublishError: as `ofb_hf.publish`; the folder is complete, and `ofb-hf publish` takes it later.
+        LeakError, PublishError: as `ofb_hf.publish`; the folder is complete, and `ofb-hf publish`
+        takes it later.
     """
     if walk.args.process_index == 0:
         settings = {"private": walk.args.hub_private_repo, "revision": walk.args.hub_revision}
@@ -313,9 +364,13 @@ def push(walk: Walk) -> None:
 
 
 def write_output(
-    walk: Walk, final: PreTrainedModel, results: dict[str, Any], write_extras: Callable[[Path], None]
+    walk: Walk,
+    final: PreTrainedModel,
+    results: dict[str, Any],
+    write_extras: Callable[[Path], None],
 ) -> None:
-    """Puts the product into the output folder, each file written aside and renamed, and prints the summary.
+    """Puts the product into the output folder, each file written aside and renamed, and prints the
+    summary.
 
     Args:
         final: the model to keep.
@@ -356,30 +411,48 @@ def draw_token_pictures(walk: Walk, final: PreTrainedModel, folder: Path) -> Non
     images, processor = walk.inputs.eval, walk.inputs.processor
     count = min(walk.finetune_args.token_pictures, len(images))
     if count and getattr(final.config, "token_schedule", None) is not None:
-        pixels = torch.stack([images[index * len(images) // count]["pixel_values"] for index in range(count)])
-        draw_tokens(final, pixels, processor.image_mean, processor.image_std, folder / output.TOKEN_PICTURE)
+        pixels = torch.stack(
+            [images[index * len(images) // count]["pixel_values"] for index in range(count)]
+        )
+        draw_tokens(
+            final, pixels, processor.image_mean, processor.image_std, folder / output.TOKEN_PICTURE
+        )
 
 
 def _source(walk: Walk) -> dict[str, str | None]:
-    """The dense parent: its name, without folders of this machine, its commit on the Hub, and its licence."""
+    """The dense parent: its name, without folders of this machine, its commit on the Hub, and its
+    licence."""
     name = walk.model_args.model_name_or_path
     revision = getattr(walk.dense.config, "_commit_hash", None)
     is_local = Path(name).exists()
-    return {"model": Path(name).resolve().name if is_local else name, "revision": revision, "license": walk.license}
+    return {
+        "model": Path(name).resolve().name if is_local else name,
+        "revision": revision,
+        "license": walk.license,
+    }
 
 
 def license_of(name_or_path: str) -> str | None:
-    """The licence in the card of a model; None without a card, and where none can be read from it."""
+    """The licence in the card of a model; None without a card, and where none can be read from
+    it."""
     if name_or_path in SHAPES:
         return None
     folder = Path(name_or_path)
     try:
-        card = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(name_or_path, "README.md"))
-        stated = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+        card = (
+            folder / "README.md"
+            if folder.is_dir()
+            else Path(hf_hub_download(name_or_path, "README.md"))
+        )
+        stated = ModelCard(
+            card.read_text(encoding="utf-8"), ignore_metadata_errors=True
+        ).data.license
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, yaml.YAMLError, httpx.RequestError) as error:
-        logger.warning(f"the card of {name_or_path} cannot be read, so ours will name no licence: {error}")
+        logger.warning(
+            f"the card of {name_or_path} cannot be read, so ours will name no licence: {error}"
+        )
         return None
     return stated if isinstance(stated, str) else None
 
@@ -405,11 +478,15 @@ def run_phase(trainer: DistillationTrainer, walk: Walk, phase: str) -> None:
     """Trains from the start, or from where an interrupted run was, and keeps the history."""
     trainer.add_callback(HistoryCallback(walk.folder / HISTORY_FILE, phase))
     wanted = walk.args.resume_from_checkpoint
-    if wanted not in (None, "auto") and Path(wanted).resolve().parent != Path(trainer.args.output_dir).resolve():
+    if (
+        wanted not in (None, "auto")
+        and Path(wanted).resolve().parent != Path(trainer.args.output_dir).resolve()
+    ):
         wanted = None  # a checkpoint of an earlier phase
     trainer.train(resume_from_checkpoint=wanted)
 
 
 def is_done(result: Path) -> bool:
-    """Whether the result of a phase is there, as rank 0 sees it: no rank may train while others do not."""
+    """Whether the result of a phase is there, as rank 0 sees it: no rank may train while others do
+    not."""
     return decided_by_rank_0(result.is_dir)

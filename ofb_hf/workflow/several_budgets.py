@@ -18,9 +18,9 @@ logger = logging.get_logger(__name__)
 def run(walk: search.Walk) -> dict[str, Any]:
     """Fills one complete output folder per budget below the run's own, the largest budget first.
 
-    A smaller model starts from the larger one as its search left it, learns from the dense model, and keeps part of
-    the units that one kept. The epochs of the search are shared out evenly, so that a family costs no more than one
-    search; finetuning, where it is wanted, is per model.
+    A smaller model starts from the larger one as its search left it, learns from the dense model,
+    and keeps part of the units that one kept. The epochs of the search are shared out evenly, so
+    that a family costs no more than one search; finetuning, where it is wanted, is per model.
 
     Returns:
         The content of `family.json`: subfolder -> its `eval_results.json`.
@@ -44,9 +44,14 @@ def _member(walk: search.Walk, before: search.Walk, name: str, target: int) -> s
     if before.start is not None:
         budget = walk.config.budget[0]
         cost = walk.config.absolute(count_cost(before.start, walk.config.terms))
-        # The last search may have ended below this budget already; then there is nothing left to remove.
+        # The last search may have ended below this budget already; then there is nothing left to
+        # remove.
         config = walk.config.fitted_to(before.start.config, **{budget: min(target, cost)})
-    args = changed(walk.args, output_dir=str(walk.folder / name), num_train_epochs=walk.args.num_train_epochs / shares)
+    args = changed(
+        walk.args,
+        output_dir=str(walk.folder / name),
+        num_train_epochs=walk.args.num_train_epochs / shares,
+    )
     if args.max_steps > 0:
         args.max_steps = max(1, round(args.max_steps / shares))
     if args.warmup_steps >= 1:  # below 1 it is a share
@@ -70,6 +75,7 @@ def _write(walk: search.Walk, results: dict[str, Any]) -> None:
         search.save_dense(walk)
     output.write_aside(walk.folder / output.FAMILY_PICTURE, lambda path: plot_family(results, path))
     output.write_aside(
-        walk.folder / output.FAMILY, lambda path: path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+        walk.folder / output.FAMILY,
+        lambda path: path.write_text(json.dumps(results, indent=2) + "\n", "utf-8"),
     )
     logger.warning("\n%s\n\nwritten to %s", text_table(family_rows(results)), walk.folder)

@@ -1,4 +1,5 @@
-"""Single steps of a search on random images, to see what they cost: no data, and no file is left behind."""
+"""Single steps of a search on random images, to see what they cost: no data, and no file is left
+behind."""
 
 import tempfile
 from dataclasses import replace
@@ -19,7 +20,8 @@ STEPS = 10_000
 
 
 class TrialSearch:
-    """A search that stands right after its importance phase: everything in the race, patches hidden, all losses on.
+    """A search that stands right after its importance phase: everything in the race, patches
+    hidden, all losses on.
 
     Args:
         model: a classifier; it stays as it is, and is the teacher where the preset distils.
@@ -33,11 +35,15 @@ class TrialSearch:
     def __init__(self, model: PreTrainedModel, args: OFBTrainingArguments, config: BiMaskConfig):
         changes = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "report_to": []}
         config = replace(config, compensate=False)  # that is done once, and no part of a step
-        with tempfile.TemporaryDirectory() as folder:  # a Trainer makes its output folder as soon as it is made
-            trainer = self.trainer = OFBTrainer(model, changed(args, output_dir=folder, **changes), config)
+        # a Trainer makes its output folder as soon as it is made
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self.trainer = OFBTrainer(
+                model, changed(args, output_dir=folder, **changes), config
+            )
         trainer.current_gradient_accumulation_steps = 1
         trainer.create_optimizer()
-        trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)  # mixed precision, compilation, DDP
+        # mixed precision, compilation, DDP
+        trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
         trainer.state.max_steps = STEPS
         trainer.state.global_step = round(config.importance_hold * STEPS) + 1
         trainer.supernet.importance_known.fill_(True)
@@ -54,7 +60,8 @@ class TrialSearch:
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """Forward, backward and optimizer, as the Trainer does them. Returns the loss, scalar.
 
-        The learning rate is the optimizer's own, so that weights, importance and alpha move as in mid-search.
+        The learning rate is the optimizer's own, so that weights, importance and alpha move as in
+        mid-search.
         """
         trainer = self.trainer
         trainer.begin_search_step()
@@ -65,9 +72,12 @@ class TrialSearch:
         return loss
 
     def settle(self) -> None:
-        """Makes the final choice; the steps that follow are those after it, with the small network."""
+        """Makes the final choice; the steps that follow are those after it, with the small
+        network."""
         trainer, config = self.trainer, self.trainer.bi_mask_config
         trainer.supernet.settle_()
         if config.prune_during_search:
             trainer.shrink(fold=True)
-        trainer.state.global_step = min(STEPS - 1, schedule.settlement_step(config.settle_at, STEPS) + 1)
+        trainer.state.global_step = min(
+            STEPS - 1, schedule.settlement_step(config.settle_at, STEPS) + 1
+        )

@@ -24,19 +24,25 @@ def run_verify(
 ) -> tuple[bool, list[list[str]]]:
     """Compares a checkpoint with its card and its `eval_results.json`.
 
-    Accuracy is measured again, cost counted again. What the card shows to people has to be what its metadata and
-    `eval_results.json` say.
+    Accuracy is measured again, cost counted again. What the card shows to people has to be what its
+    metadata and `eval_results.json` say.
 
     Returns:
-        Whether everything agrees, and a table: what, where it is said, what is said there, what was found.
+        Whether everything agrees, and a table: what, where it is said, what is said there, what was
+        found.
 
     Raises:
         ValueError: if the checkpoint cannot be loaded, or has no card with results.
     """
     name = model_args.model_name_or_path
     if name is None:
-        raise ValueError("--model_name_or_path is missing; give a repository or a folder with a card.")
-    card, results = _file(name, CARD).read_text(encoding="utf-8"), read_results(_file(name, RESULTS))
+        raise ValueError(
+            "--model_name_or_path is missing; give a repository or a folder with a card."
+        )
+    card, results = (
+        _file(name, CARD).read_text(encoding="utf-8"),
+        read_results(_file(name, RESULTS)),
+    )
     in_card = _metadata(name, card)
     final, found = final_results(results), run_evaluate(model_args, data_args, args)
     rows = [["", "said in", "said", "found", ""]]
@@ -45,10 +51,20 @@ def run_verify(
             same = abs(found[key] - value) <= (TOLERANCE if key in MEASURED else 0)
             rows.append([key, place, f"{value:,}", f"{found[key]:,}", "" if same else "differs"])
     for key, value in in_card.items():
-        rows.append([f"{key}, metadata", CARD, f"{value}", f"{final[key]}", "" if value == final[key] else "differs"])
+        rows.append(
+            [
+                f"{key}, metadata",
+                CARD,
+                f"{value}",
+                f"{final[key]}",
+                "" if value == final[key] else "differs",
+            ]
+        )
     for cells in results_rows(results)[1:]:
         shown = f"| {' | '.join(cells)} |" in card
-        rows.append([f"row {cells[0]!r}", CARD, "as in the results" if shown else "something else", "", ""])
+        rows.append(
+            [f"row {cells[0]!r}", CARD, "as in the results" if shown else "something else", "", ""]
+        )
         rows[-1][-1] = "" if shown else "differs"
     return all(row[-1] != "differs" for row in rows), rows
 
@@ -60,9 +76,15 @@ def _metadata(name: str, card: str) -> dict[str, float]:
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"the metadata of the card of {name} cannot be read: {error}") from error
     names = {kind: key for key, (kind, _) in MEASURED.items()}
-    values = {names[result.metric_type]: result.metric_value for result in stated if result.metric_type in names}
+    values = {
+        names[result.metric_type]: result.metric_value
+        for result in stated
+        if result.metric_type in names
+    }
     if not values:
-        raise ValueError(f"the card of {name} has no results in its metadata; there is nothing to verify.")
+        raise ValueError(
+            f"the card of {name} has no results in its metadata; there is nothing to verify."
+        )
     if wrong := {key: value for key, value in values.items() if not isinstance(value, int | float)}:
         raise ValueError(f"the metadata of the card of {name} has no numbers for {wrong}.")
     return values
@@ -74,7 +96,9 @@ def _file(name_or_path: str, name: str) -> Path:
     try:
         path = folder / name if folder.is_dir() else Path(hf_hub_download(name_or_path, name))
     except EntryNotFoundError as error:
-        raise ValueError(f"{name_or_path} has no {name}, so there is nothing to compare with.") from error
+        raise ValueError(
+            f"{name_or_path} has no {name}, so there is nothing to compare with."
+        ) from error
     if not path.is_file():
         raise ValueError(f"{name_or_path} has no {name}, so there is nothing to compare with.")
     return path
@@ -83,4 +107,8 @@ def _file(name_or_path: str, name: str) -> Path:
 def summary(rows: list[list[str]], agrees: bool) -> str:
     """The verdict in one sentence."""
     differing = sum(row[-1] == "differs" for row in rows)
-    return "Everything is as the card says." if agrees else f"{differing} of {len(rows) - 1} statements do not hold."
+    return (
+        "Everything is as the card says."
+        if agrees
+        else f"{differing} of {len(rows) - 1} statements do not hold."
+    )

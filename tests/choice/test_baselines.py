@@ -16,8 +16,12 @@ from ofb_hf.pruning.surgery import slice_model
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 CHOICES = {
-    "l1": lambda model, config: baselines.pruned_subnet(model, config, baselines.magnitude_scores(model)),
-    "uniform": lambda model, config: baselines.uniform_subnet(model, config, baselines.magnitude_scores(model)),
+    "l1": lambda model, config: baselines.pruned_subnet(
+        model, config, baselines.magnitude_scores(model)
+    ),
+    "uniform": lambda model, config: baselines.uniform_subnet(
+        model, config, baselines.magnitude_scores(model)
+    ),
     "random": lambda model, config: baselines.random_subnet(model, config, seed=3),
 }
 
@@ -39,7 +43,9 @@ def test_the_budget_holds_and_the_subnet_can_be_cut(family, choice, budget):
     count = count_params if "target_params" in budget else count_macs
     target = config.target(count(model))
     small = slice_model(model, subnet)
-    assert_equal_states(small.state_dict(), slice_model(OURS[family].from_dense(model), subnet).state_dict())
+    assert_equal_states(
+        small.state_dict(), slice_model(OURS[family].from_dense(model), subnet).state_dict()
+    )
     assert count(small) == count(model, subnet) <= target
     assert count(small) >= 0.9 * target
 
@@ -48,7 +54,10 @@ def test_the_budget_holds_and_the_subnet_can_be_cut(family, choice, budget):
 def test_taylor_scores_are_squared_gradients_of_a_gate_on_every_unit(family):
     """Each unit is scaled by 1 + epsilon, by hand, and the loss differentiated numerically."""
     model = tiny_model(family, dtype=torch.float64).eval()
-    images, labels = tiny_images(count=3, size=model.config.image_size, dtype=torch.float64), torch.tensor([0, 1, 2])
+    images, labels = (
+        tiny_images(count=3, size=model.config.image_size, dtype=torch.float64),
+        torch.tensor([0, 1, 2]),
+    )
     scores = baselines.taylor_scores(model, [{"pixel_values": images, "labels": labels}] * 2)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = dict(model.named_parameters())
@@ -82,15 +91,22 @@ def test_pruning_keeps_the_best_units(family):
             continue
         for head, channels in kept.items():
             rest = [channel for channel in range(scores[name].shape[1]) if channel not in channels]
-            assert not rest or scores[name][head][list(channels)].min() >= scores[name][head][rest].max()
+            assert (
+                not rest
+                or scores[name][head][list(channels)].min() >= scores[name][head][rest].max()
+            )
 
 
 def test_what_matters_more_keeps_more():
     model = tiny_model("vit")
     config = search_config("vit", target_macs=0.5, search_embedding=False)
     scores = {s.name: torch.rand(s.shape) for s in describe(model.config).submodules}
-    favoured = {name: score * (100 if name == "layers.1.mlp" else 1) for name, score in scores.items()}
-    sizes = [baselines.pruned_subnet(model, config, s).size("layers.1.mlp") for s in (scores, favoured)]
+    favoured = {
+        name: score * (100 if name == "layers.1.mlp" else 1) for name, score in scores.items()
+    }
+    sizes = [
+        baselines.pruned_subnet(model, config, s).size("layers.1.mlp") for s in (scores, favoured)
+    ]
     assert sizes[0] < sizes[1] == max(AWKWARD["vit"]["mlp_candidates"])
 
 

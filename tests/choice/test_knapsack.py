@@ -1,4 +1,5 @@
-"""The budget holds, it is used, and nothing better fits: checked against brute force and exact reachable costs."""
+"""The budget holds, it is used, and nothing better fits: checked against brute force and exact
+reachable costs."""
 
 import itertools
 import math
@@ -43,7 +44,9 @@ def cost_of(terms: tuple[Term, ...], units: dict[str, int]) -> int:
     return total
 
 
-def brute_force(options: dict[str, list[Option]], terms: tuple[Term, ...], fixed: dict[str, int], needed=()):
+def brute_force(
+    options: dict[str, list[Option]], terms: tuple[Term, ...], fixed: dict[str, int], needed=()
+):
     """Every choice that keeps units of something needed, with its cost and score."""
     for picks in itertools.product(*options.values()):
         choice = dict(zip(options, picks, strict=True))
@@ -56,12 +59,15 @@ def brute_force(options: dict[str, list[Option]], terms: tuple[Term, ...], fixed
 def reachable_costs(supernet: Supernet, config) -> set[int]:
     """Every cost that some subnet of a ViT's search space has, from first principles.
 
-    With the residual width given, attentions and MLPs contribute independent sums, so the set of all totals is built
-    one submodule at a time.
+    With the residual width given, attentions and MLPs contribute independent sums, so the set of
+    all totals is built one submodule at a time.
     """
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     pixels = config.num_channels * config.patch_size**2
-    units = {mask.name: sorted({o.units for o in supernet.options()[mask.name]}) for mask in supernet.bi_masks}
+    units = {
+        mask.name: sorted({o.units for o in supernet.options()[mask.name]})
+        for mask in supernet.bi_masks
+    }
     for name, shape in supernet.dense_sizes.items():
         units.setdefault(name, [math.prod(shape)])
     by_params = supernet.bi_mask_config.budget[0] == "target_params"
@@ -73,39 +79,60 @@ def reachable_costs(supernet: Supernet, config) -> set[int]:
             per_half, per_attention_unit, per_mlp_unit = 3 * e, 4 * e + biases, 2 * e + 1
         else:
             base = (tokens - 1) * pixels * e + labels * e
-            per_half, per_attention_unit, per_mlp_unit = 0, 4 * tokens * e + 2 * tokens**2, 2 * tokens * e
+            per_half, per_attention_unit, per_mlp_unit = (
+                0,
+                4 * tokens * e + 2 * tokens**2,
+                2 * tokens * e,
+            )
         sums = {(base, False)}  # and whether there is an attention yet: a network needs one
         for layer in layers:
             attentions, mlps = units[f"layers.{layer}.attention"], units[f"layers.{layer}.mlp"]
             sums = {
-                (s + per_half * (a > 0) + per_attention_unit * a, seen or a > 0) for s, seen in sums for a in attentions
+                (s + per_half * (a > 0) + per_attention_unit * a, seen or a > 0)
+                for s, seen in sums
+                for a in attentions
             }
-            sums = {(s + per_half * (f > 0) + per_mlp_unit * f, seen) for s, seen in sums for f in mlps}
+            sums = {
+                (s + per_half * (f > 0) + per_mlp_unit * f, seen) for s, seen in sums for f in mlps
+            }
         totals |= {total for total, seen in sums if seen}
     return totals
 
 
-# -------------------------------------------------------------------------------------- the settlement on its own
+# ------------------------------------------------------------------------ the settlement on its own
 
 
 @st.composite
 def problems(draw: st.DrawFn, largest: int = 12) -> tuple:
-    """One shared width, up to four parts whose cost is a product with it or not, and scores; all small integers. Last,
-    the parts of which one has to stay."""
+    """One shared width, up to four parts whose cost is a product with it or not, and scores; all
+    small integers. Last, the parts of which one has to stay."""
     parts = [f"part{index}" for index in range(draw(st.integers(0, 4)))]
     score = st.floats(-5, 5, allow_nan=False)
     options = {
-        name: [Option((units,), draw(score)) for units in sorted(draw(st.sets(st.integers(low, 6), min_size=1)))]
+        name: [
+            Option((units,), draw(score))
+            for units in sorted(draw(st.sets(st.integers(low, 6), min_size=1)))
+        ]
         for name, low in [("width", 1), *((part, 0) for part in parts)]
     }
     needed = [name for name in parts if draw(st.booleans())]
     needed = needed if any(option.units for name in needed for option in options[name]) else []
     coefficient = st.integers(1, largest)
-    terms = [Term(draw(coefficient)), Term(draw(coefficient), ("width",)), Term(draw(coefficient), ("width", "fixed"))]
+    terms = [
+        Term(draw(coefficient)),
+        Term(draw(coefficient), ("width",)),
+        Term(draw(coefficient), ("width", "fixed")),
+    ]
     for name in parts:
         terms.append(Term(draw(coefficient), ("width", name)))
         terms.append(Term(draw(coefficient), (name,)))
-    return options, tuple(terms), {"fixed": draw(st.integers(1, 5))}, draw(st.floats(0, 1.1)), needed
+    return (
+        options,
+        tuple(terms),
+        {"fixed": draw(st.integers(1, 5))},
+        draw(st.floats(0, 1.1)),
+        needed,
+    )
 
 
 def target_of(problem: tuple, share: float) -> int:
@@ -116,10 +143,15 @@ def target_of(problem: tuple, share: float) -> int:
 
 @given(problems())
 def test_small_problems_are_solved_exactly(problem):
-    """Below as many cost units as there are bins nothing is rounded: the best choice of all, or the largest below."""
+    """Below as many cost units as there are bins nothing is rounded: the best choice of all, or the
+    largest below."""
     options, terms, fixed, share, needed = problem
     target = target_of((options, terms, fixed, needed), share)
-    everything = [(cost, score) for cost, score in brute_force(options, terms, fixed, needed) if cost <= target]
+    everything = [
+        (cost, score)
+        for cost, score in brute_force(options, terms, fixed, needed)
+        if cost <= target
+    ]
     inside = [score for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
     settlement = settle(options, terms, fixed, target, TIGHTNESS, needed)
     assert not needed or any(settlement.choice[name].units for name in needed)
@@ -127,7 +159,9 @@ def test_small_problems_are_solved_exactly(problem):
     assert target < BINS or target - min(cost for cost, _ in everything) < BINS
     assert list(settlement.choice) == list(options)
     assert settlement.cost == cost_of(terms, units) <= target
-    assert settlement.score == pytest.approx(sum(option.score for option in settlement.choice.values()))
+    assert settlement.score == pytest.approx(
+        sum(option.score for option in settlement.choice.values())
+    )
     if inside:
         assert settlement.cost >= TIGHTNESS * target
         assert settlement.score == pytest.approx(max(inside))
@@ -137,11 +171,16 @@ def test_small_problems_are_solved_exactly(problem):
 
 @given(problems(largest=10**6))
 def test_large_problems_are_solved_up_to_the_rounding_of_costs(problem):
-    """Costs are rounded to 1 / BINS of the room, so the answer beats all that keep a bin per submodule away from both
-    ends of the band, whatever it is allowed to do in between; feasibility is never given up for it."""
+    """Costs are rounded to 1 / BINS of the room, so the answer beats all that keep a bin per
+    submodule away from both ends of the band, whatever it is allowed to do in between; feasibility
+    is never given up for it."""
     options, terms, fixed, share, needed = problem
     target = target_of((options, terms, fixed, needed), share)
-    everything = [(cost, score) for cost, score in brute_force(options, terms, fixed, needed) if cost <= target]
+    everything = [
+        (cost, score)
+        for cost, score in brute_force(options, terms, fixed, needed)
+        if cost <= target
+    ]
     inside = [(cost, score) for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
     settlement = settle(options, terms, fixed, target, TIGHTNESS, needed)
     assert settlement.cost <= target
@@ -150,24 +189,35 @@ def test_large_problems_are_solved_up_to_the_rounding_of_costs(problem):
         return
     assert settlement.cost >= TIGHTNESS * target
     slack = len(options) * (target / BINS + 1)
-    clear = [score for cost, score in inside if TIGHTNESS * target + slack <= cost <= target - slack]
+    clear = [
+        score for cost, score in inside if TIGHTNESS * target + slack <= cost <= target - slack
+    ]
     assert settlement.score <= max(score for _, score in inside) + 1e-9
     assert not clear or settlement.score >= max(clear) - 1e-9
 
 
 def test_a_budget_below_the_smallest_subnet_is_refused_with_the_smallest_value():
-    options = {"width": [Option((3,), 0.0), Option((5,), 9.0)], "mlp": [Option((2,), 0.0), Option((7,), 0.0)]}
+    options = {
+        "width": [Option((3,), 0.0), Option((5,), 9.0)],
+        "mlp": [Option((2,), 0.0), Option((7,), 0.0)],
+    }
     terms = (Term(1000), Term(10, ("width", "mlp")))
     with pytest.raises(UnreachableBudgetError, match=r"1,059.*1,060"):
         settle(options, terms, {}, 1059)
     settlement = settle(options, terms, {}, 1060)
     assert settlement.cost == 1060
-    assert {name: option.size for name, option in settlement.choice.items()} == {"width": (3,), "mlp": (2,)}
+    assert {name: option.size for name, option in settlement.choice.items()} == {
+        "width": (3,),
+        "mlp": (2,),
+    }
 
 
-@pytest.mark.parametrize("target", [1200, 1210, 5000], ids=["in the band", "below the band", "all below the band"])
+@pytest.mark.parametrize(
+    "target", [1200, 1210, 5000], ids=["in the band", "below the band", "all below the band"]
+)
 def test_among_equal_costs_the_better_score_wins(target):
-    """2 heads of 6 cost what 4 heads of 3 cost. Not reaching the band is no reason to forget which is better."""
+    """2 heads of 6 cost what 4 heads of 3 cost. Not reaching the band is no reason to forget which
+    is better."""
     grid = [Option((2, 6), 1.0), Option((4, 3), 5.0), Option((3, 4), 3.0), Option((1, 1), 9.0)]
     grid += [Option((5, 6), 9.0)] if target == 1210 else []
     band = 0.98 if target != 1210 else 0.999
@@ -176,15 +226,19 @@ def test_among_equal_costs_the_better_score_wins(target):
 
 @pytest.mark.parametrize("favourite", ["a", "b", "c"])
 def test_in_a_coarse_space_the_score_says_who_gets_what_is_left(favourite):
-    """Three equal submodules, no choice within the band, room for one wide one: the one that needs it most gets it."""
-    options = {name: [Option((10,), 0.0), Option((20,), 3.0 if name == favourite else 1.0)] for name in "abc"}
+    """Three equal submodules, no choice within the band, room for one wide one: the one that needs
+    it most gets it."""
+    options = {
+        name: [Option((10,), 0.0), Option((20,), 3.0 if name == favourite else 1.0)]
+        for name in "abc"
+    }
     terms = tuple(Term(7, (name,)) for name in "abc")
     settlement = settle(options, terms, {}, 7 * 45)
     assert settlement.cost == 7 * 40
     assert settlement.choice[favourite].size == (20,)
 
 
-# ------------------------------------------------------------------------------------------ the budget of a supernet
+# ------------------------------------------------------------------------- the budget of a supernet
 
 
 def random_search(seed: int) -> tuple[Supernet, object]:
@@ -211,11 +265,17 @@ def random_search(seed: int) -> tuple[Supernet, object]:
         "mlp_candidates": sizes(mlp),
         "search_depth": [False, True, "attention", "mlp"][seed % 4],
     }
-    budget, count = [("target_macs", count_macs), ("target_params", count_params)][seed >= MACS_SEEDS]
+    budget, count = [("target_macs", count_macs), ("target_params", count_params)][
+        seed >= MACS_SEEDS
+    ]
     dense = count(model)
-    reachable = reachable_costs(install_bi_masks(model, search_config(**candidates, **{budget: 1.0})), model.config)
+    reachable = reachable_costs(
+        install_bi_masks(model, search_config(**candidates, **{budget: 1.0})), model.config
+    )
     target = rng.randint(min(reachable), dense)
-    config = search_config(**candidates, **{budget: target / dense if rng.random() < 0.5 else target})
+    config = search_config(
+        **candidates, **{budget: target / dense if rng.random() < 0.5 else target}
+    )
     supernet = install_bi_masks(model, config)
     randomize_masks_(supernet, seed, spread=rng.choice([0.1, 2.0, 8.0]))
     return supernet, model.config
@@ -223,7 +283,8 @@ def random_search(seed: int) -> tuple[Supernet, object]:
 
 @pytest.mark.parametrize("seed", range(MACS_SEEDS + 10))
 def test_the_budget_holds_and_is_used(seed):
-    """Within [0.98, 1] of the target; where not, no subnet of the space lies between ours and the target."""
+    """Within [0.98, 1] of the target; where not, no subnet of the space lies between ours and the
+    target."""
     supernet, config = random_search(seed)
     by_params = supernet.bi_mask_config.budget[0] == "target_params"
     count = count_params if by_params else count_macs
@@ -242,18 +303,28 @@ def test_the_budget_holds_and_is_used(seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_the_choice_is_the_best_one_up_to_the_rounding_of_costs(seed):
     supernet, _ = random_search(seed)
-    fixed = {name: math.prod(s) for name, s in supernet.dense_sizes.items() if name not in supernet.named_masks}
+    fixed = {
+        name: math.prod(s)
+        for name, s in supernet.dense_sizes.items()
+        if name not in supernet.named_masks
+    }
     options = {name: rows[:: max(1, len(rows) // 3)] for name, rows in supernet.options().items()}
     floor = min(cost for cost, _ in brute_force(options, supernet.terms, fixed))
     target = max(supernet.target, floor)
     settlement = settle(options, supernet.terms, fixed, target, TIGHTNESS)
-    everything = [(cost, score) for cost, score in brute_force(options, supernet.terms, fixed) if cost <= target]
+    everything = [
+        (cost, score)
+        for cost, score in brute_force(options, supernet.terms, fixed)
+        if cost <= target
+    ]
     inside = [(cost, score) for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
     if not inside:
         assert settlement.cost == max(cost for cost, _ in everything)
         return
     slack = len(options) * (target / BINS + 1)
-    clear = [score for cost, score in inside if TIGHTNESS * target + slack <= cost <= target - slack]
+    clear = [
+        score for cost, score in inside if TIGHTNESS * target + slack <= cost <= target - slack
+    ]
     assert settlement.score <= max(score for _, score in inside) + 1e-6
     assert not clear or settlement.score >= max(clear) - 1e-6
 
@@ -275,7 +346,9 @@ def test_an_unreachable_budget_is_refused_before_training_and_names_the_smallest
         supernet(0.001)
     small = compress(supernet(smallest))
     assert count(small) == smallest
-    assert sum(heads > 0 for heads in small.config.num_attention_heads_per_layer) == (1 if depth else 2)
+    assert sum(heads > 0 for heads in small.config.num_attention_heads_per_layer) == (
+        1 if depth else 2
+    )
     assert (sum(small.config.intermediate_size_per_layer) == 0) == (depth is True)
 
 
@@ -300,16 +373,21 @@ def test_a_budget_of_everything_keeps_a_network_of_nearly_that_size(family):
 
 
 def test_a_budget_beyond_the_model_itself_is_refused():
-    with pytest.raises(ValueError, match=r"target_macs is 1,000,000,000,000, more than the [\d,]+ of the model"):
+    with pytest.raises(
+        ValueError, match=r"target_macs is 1,000,000,000,000, more than the [\d,]+ of the model"
+    ):
         tiny_supernet(target_macs=10**12)
 
 
 def test_importance_and_alpha_lead_the_choice():
-    """At one price, the submodule whose units matter keeps more of them; alpha decides where importance is equal."""
+    """At one price, the submodule whose units matter keeps more of them; alpha decides where
+    importance is equal."""
     for led_by in ("importance", "alpha"):
         sizes = []
         for favourite in (0, 1):
-            supernet = install_bi_masks(tiny_vit(), search_config(search_embedding=False, target_macs=0.75))
+            supernet = install_bi_masks(
+                tiny_vit(), search_config(search_embedding=False, target_macs=0.75)
+            )
             with torch.no_grad():
                 for layer in (0, 1):
                     mask = supernet.named_masks[f"layers.{layer}.mlp"]
@@ -333,4 +411,6 @@ def test_a_settled_supernet_is_settled_for_good(family):
     assert supernet.settle_() == subnet == read_subnet(supernet)
     assert torch.equal(supernet(images).logits, logits)
     rng = random.Random(0)
-    assert [random_candidate(mask, rng) for mask in supernet.bi_masks] == [m.largest_size() for m in supernet.bi_masks]
+    assert [random_candidate(mask, rng) for mask in supernet.bi_masks] == [
+        m.largest_size() for m in supernet.bi_masks
+    ]

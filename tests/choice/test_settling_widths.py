@@ -1,7 +1,9 @@
-"""Several residual widths, as Swin has them: more combinations than can be tried, so a relaxation says where to look.
+"""Several residual widths, as Swin has them: more combinations than can be tried, so a relaxation
+says where to look.
 
-Problems here are caterpillars, the shape of Swin's costs: a chain of widths, each with an attention and an MLP that
-cost in proportion to it, heads that cost something of their own, and merging that ties each width to the next.
+Problems here are caterpillars, the shape of Swin's costs: a chain of widths, each with an attention
+and an MLP that cost in proportion to it, heads that cost something of their own, and merging that
+ties each width to the next.
 """
 
 import math
@@ -15,7 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import SwinConfig
 
-from ofb_hf import SwinBiMaskConfig, compress, count_macs, count_params, install_bi_masks, read_subnet
+from ofb_hf import (
+    SwinBiMaskConfig,
+    compress,
+    count_macs,
+    count_params,
+    install_bi_masks,
+    read_subnet,
+)
 from ofb_hf.choice import knapsack as settlement
 from ofb_hf.choice.knapsack import Option, Settlement, _Problem, _Relaxation, settle
 from ofb_hf.cost.budget import UnreachableBudgetError
@@ -51,14 +60,19 @@ def everything(space: Space) -> tuple[np.ndarray, np.ndarray]:
 
 
 def worth(sizes: list[tuple[int, ...]], rng: random.Random) -> list[Option]:
-    """Candidates as a search scores them: the more the better, less and less so, and somewhat at random."""
+    """Candidates as a search scores them: the more the better, less and less so, and somewhat at
+    random."""
     weight, power = rng.uniform(0, 10), rng.uniform(0.3, 1)
     full = max(map(math.prod, sizes))
-    return [Option(size, weight * (math.prod(size) / full) ** power + rng.uniform(-2, 0)) for size in sizes]
+    return [
+        Option(size, weight * (math.prod(size) / full) ** power + rng.uniform(-2, 0))
+        for size in sizes
+    ]
 
 
 def caterpillar(seed: int, stages: int, candidates: int) -> Space:
-    """A random problem with up to so many candidates of each width, and about as many of everything else."""
+    """A random problem with up to so many candidates of each width, and about as many of everything
+    else."""
     rng = random.Random(seed)
 
     def sizes(largest: int) -> list[int]:
@@ -67,7 +81,10 @@ def caterpillar(seed: int, stages: int, candidates: int) -> Space:
     options, terms = {}, [Term(rng.randint(0, 500))]
     for stage in range(stages):
         width, attention, mlp = f"{stage}.width", f"{stage}.attention", f"{stage}.mlp"
-        heads, dims = sorted(rng.sample(range(1, 7), 2)), sorted(rng.sample(range(1, 9), rng.randint(1, 2)))
+        heads, dims = (
+            sorted(rng.sample(range(1, 7), 2)),
+            sorted(rng.sample(range(1, 9), rng.randint(1, 2))),
+        )
         options[width] = worth([(size,) for size in sizes(40)], rng)
         options[attention] = worth([(h, d) for h in heads for d in dims], rng)
         options[mlp] = worth([(size,) for size in sizes(60)], rng)
@@ -79,8 +96,11 @@ def caterpillar(seed: int, stages: int, candidates: int) -> Space:
     return options, tuple(terms), {"fixed": rng.randint(1, 5)}
 
 
-def settled_problems(shape: tuple[int, int], seeds: range) -> Iterator[tuple[Settlement, np.ndarray, np.ndarray, int]]:
-    """Random problems with random targets, settled: (settlement, costs and scores of all choices, target)."""
+def settled_problems(
+    shape: tuple[int, int], seeds: range
+) -> Iterator[tuple[Settlement, np.ndarray, np.ndarray, int]]:
+    """Random problems with random targets, settled: (settlement, costs and scores of all choices,
+    target)."""
     for seed in seeds:
         space = caterpillar(seed, *shape)
         costs, scores = everything(space)
@@ -89,12 +109,13 @@ def settled_problems(shape: tuple[int, int], seeds: range) -> Iterator[tuple[Set
         yield settle(*space, target, TIGHTNESS), costs, scores, target
 
 
-# ------------------------------------------------------------------------------------------------------ the relaxation
+# ----------------------------------------------------------------------------------- the relaxation
 
 
 @st.composite
 def trees(draw: st.DrawFn) -> Space:
-    """Up to six submodules tied together in a tree or in several, some of them grids whose heads cost something."""
+    """Up to six submodules tied together in a tree or in several, some of them grids whose heads
+    cost something."""
     number, score, coefficient = st.integers(1, 9), st.floats(-50, 50), st.integers(1, 30)
     options: dict[str, list[Option]] = {}
     terms = [Term(draw(coefficient)), Term(draw(coefficient), ("fixed",))]
@@ -109,13 +130,17 @@ def trees(draw: st.DrawFn) -> Space:
             for pair in draw(st.lists(st.permutations([quantity, other]), min_size=1, max_size=2)):
                 terms.append(Term(draw(coefficient), tuple(pair)))
         options[name] = [Option(size, draw(score)) for size in sizes]
-        terms += [Term(draw(coefficient), (quantity,)), Term(draw(coefficient), (quantity, "fixed"))]
+        terms += [
+            Term(draw(coefficient), (quantity,)),
+            Term(draw(coefficient), (quantity, "fixed")),
+        ]
     return options, tuple(terms), {"fixed": draw(number)}
 
 
 @given(trees(), st.floats(0, 10) | st.floats(0, 0.01))
 def test_the_relaxation_is_exact_at_every_price(space, price):
-    """No choice is worth more than score - price x cost of the one that it finds, and its cost is what it says."""
+    """No choice is worth more than score - price x cost of the one that it finds, and its cost is
+    what it says."""
     options, terms, fixed = space
     choice, cost = _Relaxation(_Problem(*space, 0, 10**9)).solve(price)
     chosen = {name: option.size for name, option in choice.items()}
@@ -134,7 +159,7 @@ def test_costs_that_tie_submodules_in_a_circle_are_refused():
         _Relaxation(_Problem(options, terms, {}, 0, 100)).solve(1.0)
 
 
-# --------------------------------------------------------------------------------------- settling what it points to
+# ----------------------------------------------------------------------- settling what it points to
 
 
 @pytest.mark.usefixtures("_relaxed")
@@ -153,8 +178,9 @@ def test_the_budget_holds_and_is_used_wherever_anything_uses_it(shape):
 @pytest.mark.usefixtures("_relaxed")
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3), (3, 5)], ids=str)
 def test_the_choice_is_seldom_far_from_the_best_one(shape):
-    """Measured on 1,100 problems as coarse as these: 79 to 89 of 100 are solved exactly, on average 1 to 2 % of the
-    range of scores within the band are given away, in 1 of 100 problems 17 to 28 %, at worst 51 %."""
+    """Measured on 1,100 problems as coarse as these: 79 to 89 of 100 are solved exactly, on average
+    1 to 2 % of the range of scores within the band are given away, in 1 of 100 problems 17 to 28 %,
+    at worst 51 %."""
     lost = []
     for answer, costs, scores, target in settled_problems(shape, range(100, 180)):
         inside = scores[(costs <= target) & (costs >= TIGHTNESS * target)]
@@ -168,8 +194,9 @@ def test_the_choice_is_seldom_far_from_the_best_one(shape):
 
 
 def test_the_choice_is_nearly_the_best_one_in_a_network_of_full_size():
-    """Swin-T with its default candidates, 90,250 combinations of widths: no choice within the budget can be worth more
-    than score - price x (cost - budget) of the relaxation at any price, and that is less than 0.2 % above ours."""
+    """Swin-T with its default candidates, 90,250 combinations of widths: no choice within the
+    budget can be worth more than score - price x (cost - budget) of the relaxation at any price,
+    and that is less than 0.2 % above ours."""
     architecture, rng = describe(SwinConfig()), random.Random(0)
     dense = quantities(architecture.sizes)
     total = evaluate_terms(architecture.macs, dense)
@@ -180,7 +207,8 @@ def test_the_choice_is_nearly_the_best_one_in_a_network_of_full_size():
         heads, dims = space.head_candidates or (1,), space.dim_candidates or space.candidate_sizes
         sizes = [(h, d) if space.is_grid else (d,) for h in heads for d in dims]
         options[space.name] = [
-            Option(size, weight * (math.prod(size) / space.num_units) ** power + rng.uniform(-3, 0)) for size in sizes
+            Option(size, weight * (math.prod(size) / space.num_units) ** power + rng.uniform(-3, 0))
+            for size in sizes
         ]
     for share in (0.3, 0.5, 0.8):
         target = int(share * total)
@@ -198,17 +226,22 @@ def test_the_choice_is_nearly_the_best_one_in_a_network_of_full_size():
 
 @pytest.mark.parametrize("relaxed", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_an_unreachable_budget_is_refused_with_exactly_the_smallest_cost(seed, relaxed, monkeypatch):
+def test_an_unreachable_budget_is_refused_with_exactly_the_smallest_cost(
+    seed, relaxed, monkeypatch
+):
     monkeypatch.setattr(settlement, "MAX_COMBINATIONS", 0 if relaxed else 10**9)
     space = caterpillar(seed, 4, 3)
     smallest = everything(space)[0].min()
-    with pytest.raises(UnreachableBudgetError, match=rf"of {smallest - 1:,} is below .* costs {smallest:,};"):
+    with pytest.raises(
+        UnreachableBudgetError, match=rf"of {smallest - 1:,} is below .* costs {smallest:,};"
+    ):
         settle(*space, int(smallest) - 1)
     assert settle(*space, int(smallest)).cost == smallest
 
 
 def test_many_widths_are_searched_one_at_a_time():
-    """More combinations of widths than can be tried, after all: the budget still holds and is used."""
+    """More combinations of widths than can be tried, after all: the budget still holds and is
+    used."""
     rng = random.Random(0)
     options, terms = {}, []
     for stage in range(4):
@@ -221,7 +254,8 @@ def test_many_widths_are_searched_one_at_a_time():
             terms.append(Term(3, (f"width{stage - 1}", f"width{stage}")))
     assert settlement.MAX_COMBINATIONS_BELOW < 9**4
     smallest, largest = (
-        evaluate_terms(tuple(terms), {name: rows[end].units for name, rows in options.items()}) for end in (0, -1)
+        evaluate_terms(tuple(terms), {name: rows[end].units for name, rows in options.items()})
+        for end in (0, -1)
     )
     for share in (0.0, 0.05, 0.3, 0.8, 1.0):
         target = int(smallest + share * (largest - smallest))
@@ -229,11 +263,12 @@ def test_many_widths_are_searched_one_at_a_time():
         assert TIGHTNESS * target <= answer.cost <= target
 
 
-# ------------------------------------------------------------------------------------------ the budget of a supernet
+# ------------------------------------------------------------------------- the budget of a supernet
 
 
 def random_search(seed: int) -> tuple[Supernet, SwinConfig]:
-    """A random Swin of 1 to 4 stages with random candidates and masks, and a random reachable budget."""
+    """A random Swin of 1 to 4 stages with random candidates and masks, and a random reachable
+    budget."""
     rng = random.Random(seed)
     stages, heads, head_dim = rng.choice([1, 2, 3, 3, 4, 4]), rng.randint(1, 2), rng.randint(2, 7)
     ratio = rng.choice([1, 1.7, 3])
@@ -265,7 +300,8 @@ def random_search(seed: int) -> tuple[Supernet, SwinConfig]:
     budget = rng.choice(["target_macs", "target_params"])
     supernet = install_bi_masks(model, search_config("swin", **candidates, **{budget: 1.0}))
     sizes_of_all = supernet.dense_sizes | {
-        name: min(row, key=lambda option: option.units).size for name, row in supernet.options().items()
+        name: min(row, key=lambda option: option.units).size
+        for name, row in supernet.options().items()
     }
     smallest = evaluate_terms(supernet.terms, quantities(sizes_of_all))
     target = rng.randint(smallest, smallest + int(0.8 * (supernet.dense_cost - smallest)))
@@ -277,7 +313,8 @@ def random_search(seed: int) -> tuple[Supernet, SwinConfig]:
 def largest_reachable_cost(supernet: Supernet) -> int:
     """The largest cost within the budget that some subnet has, exactly.
 
-    With the widths given, all other submodules contribute independent sums; bit c of a set means that sum c occurs.
+    With the widths given, all other submodules contribute independent sums; bit c of a set means
+    that sum c occurs.
     """
     sizes = {name: [option.size for option in row] for name, row in supernet.options().items()}
     for name, shape in supernet.dense_sizes.items():
@@ -285,14 +322,20 @@ def largest_reachable_cost(supernet: Supernet) -> int:
     widths = [name for name in sizes if name.endswith(".width")]
     best = 0
     for values in np.ndindex(*(len(sizes[name]) for name in widths)):
-        known = quantities({name: sizes[name][index] for name, index in zip(widths, values, strict=True)})
+        known = quantities(
+            {name: sizes[name][index] for name, index in zip(widths, values, strict=True)}
+        )
         reachable = 1
         for name in set(sizes) - set(widths):
             own = {name, heads_of(name), presence_of(name)}
             terms = tuple(term for term in supernet.terms if own & set(term.factors))
-            costs = {evaluate_terms(terms, known | quantities({name: size})) for size in sizes[name]}
+            costs = {
+                evaluate_terms(terms, known | quantities({name: size})) for size in sizes[name]
+            }
             reachable = sum_of_sets(reachable, costs) & (1 << (supernet.target + 1)) - 1
-        base = evaluate_terms(tuple(term for term in supernet.terms if set(term.factors) <= set(known)), known)
+        base = evaluate_terms(
+            tuple(term for term in supernet.terms if set(term.factors) <= set(known)), known
+        )
         reachable = reachable << base & (1 << (supernet.target + 1)) - 1
         best = max(best, reachable.bit_length() - 1)
     return best
@@ -308,7 +351,8 @@ def sum_of_sets(reachable: int, costs: set[int]) -> int:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_budget_of_a_swin_holds_and_is_used(seed, monkeypatch):
-    """Within [0.98, 1] of the target; where not, no subnet of the space lies between ours and the target."""
+    """Within [0.98, 1] of the target; where not, no subnet of the space lies between ours and the
+    target."""
     if seed >= 20:
         monkeypatch.setattr(settlement, "MAX_COMBINATIONS", 0)
     supernet, dense = random_search(seed)

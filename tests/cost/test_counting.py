@@ -42,7 +42,9 @@ STOCK = {ViTConfig: ViTForImageClassification, SwinConfig: SwinForImageClassific
 
 def deit(width: int, heads: int) -> ViTConfig:
     """DeiT at 224 pixels with 1000 classes."""
-    return ViTConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_labels=1000)
+    return ViTConfig(
+        hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_labels=1000
+    )
 
 
 def swin(width: int, depth: int) -> SwinConfig:
@@ -51,8 +53,9 @@ def swin(width: int, depth: int) -> SwinConfig:
     return SwinConfig(embed_dim=width, depths=[2, 2, depth, 2], num_heads=heads, num_labels=1000)
 
 
-# Config, exact MACs and parameters, and what the papers report: GFLOPs (which are GMACs) and millions of parameters.
-# Swin: arXiv:2103.14030, table 1, with the parameters of the released checkpoints.
+# Config, exact MACs and parameters, and what the papers report: GFLOPs (which are GMACs) and
+# millions of parameters. Swin: arXiv:2103.14030, table 1, with the parameters of the released
+# checkpoints.
 PUBLISHED = {
     "DeiT-T": (deit(192, 3), 1_253_683_200, 5_717_416, 1.25, 5.7),
     "DeiT-S": (deit(384, 6), 4_598_882_304, 22_050_664, 4.60, 22.1),
@@ -64,7 +67,8 @@ PUBLISHED = {
 
 
 def counted_macs(model: torch.nn.Module, images: torch.Tensor) -> float:
-    """What torch counts in one forward pass, with the attention map computed as two matrix products."""
+    """What torch counts in one forward pass, with the attention map computed as two matrix
+    products."""
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
@@ -76,10 +80,12 @@ def elements(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# ---------------------------------------------------------------------------------------------- exact MACs and params
+# ---------------------------------------------------------------------------- exact MACs and params
 
 
-@pytest.mark.parametrize(("config", "macs", "params", "giga", "mega"), PUBLISHED.values(), ids=PUBLISHED)
+@pytest.mark.parametrize(
+    ("config", "macs", "params", "giga", "mega"), PUBLISHED.values(), ids=PUBLISHED
+)
 def test_published_networks_cost_what_the_literature_says(config, macs, params, giga, mega):
     assert count_macs(config) == macs
     assert count_params(config) == params
@@ -129,7 +135,9 @@ def test_dense_models(family, overrides):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_with_different_widths_everywhere(family):
     model = NON_UNIFORM[family]()
-    assert count_macs(model) == count_macs(model.config) == counted_macs(model, images_for(model, 1))
+    assert (
+        count_macs(model) == count_macs(model.config) == counted_macs(model, images_for(model, 1))
+    )
     assert count_params(model) == count_params(model.config) == elements(model)
 
 
@@ -140,7 +148,9 @@ def test_compressed_models(family, seed, tmp_path):
     assert count_macs(model) == counted_macs(model, tiny_images(1))
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    assert count_params(model) == sum(tensor.numel() for tensor in saved.values()) == elements(model)
+    assert (
+        count_params(model) == sum(tensor.numel() for tensor in saved.values()) == elements(model)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,11 +167,15 @@ def test_random_subnets_of_random_shapes(family, data):
         mask.settle_(*random_candidate(mask, rng))
     subnet = SubnetSpec({mask.name: mask.kept() for mask in supernet.bi_masks})
     small = supernet.fold()
-    assert count_macs(dense, subnet) == count_macs(small) == counted_macs(small, images_for(small, 1))
+    assert (
+        count_macs(dense, subnet) == count_macs(small) == counted_macs(small, images_for(small, 1))
+    )
     assert count_params(dense, subnet) == count_params(small) == elements(small)
 
 
-@pytest.mark.parametrize(("family", "name"), [("vit", "layers.1.mlp"), ("swin", "stages.0.blocks.1.mlp")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("vit", "layers.1.mlp"), ("swin", "stages.0.blocks.1.mlp")]
+)
 def test_a_partial_subnet_leaves_the_rest_as_it_is(family, name):
     model = OURS[family].from_dense(tiny_model(family))
     subnet = SubnetSpec({name: (3, 4, 30)})
@@ -176,14 +190,23 @@ GROWTH = {
 }
 
 
-@pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in GROWTH[family]])
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in FAMILIES for name in GROWTH[family]]
+)
 def test_costs_grow_with_every_size(family, name):
     def config(factor: int) -> PreTrainedConfig:
         if family == "vit":
-            sizes = {"hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 72, "num_hidden_layers": 2}
+            sizes = {
+                "hidden_size": 40,
+                "num_attention_heads": 4,
+                "intermediate_size": 72,
+                "num_hidden_layers": 2,
+            }
             return vit_config(head_dim=8, **sizes | {name: factor * sizes[name]})
         sizes = {"embed_dim": 20, "mlp_ratio": 2, "depths": [1, 2], "window_size": 2}
-        value = [factor * depth for depth in sizes[name]] if name == "depths" else factor * sizes[name]
+        value = (
+            [factor * depth for depth in sizes[name]] if name == "depths" else factor * sizes[name]
+        )
         return swin_config(**sizes | {name: value})
 
     for count in (count_macs, count_params):
@@ -200,24 +223,29 @@ def test_other_models_are_refused_by_name(count):
         count(ResNetConfig())
 
 
-@pytest.mark.parametrize("config", [vit_config(patch_size=[2, 4]), swin_config(patch_size=[2, 4])], ids=["vit", "swin"])
+@pytest.mark.parametrize(
+    "config", [vit_config(patch_size=[2, 4]), swin_config(patch_size=[2, 4])], ids=["vit", "swin"]
+)
 def test_patches_that_are_not_square_are_refused(config):
     with pytest.raises(UnsupportedArchitectureError, match=r"patch_size is \(2, 4\)"):
         count_macs(config)
 
 
-# ------------------------------------------------------------------------------------------------------ expected cost
+# ------------------------------------------------------------------------------------ expected cost
 
 
 def one_hot_(supernet, seed: int) -> SubnetSpec:
-    """Puts all probability on one random candidate per submodule; returns the subnet that it stands for."""
+    """Puts all probability on one random candidate per submodule; returns the subnet that it stands
+    for."""
     rng, kept = random.Random(seed), {}
     for mask in supernet.bi_masks:
         size = random_candidate(mask, rng)
         with torch.no_grad():
             mask.alpha.fill_(0.0)
             mask.alpha[mask.index_of(size)] = 1e4
-        kept[mask.name] = range(size[0]) if len(size) == 1 else {h: tuple(range(size[1])) for h in range(size[0])}
+        kept[mask.name] = (
+            range(size[0]) if len(size) == 1 else {h: tuple(range(size[1])) for h in range(size[0])}
+        )
     return SubnetSpec({name: k if isinstance(k, dict) else tuple(k) for name, k in kept.items()})
 
 
@@ -251,11 +279,13 @@ def test_expected_cost_counts_what_is_not_searched_in_full(family, unsearched, b
 
 
 def test_expected_cost_is_differentiable_in_proportion_to_what_a_unit_costs():
-    """Gradient of the cost with respect to a submodule's size = MACs of one of its units, the others as they are."""
+    """Gradient of the cost with respect to a submodule's size = MACs of one of its units, the
+    others as they are."""
     supernet = tiny_supernet()
     names = list(quantities(supernet.dense_sizes))
     amounts = dict(zip(supernet.dense_sizes, [30.0, 24.0, 50.0, 40.0, 17.0], strict=True))
-    sizes = torch.tensor([amounts.get(name, 3.0) for name in names], requires_grad=True)  # the others cost no MACs
+    # the others cost no MACs
+    sizes = torch.tensor([amounts.get(name, 3.0) for name in names], requires_grad=True)
     supernet.expected_macs(sizes).backward()
     tokens, patches, pixels, labels = 17, 16, 48, 3
     e, attention, mlp = 30.0, 24.0 + 40.0, 50.0 + 17.0
@@ -269,7 +299,8 @@ def test_expected_cost_is_differentiable_in_proportion_to_what_a_unit_costs():
 
 
 def test_expected_params_of_a_swin_are_differentiable_in_widths_and_heads():
-    """A channel of the second stage costs patch merging and classifier; a head of its own costs its position bias."""
+    """A channel of the second stage costs patch merging and classifier; a head of its own costs its
+    position bias."""
     supernet = tiny_supernet(family="swin", target_params=0.5)
     amounts = {
         "stages.0.width": 13.0,
@@ -283,7 +314,8 @@ def test_expected_params_of_a_swin_are_differentiable_in_widths_and_heads():
     names = list(quantities(supernet.dense_sizes))
     sizes = torch.tensor([amounts.get(name, 6.0) for name in names], requires_grad=True)
     supernet.expected_cost(sizes).backward()
-    block = 4 * 21 + 2 * 50 + 0.5 * (1 + 2) + 0.25 * (1 + 2)  # weights; biases of o_proj and fc2, LayerNorms
+    # weights; biases of o_proj and fc2, LayerNorms
+    block = 4 * 21 + 2 * 50 + 0.5 * (1 + 2) + 0.25 * (1 + 2)
     expected = {
         "stages.1.width": 4 * 13 + block + 2 + 3,  # merging, block, final LayerNorm, classifier
         "stages.1.blocks.0.attention": 4 * 31 + 3,
@@ -299,8 +331,12 @@ def test_expected_params_of_a_swin_are_differentiable_in_widths_and_heads():
 def test_expected_cost_follows_a_network_that_shrank(family):
     supernet = tiny_supernet(dtype=torch.float64, family=family)
     for mask in supernet.bi_masks:
-        mask.retire_(torch.ones_like(mask.active_candidates).index_fill_(0, torch.tensor([0, 1]), False))
+        mask.retire_(
+            torch.ones_like(mask.active_candidates).index_fill_(0, torch.tensor([0, 1]), False)
+        )
     before = supernet.expected_macs(supernet.sizes("sparsity")).item()
     supernet.shrink_()
-    assert supernet.expected_macs(supernet.sizes("sparsity")).item() == pytest.approx(before, rel=1e-6)
+    assert supernet.expected_macs(supernet.sizes("sparsity")).item() == pytest.approx(
+        before, rel=1e-6
+    )
     assert before < count_macs(supernet.config)

@@ -1,4 +1,5 @@
-"""Milliseconds are a cost like any other: exact, differentiable, met by the settlement, and independent of the file."""
+"""Milliseconds are a cost like any other: exact, differentiable, met by the settlement, and
+independent of the file."""
 
 import itertools
 import json
@@ -31,11 +32,24 @@ from ofb_hf.families.registry import describe
 from ofb_hf.space.configuration import default_config
 from ofb_hf.training.history import read_history
 from ofb_hf.workflow.inputs import load_for_counting
-from ofb_hf.workflow.latency_table import Timeline, measured_latency, sample_schedule, warn_if_elsewhere
+from ofb_hf.workflow.latency_table import (
+    Timeline,
+    measured_latency,
+    sample_schedule,
+    warn_if_elsewhere,
+)
 
 TINY = ["--networks", "8", "--rounds", "1", "--disable_tqdm", "true", "--num_threads", "1"]
 # A search with a budget in milliseconds of the demonstration, as short as can be.
-DIGITS = ["--model_name_or_path", "digits_vit", "--max_steps", "6", "--finetune_max_steps", "1", *QUICK]
+DIGITS = [
+    "--model_name_or_path",
+    "digits_vit",
+    "--max_steps",
+    "6",
+    "--finetune_max_steps",
+    "1",
+    *QUICK,
+]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -52,15 +66,20 @@ def search(dense, family, share, **changes):
     """A search for a share of the predicted latency, and the table."""
     table = invented_table(dense)
     target = share * count_latency(dense, table) / PICOSECONDS
-    return search_config(family, target_latency_ms=target, latency_table=table.to_dict(), **changes), table
+    return search_config(
+        family, target_latency_ms=target, latency_table=table.to_dict(), **changes
+    ), table
 
 
-# ----------------------------------------------------------------------------------------------------------- the fit
+# ------------------------------------------------------------------------------------------ the fit
 
 
 def test_the_fit_finds_the_coefficients_that_made_the_points():
     rng, truth = random.Random(0), [50_000_000, 0, 1_200_000, 5_500]
-    rows = [[1, (width := rng.randrange(40, 400)), (units := rng.randrange(40, 900)), width * units] for _ in range(60)]
+    rows = [
+        [1, (width := rng.randrange(40, 400)), (units := rng.randrange(40, 900)), width * units]
+        for _ in range(60)
+    ]
     times = [sum(c * value for c, value in zip(truth, row, strict=True)) for row in rows]
     assert fit_coefficients(rows, times) == pytest.approx(truth, rel=1e-3, abs=100)
     noisy = [time * rng.uniform(0.97, 1.03) for time in times]
@@ -72,12 +91,16 @@ def test_the_fit_finds_the_coefficients_that_made_the_points():
 
 def test_products_of_less_than_a_picosecond_count():
     rows = [[1, size] for size in range(10**6, 10**8, 10**7)]
-    assert fit_coefficients(rows, [5e5 + 0.031 * size for _, size in rows]) == pytest.approx([5e5, 0.031], rel=1e-3)
+    assert fit_coefficients(rows, [5e5 + 0.031 * size for _, size in rows]) == pytest.approx(
+        [5e5, 0.031], rel=1e-3
+    )
     table, architecture = invented_table(tiny_vit()), describe(tiny_vit().config)
     table.coefficients["stages.0.mlp"]["tokens x width x units"] = 0.031
-    (factor,) = {t.coefficient for t in table.terms(architecture) if t.factors == ("embeddings", "layers.0.mlp")} - {
-        table.coefficients["stages.0.mlp"]["width x units"]
-    }
+    (factor,) = {
+        t.coefficient
+        for t in table.terms(architecture)
+        if t.factors == ("embeddings", "layers.0.mlp")
+    } - {table.coefficients["stages.0.mlp"]["width x units"]}
     assert factor == round(0.031 * 17) == 1
 
 
@@ -93,7 +116,10 @@ def test_no_network_gets_faster_by_growing(family, seed, share):
     table, rng = invented_table(dense, seed), random.Random(seed)
     architecture = describe(dense.config)
     full = architecture.sizes
-    smaller = {name: tuple(max(1, round(share * rng.random() * u)) for u in size) for name, size in full.items()}
+    smaller = {
+        name: tuple(max(1, round(share * rng.random() * u)) for u in size)
+        for name, size in full.items()
+    }
     terms = table.terms(architecture)
     costs = [evaluate_terms(terms, quantities(smaller))]
     for name in rng.sample(list(full), len(full)):
@@ -103,7 +129,7 @@ def test_no_network_gets_faster_by_growing(family, seed, share):
     assert costs[-1] == count_latency(dense, table)
 
 
-# ---------------------------------------------------------------------------------------------------------- the cost
+# ----------------------------------------------------------------------------------------- the cost
 
 
 def test_what_is_expected_of_a_settled_search_is_what_is_counted(dense, family):
@@ -129,7 +155,11 @@ def test_milliseconds_that_nothing_meets_are_refused_with_those_that_something_d
         install_bi_masks(dense, search(dense, family, 0.001)[0])
     smallest = float(str(refusal.value).partition("which costs ")[2].split()[0].replace(",", ""))
     table = invented_table(dense).to_dict()
-    compress(install_bi_masks(dense, search_config(family, target_latency_ms=smallest, latency_table=table)))
+    compress(
+        install_bi_masks(
+            dense, search_config(family, target_latency_ms=smallest, latency_table=table)
+        )
+    )
     with pytest.raises(ValueError, match=r"more than the [\d,.]+ ms of the model itself"):
         install_bi_masks(dense, search(dense, family, 1.1)[0])
 
@@ -141,13 +171,14 @@ def test_costs_too_many_to_be_told_apart_are_rounded_so_that_they_still_fit():
     target = sum(term.coefficient for term in terms) * 3 // 2
     cost = settle(options, terms, {}, target, tightness=1.0).cost
     reachable = [
-        sum(term.coefficient * (1 + (picks >> i & 1)) for i, term in enumerate(terms)) for picks in range(2**6)
+        sum(term.coefficient * (1 + (picks >> i & 1)) for i, term in enumerate(terms))
+        for picks in range(2**6)
     ]
     best = max(total for total in reachable if total <= target)
     assert best - len(options) * target / ROUNDED <= cost <= best
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def test_budgets_that_cannot_be_are_refused_in_words(dense, family):
@@ -165,11 +196,15 @@ def test_a_table_of_another_model_is_refused_before_anything_starts(family):
     theirs = "swin" if family == "vit" else "vit"
     table = invented_table(tiny_model(theirs)).to_dict()
     with pytest.raises(ValueError, match=r"differ in \{'submodules'.*with as many labels"):
-        install_bi_masks(tiny_model(family), search_config(family, target_latency_ms=1, latency_table=table))
+        install_bi_masks(
+            tiny_model(family), search_config(family, target_latency_ms=1, latency_table=table)
+        )
     table = invented_table(tiny_model(family)).to_dict()
     more_labels = tiny_model(family, num_labels=7)
     with pytest.raises(ValueError, match=r"\(table, here\) differ in \{'macs'"):
-        install_bi_masks(more_labels, search_config(family, target_latency_ms=1, latency_table=table))
+        install_bi_masks(
+            more_labels, search_config(family, target_latency_ms=1, latency_table=table)
+        )
 
 
 def test_a_table_serves_whatever_can_be_cut_from_its_model(dense, family):
@@ -207,13 +242,16 @@ def test_a_table_without_a_part_says_which(dense):
         count_latency(dense, table)
 
 
-# ------------------------------------------------------------------------------------------------------------ the file
+# ----------------------------------------------------------------------------------------- the file
 
 
 def test_a_config_carries_its_table_along(dense, family, tmp_path):
     file, kept = tmp_path / "table.json", tmp_path / "config.json"
     table = invented_table(dense)
-    table.points, table.check = [{"kind": "stem", "ms": 1.0}], {"worst_error": 0.1, "networks": [{"error": 0.1}]}
+    table.points, table.check = (
+        [{"kind": "stem", "ms": 1.0}],
+        {"worst_error": 0.1, "networks": [{"error": 0.1}]},
+    )
     file.write_text(json.dumps(table.to_dict()))
     assert LatencyTable.load(file) == table
     config = default_config(dense.config, target_latency_ms=1.0, latency_table=str(file))
@@ -236,7 +274,7 @@ def test_another_machine_is_worth_a_warning(dense, monkeypatch):
     assert "measured on a machine" in said[0]
 
 
-# -------------------------------------------------------------------------------------------------------- measuring it
+# ------------------------------------------------------------------------------------- measuring it
 
 
 @pytest.mark.parametrize("depth", [False, True])
@@ -261,8 +299,12 @@ def test_marks_know_reductions_and_what_lies_around_them(narrow):
     architecture = describe(model.config)
     with torch.inference_mode():
         elapsed = Timeline(model.eval())(torch.randn(1, 3, 16, 16))
-    assert list(elapsed) == [part.name for part in architecture.parts if part.name not in architecture.left_out]
-    assert [name for name in elapsed if name.endswith("reduction")] == [f"layers.{i}.reduction" for i in (1, 2, 4)]
+    assert list(elapsed) == [
+        part.name for part in architecture.parts if part.name not in architecture.left_out
+    ]
+    assert [name for name in elapsed if name.endswith("reduction")] == [
+        f"layers.{i}.reduction" for i in (1, 2, 4)
+    ]
 
 
 @given(seed=st.integers(0, 1000), layers=st.integers(2, 8))
@@ -273,18 +315,25 @@ def test_measured_schedules_are_such_as_a_model_may_have(seed, layers):
     assert counts == sorted(counts, reverse=True)
     assert (schedule[0], schedule[-1]) == ([17, 17], [2, 2])
     config.token_schedule = schedule
-    assert [config.token_counts(layer)[1:] for layer in range(layers)] == [tuple(pair) for pair in schedule]
+    assert [config.token_counts(layer)[1:] for layer in range(layers)] == [
+        tuple(pair) for pair in schedule
+    ]
 
 
 def test_a_table_is_of_the_model_with_all_its_tokens(tmp_path):
     scheduled_vit().save_pretrained(tmp_path / "fast")
-    table = cli.latency_table([str(tmp_path / "fast"), "--output", str(tmp_path / "table.json"), *TINY])
+    table = cli.latency_table(
+        [str(tmp_path / "fast"), "--output", str(tmp_path / "table.json"), *TINY]
+    )
     table.require_fit(describe(tiny_vit(num_hidden_layers=3).config))
-    assert table.residuals["stages.0.reduction"]["points"] >= 4  # at least one in each network with fewer tokens
+    # at least one in each network with fewer tokens
+    assert table.residuals["stages.0.reduction"]["points"] >= 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_command_measures_and_writes_a_table(family, checkpoint, swin_checkpoint, tmp_path, capsys):
+def test_the_command_measures_and_writes_a_table(
+    family, checkpoint, swin_checkpoint, tmp_path, capsys
+):
     folder, file = {"vit": checkpoint, "swin": swin_checkpoint}[family], tmp_path / "table.json"
     clock = ["--clock", "cpu"] if family == "vit" else []
     table = cli.latency_table([str(folder), "--output", str(file), *TINY, *clock])
@@ -310,7 +359,10 @@ def test_the_command_measures_and_writes_a_table(family, checkpoint, swin_checkp
         (["--dtype", "int8"], "--dtype is 'int8'"),
         (["--device", "tpu"], "--device is 'tpu'"),
         (["--clock", "sun"], "--clock is 'sun'"),
-        (["--clock", "cpu", "--num_threads", "2"], "--clock is cpu, with --device cpu and --num_threads 2"),
+        (
+            ["--clock", "cpu", "--num_threads", "2"],
+            "--clock is cpu, with --device cpu and --num_threads 2",
+        ),
         (["--batch_size", "0"], "--batch_size is 0"),
     ],
 )
@@ -322,7 +374,7 @@ def test_what_cannot_be_measured_is_refused(flags, words, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-# -------------------------------------------------------------------------------------------------------- the commands
+# ------------------------------------------------------------------------------------- the commands
 
 
 @pytest.fixture(scope="module")
@@ -347,12 +399,16 @@ def test_a_plan_predicts_milliseconds(digits, capsys):
     assert 0 < budget["latency_ms"] < dense["latency_ms"]
     assert f"{budget['latency_ms']:.3f}" in capsys.readouterr().out
     target = 0.9 * dense["latency_ms"]
-    plan = cli.plan([*flags, "--target_latency_ms", f"{target}", "--per_device_train_batch_size", "2"])
+    plan = cli.plan(
+        [*flags, "--target_latency_ms", f"{target}", "--per_device_train_batch_size", "2"]
+    )
     (budget,) = plan["budgets"].values()
     assert budget["latency_ms"] <= budget["target"] == pytest.approx(target)
 
 
-def test_a_search_for_milliseconds_ends_within_them_and_is_resumed(digits, tmp_path, capsys, monkeypatch):
+def test_a_search_for_milliseconds_ends_within_them_and_is_resumed(
+    digits, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("ofb_hf.workflow.measure.SECONDS_PER_ROUND", 0.01)
     file, table = digits
     target = round(0.9 * predicted_ms(table), 4)
@@ -362,7 +418,11 @@ def test_a_search_for_milliseconds_ends_within_them_and_is_resumed(digits, tmp_p
     assert results["target_macs"] is None
     for stage in ("dense", "searched", "finetuned"):
         assert results[stage]["latency_ms"] > 0
-    assert results["finetuned"]["predicted_latency_ms"] <= target < results["dense"]["predicted_latency_ms"]
+    assert (
+        results["finetuned"]["predicted_latency_ms"]
+        <= target
+        < results["dense"]["predicted_latency_ms"]
+    )
     history = read_history(tmp_path / "run" / "search_history.jsonl")
     assert history[-2]["latency_ms"] <= target
     assert f"at most {target} ms" in (tmp_path / "run" / "README.md").read_text()
@@ -373,7 +433,15 @@ def test_a_search_for_milliseconds_ends_within_them_and_is_resumed(digits, tmp_p
     changed = table.to_dict() | {"hardware": "another machine"}
     (tmp_path / "other.json").write_text(json.dumps(changed))
     with pytest.raises(SystemExit):
-        cli.search([*flags, "--latency_table", str(tmp_path / "other.json"), "--resume_from_checkpoint", "auto"])
+        cli.search(
+            [
+                *flags,
+                "--latency_table",
+                str(tmp_path / "other.json"),
+                "--resume_from_checkpoint",
+                "auto",
+            ]
+        )
     assert "differ in {'latency_table'" in capsys.readouterr().err
 
 
@@ -397,7 +465,9 @@ def test_entries_of_the_wrong_type_are_refused(name, value):
         LatencyTable.from_dict(table | {name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_threads", "two"), ("batch_size", 0), ("device", 1), ("dtype", None)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_threads", "two"), ("batch_size", 0), ("device", 1), ("dtype", None)]
+)
 def test_settings_of_the_wrong_type_are_refused(name, value):
     table = invented_table(tiny_model("vit")).to_dict()
     with pytest.raises(ValueError, match=f"its settings say .*{name}.*Make one"):
@@ -414,4 +484,7 @@ def test_sizes_along_fewer_axes_are_another_model():
 
 def test_a_table_may_be_given_as_it_is():
     table = invented_table(tiny_model("vit"))
-    assert search_config(latency_table=table).to_dict() == search_config(latency_table=table.to_dict()).to_dict()
+    assert (
+        search_config(latency_table=table).to_dict()
+        == search_config(latency_table=table.to_dict()).to_dict()
+    )

@@ -1,4 +1,5 @@
-"""Data comes from folders, parquet files and the embedded digits; what cannot work is refused in words."""
+"""Data comes from folders, parquet files and the embedded digits; what cannot work is refused in
+words."""
 
 import builtins
 import sys
@@ -35,7 +36,9 @@ def folder(tmp_path):
 
 
 def picture(seed: int) -> PILImage.Image:
-    return PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 5, 3), dtype=np.uint8))
+    return PILImage.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    )
 
 
 def add_images(folder: Path, classes: list[str], count: int, stem: str = "") -> None:
@@ -45,11 +48,15 @@ def add_images(folder: Path, classes: list[str], count: int, stem: str = "") -> 
             picture(100 * position + i).save(folder / name / f"{stem}{i}.png")
 
 
-def add_parquet(path: Path, labels: list, features: Features | None = FEATURES, image: str = "image") -> None:
+def add_parquet(
+    path: Path, labels: list, features: Features | None = FEATURES, image: str = "image"
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     label = next((name for name in features if name != image), "label") if features else "label"
     rows = {image: [picture(i) for i in range(len(labels))], label: labels}
-    columns = features or Features({image: Image(), label: Dataset.from_dict({label: labels}).features[label]})
+    columns = features or Features(
+        {image: Image(), label: Dataset.from_dict({label: labels}).features[label]}
+    )
     Dataset.from_dict(rows, features=columns).to_parquet(path)
 
 
@@ -83,7 +90,9 @@ def test_digits_keep_every_scan_once_and_all_gray_levels():
     assert sorted(p[..., 0].tobytes() for p in pixels) == sorted(p.tobytes() for p in expected)
     assert (pixels == pixels[..., :1]).all()
     by_scan = {p.tobytes(): label for p, label in zip(expected, load_digits().target, strict=True)}
-    assert all(by_scan[p[..., 0].tobytes()] == row["label"] for p, row in zip(pixels, rows, strict=True))
+    assert all(
+        by_scan[p[..., 0].tobytes()] == row["label"] for p, row in zip(pixels, rows, strict=True)
+    )
 
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
@@ -101,7 +110,9 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
         load_digits_data()
 
 
-@pytest.mark.parametrize("place", ["data/{}-00000-of-00001.parquet", "{}-0.parquet", "{}/0.parquet"])
+@pytest.mark.parametrize(
+    "place", ["data/{}-00000-of-00001.parquet", "{}-0.parquet", "{}/0.parquet"]
+)
 def test_parquet_shards(folder, place):
     add_parquet(folder / place.format("train"), [0, 1, 0, 1, 1])
     add_parquet(folder / place.format("test"), [1, 0])
@@ -206,9 +217,17 @@ def test_encoding_keeps_every_label(values, data):
 
 def test_columns_are_found_by_type_and_name(folder):
     features = Features(
-        {"photo": Image(), "coarse": ClassLabel(names=["x", "y"]), "fine_label": ClassLabel(names=["a", "b"])}
+        {
+            "photo": Image(),
+            "coarse": ClassLabel(names=["x", "y"]),
+            "fine_label": ClassLabel(names=["a", "b"]),
+        }
     )
-    rows = {"photo": [picture(i) for i in range(4)], "coarse": [0, 0, 1, 1], "fine_label": [0, 1, 0, 1]}
+    rows = {
+        "photo": [picture(i) for i in range(4)],
+        "coarse": [0, 0, 1, 1],
+        "fine_label": [0, 1, 0, 1],
+    }
     Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
     data = load(folder, eval_share=0.5)
     assert (data.image_column, data.label_column) == ("photo", "fine_label")
@@ -240,13 +259,17 @@ def test_unlabelled_plain_integers_are_refused(folder):
 )
 def test_labels_that_are_no_single_class_are_refused(folder, feature, values):
     add_parquet(folder / "train.parquet", values, Features({"image": Image(), "label": feature}))
-    with pytest.raises(ValueError, match=r"'label' of split 'train' holds .*expected one class per image"):
+    with pytest.raises(
+        ValueError, match=r"'label' of split 'train' holds .*expected one class per image"
+    ):
         load(folder)
 
 
 def test_splits_that_disagree_about_classes_are_refused():
     splits = {
-        name: Dataset.from_dict({"label": [0, 1]}, features=Features({"label": ClassLabel(names=names)}))
+        name: Dataset.from_dict(
+            {"label": [0, 1]}, features=Features({"label": ClassLabel(names=names)})
+        )
         for name, names in (("train", ["a", "b"]), ("test", ["b", "a"]))
     }
     with pytest.raises(ValueError, match=r"\['train', 'test'\] disagree about the classes"):
@@ -277,34 +300,56 @@ def test_missing_and_empty_folders(folder):
 def test_missing_splits(folder):
     add_images(folder / "train", ["cat", "dog"], 2)
     add_images(folder / "test", ["cat", "dog"], 2)
-    with pytest.raises(ValueError, match=r"eval_split is 'dev', but the data has \['test', 'train'\]; name one"):
+    with pytest.raises(
+        ValueError, match=r"eval_split is 'dev', but the data has \['test', 'train'\]; name one"
+    ):
         load(folder, eval_split="dev")
-    with pytest.raises(ValueError, match=r"train_split is 'all', but the data has \['test', 'train'\]; name one"):
+    with pytest.raises(
+        ValueError, match=r"train_split is 'all', but the data has \['test', 'train'\]; name one"
+    ):
         load(folder, train_split="all")
 
 
 def test_empty_splits(folder):
     add_parquet(folder / "train.parquet", [0, 1, 0, 1])
-    Dataset.from_dict({"image": [], "label": []}, features=FEATURES).to_parquet(folder / "test.parquet")
+    Dataset.from_dict({"image": [], "label": []}, features=FEATURES).to_parquet(
+        folder / "test.parquet"
+    )
     with pytest.raises(ValueError, match=r"split of .*pets' is empty .*add its rows"):
         load(folder)
 
 
 def test_missing_columns(folder):
     add_parquet(folder / "train.parquet", [0, 1, 0, 1])
-    with pytest.raises(ValueError, match=r"image_column is 'img', but the columns are image \(Image\), label"):
+    with pytest.raises(
+        ValueError, match=r"image_column is 'img', but the columns are image \(Image\), label"
+    ):
         load(folder, image_column="img")
     with pytest.raises(ValueError, match=r"label_column is 'kind', but the columns are image"):
         load(folder, label_column="kind")
-    with pytest.raises(ValueError, match=r"image_column is 'label', whose type is ClassLabel.*expected images"):
+    with pytest.raises(
+        ValueError, match=r"image_column is 'label', whose type is ClassLabel.*expected images"
+    ):
         load(folder, image_column="label")
 
 
 def test_data_without_images_or_labels(tmp_path):
     for name, features, message in (
-        ("texts", {"text": Value("string"), "label": ClassLabel(names=["a", "b"])}, r"no column holds images.*text"),
-        ("plain", {"image": Image(), "size": Value("int64")}, r"no column holds labels.*size \(Value\)"),
-        ("pairs", {"left": Image(), "right": Image(), "label": Value("int64")}, r"\['left', 'right'\] all hold images"),
+        (
+            "texts",
+            {"text": Value("string"), "label": ClassLabel(names=["a", "b"])},
+            r"no column holds images.*text",
+        ),
+        (
+            "plain",
+            {"image": Image(), "size": Value("int64")},
+            r"no column holds labels.*size \(Value\)",
+        ),
+        (
+            "pairs",
+            {"left": Image(), "right": Image(), "label": Value("int64")},
+            r"\['left', 'right'\] all hold images",
+        ),
         (
             "two",
             {"image": Image(), "color": ClassLabel(names=["a"]), "kind": ClassLabel(names=["a"])},
@@ -313,10 +358,16 @@ def test_data_without_images_or_labels(tmp_path):
     ):
         (tmp_path / name).mkdir()
         values = {
-            column: [picture(0)] * 2 if isinstance(feature, Image) else ["a", "a"] if column == "text" else [0, 0]
+            column: [picture(0)] * 2
+            if isinstance(feature, Image)
+            else ["a", "a"]
+            if column == "text"
+            else [0, 0]
             for column, feature in features.items()
         }
-        Dataset.from_dict(values, features=Features(features)).to_parquet(tmp_path / name / "train.parquet")
+        Dataset.from_dict(values, features=Features(features)).to_parquet(
+            tmp_path / name / "train.parquet"
+        )
         with pytest.raises(ValueError, match=message):
             load(tmp_path / name)
 
@@ -339,8 +390,11 @@ def test_held_out_rows_are_a_fair_part(labels, data):
     assert sorted([*kept, *held_out]) == list(range(len(labels)))
     for label in set(labels):
         share = labels.count(label) * count / len(labels)
-        # Each class is off by less than one row, plus what the other classes push over the common border.
-        assert abs(sum(labels[row] == label for row in held_out) - share) <= 1 + len(set(labels)) / 2
+        # Each class is off by less than one row, plus what the other classes push over the common
+        # border.
+        assert (
+            abs(sum(labels[row] == label for row in held_out) - share) <= 1 + len(set(labels)) / 2
+        )
     assert np.array_equal(hold_out(labels, count)[1], held_out)
 
 
@@ -366,14 +420,23 @@ def test_limits_choose_the_same_random_rows_every_time():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"dataset_name": "a/b", "data_dir": "c"}, r"dataset_name is 'a/b' and data_dir is 'c'.*Leave one"),
+        (
+            {"dataset_name": "a/b", "data_dir": "c"},
+            r"dataset_name is 'a/b' and data_dir is 'c'.*Leave one",
+        ),
         ({"eval_share": 0.0}, r"eval_share is 0.0; it must lie between 0 and 1"),
         ({"eval_share": 1.0}, r"eval_share is 1.0"),
         ({"max_train_samples": 0}, r"max_train_samples is 0; it must be at least 1"),
         ({"max_eval_samples": -5}, r"max_eval_samples is -5; it must be at least 1"),
-        ({"augmentation": "strong"}, r"augmentation is 'strong'; allowed are auto, none, light, standard"),
+        (
+            {"augmentation": "strong"},
+            r"augmentation is 'strong'; allowed are auto, none, light, standard",
+        ),
         ({"image_column": "img"}, r"image_column is 'img', but no data is named"),
-        ({"data_dir": "c", "dataset_config_name": "x"}, r"dataset_config_name is 'x', but data_dir has no config"),
+        (
+            {"data_dir": "c", "dataset_config_name": "x"},
+            r"dataset_config_name is 'x', but data_dir has no config",
+        ),
     ],
 )
 def test_arguments_are_checked(kwargs, message):
@@ -383,7 +446,16 @@ def test_arguments_are_checked(kwargs, message):
 
 def test_arguments_parse_beside_the_trainers(tmp_path):
     parser = HfArgumentParser([DataArguments, OFBTrainingArguments])
-    words = ["--data_dir", "x", "--max_train_samples", "7", "--augmentation", "light", "--output_dir", str(tmp_path)]
+    words = [
+        "--data_dir",
+        "x",
+        "--max_train_samples",
+        "7",
+        "--augmentation",
+        "light",
+        "--output_dir",
+        str(tmp_path),
+    ]
     data, _ = parser.parse_args_into_dataclasses([*words, "--use_cpu"])
     assert (data.data_dir, data.max_train_samples, data.augmentation) == ("x", 7, "light")
     assert "eval_share" in parser.format_help()

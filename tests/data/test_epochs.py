@@ -20,7 +20,9 @@ from ofb_hf.data.epochs import EpochPlan, Share
     shuffle_buffer=st.sampled_from([1, 2, 5, 1000]),
     epoch=st.integers(0, 3),
 )
-def test_every_row_comes_once_and_ranks_get_equally_much(rows, batch_size, world_size, workers, shuffle_buffer, epoch):
+def test_every_row_comes_once_and_ranks_get_equally_much(
+    rows, batch_size, world_size, workers, shuffle_buffer, epoch
+):
     total = sum(rows)
     if total < world_size:
         rows, total = [*rows, world_size], total + world_size
@@ -36,7 +38,9 @@ def test_every_row_comes_once_and_ranks_get_equally_much(rows, batch_size, world
         given_out = [position for order in orders for position in order]
         repeated = len(given_out) - (last - first)
         # Whatever comes more often than once are the first positions of the rank, in their order.
-        expected = Counter(range(first, last)) + Counter(first + i % (last - first) for i in range(repeated))
+        expected = Counter(range(first, last)) + Counter(
+            first + i % (last - first) for i in range(repeated)
+        )
         assert Counter(given_out) == expected
         seen += set(given_out)
         lengths.append(len(given_out))
@@ -50,19 +54,34 @@ def test_every_row_comes_once_and_ranks_get_equally_much(rows, batch_size, world
     assert sorted(number.tolist()) == list(range(total))
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=9),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
 def test_dropping_the_last_batch_repeats_nothing(rows, batch_size, world_size, workers):
     total = sum(rows)
     if total // world_size < batch_size:
-        with pytest.raises(ValueError, match=f"{total} training examples are too few for {world_size} processes"):
+        with pytest.raises(
+            ValueError, match=f"{total} training examples are too few for {world_size} processes"
+        ):
             Share(batch_size, 0, world_size, workers, drop_last=True).num_batches(total)
         return
     given_out = []
     for rank in range(world_size):
-        plan = EpochPlan(np.array(rows), Share(batch_size, rank, world_size, workers, drop_last=True), 3, 0, 4)
+        plan = EpochPlan(
+            np.array(rows), Share(batch_size, rank, world_size, workers, drop_last=True), 3, 0, 4
+        )
         assert plan.num_batches == total // world_size // batch_size
-        given_out += [position for worker in range(workers) for position in plan.order(worker).tolist()]
-    assert len(given_out) == len(set(given_out)) == total // world_size // batch_size * batch_size * world_size
+        given_out += [
+            position for worker in range(workers) for position in plan.order(worker).tolist()
+        ]
+    assert (
+        len(given_out)
+        == len(set(given_out))
+        == total // world_size // batch_size * batch_size * world_size
+    )
 
 
 @given(
@@ -71,7 +90,9 @@ def test_dropping_the_last_batch_repeats_nothing(rows, batch_size, world_size, w
     world_size=st.integers(1, 3),
     repeats=st.integers(2, 4),
 )
-def test_repeats_come_in_succession_and_as_many_epochs_have_every_row(rows, share, world_size, repeats):
+def test_repeats_come_in_succession_and_as_many_epochs_have_every_row(
+    rows, share, world_size, repeats
+):
     seen, total = Counter(), sum(rows)
     for epoch, rank, worker in product(range(3 * repeats), range(world_size), range(share.workers)):
         own = replace(share, rank=rank, world_size=world_size)
@@ -80,7 +101,12 @@ def test_repeats_come_in_succession_and_as_many_epochs_have_every_row(rows, shar
         assert len(order) == len(plain.order(worker))  # an epoch is no longer than without
         counts = plan.repetitions(order)
         assert counts.tolist() == [
-            next(back for back in range(len(order) + 1) if back == i or order[i - back - 1] != order[i]) % repeats
+            next(
+                back
+                for back in range(len(order) + 1)
+                if back == i or order[i - back - 1] != order[i]
+            )
+            % repeats
             for i in range(len(order))
         ]
         seen.update(zip(plan.locate(order)[2].tolist(), counts.tolist(), strict=True))
@@ -89,12 +115,16 @@ def test_repeats_come_in_succession_and_as_many_epochs_have_every_row(rows, shar
 
 
 def test_one_block_is_shuffled_anew_in_every_epoch():
-    orders = [EpochPlan(np.array([40]), Share(4), 0, epoch, shuffle_buffer=8).order(0).tolist() for epoch in range(3)]
+    orders = [
+        EpochPlan(np.array([40]), Share(4), 0, epoch, shuffle_buffer=8).order(0).tolist()
+        for epoch in range(3)
+    ]
     assert len({tuple(order) for order in orders}) == 3
 
 
 def test_a_worker_holds_no_more_than_its_buffer():
-    """A row may come late, but not before it can have arrived: at most `shuffle_buffer` rows wait at any time."""
+    """A row may come late, but not before it can have arrived: at most `shuffle_buffer` rows wait
+    at any time."""
     order = EpochPlan(np.array([500]), Share(10), 0, 0, shuffle_buffer=16).order(0)
     assert (order - np.arange(500)).max() < 16
     assert np.corrcoef(order[:-1], order[1:])[0, 1] < 0.9999
@@ -115,5 +145,7 @@ def test_blocks_come_in_another_order_every_epoch():
 
 
 def test_too_few_examples_for_the_processes():
-    with pytest.raises(ValueError, match="3 training examples are too few for 4 processes with batches of 2"):
+    with pytest.raises(
+        ValueError, match="3 training examples are too few for 4 processes with batches of 2"
+    ):
         Share(2, 0, 4).num_batches(3)

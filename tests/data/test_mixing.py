@@ -1,4 +1,5 @@
-"""Batches on their way into the model: exact normalisation, erased rectangles, mixed pairs and their soft labels."""
+"""Batches on their way into the model: exact normalisation, erased rectangles, mixed pairs and
+their soft labels."""
 
 import math
 
@@ -9,7 +10,13 @@ from torch.nn.functional import cross_entropy, one_hot
 from transformers import HfArgumentParser, ViTImageProcessorPil
 
 from ofb_hf.data.augmentation_args import AugmentationArguments
-from ofb_hf.data.mixing import BatchAugmentation, mixup_cutmix, normalize, pixel_statistics, random_erasing_
+from ofb_hf.data.mixing import (
+    BatchAugmentation,
+    mixup_cutmix,
+    normalize,
+    pixel_statistics,
+    random_erasing_,
+)
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIZE = {"height": 16, "width": 16}
@@ -17,7 +24,9 @@ PROCESSORS = {
     "half": ViTImageProcessorPil(size=SIZE),
     "imagenet": ViTImageProcessorPil(size=SIZE, **IMAGENET),
     "not normalized": ViTImageProcessorPil(size=SIZE, do_normalize=False),
-    "not rescaled": ViTImageProcessorPil(size=SIZE, do_rescale=False, image_mean=[100, 110, 120], image_std=50),
+    "not rescaled": ViTImageProcessorPil(
+        size=SIZE, do_rescale=False, image_mean=[100, 110, 120], image_std=50
+    ),
     "raw": ViTImageProcessorPil(size=SIZE, do_rescale=False, do_normalize=False),
     "other factor": ViTImageProcessorPil(size=SIZE, rescale_factor=1 / 127.5),
 }
@@ -34,19 +43,25 @@ def uniform_images(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Kolmogorov and Smirnov's statistic: the largest gap between two empirical distribution functions."""
+    """Kolmogorov and Smirnov's statistic: the largest gap between two empirical distribution
+    functions."""
     places = np.concatenate([ours, theirs])
-    below = [np.searchsorted(np.sort(draws), places, side="right") / len(draws) for draws in (ours, theirs)]
+    below = [
+        np.searchsorted(np.sort(draws), places, side="right") / len(draws)
+        for draws in (ours, theirs)
+    ]
     return float(np.abs(below[0] - below[1]).max())
 
 
-# ------------------------------------------------------------------------------------------------------- normalisation
+# ------------------------------------------------------------------------------------ normalisation
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_normalisation_is_the_image_processors(name):
     processor, images = PROCESSORS[name], uniform_images(3, 3, 16, 16)
-    expected = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images]).float()
+    expected = torch.cat(
+        [processor(image, return_tensors="pt")["pixel_values"] for image in images]
+    ).float()
     statistics = pixel_statistics(processor)
     actual = normalize(images, *statistics)
     assert actual.dtype == torch.float32
@@ -67,12 +82,15 @@ def test_other_channels_are_refused():
         pixel_statistics(ViTImageProcessorPil(image_std=[0.5, 0.5]))
 
 
-# ------------------------------------------------------------------------------------------------------ random erasing
+# ----------------------------------------------------------------------------------- random erasing
 
 
 def erase(count: int, height: int, width: int, probability: float = 1.0, seed: int = 0):
-    """Black images after erasing, and their rectangles (count, 4): top, left, height, width; zeros if there is none."""
-    images = random_erasing_(torch.zeros(count, 3, height, width), probability, generator=seeded(seed))
+    """Black images after erasing, and their rectangles (count, 4): top, left, height, width; zeros
+    if there is none."""
+    images = random_erasing_(
+        torch.zeros(count, 3, height, width), probability, generator=seeded(seed)
+    )
     changed = (images != 0).numpy()
     assert (changed == changed[:, :1]).all()  # the same place in all channels
     boxes = []
@@ -80,16 +98,23 @@ def erase(count: int, height: int, width: int, probability: float = 1.0, seed: i
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         assert mask.sum() == len(rows) * len(columns)
         if len(rows):
-            assert (rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) == (len(rows), len(columns))
+            assert (rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) == (
+                len(rows),
+                len(columns),
+            )
         boxes.append((rows[0], columns[0], len(rows), len(columns)) if len(rows) else (0, 0, 0, 0))
     return images, np.array(boxes)
 
 
 def drawn_rectangles(count: int, height: int, width: int) -> np.ndarray:
-    """Height and width of rectangles by the published procedure, one after the other; (count, 2)."""
+    """Height and width of rectangles by the published procedure, one after the other; (count,
+    2)."""
     rng, sizes = np.random.default_rng(0), []
     while len(sizes) < count:
-        area, ratio = rng.uniform(0.02, 1 / 3) * height * width, np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
+        area, ratio = (
+            rng.uniform(0.02, 1 / 3) * height * width,
+            np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3))),
+        )
         size = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if size[0] < height and size[1] < width:
             sizes.append(size)
@@ -103,7 +128,10 @@ def test_rectangles_have_the_published_sizes(height, width):
     assert (boxes[:, 2] < height).all()
     assert (boxes[:, 3] < width).all()
     expected = drawn_rectangles(20_000, height, width)
-    for ours, theirs in ((boxes[:, 2:].prod(1), expected.prod(1)), (boxes[:, 2] / boxes[:, 3], np.divide(*expected.T))):
+    for ours, theirs in (
+        (boxes[:, 2:].prod(1), expected.prod(1)),
+        (boxes[:, 2] / boxes[:, 3], np.divide(*expected.T)),
+    ):
         assert distance(ours, theirs) < 0.035
     area, ratio = boxes[:, 2:].prod(1) / (height * width), boxes[:, 2] / boxes[:, 3]
     assert 0.014 < area.min() < 0.03
@@ -126,7 +154,10 @@ def test_rectangles_lie_anywhere_in_the_image():
         place = (start + 0.5) / (length - boxes[:, axis + 2] + 1)  # uniform, whatever the size
         assert distance(place, np.linspace(0, 1, 4001)) < 0.07
         assert place.mean() == pytest.approx(0.5, abs=0.02)
-    assert abs(np.corrcoef(boxes[:, 0] / (49 - boxes[:, 2]), boxes[:, 1] / (41 - boxes[:, 3]))[0, 1]) < 0.06
+    assert (
+        abs(np.corrcoef(boxes[:, 0] / (49 - boxes[:, 2]), boxes[:, 1] / (41 - boxes[:, 3]))[0, 1])
+        < 0.06
+    )
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
@@ -155,16 +186,22 @@ def test_erasing_is_in_place_and_leaves_tiny_images_alone():
     assert random_erasing_(images, 1.0, generator=seeded()) is images
     assert images.any()
     tiny = torch.zeros(50, 3, 1, 1)
-    assert not random_erasing_(tiny, 1.0, generator=seeded()).any()  # no rectangle is smaller than this
+    # no rectangle is smaller than this
+    assert not random_erasing_(tiny, 1.0, generator=seeded()).any()
 
 
-# --------------------------------------------------------------------------------------------------- mixup and cutmix
+# --------------------------------------------------------------------------------- mixup and cutmix
 
 
-def mix(seed: int = 0, size: tuple[int, int] = (2, 2), **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of a black and a white image: what the white one keeps (H, W), and the labels' share of its class."""
+def mix(
+    seed: int = 0, size: tuple[int, int] = (2, 2), **options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of a black and a white image: what the white one keeps (H, W), and the labels' share
+    of its class."""
     images = torch.stack([torch.zeros(1, *size), torch.ones(1, *size)])
-    mixed, targets = mixup_cutmix(images, torch.tensor([0, 1]), 2, generator=seeded(seed), **options)
+    mixed, targets = mixup_cutmix(
+        images, torch.tensor([0, 1]), 2, generator=seeded(seed), **options
+    )
     assert torch.allclose(mixed[0] + mixed[1], torch.ones(1, *size))
     assert torch.allclose(targets[0], targets[1].flip(0))
     return mixed[1, 0], targets[1, 1]
@@ -181,7 +218,8 @@ def test_lambda_of_mixup_is_beta_distributed(alpha):
 
 
 def cut_shares(count: int, height: int, width: int, alpha: float) -> np.ndarray:
-    """What stays of an image by the published procedure, boxes being cut off at the image's border; (count,)."""
+    """What stays of an image by the published procedure, boxes being cut off at the image's border;
+    (count,)."""
     rng = np.random.default_rng(0)
     side = np.sqrt(1 - rng.beta(alpha, alpha, count))
     covered = []
@@ -205,7 +243,8 @@ def test_cutmix_takes_a_box_and_labels_follow_its_area(height, width, alpha):
     shares = np.array([share.item() for _, share in draws])
     assert distance(shares.round(5), cut_shares(100_000, height, width, alpha).round(5)) < 0.035
     boxes = torch.stack([kept == 0 for kept, _ in draws]).float().mean(0)
-    torch.testing.assert_close(boxes, boxes.flip(0), atol=0.05, rtol=0)  # anywhere, as often above as below
+    # anywhere, as often above as below
+    torch.testing.assert_close(boxes, boxes.flip(0), atol=0.05, rtol=0)
     torch.testing.assert_close(boxes, boxes.flip(1), atol=0.05, rtol=0)
 
 
@@ -229,7 +268,9 @@ def test_pairs_are_mirrored_places_of_the_batch(batch, alphas):
     torch.testing.assert_close(targets.sum(1), torch.ones(batch))
     share = (targets[0, 0].item() - 0.1 / 7) / 0.9 if batch > 1 else 1.0
     assert batch == 1 or 0.01 < share < 0.99
-    expected = 0.9 * (share * one_hot(labels, 7) + (1 - share) * one_hot(labels.flip(0), 7)) + 0.1 / 7
+    expected = (
+        0.9 * (share * one_hot(labels, 7) + (1 - share) * one_hot(labels.flip(0), 7)) + 0.1 / 7
+    )
     torch.testing.assert_close(targets, expected)
     if alphas[0]:
         torch.testing.assert_close(mixed, share * images + (1 - share) * images.flip(0))
@@ -245,14 +286,18 @@ def test_soft_labels_carry_the_smoothing_of_the_loss():
     logits = torch.randn(6, 3)
     _, smooth = mixup_cutmix(images, labels, 3, label_smoothing=0.1, generator=seeded())
     _, sharp = mixup_cutmix(images, labels, 3, generator=seeded())
-    torch.testing.assert_close(cross_entropy(logits, smooth), cross_entropy(logits, sharp, label_smoothing=0.1))
-    same, plain = mixup_cutmix(images, labels, 3, mixup=0.0, cutmix=0.0, label_smoothing=0.1, generator=seeded())
+    torch.testing.assert_close(
+        cross_entropy(logits, smooth), cross_entropy(logits, sharp, label_smoothing=0.1)
+    )
+    same, plain = mixup_cutmix(
+        images, labels, 3, mixup=0.0, cutmix=0.0, label_smoothing=0.1, generator=seeded()
+    )
     assert torch.equal(same, images)
     expected = cross_entropy(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(cross_entropy(logits, plain), expected)
 
 
-# -------------------------------------------------------------------------------------------------------- the bundle
+# --------------------------------------------------------------------------------------- the bundle
 
 
 def bundle(**options) -> BatchAugmentation:
@@ -265,7 +310,9 @@ OFF = dict.fromkeys(("random_erasing", "mixup", "cutmix", "label_smoothing"), 0.
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-@pytest.mark.parametrize("on", [None, "random_erasing", "mixup", "cutmix", "label_smoothing", "all"])
+@pytest.mark.parametrize(
+    "on", [None, "random_erasing", "mixup", "cutmix", "label_smoothing", "all"]
+)
 def test_a_bundle_does_what_is_on(batch, on):
     augment = bundle(**({} if on == "all" else {name: 0.0 for name in OFF if name != on}))
     images, labels, generator = uniform_images(batch, 3, 12, 10), torch.arange(batch) % 5, seeded(2)
@@ -282,7 +329,8 @@ def test_a_bundle_does_what_is_on(batch, on):
     plain = normalize(images, augment.mean, augment.std)
     if on in (None, "label_smoothing"):
         assert torch.equal(actual, plain)
-        assert torch.equal(generator.get_state(), seeded(2).get_state())  # nothing is drawn for nothing
+        # nothing is drawn for nothing
+        assert torch.equal(generator.get_state(), seeded(2).get_state())
     elif batch > 1:
         assert not torch.equal(actual, plain)
 
@@ -295,7 +343,10 @@ def test_a_bundle_switches_as_often_as_asked_for(probability):
         mixed, _ = augment(images, torch.tensor([0, 1]), seeded(seed))
         constant = bool((mixed == mixed[..., :1, :1]).all())
         assert constant or probability == 1
-        assert torch.equal(mixed.unique(), normalize(images, augment.mean, augment.std).unique()) or probability == 0
+        assert (
+            torch.equal(mixed.unique(), normalize(images, augment.mean, augment.std).unique())
+            or probability == 0
+        )
 
 
 def test_images_are_erased_before_they_are_mixed():
@@ -338,17 +389,24 @@ def test_mixing_and_erasing_keep_a_floating_type(dtype):
     assert (mixed.dtype, targets.dtype) == (dtype, torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
 
 
 def test_arguments_default_to_the_recipe_and_fill_the_bundle():
     args = AugmentationArguments()
-    assert (args.auto_augment, args.color_jitter, args.repeated_augmentation) == ("rand-m9-mstd0.5-inc1", 0.3, 1)
+    assert (args.auto_augment, args.color_jitter, args.repeated_augmentation) == (
+        "rand-m9-mstd0.5-inc1",
+        0.3,
+        1,
+    )
     expected = BatchAugmentation((127.5,) * 3, (127.5,) * 3, 10, 0.25, 0.8, 1.0, 0.5, 0.0)
     assert BatchAugmentation.from_arguments(PROCESSORS["half"], 10, args) == expected
     args = AugmentationArguments(random_erasing=0.1, mixup=0.2, cutmix=0.3, mixup_switch_prob=0.4)
     expected = BatchAugmentation((127.5,) * 3, (127.5,) * 3, 7, 0.1, 0.2, 0.3, 0.4, 0.6)
-    assert BatchAugmentation.from_arguments(PROCESSORS["half"], 7, args, label_smoothing=0.6) == expected
+    assert (
+        BatchAugmentation.from_arguments(PROCESSORS["half"], 7, args, label_smoothing=0.6)
+        == expected
+    )
 
 
 def test_arguments_come_from_a_command_line():
@@ -360,7 +418,10 @@ def test_arguments_come_from_a_command_line():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"auto_augment": "rand-x3"}, r"auto_augment is 'rand-x3'.*part 'x3'; allowed are m, n.*'none'"),
+        (
+            {"auto_augment": "rand-x3"},
+            r"auto_augment is 'rand-x3'.*part 'x3'; allowed are m, n.*'none'",
+        ),
         ({"auto_augment": "v0"}, r"auto_augment is 'v0'.*only `rand`"),
         ({"random_erasing": 1.5}, r"random_erasing is 1.5; it is a probability, from 0 to 1"),
         ({"random_erasing": math.nan}, "random_erasing is nan"),

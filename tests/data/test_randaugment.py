@@ -1,4 +1,5 @@
-"""RandAugment: what each operation does to pixels, what magnitudes mean, how often and how randomly it is applied."""
+"""RandAugment: what each operation does to pixels, what magnitudes mean, how often and how randomly
+it is applied."""
 
 import base64
 import pickle
@@ -13,7 +14,13 @@ from factories import golden
 from PIL import Image
 
 from ofb_hf.data import randaugment
-from ofb_hf.data.randaugment import OPERATIONS, ColorJitter, RandAugment, apply_operation, strength_of
+from ofb_hf.data.randaugment import (
+    OPERATIONS,
+    ColorJitter,
+    RandAugment,
+    apply_operation,
+    strength_of,
+)
 
 PUBLISHED = golden("randaugment.json")
 DEIT = "rand-m9-mstd0.5-inc1"
@@ -48,15 +55,19 @@ def levels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-# ----------------------------------------------------------------------------------------------------- published pixels
+# --------------------------------------------------------------------------------- published pixels
 
 
 def decoded(text: str) -> np.ndarray:
     """An array of the fixture."""
-    return np.frombuffer(base64.b64decode(text), dtype=np.uint8).reshape(PUBLISHED["height"], PUBLISHED["width"], 3)
+    return np.frombuffer(base64.b64decode(text), dtype=np.uint8).reshape(
+        PUBLISHED["height"], PUBLISHED["width"], 3
+    )
 
 
-@pytest.mark.parametrize("case", PUBLISHED["cases"], ids=lambda case: f"{case['operation']}-{case['magnitude']}")
+@pytest.mark.parametrize(
+    "case", PUBLISHED["cases"], ids=lambda case: f"{case['operation']}-{case['magnitude']}"
+)
 def test_operations_make_the_published_pixels(case):
     name, image = case["operation"], Image.fromarray(decoded(PUBLISHED["image"]))
     strength = strength_of(name, case["magnitude"] or 0, case["sign"])
@@ -69,11 +80,13 @@ def test_operations_make_the_published_pixels(case):
 
 def test_the_published_pixels_cover_every_operation():
     shown = {(case["operation"], case["magnitude"]) for case in PUBLISHED["cases"]}
-    assert shown == {(name, m) for name in OPERATIONS for m in ([None] if name in FIXED else [5, 9])}
+    assert shown == {
+        (name, m) for name in OPERATIONS for m in ([None] if name in FIXED else [5, 9])
+    }
     assert len(OPERATIONS) == 15
 
 
-# ------------------------------------------------------------------------------------------------ formulas, from pixels
+# ---------------------------------------------------------------------------- formulas, from pixels
 
 
 def stretched(band: np.ndarray) -> np.ndarray:
@@ -83,7 +96,8 @@ def stretched(band: np.ndarray) -> np.ndarray:
 
 
 def equalized(band: np.ndarray) -> np.ndarray:
-    """A level becomes the number of darker pixels, in steps of 1/255 of all pixels but the brightest."""
+    """A level becomes the number of darker pixels, in steps of 1/255 of all pixels but the
+    brightest."""
     counts = np.bincount(band.ravel(), minlength=256)
     step = (counts.sum() - counts[counts > 0][-1]) // 255
     darker = np.concatenate([[0], counts.cumsum()[:-1]])
@@ -98,7 +112,11 @@ def gray(pixels: np.ndarray) -> np.ndarray:
 def smoothed(pixels: np.ndarray) -> np.ndarray:
     """Each pixel with weight 5 and its eight neighbors with weight 1; the border stays."""
     out, (height, width, _) = pixels.copy(), pixels.shape
-    window = [pixels[1 + dy : height - 1 + dy, 1 + dx : width - 1 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    window = [
+        pixels[1 + dy : height - 1 + dy, 1 + dx : width - 1 + dx]
+        for dy in (-1, 0, 1)
+        for dx in (-1, 0, 1)
+    ]
     out[1:-1, 1:-1] = ((sum(window) + 4 * window[4]) / 13 + 0.5).astype(int)
     return out
 
@@ -142,7 +160,8 @@ def test_operations_on_levels_follow_their_formulas(name, magnitude, sign):
 
 
 def sampled(pixels: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear samples of (H, W, 3) at points in pixels, whose centers lie at halves; FILL outside the image."""
+    """Bilinear samples of (H, W, 3) at points in pixels, whose centers lie at halves; FILL outside
+    the image."""
     height, width, _ = pixels.shape
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     left, top = np.floor(x - 0.5).astype(int), np.floor(y - 0.5).astype(int)
@@ -188,7 +207,7 @@ def test_geometric_operations_take_pixels_from_where_they_should(name, magnitude
     assert not np.array_equal(bicubic, actual)
 
 
-# ----------------------------------------------------------------------------------------------------------- magnitudes
+# --------------------------------------------------------------------------------------- magnitudes
 
 # Operation: strengths at the magnitudes 0, 5, 9 and 10 that change more the larger they are.
 INCREASING = {
@@ -218,7 +237,9 @@ def test_magnitudes_mean_what_the_tables_say(name):
     if name in FIXED:
         assert strength_of(name, 7) is None
         return
-    increasing, original = ([strength_of(name, m, 1, inc) for m in (0, 5, 9, 10)] for inc in (True, False))
+    increasing, original = (
+        [strength_of(name, m, 1, inc) for m in (0, 5, 9, 10)] for inc in (True, False)
+    )
     assert increasing == pytest.approx(INCREASING[name], abs=1e-9)
     assert original == pytest.approx(ORIGINAL.get(name, INCREASING[name]), abs=1e-9)
     mirrored = [strength_of(name, m, -1) for m in (0, 5, 9, 10)]
@@ -230,17 +251,21 @@ def test_magnitudes_mean_what_the_tables_say(name):
         assert mirrored == increasing
 
 
-@pytest.mark.parametrize("name", [name for name in INCREASING if name != "Solarize"])  # inverts more, not farther
+# inverts more, not farther
+@pytest.mark.parametrize("name", [name for name in INCREASING if name != "Solarize"])
 def test_increasing_operations_change_more_with_magnitude(name):
     image = picture(96, 96)
     for sign in (1, -1) if name in SIGNED else (1,):
-        images = [apply_operation(image, name, strength_of(name, magnitude, sign)) for magnitude in (1, 4, 7, 10)]
+        images = [
+            apply_operation(image, name, strength_of(name, magnitude, sign))
+            for magnitude in (1, 4, 7, 10)
+        ]
         changes = [np.abs(levels(changed) - levels(image)).mean() for changed in images]
         assert changes == sorted(changes)
         assert changes[0] < changes[-1]
 
 
-# ------------------------------------------------------------------------------------------------------- policy strings
+# ----------------------------------------------------------------------------------- policy strings
 
 
 def test_policies_are_read():
@@ -277,7 +302,7 @@ def test_other_policies_are_refused_by_name(policy, words):
         RandAugment.from_policy(policy)
 
 
-# --------------------------------------------------------------------------------------------------------------- chance
+# ------------------------------------------------------------------------------------------- chance
 
 
 class Recorder:
@@ -333,7 +358,8 @@ def test_magnitudes_scatter_around_theirs_and_stay_below_ten(recorder, monkeypat
     magnitudes = np.abs(degrees) / 3
     assert (degrees > 0).mean() == pytest.approx(0.5, abs=0.03)
     assert magnitudes.max() == 10
-    assert (magnitudes == 10).mean() == pytest.approx(0.0228, abs=0.008)  # beyond two standard deviations
+    # beyond two standard deviations
+    assert (magnitudes == 10).mean() == pytest.approx(0.0228, abs=0.008)
     assert np.median(magnitudes) == pytest.approx(9, abs=0.03)
     assert np.quantile(magnitudes, [0.1587, 0.8413]) == pytest.approx([8.5, 9.5], abs=0.05)
 
@@ -363,7 +389,9 @@ def test_operations_follow_one_another(monkeypatch):
     monkeypatch.setattr(randaugment, "OPERATIONS", ("Invert",))
     image = picture()
     assert np.array_equal(RandAugment(num_operations=2, probability=1.0)(image), image)
-    assert np.array_equal(levels(RandAugment(num_operations=3, probability=1.0)(image)), 255 - levels(image))
+    assert np.array_equal(
+        levels(RandAugment(num_operations=3, probability=1.0)(image)), 255 - levels(image)
+    )
 
 
 @pytest.mark.parametrize("augment", [RandAugment.from_policy(DEIT + "-n4-p1"), ColorJitter(0.3)])
@@ -392,7 +420,7 @@ def test_images_of_any_size_keep_it(size):
                 assert (changed.size, changed.mode) == (size, "RGB")
 
 
-# -------------------------------------------------------------------------------------------------------- colour jitter
+# ------------------------------------------------------------------------------------ colour jitter
 
 
 def test_jitter_draws_three_factors_in_any_order(recorder):
@@ -424,14 +452,15 @@ def test_a_factor_of_one_leaves_every_pixel():
     assert np.array_equal(ColorJitter(0.0)(image), image)
 
 
-# ---------------------------------------------------------------------------------------------------------- beside timm
+# -------------------------------------------------------------------------------------- beside timm
 
 
 def timm_module():
     """timm's RandAugment, where timm can be imported."""
     try:
         from timm.data import auto_augment
-    except (ImportError, RuntimeError) as error:  # a torchvision of another build raises a RuntimeError
+    # a torchvision of another build raises a RuntimeError
+    except (ImportError, RuntimeError) as error:
         pytest.skip(f"timm cannot be imported: {error}")
     return auto_augment
 
@@ -453,5 +482,7 @@ def test_operations_equal_those_of_timm(increasing, monkeypatch):
                 )
                 if name == "Posterize" and strength_of(name, magnitude, sign, increasing) == 0:
                     continue  # black; newer versions of Pillow refuse it
-                ours = apply_operation(image, name, strength_of(name, magnitude, sign, increasing), FILL, BICUBIC)
+                ours = apply_operation(
+                    image, name, strength_of(name, magnitude, sign, increasing), FILL, BICUBIC
+                )
                 assert np.array_equal(ours, theirs(image)), (name, magnitude, sign)

@@ -69,7 +69,11 @@ def encoded(image: PILImage.Image, kind: str, **options) -> bytes:
 
 def drawing(mode: str) -> PILImage.Image:
     pixels = np.random.default_rng(5).integers(0, 256, (16, 16, 4), dtype=np.uint8)
-    return PILImage.fromarray(pixels).convert(mode) if mode != "CMYK" else PILImage.fromarray(pixels, "CMYK")
+    return (
+        PILImage.fromarray(pixels).convert(mode)
+        if mode != "CMYK"
+        else PILImage.fromarray(pixels, "CMYK")
+    )
 
 
 def rotated() -> bytes:
@@ -89,7 +93,10 @@ def rotated() -> bytes:
     ],
 )
 def test_any_image_becomes_rgb_as_datasets_decodes_it(content):
-    image, expected = decode_image(content), Image().decode_example({"bytes": content, "path": None}).convert("RGB")
+    image, expected = (
+        decode_image(content),
+        Image().decode_example({"bytes": content, "path": None}).convert("RGB"),
+    )
     assert image.mode == "RGB"
     assert np.array_equal(np.asarray(image), np.asarray(expected))
 
@@ -114,8 +121,13 @@ def test_images_without_a_known_range_are_bad(mode):
 
 
 def test_other_modes_in_a_stream(tmp_path):
-    contents = [encoded(drawing(mode), "PNG") for mode in ("L", "P", "RGBA")] + [encoded(drawing("CMYK"), "JPEG")]
-    files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
+    contents = [encoded(drawing(mode), "PNG") for mode in ("L", "P", "RGBA")] + [
+        encoded(drawing("CMYK"), "JPEG")
+    ]
+    files = {
+        "train.parquet": parquet(contents),
+        "test.parquet": parquet([picture(n) for n in range(3)]),
+    }
     images = stream(write(tmp_path / "data", files), lambda image: torch.tensor(np.asarray(image)))
     (batch,) = images.loader(4)
     assert batch["pixel_values"].shape == (4, 16, 16, 3)
@@ -126,7 +138,10 @@ def test_other_modes_in_a_stream(tmp_path):
 def test_bad_images_are_replaced_and_counted(tmp_path, workers, caplog):
     contents: list = [picture(n) for n in range(300)]
     contents[17], contents[130], contents[131] = contents[17][:50], b"no image", b""
-    files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
+    files = {
+        "train.parquet": parquet(contents),
+        "test.parquet": parquet([picture(n) for n in range(3)]),
+    }
     images = stream(write(tmp_path / "data", files))
     loader = images.loader(20, num_workers=workers)
     for epoch in (0, 1):
@@ -136,15 +151,22 @@ def test_bad_images_are_replaced_and_counted(tmp_path, workers, caplog):
         times = Counter(numbers(batches))
         assert set(times) == set(range(300)) - {17, 130, 131}
         assert sum(times.values()) == 300
-        assert all(batch["labels"].tolist() == [n % 3 for n in numbers([batch])] for batch in batches)
+        assert all(
+            batch["labels"].tolist() == [n % 3 for n in numbers([batch])] for batch in batches
+        )
         assert (images.bad_images.seen, images.bad_images.bad) == (300, 3)
-        assert images.end_epoch().startswith(f"3 of 300 images of epoch {epoch} could not be decoded")
+        assert images.end_epoch().startswith(
+            f"3 of 300 images of epoch {epoch} could not be decoded"
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_images_stop_the_run(tmp_path, workers):
     contents = [picture(n)[: 40 if n % 10 == 3 else None] for n in range(300)]
-    files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
+    files = {
+        "train.parquet": parquet(contents),
+        "test.parquet": parquet([picture(n) for n in range(3)]),
+    }
     folder = write(tmp_path / "data", files)
     images = stream(folder)
     iterator = iter(images.loader(4, num_workers=workers))
@@ -154,7 +176,8 @@ def test_too_many_bad_images_stop_the_run(tmp_path, workers):
         iterator._shutdown_workers()
     message = str(raised.value)
     assert re.search(
-        r"\d+ of \d+ images of this epoch cannot be decoded: \d+\.\d%, and max_bad_share is 1\.0%", message
+        r"\d+ of \d+ images of this epoch cannot be decoded: \d+\.\d%, and max_bad_share is 1\.0%",
+        message,
     )
     assert re.search(r"For example: row \d*3 of train.parquet, row \d*3 of train.parquet", message)
     # After the first 100, not at the end.
@@ -183,17 +206,22 @@ def test_an_unlucky_beginning_stops_no_run_and_a_bad_epoch_does():
 @pytest.mark.parametrize("repeats", [1, 3])
 @pytest.mark.parametrize(("share", "stops"), [(0.01, False), (0.012, True)])
 def test_the_limit_is_that_of_an_epoch_over_all_ranks(world_size, repeats, share, stops):
-    """Whatever part of the bad ones a rank has, and however often an image comes: one part in a hundred is allowed."""
+    """Whatever part of the bad ones a rank has, and however often an image comes: one part in a
+    hundred is allowed."""
     broken = set(np.random.default_rng(1).permutation(6000)[: round(share * 6000)].tolist())
     counts, total = [], [0, 0]
     for epoch in range(repeats):
         ranks = []
         for rank in range(world_size):
-            plan = EpochPlan(np.full(60, 100), Share(7, rank, world_size, workers=2), 0, epoch, 50, repeats)
+            plan = EpochPlan(
+                np.full(60, 100), Share(7, rank, world_size, workers=2), 0, epoch, 50, repeats
+            )
             images = BadImages(2, 0.01)
             for worker in range(2):
                 order = plan.order(worker)
-                new = (plan.repetitions(order) == 0) & (np.arange(len(order)) < plan.num_own(worker))
+                new = (plan.repetitions(order) == 0) & (
+                    np.arange(len(order)) < plan.num_own(worker)
+                )
                 for number in plan.locate(order[new])[2].tolist():
                     images.saw(worker, epoch, "x", OSError() if number in broken else None)
             ranks.append(images.counts.sum(0))
@@ -220,7 +248,10 @@ def test_days_of_looking_do_not_stop_a_run_within_its_limit():
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_a_trainer_judges_every_epoch_over_all_ranks(tmp_path, monkeypatch, drop_last):
     contents = [picture(n)[: 40 if n in (3, 7) else None] for n in range(99)]
-    files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
+    files = {
+        "train.parquet": parquet(contents),
+        "test.parquet": parquet([picture(n) for n in range(3)]),
+    }
     split = stream(write(tmp_path / "data", files), shuffle_buffer=1).split
     summed = []
 
@@ -233,8 +264,15 @@ def test_a_trainer_judges_every_epoch_over_all_ranks(tmp_path, monkeypatch, drop
     def pixels(image):
         return torch.full((3, 16, 16), float(number_of(image)) / 100)
 
-    args = arguments(tmp_path / "out", max_steps=30, per_device_train_batch_size=9, dataloader_drop_last=drop_last)
-    trainer = DistillationTrainer(tiny_vit().train(), args, train_dataset=ImageStream(split, pixels, seed=1))
+    args = arguments(
+        tmp_path / "out",
+        max_steps=30,
+        per_device_train_batch_size=9,
+        dataloader_drop_last=drop_last,
+    )
+    trainer = DistillationTrainer(
+        tiny_vit().train(), args, train_dataset=ImageStream(split, pixels, seed=1)
+    )
     with pytest.raises(TooManyBadImagesError, match="2 of 99 images of this epoch"):
         trainer.train()
     assert trainer.state.global_step == 11
@@ -243,11 +281,16 @@ def test_a_trainer_judges_every_epoch_over_all_ranks(tmp_path, monkeypatch, drop
 
 def test_few_images_are_judged_when_all_were_seen(tmp_path):
     contents = [picture(0)[:40], *(picture(n) for n in range(1, 10))]
-    files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
+    files = {
+        "train.parquet": parquet(contents),
+        "test.parquet": parquet([picture(n) for n in range(3)]),
+    }
     folder = write(tmp_path / "data", files)
     images = stream(folder)
     assert len(list(images.loader(2))) == 5
-    with pytest.raises(TooManyBadImagesError, match=r"1 of 10 images of this epoch cannot be decoded: 10.0%"):
+    with pytest.raises(
+        TooManyBadImagesError, match=r"1 of 10 images of this epoch cannot be decoded: 10.0%"
+    ):
         images.end_epoch()
     with pytest.raises(TooManyBadImagesError, match=r"4 of 40"):
         images.end_epoch(lambda counts: 4 * counts)
@@ -259,7 +302,10 @@ def test_few_images_are_judged_when_all_were_seen(tmp_path):
 def test_a_part_of_an_epoch_is_judged_with_allowance(tmp_path):
     """A run that was resumed, or stopped, has seen too little for the exact limit."""
     contents = [picture(n)[: 40 if n < 2 else None] for n in range(100)]
-    files = {"train.parquet": parquet(contents), "test.parquet": parquet([picture(n) for n in range(3)])}
+    files = {
+        "train.parquet": parquet(contents),
+        "test.parquet": parquet([picture(n) for n in range(3)]),
+    }
     images = stream(write(tmp_path / "data", files), shuffle_buffer=1)
     iterator = iter(images.loader(5))
     for _ in range(12):
@@ -272,13 +318,17 @@ def test_a_part_of_an_epoch_is_judged_with_allowance(tmp_path):
 
 
 def test_a_bad_image_in_repeats_counts_once_and_its_places_are_taken(tmp_path):
-    order = numbers(ImageStream(stream(write(tmp_path / "good", repository())).split, number_of, 1, 3).loader(4))
+    order = numbers(
+        ImageStream(stream(write(tmp_path / "good", repository())).split, number_of, 1, 3).loader(4)
+    )
     bad = next(number for number in order[6:] if order.count(number) == 3)
     split = stream(write(tmp_path / "bad", repository(broken=[bad])), max_bad_share=0.5).split
     images = ImageStream(split, noisy_number_of, 1, 3)
     drawn = torch.cat([batch["pixel_values"] for batch in images.loader(4)])
     following = order[order.index(bad) + 3]
-    assert drawn[:, 0].int().tolist() == [following if number == bad else number for number in order]
+    assert drawn[:, 0].int().tolist() == [
+        following if number == bad else number for number in order
+    ]
     assert images.bad_images.bad == 1
     noise = drawn[drawn[:, 0] == following][:, 1].tolist()
     assert len(set(noise)) == len(noise) == 6
@@ -290,11 +340,16 @@ def test_the_next_good_image_takes_the_place_and_the_first_that_of_the_last(tmp_
     images = stream(write(tmp_path / "bad", repository(broken=bad)), max_bad_share=0.5)
     expected = [order[1], *order[1:20], order[22], order[22], *order[22:-1], order[1]]
     assert numbers(images.loader(1)) == expected
-    assert [numbers([batch]) for batch in skip_first_batches(images.loader(1), NUM_IMAGES - 1)] == [[order[1]]]
+    assert [numbers([batch]) for batch in skip_first_batches(images.loader(1), NUM_IMAGES - 1)] == [
+        [order[1]]
+    ]
 
 
 def test_nothing_but_bad_images(tmp_path):
-    files = {"train.parquet": parquet([b"x"] * 6), "test.parquet": parquet([picture(n) for n in range(3)])}
+    files = {
+        "train.parquet": parquet([b"x"] * 6),
+        "test.parquet": parquet([picture(n) for n in range(3)]),
+    }
     images = stream(write(tmp_path / "data", files))
     with pytest.raises(TooManyBadImagesError, match="none of 6 images can be decoded"):
         list(skip_first_batches(images.loader(2), 2))
@@ -305,7 +360,11 @@ def test_nothing_but_bad_images(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_class_folders(tmp_path, workers):
-    names = [f"{split}/{LABELS[n % 3]}/{n}.png" for split, count in (("train", 23), ("test", 6)) for n in range(count)]
+    names = [
+        f"{split}/{LABELS[n % 3]}/{n}.png"
+        for split, count in (("train", 23), ("test", 6))
+        for n in range(count)
+    ]
     images = stream(write(tmp_path, {name: picture(int(Path(name).stem)) for name in names}))
     assert images.split.label_names == list(LABELS)
     batches = list(images.loader(4, num_workers=workers))
@@ -351,9 +410,13 @@ def test_rows_are_counted_once(archives, monkeypatch, caplog):
 def test_a_description_that_counts_otherwise_is_mentioned(archives):
     card = "---\ndataset_info:\n  splits:\n  - name: train\n    num_examples: 31\n---\n"
     write(archives, {"README.md": card.encode()})
-    with assert_logs("ofb_hf.data.row_blocks", "--num_train_examples 31 would take that as the number"):
+    with assert_logs(
+        "ofb_hf.data.row_blocks", "--num_train_examples 31 would take that as the number"
+    ):
         assert len(stream(archives)) == 30
-    with assert_logs("ofb_hf.data.row_blocks", "split 'train' has 30 rows, though its description says 31"):
+    with assert_logs(
+        "ofb_hf.data.row_blocks", "split 'train' has 30 rows, though its description says 31"
+    ):
         stream(archives)
 
 
@@ -362,7 +425,8 @@ def test_a_given_number_of_examples_spares_the_counting(archives, monkeypatch):
     images = stream(archives, num_train_examples=29)
     assert images.split.source.rows.tolist() == [7, 7, 7, 8]
     times = Counter(numbers(images.loader(1)))
-    # Shard 1 is cut after 7 of 9 rows and shard 3 after 8 of 11; the three rows of shard 2 are repeated.
+    # Shard 1 is cut after 7 of 9 rows and shard 3 after 8 of 11; the three rows of shard 2 are
+    # repeated.
     assert times == Counter([*range(14), 16, 17, 18, 16, 17, 18, 16, *range(19, 27)])
 
 
@@ -370,7 +434,9 @@ def test_the_first_examples_of_a_stream(shards, archives, monkeypatch):
     assert sorted(numbers(stream(shards, max_train_samples=23).loader(1))) == list(range(23))
     counted, count = [], blocks._count
     monkeypatch.setattr(
-        blocks, "_count", lambda dataset, shard, column: counted.append(shard) or count(dataset, shard, column)
+        blocks,
+        "_count",
+        lambda dataset, shard, column: counted.append(shard) or count(dataset, shard, column),
     )
     assert sorted(numbers(stream(archives, max_train_samples=12).loader(1))) == list(range(12))
     assert counted == [0, 1]
@@ -387,23 +453,42 @@ def test_workers_that_share_blocks_are_mentioned(archives):
 
 def test_labels_without_names_are_those_of_the_evaluation_split(tmp_path):
     def table(labels):
-        rows = {"image": [{"bytes": picture(n), "path": None} for n in range(len(labels))], "label": labels}
+        rows = {
+            "image": [{"bytes": picture(n), "path": None} for n in range(len(labels))],
+            "label": labels,
+        }
         file = io.BytesIO()
-        Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("string")})).to_parquet(file)
+        Dataset.from_dict(
+            rows, features=Features({"image": Image(), "label": Value("string")})
+        ).to_parquet(file)
         return file.getvalue()
 
-    folder = write(tmp_path, {"train.parquet": table(["b", "c", "a", "b"]), "test.parquet": table(["c", "b", "a"])})
+    folder = write(
+        tmp_path,
+        {"train.parquet": table(["b", "c", "a", "b"]), "test.parquet": table(["c", "b", "a"])},
+    )
     images = stream(folder)
     assert images.split.label_names == ["a", "b", "c"]
     batch = next(iter(images.loader(4)))
-    assert dict(zip(numbers([batch]), batch["labels"].tolist(), strict=True)) == {0: 1, 1: 2, 2: 0, 3: 1}
+    assert dict(zip(numbers([batch]), batch["labels"].tolist(), strict=True)) == {
+        0: 1,
+        1: 2,
+        2: 0,
+        3: 1,
+    }
     images.split = images.split.aligned(["c", "a", "b"])
     batch = next(iter(images.loader(4)))
-    assert dict(zip(numbers([batch]), batch["labels"].tolist(), strict=True)) == {0: 2, 1: 0, 2: 1, 3: 2}
+    assert dict(zip(numbers([batch]), batch["labels"].tolist(), strict=True)) == {
+        0: 2,
+        1: 0,
+        2: 1,
+        3: 2,
+    }
     assert images.split.label_names == ["c", "a", "b"]
     write(folder, {"train.parquet": table(["b", "d"])})
     with pytest.raises(
-        ValueError, match=r"row 1 of train.parquet has the label 'd', but the 3 classes .* 'a', 'b', 'c'"
+        ValueError,
+        match=r"row 1 of train.parquet has the label 'd', but the 3 classes .* 'a', 'b', 'c'",
     ):
         list(stream(folder).loader(1))
     write(folder, {"train.parquet": table(["b", None])})
@@ -418,7 +503,10 @@ def test_labels_without_names_are_those_of_the_evaluation_split(tmp_path):
         ({"num_train_examples": 0}, "num_train_examples is 0; it must be at least 1"),
         ({"max_bad_share": 1.0}, "max_bad_share is 1.0; it must be at least 0 and below 1"),
         ({"max_bad_share": -0.1}, "max_bad_share is -0.1"),
-        ({"streaming": False, "shuffle_buffer": 10}, "shuffle_buffer is 10, which means something for streams only"),
+        (
+            {"streaming": False, "shuffle_buffer": 10},
+            "shuffle_buffer is 10, which means something for streams only",
+        ),
         ({"data_dir": None}, "streaming is True, but no data is named"),
     ],
 )
@@ -429,11 +517,13 @@ def test_arguments_are_checked(kwargs, message):
 
 def test_what_cannot_be_streamed_is_refused(shards, tmp_path):
     with pytest.raises(
-        ValueError, match="num_train_examples is 5, but the files of split 'train' say that there are 107"
+        ValueError,
+        match="num_train_examples is 5, but the files of split 'train' say that there are 107",
     ):
         stream(shards, num_train_examples=5)
     with pytest.raises(
-        ValueError, match=r"'train' is to be trained and evaluated on, .* \['train', 'validation'\]. Name"
+        ValueError,
+        match=r"'train' is to be trained and evaluated on, .* \['train', 'validation'\]. Name",
     ):
         stream(shards, eval_split="train")
     with pytest.raises(TypeError, match=r"iterate over ImageStream.loader"):

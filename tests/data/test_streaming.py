@@ -1,4 +1,5 @@
-"""Streams are as exact as data on the disk: every image once, also after an interruption or a fault of the network."""
+"""Streams are as exact as data on the disk: every image once, also after an interruption or a fault
+of the network."""
 
 import gc
 import json
@@ -18,7 +19,16 @@ from accelerate import skip_first_batches
 from hub_server import HubServer, Repository
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
-from pictures import LABELS, NUM_IMAGES, SHARD_ROWS, noisy_number_of, numbers, repository, stream, write
+from pictures import (
+    LABELS,
+    NUM_IMAGES,
+    SHARD_ROWS,
+    noisy_number_of,
+    numbers,
+    repository,
+    stream,
+    write,
+)
 from stream_process import train
 
 from ofb_hf import hub_retries as network
@@ -60,7 +70,9 @@ def test_no_two_times_of_an_image_are_augmented_alike(shards):
     images, noise = ImageStream(stream(shards).split, noisy_number_of, seed=1, repeats=3), {}
     for epoch in range(6):
         images.set_epoch(epoch)
-        for number, value in torch.cat([batch["pixel_values"] for batch in images.loader(1)]).tolist():
+        for number, value in torch.cat(
+            [batch["pixel_values"] for batch in images.loader(1)]
+        ).tolist():
             noise.setdefault(number, set()).add((epoch, value))
     for times in noise.values():
         values = {value for _, value in times}
@@ -87,7 +99,9 @@ def test_an_epoch_has_every_image_once(shards, world_size, workers):
             batches = list(loader)
             assert len(batches) == len(loader) == -(-NUM_IMAGES // (BATCH_SIZE * world_size))
             assert {tuple(batch["pixel_values"].shape) for batch in batches} == {(BATCH_SIZE,)}
-            assert all(batch["labels"].tolist() == [n % 3 for n in numbers([batch])] for batch in batches)
+            assert all(
+                batch["labels"].tolist() == [n % 3 for n in numbers([batch])] for batch in batches
+            )
             assert images.bad_images.bad == 0
             assert images.end_epoch() is None
             assert numbers(loader) == numbers(batches)
@@ -98,20 +112,26 @@ def test_an_epoch_has_every_image_once(shards, world_size, workers):
         assert max(times.values()) <= 2
         orders.append(ranks)
     assert orders[0] != orders[1]
-    assert numbers(stream(shards, seed=2).loader(BATCH_SIZE)) != numbers(stream(shards).loader(BATCH_SIZE))
+    assert numbers(stream(shards, seed=2).loader(BATCH_SIZE)) != numbers(
+        stream(shards).loader(BATCH_SIZE)
+    )
 
 
 def test_images_mix_across_shards(shards):
-    """With a buffer of a quarter of the data, half a batch of 8 comes from at least three shards."""
+    """With a buffer of a quarter of the data, half a batch of 8 comes from at least three
+    shards."""
     shard_of = np.repeat(np.arange(len(SHARD_ROWS)), SHARD_ROWS)
     batches = list(stream(shards, shuffle_buffer=NUM_IMAGES // 4).loader(8))
     assert np.mean([len(set(shard_of[numbers([batch])])) for batch in batches]) > 3
 
 
 def test_streamed_and_loaded_images_are_augmented_alike(shards):
-    """Random transforms follow seed, epoch and the image's place in the data; not rank, worker or order."""
+    """Random transforms follow seed, epoch and the image's place in the data; not rank, worker or
+    order."""
     loaded = load_image_data(DataArguments(data_dir=str(shards)))
-    rows = SeededImages(loaded.train, noisy_number_of, loaded.image_column, loaded.label_column, seed=1)
+    rows = SeededImages(
+        loaded.train, noisy_number_of, loaded.image_column, loaded.label_column, seed=1
+    )
     rows.set_epoch(2)
     expected = {int(row["pixel_values"][0]): row for row in rows}
     images = stream(shards, noisy_number_of)
@@ -131,7 +151,8 @@ def test_streamed_and_loaded_images_are_augmented_alike(shards):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_batches_after_skipped_ones_are_the_same(tmp_path, workers):
-    """Also around images that cannot be decoded; and what is skipped is neither decoded nor augmented."""
+    """Also around images that cannot be decoded; and what is skipped is neither decoded nor
+    augmented."""
     folder = write(tmp_path / "data", repository(broken=[3, 40, 41, 99]))
     images = stream(folder, noisy_number_of, max_bad_share=0.5)
     images.set_epoch(1)
@@ -142,7 +163,8 @@ def test_the_batches_after_skipped_ones_are_the_same(tmp_path, workers):
         following = [batch["pixel_values"] for batch in skip_first_batches(loader, skipped)]
         assert len(following) == len(batches) - skipped
         assert all(torch.equal(a, b) for a, b in zip(following, batches[skipped:], strict=True))
-        # An image that replaces a bad one at the end of a batch is looked at for the next batch as well.
+        # An image that replaces a bad one at the end of a batch is looked at for the next batch as
+        # well.
         assert images.bad_images.seen <= (len(batches) - skipped) * BATCH_SIZE + 4
 
 
@@ -152,7 +174,9 @@ def test_a_trainer_resumes_where_it_was(shards, tmp_path, workers):
     settings = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
     straight = train(tmp_path, shards, **settings)
     assert len(straight) == 66
-    epochs = [sorted({int(n) for batch in straight[e : e + 22] for n in batch[:, 0]}) for e in (0, 22, 44)]
+    epochs = [
+        sorted({int(n) for batch in straight[e : e + 22] for n in batch[:, 0]}) for e in (0, 22, 44)
+    ]
     assert epochs == [list(range(NUM_IMAGES))] * 3
     assert not torch.equal(straight[0], straight[22])
     for step in (5, 15, 30) if workers == 0 else (15,):
@@ -162,17 +186,38 @@ def test_a_trainer_resumes_where_it_was(shards, tmp_path, workers):
 
 
 def test_two_ranks_share_an_epoch_and_resume(shards, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", str(TESTS / "stream_process.py"), "train", str(shards), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+    ]
+    command += [
+        "--rdzv_endpoint",
+        "localhost:0",
+        str(TESTS / "stream_process.py"),
+        "train",
+        str(shards),
+        str(tmp_path),
+    ]
     environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    process = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert process.returncode == 0, process.stderr
     ranks = [torch.load(tmp_path / f"seen-{rank}.pt", weights_only=True) for rank in range(2)]
     for seen in ranks:
         assert len(seen["straight"]) == 33
-        assert all(torch.equal(a, b) for a, b in zip(seen["resumed"], seen["straight"][10:], strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(seen["resumed"], seen["straight"][10:], strict=True)
+        )
     for epoch in range(3):
-        batches = [batch for seen in ranks for batch in seen["straight"][11 * epoch : 11 * epoch + 11]]
+        batches = [
+            batch for seen in ranks for batch in seen["straight"][11 * epoch : 11 * epoch + 11]
+        ]
         times = Counter(int(number) for batch in batches for number in batch[:, 0])
         assert sorted(times) == list(range(NUM_IMAGES))
         assert sum(times.values()) == NUM_IMAGES + 3
@@ -251,7 +296,8 @@ def test_other_errors_are_not_waited_for(error, waits):
 
 def test_a_network_that_stays_down_ends_the_run(waits):
     with pytest.raises(
-        StreamBrokenError, match=r"reading row 4 of block 0: 14 attempts in a row failed, .* status 503"
+        StreamBrokenError,
+        match=r"reading row 4 of block 0: 14 attempts in a row failed, .* status 503",
     ):
         list(read_patiently(_Unsteady({4: 99}, hub_error(503)), 0, 0))
     assert 1700 < sum(waits) < 2200
@@ -259,7 +305,9 @@ def test_a_network_that_stays_down_ends_the_run(waits):
 
 def test_data_that_changes_under_a_run_is_noticed(shards):
     images = stream(shards)
-    images.split = replace(images.split, source=replace(images.split.source, rows=images.split.source.rows + 1))
+    images.split = replace(
+        images.split, source=replace(images.split.source, rows=images.split.source.rows + 1)
+    )
     with pytest.raises(RuntimeError, match=r"block \d+ ended before its row 4: the data changed"):
         list(images.loader(1))
 
@@ -269,7 +317,8 @@ def test_data_that_changes_under_a_run_is_noticed(shards):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """What a process of its own got from a Hub with faults: (results by data set, requests, what it said)."""
+    """What a process of its own got from a Hub with faults: (results by data set, requests, what it
+    said)."""
     requests: Counter[str] = Counter()
 
     def fault(path: str) -> int | str | None:
@@ -280,18 +329,33 @@ def hub(tmp_path_factory):
         if name == "lab/down":  # for longer than the client repeats a request
             return 503 if 40 <= requests[name] < 60 else None
         if name == "lab/cut":
-            return "cut" if "train-00003" in path and requests[name] > 30 and requests[name] % 2 else None
+            return (
+                "cut"
+                if "train-00003" in path and requests[name] > 30 and requests[name] % 2
+                else None
+            )
         return None
 
     refused = "Access to dataset lab/gated is restricted and you are not in the authorized list."
-    repositories = {name: Repository(repository()) for name in ("lab/steady", "lab/busy", "lab/down", "lab/cut")}
+    repositories = {
+        name: Repository(repository()) for name in ("lab/steady", "lab/busy", "lab/down", "lab/cut")
+    }
     repositories |= {
         "lab/gated": Repository(repository(), (403, "GatedRepo", refused)),
         "lab/gated-files": Repository(repository(), (401, "GatedRepo", refused), listed=True),
-        "lab/old-token": Repository(repository(), (401, "", "Invalid credentials in Authorization header")),
+        "lab/old-token": Repository(
+            repository(), (401, "", "Invalid credentials in Authorization header")
+        ),
     }
     with HubServer(repositories, fault) as server:
-        names = ["lab/steady:0", "lab/busy:2", "lab/down:2", "lab/cut:0", *list(repositories)[4:], "lab/missing"]
+        names = [
+            "lab/steady:0",
+            "lab/busy:2",
+            "lab/down:2",
+            "lab/cut:0",
+            *list(repositories)[4:],
+            "lab/missing",
+        ]
         process = subprocess.run(
             [sys.executable, str(TESTS / "stream_process.py"), "epochs", *names],
             env=server.environment(tmp_path_factory.mktemp("hf")),
@@ -324,7 +388,9 @@ def test_faults_do_not_change_what_is_seen(hub):
     results, _, said = hub
     assert results["lab/cut"]["numbers"] == results["lab/steady"]["numbers"]
     assert results["lab/down"]["numbers"] == results["lab/busy"]["numbers"]
-    assert re.search(r"reading row \d+ of block \d+: HfHubHTTPError: .*503.*; attempt 2 of 14 in", said)
+    assert re.search(
+        r"reading row \d+ of block \d+: HfHubHTTPError: .*503.*; attempt 2 of 14 in", said
+    )
     assert "peer closed connection without sending complete message body" in said
 
 
@@ -337,7 +403,8 @@ def test_only_what_is_needed_travels(hub):
     assert row_groups <= len(train) <= row_groups + 3 * len(SHARD_ROWS)
     spans = [re.search(r"bytes=(\d+)-(\d+)$", line) for line in train]
     read = sum(int(span[2]) - int(span[1]) + 1 for span in spans)
-    # These files are so small that looking for the footer reads a whole one; then every row group comes once.
+    # These files are so small that looking for the footer reads a whole one; then every row group
+    # comes once.
     size = sum(len(content) for path, content in repository().items() if "/train-" in path)
     assert size < read < 2.1 * size
     assert any("/validation-" in line and "bytes=" not in line for line in steady)
@@ -346,18 +413,27 @@ def test_only_what_is_needed_travels(hub):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lab/gated", "lab/gated is gated, and your account has not been let in. Open {page}, accept the terms"),
+        (
+            "lab/gated",
+            "lab/gated is gated, and your account has not been let in. Open {page}, accept the "
+            "terms",
+        ),
         (
             "lab/gated-files",
-            "not logged in. Accept the terms on {page}, then log in with `hf auth login`, or set HF_TOKEN",
+            "not logged in. Accept the terms on {page}, then log in with `hf auth login`, or set "
+            "HF_TOKEN",
         ),
         ("lab/old-token", "The Hub does not accept your token for lab/old-token."),
-        ("lab/missing", "lab/missing is not on the Hub, or it is private. Check its name at {page}"),
+        (
+            "lab/missing",
+            "lab/missing is not on the Hub, or it is private. Check its name at {page}",
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_explained(hub, name, message):
     results, _, _ = hub
     assert results[name]["error"] == "DatasetAccessError"
     assert re.search(
-        re.escape(message).replace(r"\{page\}", rf"http://127.0.0.1:\d+/datasets/{name}"), results[name]["message"]
+        re.escape(message).replace(r"\{page\}", rf"http://127.0.0.1:\d+/datasets/{name}"),
+        results[name]["message"],
     )

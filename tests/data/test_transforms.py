@@ -28,17 +28,29 @@ MODES = ["RGB", "L", "RGBA", "CMYK", "P", "LA", "1"]
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 PROCESSORS = {
     "square": ViTImageProcessorPil(size={"height": 32, "width": 32}),
-    "oblong": ViTImageProcessorPil(size={"height": 24, "width": 40}, resample=PILImage.Resampling.NEAREST, **IMAGENET),
-    "crop": DeiTImageProcessorPil(size={"height": 36, "width": 36}, crop_size={"height": 31, "width": 28}, **IMAGENET),
-    "shortest edge": DeiTImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 17, "width": 17}),
-    "padding crop": DeiTImageProcessorPil(size={"height": 20, "width": 33}, crop_size={"height": 27, "width": 26}),
+    "oblong": ViTImageProcessorPil(
+        size={"height": 24, "width": 40}, resample=PILImage.Resampling.NEAREST, **IMAGENET
+    ),
+    "crop": DeiTImageProcessorPil(
+        size={"height": 36, "width": 36}, crop_size={"height": 31, "width": 28}, **IMAGENET
+    ),
+    "shortest edge": DeiTImageProcessorPil(
+        size={"shortest_edge": 20}, crop_size={"height": 17, "width": 17}
+    ),
+    "padding crop": DeiTImageProcessorPil(
+        size={"height": 20, "width": 33}, crop_size={"height": 27, "width": 26}
+    ),
     "only crop": DeiTImageProcessorPil(do_resize=False, crop_size={"height": 29, "width": 29}),
     "not normalized": ViTImageProcessorPil(size={"height": 16, "width": 16}, do_normalize=False),
     "not rescaled": ViTImageProcessorPil(
         size={"height": 16, "width": 16}, do_rescale=False, image_mean=[100, 110, 120]
     ),
-    "raw": ViTImageProcessorPil(size={"height": 16, "width": 16}, do_rescale=False, do_normalize=False),
-    "other factor": ViTImageProcessorPil(size={"height": 16, "width": 16}, rescale_factor=1 / 127.5),
+    "raw": ViTImageProcessorPil(
+        size={"height": 16, "width": 16}, do_rescale=False, do_normalize=False
+    ),
+    "other factor": ViTImageProcessorPil(
+        size={"height": 16, "width": 16}, rescale_factor=1 / 127.5
+    ),
 }
 
 
@@ -65,9 +77,17 @@ def test_evaluation_equals_the_image_processor(name, width, height, mode, seed):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_pipelines_see_the_pixels_of_evaluation(mode):
-    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32)
+    config = ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        image_size=32,
+    )
     processor = PROCESSORS["square"]
-    classifier = pipeline("image-classification", model=ViTForImageClassification(config), image_processor=processor)
+    classifier = pipeline(
+        "image-classification", model=ViTForImageClassification(config), image_processor=processor
+    )
     seen = classifier.preprocess(noise(50, 41, mode))["pixel_values"][0]
     actual = build_transform(processor, "none", train=False)(noise(50, 41, mode))
     torch.testing.assert_close(actual, seen, rtol=0, atol=1e-6)
@@ -113,7 +133,10 @@ def test_standard_flips_half_of_the_images_and_light_none(side):
     pixels[:, : side // 2] = 200
     image = PILImage.fromarray(pixels)
     torch.manual_seed(0)
-    flipped = sum(value < 0 for value in asymmetry(build_transform(square(side), "standard", True), image, 200))
+    flipped = sum(
+        value < 0
+        for value in asymmetry(build_transform(square(side), "standard", True), image, 200)
+    )
     assert 70 <= flipped <= 130
     assert min(asymmetry(build_transform(square(side), "light", True), image, 200)) > 0
 
@@ -145,7 +168,10 @@ def test_light_fills_corners_with_the_background(level):
 
 
 def test_small_images_shift_by_an_eighth_and_let_black_in():
-    transform, image = build_transform(square(32), "standard", train=True), PILImage.new("RGB", (32, 32), (250,) * 3)
+    transform, image = (
+        build_transform(square(32), "standard", train=True),
+        PILImage.new("RGB", (32, 32), (250,) * 3),
+    )
     torch.manual_seed(0)
     empty = torch.stack([(transform(image)[0] == -1).sum() for _ in range(300)])
     assert empty.min() == 0
@@ -183,7 +209,7 @@ def test_jitter_leaves_neutral_factors_alone_and_scales_the_rest():
     assert _jitter(halves, 1.0, 0.5).getcolors() == [(8, (120,) * 3), (8, (80,) * 3)]
 
 
-# ---------------------------------------------------------------------------------------------------- DeiT's recipe
+# ------------------------------------------------------------------------------------ DeiT's recipe
 
 PLAIN = AugmentationArguments(auto_augment=None, color_jitter=0.0)
 
@@ -220,7 +246,10 @@ def test_deit_cuts_then_resizes_then_mirrors_half_of_the_images(resample, monkey
     processor = bicubic(24, resample=resample)
     transform = build_transform(processor, "deit", train=True, augmentation_args=PLAIN)
     scales = []
-    monkeypatch.setattr("ofb_hf.data.transforms._random_box", lambda w, h, scale: scales.append((w, h, scale)) or box)
+    monkeypatch.setattr(
+        "ofb_hf.data.transforms._random_box",
+        lambda w, h, scale: scales.append((w, h, scale)) or box,
+    )
     left, top, width, height = box
     upright = image.crop((left, top, left + width, top + height)).resize((24, 24), resample)
     upright = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
@@ -248,15 +277,21 @@ def test_deit_turns_a_policy_or_jitter_on():
 
     def changing(processor, **options):
         arguments = AugmentationArguments(**options)
-        return build_transform(processor, "deit", train=True, augmentation_args=arguments).change_colors
+        return build_transform(
+            processor, "deit", train=True, augmentation_args=arguments
+        ).change_colors
 
     cubic, gray = PILImage.Resampling.BICUBIC, (128, 128, 128)
     assert build_transform(bicubic(8), "deit", train=True).change_colors == RandAugment.from_policy(
         "rand-m9-mstd0.5-inc1", (124, 116, 104), cubic
     )
     policy = {"auto_augment": "rand-m7-n3"}
-    assert changing(square(8), **policy) == RandAugment(7.0, 3, fill=gray, resample=PILImage.Resampling.BILINEAR)
-    assert changing(bicubic(8, do_normalize=False), **policy) == RandAugment(7.0, 3, fill=gray, resample=cubic)
+    assert changing(square(8), **policy) == RandAugment(
+        7.0, 3, fill=gray, resample=PILImage.Resampling.BILINEAR
+    )
+    assert changing(bicubic(8, do_normalize=False), **policy) == RandAugment(
+        7.0, 3, fill=gray, resample=cubic
+    )
     assert changing(PROCESSORS["not rescaled"], **policy).fill == (100, 110, 120)
     lanczos = bicubic(8, resample=PILImage.Resampling.LANCZOS)  # not for rotations
     assert changing(lanczos, **policy).resample is None
@@ -275,60 +310,82 @@ def test_deit_changes_colors_after_the_crop(arguments):
     assert means.unique(dim=0).shape[0] > 15
 
 
-# ------------------------------------------------------------------------------------------------ evaluation like timm
+# ----------------------------------------------------------------------------- evaluation like timm
 
 
 @pytest.mark.parametrize(
-    ("side", "crop_pct", "resized"), [(224, 0.875, 256), (224, 0.9, 248), (384, 1.0, 384), (30, 0.95, 31), (1, 0.4, 2)]
+    ("side", "crop_pct", "resized"),
+    [(224, 0.875, 256), (224, 0.9, 248), (384, 1.0, 384), (30, 0.95, 31), (1, 0.4, 2)],
 )
 @given(width=st.integers(1, 300), height=st.integers(1, 300))
-def test_crop_pct_resizes_the_shorter_side_and_cuts_the_middle_out(side, crop_pct, resized, width, height):
+def test_crop_pct_resizes_the_shorter_side_and_cuts_the_middle_out(
+    side, crop_pct, resized, width, height
+):
     processor, image = bicubic(side), noise(width, height)
     long = int(resized * max(width, height) / min(width, height))
     if long > 4000:
         return  # a thread, blown up
-    whole = image.resize((resized, long) if width <= height else (long, resized), processor.resample)
+    whole = image.resize(
+        (resized, long) if width <= height else (long, resized), processor.resample
+    )
     left, top = (round((length - side) / 2) for length in whole.size)
     pixels = np.asarray(whole.crop((left, top, left + side, top + side)))
-    expected = (torch.from_numpy(pixels / 255) - torch.tensor(IMAGENET["image_mean"])) / torch.tensor(
-        IMAGENET["image_std"]
-    )
+    expected = (
+        torch.from_numpy(pixels / 255) - torch.tensor(IMAGENET["image_mean"])
+    ) / torch.tensor(IMAGENET["image_std"])
     actual = build_transform(processor, "none", train=False, eval_crop_pct=crop_pct)(image)
     assert actual.shape == (3, side, side)
     torch.testing.assert_close(actual, expected.permute(2, 0, 1).float(), rtol=0, atol=1e-5)
 
 
 def test_crop_pct_covers_models_that_are_no_squares():
-    processor = ViTImageProcessorPil(size={"height": 30, "width": 60}, image_mean=[0.0] * 3, image_std=[1 / 255] * 3)
-    for image, resized in ((ramps(100, 100), (66, 66)), (ramps(400, 100), (132, 33)), (ramps(71, 100), (66, 93))):
+    processor = ViTImageProcessorPil(
+        size={"height": 30, "width": 60}, image_mean=[0.0] * 3, image_std=[1 / 255] * 3
+    )
+    for image, resized in (
+        (ramps(100, 100), (66, 66)),
+        (ramps(400, 100), (132, 33)),
+        (ramps(71, 100), (66, 93)),
+    ):
         whole = image.resize(resized, processor.resample)
         left, top = round((resized[0] - 60) / 2), round((resized[1] - 30) / 2)
-        expected = torch.from_numpy(np.array(whole.crop((left, top, left + 60, top + 30)))).permute(2, 0, 1).float()
+        expected = (
+            torch.from_numpy(np.array(whole.crop((left, top, left + 60, top + 30))))
+            .permute(2, 0, 1)
+            .float()
+        )
         actual = build_transform(processor, "none", train=False, eval_crop_pct=0.9)(image)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_crop_pct_takes_the_place_of_what_the_processor_does(name):
-    """The same for processors that squash, pad or do not resize; and the same for training without augmentation."""
+    """The same for processors that squash, pad or do not resize; and the same for training without
+    augmentation."""
     image = noise(50, 41)
     transform = build_transform(PROCESSORS[name], "deit", train=False, eval_crop_pct=0.8)
     shown = transform(image)
     plain = build_transform(PROCESSORS[name], "none", train=False)
     assert shown.shape == (3, plain.height, plain.width)
     assert torch.equal(pickle.loads(pickle.dumps(transform))(image), shown)
-    assert torch.equal(build_transform(PROCESSORS[name], "none", train=True, eval_crop_pct=0.8)(image), shown)
+    assert torch.equal(
+        build_transform(PROCESSORS[name], "none", train=True, eval_crop_pct=0.8)(image), shown
+    )
     for augmentation in ("light", "standard", "deit"):  # trained on the usual pixels
         torch.manual_seed(0)
         expected = build_transform(PROCESSORS["square"], augmentation, train=True)(image)
         torch.manual_seed(0)
-        actual = build_transform(PROCESSORS["square"], augmentation, train=True, eval_crop_pct=0.8)(image)
+        actual = build_transform(PROCESSORS["square"], augmentation, train=True, eval_crop_pct=0.8)(
+            image
+        )
         assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("crop_pct", [0, -0.5, 1.01, float("nan")])
 def test_crop_pct_out_of_range_is_refused(crop_pct):
-    with pytest.raises(ValueError, match=r"eval_crop_pct is .*; it must lie above 0 and be at most 1"):
+    with pytest.raises(
+        ValueError, match=r"eval_crop_pct is .*; it must lie above 0 and be at most 1"
+    ):
         build_transform(square(8), "none", train=False, eval_crop_pct=crop_pct)
 
 
@@ -336,7 +393,8 @@ def test_crop_pct_out_of_range_is_refused(crop_pct):
 def test_crop_pct_equals_timm(side, crop_pct):
     try:
         from timm.data import create_transform
-    except (ImportError, RuntimeError) as error:  # a torchvision of another build raises a RuntimeError
+    # a torchvision of another build raises a RuntimeError
+    except (ImportError, RuntimeError) as error:
         pytest.skip(f"timm cannot be imported: {error}")
     theirs = create_transform(side, interpolation="bicubic", crop_pct=crop_pct)
     ours = build_transform(bicubic(side), "none", train=False, eval_crop_pct=crop_pct)
@@ -344,12 +402,18 @@ def test_crop_pct_equals_timm(side, crop_pct):
         torch.testing.assert_close(ours(noise(*size)), theirs(noise(*size)), rtol=0, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def dataset(count: int = 7) -> Dataset:
-    features = Features({"img": Image(), "note": Value("string"), "kind": ClassLabel(names=["a", "b"])})
-    rows = {"img": [noise(12, 9, seed=i) for i in range(count)], "note": ["x"] * count, "kind": [0, 1] * count}
+    features = Features(
+        {"img": Image(), "note": Value("string"), "kind": ClassLabel(names=["a", "b"])}
+    )
+    rows = {
+        "img": [noise(12, 9, seed=i) for i in range(count)],
+        "note": ["x"] * count,
+        "kind": [0, 1] * count,
+    }
     return Dataset.from_dict(rows | {"kind": rows["kind"][:count]}, features=features)
 
 
@@ -393,7 +457,9 @@ def test_loader_processes_draw_different_numbers():
 
 
 def test_unknown_augmentation_is_refused():
-    with pytest.raises(ValueError, match=r"'strong'; allowed are auto, none, light, standard, deit"):
+    with pytest.raises(
+        ValueError, match=r"'strong'; allowed are auto, none, light, standard, deit"
+    ):
         build_transform(square(8), "strong", train=True)
 
 
@@ -401,7 +467,9 @@ def test_processors_without_a_fixed_size_are_refused():
     processor = ViTImageProcessorPil(size={"shortest_edge": 20})
     with pytest.raises(ValueError, match="images of different sizes"):
         build_transform(processor, "none", train=False)
-    processor = DeiTImageProcessorPil(size={"longest_edge": 20}, crop_size={"height": 8, "width": 8})
+    processor = DeiTImageProcessorPil(
+        size={"longest_edge": 20}, crop_size={"height": 8, "width": 8}
+    )
     with pytest.raises(ValueError, match="expected height and width, or shortest_edge"):
         build_transform(processor, "none", train=False)
 
@@ -414,10 +482,18 @@ class BGRImageProcessor(ViTImageProcessorPil):
 
 
 def test_processors_with_steps_of_their_own_are_refused():
-    with pytest.raises(ValueError, match=r"BGRImageProcessor does more than resize.*gray levels on average"):
+    with pytest.raises(
+        ValueError, match=r"BGRImageProcessor does more than resize.*gray levels on average"
+    ):
         build_transform(BGRImageProcessor(), "none", train=False)
-    with pytest.raises(ValueError, match=r"output has the shape \(3, 300, 300\) instead of \(3, 224, 224\)"):
-        build_transform(ViTImageProcessorPil(do_pad=True, pad_size={"height": 300, "width": 300}), "none", train=False)
+    with pytest.raises(
+        ValueError, match=r"output has the shape \(3, 300, 300\) instead of \(3, 224, 224\)"
+    ):
+        build_transform(
+            ViTImageProcessorPil(do_pad=True, pad_size={"height": 300, "width": 300}),
+            "none",
+            train=False,
+        )
 
 
 def test_processors_for_other_channels_are_refused():
@@ -426,7 +502,9 @@ def test_processors_for_other_channels_are_refused():
 
 
 def test_wrong_inputs_are_refused_in_words():
-    transform = build_transform(ViTImageProcessorPil(size={"height": 8, "width": 8}, do_resize=False), "none", True)
+    transform = build_transform(
+        ViTImageProcessorPil(size={"height": 8, "width": 8}, do_resize=False), "none", True
+    )
     assert transform(noise(8, 8)).shape == (3, 8, 8)
     with pytest.raises(ValueError, match=r"9 x 8 pixels, but the model takes 8 x 8.*do_resize"):
         transform(noise(9, 8))
@@ -443,7 +521,10 @@ def test_seeded_images_depend_on_seed_epoch_and_row_alone(augmentation):
         seeded = SeededImages(rows, transform, "img", "kind", seed)
         seeded.set_epoch(epoch)
         fetched = dict(zip(order, seeded.__getitems__(order), strict=True))
-        assert all(torch.equal(fetched[index]["pixel_values"], seeded[index]["pixel_values"]) for index in order)
+        assert all(
+            torch.equal(fetched[index]["pixel_values"], seeded[index]["pixel_values"])
+            for index in order
+        )
         return [fetched[index]["pixel_values"] for index in range(len(rows))]
 
     forwards, backwards = list(range(len(rows))), list(range(len(rows)))[::-1]

@@ -1,4 +1,5 @@
-"""The bi-mask's promises, over many random spaces: plain axes and grids, with ties and retired candidates."""
+"""The bi-mask's promises, over many random spaces: plain axes and grids, with ties and retired
+candidates."""
 
 import itertools
 import random
@@ -15,7 +16,12 @@ from ofb_hf.space.search_space import SubmoduleSpace
 
 PLAIN = SubmoduleSpace("layers.0.mlp", "mlp", 9, (2, 5, 9))
 GRID = SubmoduleSpace(
-    "layers.0.attention", "attention", num_heads=4, head_dim=5, head_candidates=(1, 2, 4), dim_candidates=(2, 3, 5)
+    "layers.0.attention",
+    "attention",
+    num_heads=4,
+    head_dim=5,
+    head_candidates=(1, 2, 4),
+    dim_candidates=(2, 3, 5),
 )
 
 
@@ -42,7 +48,7 @@ def shrink_(mask: BiMask) -> None:
     slice_tensors_(mask, mask.shrink_plan())
 
 
-# ----------------------------------------------------------------------------------------------------- probabilities
+# ------------------------------------------------------------------------------------ probabilities
 
 
 @given(masks())
@@ -63,7 +69,7 @@ def test_grid_probabilities_are_one_softmax_over_heads_and_channels():
     assert mask.candidate_sizes.tolist() == [[2, 3, 5], [4, 6, 10], [8, 12, 20]]
 
 
-# ---------------------------------------------------------------------------------------------------------- sparsity
+# ----------------------------------------------------------------------------------------- sparsity
 
 
 @given(masks())
@@ -123,7 +129,9 @@ def test_heads_are_ranked_by_the_sum_of_importance_not_of_logits():
     """One channel with a huge logit does not make a head: importance saturates at 1."""
     mask = BiMask(SubmoduleSpace("a", "attention", None, (), 3, 3, (1, 3), (3,)))
     with torch.no_grad():
-        mask.importance_logits.copy_(torch.tensor([[40.0, -1.0, -1.0], [0.0, 0.0, 0.0], [2.0, 2.0, 2.0]]))
+        mask.importance_logits.copy_(
+            torch.tensor([[40.0, -1.0, -1.0], [0.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
+        )
     assert mask.unit_rank()[0].tolist() == [1, 2, 0]
     mask.settle_(1, 3)
     assert mask.kept() == {2: (0, 1, 2)}
@@ -141,7 +149,7 @@ def test_ties_keep_the_order_of_the_units():
     assert grid.kept() == {0: (0, 1, 2), 1: (0, 1, 2)}
 
 
-# ------------------------------------------------------------------------------------------------------- prunability
+# -------------------------------------------------------------------------------------- prunability
 
 
 @given(masks(), st.floats(0, 1))
@@ -168,7 +176,9 @@ def test_prunability_is_exactly_one_where_both_scores_are(space, dtype, lam):
     torch.nn.init.constant_(mask.importance_logits, 100.0)
     mask.settle_(*mask.largest_size())
     assert torch.equal(mask.prunability(lam), torch.ones(space.unit_shape, dtype=dtype))
-    assert torch.equal(mask.prunability(torch.tensor(lam)), torch.ones(space.unit_shape, dtype=dtype))
+    assert torch.equal(
+        mask.prunability(torch.tensor(lam)), torch.ones(space.unit_shape, dtype=dtype)
+    )
 
 
 @pytest.mark.parametrize("space", [PLAIN, GRID], ids=["plain", "grid"])
@@ -184,7 +194,9 @@ def test_what_every_candidate_keeps_is_exactly_one_in_float32(space, count):
 
 @given(masks(), st.floats(0.05, 0.95))
 def test_gradients_reach_both_scores(mask, lam):
-    weights = torch.linspace(1, 2, mask.alive.numel(), dtype=torch.float64).reshape(mask.alive.shape)
+    weights = torch.linspace(1, 2, mask.alive.numel(), dtype=torch.float64).reshape(
+        mask.alive.shape
+    )
     (mask.prunability(lam) * weights).sum().backward()
     assert mask.importance_logits.grad.isfinite().all()
     assert mask.alpha.grad.isfinite().all()
@@ -192,7 +204,10 @@ def test_gradients_reach_both_scores(mask, lam):
     assert (mask.importance_logits.grad[mask.alive] >= (0.999 * slope * weights)[mask.alive]).all()
     assert (mask.importance_logits.grad[~mask.alive] == 0).all()
     assert (mask.alpha.grad[~mask.active_candidates] == 0).all()
-    if int(mask.active_candidates.sum()) > 1 and len(set(mask.candidate_sizes[mask.active_candidates].tolist())) > 1:
+    if (
+        int(mask.active_candidates.sum()) > 1
+        and len(set(mask.candidate_sizes[mask.active_candidates].tolist())) > 1
+    ):
         assert (mask.alpha.grad != 0).any()
 
 
@@ -209,7 +224,11 @@ def test_normalized_importance_has_a_maximum_of_one(space):
 
 def test_units_that_may_all_go_sink_together_once_the_best_is_not_worth_its_place():
     mask = BiMask(SubmoduleSpace("a", "mlp", 3, (0, 1, 3)), normalize_importance=True)
-    for best, largest in ((2.0, 1.0), (0.0, 1.0), (-1.0, 2 * torch.sigmoid(torch.tensor(-1.0)).item())):
+    for best, largest in (
+        (2.0, 1.0),
+        (0.0, 1.0),
+        (-1.0, 2 * torch.sigmoid(torch.tensor(-1.0)).item()),
+    ):
         with torch.no_grad():
             mask.importance_logits.copy_(torch.tensor([best - 2, best, best - 1]))
         assert mask.importance().max().item() == pytest.approx(largest)
@@ -223,7 +242,11 @@ def test_units_that_may_all_go_sink_together_once_the_best_is_not_worth_its_plac
 
 @pytest.mark.parametrize("kept", [0, 1, 5, 11, 12])
 @pytest.mark.parametrize(
-    "space", [SubmoduleSpace("a", "mlp", 12, (0, 12)), SubmoduleSpace("a", "attention", None, (), 3, 4, (0, 3), (0, 4))]
+    "space",
+    [
+        SubmoduleSpace("a", "mlp", 12, (0, 12)),
+        SubmoduleSpace("a", "attention", None, (), 3, 4, (0, 3), (0, 4)),
+    ],
 )
 def test_estimated_importance_is_above_one_half_for_as_many_units_as_are_kept(space, kept):
     mask = BiMask(space)
@@ -245,7 +268,7 @@ def test_normalization_looks_at_living_units_only():
     assert mask.importance()[0].item() == 0
 
 
-# --------------------------------------------------------------------------------------- retiring, settling, shrinking
+# -------------------------------------------------------------------- retiring, settling, shrinking
 
 
 def test_the_most_probable_candidate_never_retires():
@@ -288,7 +311,9 @@ def test_the_threshold_is_a_share_of_the_active_candidates():
     assert mask.active_candidates.tolist() == [False, True, True, False]
 
 
-@pytest.mark.parametrize(("mask", "retired"), [(BiMask(PLAIN), (9,)), (BiMask(GRID), (4, 5))], ids=["plain", "grid"])
+@pytest.mark.parametrize(
+    ("mask", "retired"), [(BiMask(PLAIN), (9,)), (BiMask(GRID), (4, 5))], ids=["plain", "grid"]
+)
 def test_settling_on_a_retired_candidate_is_refused(mask, retired):
     weak = torch.zeros_like(mask.active_candidates)
     weak[mask.index_of(retired)] = True
@@ -329,7 +354,10 @@ def test_settling_keeps_the_best_channels_of_the_best_heads(space, seed):
     mask.settle_(heads, dims)
     logits = mask.importance_logits.detach()
     best = logits.sigmoid().sum(1).argsort(descending=True)[:heads].tolist()
-    expected = {head: tuple(sorted(logits[head].argsort(descending=True)[:dims].tolist())) for head in sorted(best)}
+    expected = {
+        head: tuple(sorted(logits[head].argsort(descending=True)[:dims].tolist()))
+        for head in sorted(best)
+    }
     assert mask.kept() == expected
     assert list(mask.kept()) == sorted(best)
     assert torch.equal(mask.sparsity(), mask.alive.float())
@@ -340,12 +368,17 @@ def kept_units(mask: BiMask) -> set[int]:
     kept = mask.kept()
     if not mask.is_grid:
         return set(kept)
-    return {head * mask.dense_head_dim + channel for head, channels in kept.items() for channel in channels}
+    return {
+        head * mask.dense_head_dim + channel
+        for head, channels in kept.items()
+        for channel in channels
+    }
 
 
 @given(spaces(), st.integers(0, 2**31))
 def test_nothing_ever_returns(space, seed):
-    """Any sequence of steps that move scores, retire, settle and shrink: candidates and units only ever go."""
+    """Any sequence of steps that move scores, retire, settle and shrink: candidates and units only
+    ever go."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     mask = BiMask(space, normalize_importance=rng.random() < 0.5)
     units, sizes = set(range(space.num_units)), None
@@ -353,7 +386,9 @@ def test_nothing_ever_returns(space, seed):
         with torch.no_grad():  # an optimizer step; the logits of dead units move as well
             for parameter in mask.parameters():
                 parameter.add_(2 * torch.randn(parameter.shape, generator=generator))
-        action = rng.choice(["retire", "retire", "shrink", "settle" if rng.random() < 0.2 else "retire_random"])
+        action = rng.choice(
+            ["retire", "retire", "shrink", "settle" if rng.random() < 0.2 else "retire_random"]
+        )
         if action == "retire":
             mask.retire_candidates(rng.choice([0.2, 0.6]))
         elif action == "retire_random":
@@ -379,7 +414,9 @@ def test_nothing_ever_returns(space, seed):
         assert (value <= 1).all()
         largest = mask.largest_size()
         assert mask.alive.sum() == torch.tensor(largest).prod()
-        torch.testing.assert_close(mask.sparsity().sum(), mask.expected_size(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            mask.sparsity().sum(), mask.expected_size(), rtol=1e-5, atol=1e-5
+        )
 
 
 @given(spaces(), st.integers(0, 2**31))
@@ -397,7 +434,9 @@ def test_shrinking_changes_no_value(space, seed):
     shrink_(mask)
     assert mask.alive.all()
     assert mask.importance_logits.shape == mask.alive.shape == mask.unit_ids.shape
-    torch.testing.assert_close(mask.prunability(0.3).flatten(), before[alive], rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        mask.prunability(0.3).flatten(), before[alive], rtol=1e-14, atol=1e-14
+    )
     assert mask.kept() == kept
     assert int(mask.active_candidates.sum()) == active
     torch.testing.assert_close(mask.expected_size(), size, rtol=1e-14, atol=1e-14)
@@ -432,7 +471,7 @@ def test_candidates_between_living_ones_stay_as_inactive():
     assert mask.index_of((6,)) == (2,)
 
 
-# --------------------------------------------------------------------------------------------------------- fit_alpha_
+# --------------------------------------------------------------------------------------- fit_alpha_
 
 
 @pytest.mark.parametrize("nothing", [(), (0,)], ids=["", "or nothing"])
@@ -442,7 +481,9 @@ def test_fitted_alpha_follows_a_reachable_importance_curve(shape, nothing):
     if len(shape) == 1:
         space = SubmoduleSpace("a", "mlp", 12, (*nothing, 3, 7, 9, 12))
     else:
-        space = SubmoduleSpace("a", "attention", None, (), 3, 4, (*nothing, 1, 3), (*nothing, 2, 3, 4))
+        space = SubmoduleSpace(
+            "a", "attention", None, (), 3, 4, (*nothing, 1, 3), (*nothing, 2, 3, 4)
+        )
     source = BiMask(space).double()
     torch.nn.init.normal_(source.alpha)
     curve = source.sparsity().detach()
@@ -451,7 +492,9 @@ def test_fitted_alpha_follows_a_reachable_importance_curve(shape, nothing):
         mask.importance_logits.copy_(curve.clamp(1e-9, 1 - 1e-9).logit())
     mask.fit_alpha_(floor=0.0)
     torch.testing.assert_close(mask.sparsity(), curve, atol=1e-7, rtol=1e-7)
-    torch.testing.assert_close(mask.candidate_probs(), source.candidate_probs(), atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(
+        mask.candidate_probs(), source.candidate_probs(), atol=1e-7, rtol=1e-7
+    )
 
 
 @given(plain_spaces(), st.integers(0, 2**31))
@@ -459,14 +502,21 @@ def test_fitted_stairs_are_the_mean_importance_of_the_ranks_they_span(space, see
     mask = BiMask(space).double()
     with torch.no_grad():
         mask.importance_logits.copy_(
-            3 * torch.randn(space.num_units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            3
+            * torch.randn(
+                space.num_units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            )
         )
     mask.fit_alpha_(floor=0.0)
     curve = by_rank(mask, mask.importance_logits.detach().sigmoid())
     stairs = by_rank(mask, mask.sparsity().detach())
     for low, high in itertools.pairwise(space.candidate_sizes):
-        torch.testing.assert_close(stairs[low:high], curve[low:high].mean().expand(high - low), atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(stairs[: space.candidate_sizes[0]], torch.ones(space.candidate_sizes[0]).double())
+        torch.testing.assert_close(
+            stairs[low:high], curve[low:high].mean().expand(high - low), atol=1e-9, rtol=1e-9
+        )
+    torch.testing.assert_close(
+        stairs[: space.candidate_sizes[0]], torch.ones(space.candidate_sizes[0]).double()
+    )
 
 
 @given(masks(), st.sampled_from([0.0, 0.05, 0.5]))

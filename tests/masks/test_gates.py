@@ -1,4 +1,5 @@
-"""A gated linear layer is a linear layer with gated weights: its values, its gradients, and less memory."""
+"""A gated linear layer is a linear layer with gated weights: its values, its gradients, and less
+memory."""
 
 import pytest
 import torch
@@ -12,12 +13,17 @@ both_families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def inputs_of(shape=(2, 5, 3), outputs=4, bias=True, dtype=torch.float64):
-    """Inputs (..., I), weight, bias and gate of a layer, all of them to learn from; one gate is closed."""
+    """Inputs (..., I), weight, bias and gate of a layer, all of them to learn from; one gate is
+    closed."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(size, generator=generator) for size in (shape, (outputs, shape[-1]), (outputs,))]
+    made = [
+        torch.randn(size, generator=generator) for size in (shape, (outputs, shape[-1]), (outputs,))
+    ]
     gate = torch.rand(outputs, generator=generator)
     gate[1] = 0
-    return [None if t is made[2] and not bias else t.to(dtype).requires_grad_() for t in (*made, gate)]
+    return [
+        None if t is made[2] and not bias else t.to(dtype).requires_grad_() for t in (*made, gate)
+    ]
 
 
 def reference(x, weight, bias, gate):
@@ -26,7 +32,9 @@ def reference(x, weight, bias, gate):
 
 def outcome(function, x, weight, bias, gate):
     """The output, and the gradients of some loss of it for all that learns."""
-    learned = [tensor for tensor in (x, weight, bias, gate) if tensor is not None and tensor.requires_grad]
+    learned = [
+        tensor for tensor in (x, weight, bias, gate) if tensor is not None and tensor.requires_grad
+    ]
     output = function(x, weight, bias, gate)
     loss = (output.float() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum()
     return output, *torch.autograd.grad(loss, learned)
@@ -44,7 +52,9 @@ def test_gradients_are_those_of_central_differences(shape, bias):
 def test_it_is_what_autograd_would_make_of_gated_weights(shape, dtype, bias):
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 5e-2}[dtype]
     tensors = inputs_of(shape, bias=bias, dtype=dtype)
-    for ours, theirs in zip(outcome(gated_linear, *tensors), outcome(reference, *tensors), strict=True):
+    for ours, theirs in zip(
+        outcome(gated_linear, *tensors), outcome(reference, *tensors), strict=True
+    ):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
@@ -55,18 +65,25 @@ def test_what_rests_gets_no_gradient_and_the_others_theirs(bias, resting):
     tensors = inputs_of(bias=bias)
     if tensors[resting] is not None:
         tensors[resting].requires_grad_(False)
-    for ours, theirs in zip(outcome(gated_linear, *tensors), outcome(reference, *tensors), strict=True):
+    for ours, theirs in zip(
+        outcome(gated_linear, *tensors), outcome(reference, *tensors), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_autocast_does_to_it_what_it_does_to_any_layer(dtype):
-    """It computes in bfloat16, or leaves float64 alone, and gradients come in the precision of what they are for."""
+    """It computes in bfloat16, or leaves float64 alone, and gradients come in the precision of what
+    they are for."""
     tensors = inputs_of(dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = gated_linear(*tensors), reference(*tensors)
-        gradients = [torch.autograd.grad(output.float().square().sum(), tensors) for output in (ours, theirs)]
-    assert ours.dtype == theirs.dtype == (torch.bfloat16 if dtype == torch.float32 else torch.float64)
+        gradients = [
+            torch.autograd.grad(output.float().square().sum(), tensors) for output in (ours, theirs)
+        ]
+    assert (
+        ours.dtype == theirs.dtype == (torch.bfloat16 if dtype == torch.float32 else torch.float64)
+    )
     torch.testing.assert_close(ours, theirs)
     for mine, other in zip(*gradients, strict=True):
         assert mine.dtype == other.dtype == dtype
@@ -82,7 +99,9 @@ def test_a_layer_may_be_used_twice():
 
 def test_a_second_derivative_is_refused_in_words():
     tensors = inputs_of()
-    (gradient,) = torch.autograd.grad(gated_linear(*tensors).square().sum(), tensors[:1], create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        gated_linear(*tensors).square().sum(), tensors[:1], create_graph=True
+    )
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
 
@@ -90,7 +109,9 @@ def test_a_second_derivative_is_refused_in_words():
 @both_families
 def test_a_search_keeps_no_copy_of_a_weight_for_the_backward_pass(family):
     supernet, images = tiny_supernet(family=family).train(), tiny_images()
-    shapes = [m._parameters["weight"].shape for m in supernet.modules() if isinstance(m, GatedLinear)]
+    shapes = [
+        m._parameters["weight"].shape for m in supernet.modules() if isinstance(m, GatedLinear)
+    ]
     assert len(shapes) >= 12
     own = {parameter.untyped_storage().data_ptr() for parameter in supernet.parameters()}
     kept = []
@@ -106,21 +127,26 @@ def test_a_search_keeps_no_copy_of_a_weight_for_the_backward_pass(family):
     assert not set(shapes) & set(kept)
 
 
-# --------------------------------------------------------------------------------------------------------- compiling
+# ---------------------------------------------------------------------------------------- compiling
 
 
 STAGES = {
     "everything in the race": lambda supernet: None,
     "candidates retired": lambda supernet: retire_some_(supernet, 0),
     "shrunk": lambda supernet: (retire_some_(supernet, 0), supernet.shrink_()),
-    "settled and folded": lambda supernet: (supernet.settle_(), supernet.shrink_(), supernet.fold_()),
+    "settled and folded": lambda supernet: (
+        supernet.settle_(),
+        supernet.shrink_(),
+        supernet.fold_(),
+    ),
 }
 
 
 @both_families
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_forward_pass_is_one_graph_with_the_same_gradients(stage, family):
-    """Lambda, masks and hidden patches move without another graph; in one stage the backward pass is traced as well."""
+    """Lambda, masks and hidden patches move without another graph; in one stage the backward pass
+    is traced as well."""
     supernet = tiny_supernet(family=family, dtype=torch.float64).train()
     STAGES[stage](supernet)
     supernet.refresh_liveness()
@@ -138,7 +164,9 @@ def test_the_forward_pass_is_one_graph_with_the_same_gradients(stage, family):
             with torch._dynamo.config.patch(error_on_recompile=step > 0):
                 output = model(images, bool_masked_pos=hidden)
             (output.logits.square().sum() + output.reconstruction.square().mean()).backward()
-            learned = {name: p.grad for name, p in supernet.named_parameters() if p.grad is not None}
+            learned = {
+                name: p.grad for name, p in supernet.named_parameters() if p.grad is not None
+            }
             gradients.append({name: grad.clone() for name, grad in learned.items()})
         assert gradients[0].keys() == gradients[1].keys()
         for name, gradient in gradients[0].items():
@@ -148,8 +176,11 @@ def test_the_forward_pass_is_one_graph_with_the_same_gradients(stage, family):
 
 @both_families
 def test_gradients_in_float32_are_those_in_float64(family):
-    wide = tiny_supernet(family=family, dtype=torch.float64)  # in eval mode: each precision drops other paths
+    # in eval mode: each precision drops other paths
+    wide = tiny_supernet(family=family, dtype=torch.float64)
     expected = gradients_of(wide, tiny_images(dtype=torch.float64))
     for name, gradient in gradients_of(wide.float(), tiny_images()).items():
         scale = expected[name].abs().max().item()
-        torch.testing.assert_close(gradient.double(), expected[name], atol=1e-4 * scale + 1e-6, rtol=1e-3, msg=name)
+        torch.testing.assert_close(
+            gradient.double(), expected[name], atol=1e-4 * scale + 1e-6, rtol=1e-3, msg=name
+        )

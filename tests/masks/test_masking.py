@@ -42,19 +42,25 @@ from ofb_hf.pruning.surgery import slice_model
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 
-# ------------------------------------------------------------------------------------------- I2: masked == sliced
+# ----------------------------------------------------------------------------- I2: masked == sliced
 
 
 @pytest.mark.parametrize(
     ("family", "what"),
-    [*itertools.product(FAMILIES, ["embedding", "heads", "channels", "mlp"]), ("swin", "one width")],
+    [
+        *itertools.product(FAMILIES, ["embedding", "heads", "channels", "mlp"]),
+        ("swin", "one width"),
+    ],
 )
 @given(st.data(), st.integers(0, 2**31))
 def test_masked_units_might_as_well_not_be_there(what, family, data, seed):
-    """In float64: shapes this small can have channels so alike that a norm magnifies what float32 rounds."""
+    """In float64: shapes this small can have channels so alike that a norm magnifies what float32
+    rounds."""
     overrides, _ = data.draw(SHAPES[family]())
     dense = ours(family, seed % 97, torch.float64, **overrides)
-    config = search_config(family, **dict.fromkeys(("embedding_candidates", "head_candidates"), None))
+    config = search_config(
+        family, **dict.fromkeys(("embedding_candidates", "head_candidates"), None)
+    )
     config.head_dim_candidates = config.mlp_candidates = None
     config.target_macs, config.search_depth = 1.0, True
     supernet = install_bi_masks(dense, config)
@@ -63,7 +69,11 @@ def test_masked_units_might_as_well_not_be_there(what, family, data, seed):
     small = slice_model(dense, subnet)
     images = tiny_images(dtype=torch.float64)
     assert count_macs(small) == count_macs(dense, subnet)
-    assert count_params(small) == count_params(dense, subnet) == sum(p.numel() for p in small.parameters())
+    assert (
+        count_params(small)
+        == count_params(dense, subnet)
+        == sum(p.numel() for p in small.parameters())
+    )
     assert_close(supernet(images).logits, small(images).logits)
     assert_close(supernet.fold()(images).logits, small(images).logits)
     supernet.shrink_()
@@ -75,7 +85,9 @@ def test_masked_units_might_as_well_not_be_there(what, family, data, seed):
 def test_random_masks_over_random_candidates_fold_shrink_and_compress_alike(family, data, seed):
     overrides, candidates = data.draw(SHAPES[family]())
     dense = tiny_model(family, seed % 97, torch.float64, **overrides)
-    supernet = install_bi_masks(dense, search_config(family, **candidates, target_macs=1.0)).double()
+    supernet = install_bi_masks(
+        dense, search_config(family, **candidates, target_macs=1.0)
+    ).double()
     randomize_masks_(supernet, seed % 89)
     retire_some_(supernet, seed, share=0.7)
     images = tiny_images(dtype=torch.float64)
@@ -91,17 +103,23 @@ def test_random_masks_over_random_candidates_fold_shrink_and_compress_alike(fami
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family in FAMILIES for name in describe(tiny_model(family).config).sizes]
+    ("family", "name"),
+    [(family, name) for family in FAMILIES for name in describe(tiny_model(family).config).sizes],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_single_submodule_might_as_well_be_sliced(dtype, family, name):
     dense, images = ours(family, dtype=dtype), tiny_images(dtype=dtype)
-    supernet, logits = install_bi_masks(dense, search_config(family, search_depth=True)), dense(images).logits
+    supernet, logits = (
+        install_bi_masks(dense, search_config(family, search_depth=True)),
+        dense(images).logits,
+    )
     subnets = [units_to_keep(dense.config, name, random.Random(seed)) for seed in range(6)]
     smaller = [subnet for subnet in subnets if sizes_of(subnet) != supernet.dense_sizes]
     assert len(smaller) > 2
     for subnet in smaller:
-        assert {other for other, size in sizes_of(subnet).items() if size != supernet.dense_sizes[other]} == {name}
+        assert {
+            other for other, size in sizes_of(subnet).items() if size != supernet.dense_sizes[other]
+        } == {name}
         masked = copy.deepcopy(supernet)
         close_masks_(masked, subnet)
         assert_close(masked(images).logits, slice_model(dense, subnet)(images).logits)
@@ -113,7 +131,8 @@ def test_a_single_submodule_might_as_well_be_sliced(dtype, family, name):
 @pytest.mark.parametrize("lam", [0.0, 0.4])
 @pytest.mark.parametrize("seed", range(2))
 def test_all_outputs_of_the_masked_model_hold_those_of_the_small_one(seed, lam, dtype, family):
-    """Hidden states and attentions of the living units are equal, and nothing else is in the residual stream."""
+    """Hidden states and attentions of the living units are equal, and nothing else is in the
+    residual stream."""
     dense = ours(family, seed, dtype)
     supernet = install_bi_masks(dense, search_config(family)).to(dtype)
     randomize_masks_(supernet, seed, lam=lam)
@@ -132,7 +151,8 @@ def test_all_outputs_of_the_masked_model_hold_those_of_the_small_one(seed, lam, 
 
 
 def assert_streams_agree(masked, sliced, subnet: SubnetSpec, widths: list[str]) -> None:
-    """Living channels of all hidden states are equal and the others 0; state i belongs to width i or the last one."""
+    """Living channels of all hidden states are equal and the others 0; state i belongs to width i
+    or the last one."""
     for field, axis in (("hidden_states", -1), ("reshaped_hidden_states", 1)):
         for index, theirs in enumerate(sliced.get(field, ())):
             channels = list(subnet.kept[widths[min(index, len(widths) - 1)]])
@@ -153,7 +173,10 @@ def attentions_with_maps(config) -> list[str]:
 def test_slicing_gives_a_new_model_of_the_same_make(family):
     dense = ours(family, dtype=torch.float64, id2label={0: "a", 1: "b", 2: "c"})
     config, state = dense.config.to_dict(), copy_of_state(dense)
-    attention, width = names_of(dense.config, "attention")[-1], names_of(dense.config, "embedding")[-1]
+    attention, width = (
+        names_of(dense.config, "attention")[-1],
+        names_of(dense.config, "embedding")[-1],
+    )
     subnet = SubnetSpec({width: (1, 5, 39), attention: {0: (2, 7), 3: (0, 1)}})
     for training in (True, False):
         small = slice_model(dense.train(training), subnet)
@@ -170,7 +193,8 @@ def test_slicing_gives_a_new_model_of_the_same_make(family):
 
 @both_families
 def test_every_unit_matters(family):
-    """The yardstick for the tests above: with a single unit missing, whichever it is, the logits differ."""
+    """The yardstick for the tests above: with a single unit missing, whichever it is, the logits
+    differ."""
     dense = ours(family, dtype=torch.float64)
     images = tiny_images(dtype=torch.float64)
     logits = dense(images).logits
@@ -178,10 +202,12 @@ def test_every_unit_matters(family):
         for unit in (0, shape[0] - 1):
             rest = tuple(index for index in range(shape[0]) if index != unit)
             kept = {head: tuple(range(shape[1])) for head in rest} if len(shape) == 2 else rest
-            assert (slice_model(dense, SubnetSpec({name: kept}))(images).logits - logits).abs().max() > 1e-5, name
+            assert (
+                slice_model(dense, SubnetSpec({name: kept}))(images).logits - logits
+            ).abs().max() > 1e-5, name
 
 
-# ----------------------------------------------------------------------------------------------------- I3: folding
+# -------------------------------------------------------------------------------------- I3: folding
 
 
 @both_families
@@ -207,7 +233,9 @@ def test_folding_keeps_the_function(seed, dtype, training, retire, family):
 def test_a_folded_model_carries_nothing_of_the_search(family):
     folded = compress(tiny_supernet(family=family))
     fresh = OURS[family](folded.config)
-    assert {n: t.shape for n, t in folded.state_dict().items()} == {n: t.shape for n, t in fresh.state_dict().items()}
+    assert {n: t.shape for n, t in folded.state_dict().items()} == {
+        n: t.shape for n, t in fresh.state_dict().items()
+    }
     for module in folded.modules():
         assert not type(module).__name__.startswith("Gated")
         assert not hasattr(module, "_gate_store")
@@ -219,7 +247,10 @@ def test_a_folded_model_carries_nothing_of_the_search(family):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(3))
 def test_compress_is_settle_fold_and_slice(seed, dtype, family):
-    supernet, images = tiny_supernet(seed, dtype, family, target_macs=0.45), tiny_images(dtype=dtype)
+    supernet, images = (
+        tiny_supernet(seed, dtype, family, target_macs=0.45),
+        tiny_images(dtype=dtype),
+    )
     before, scales = copy_of_state(supernet), attention_scales(supernet)
     subnet = read_subnet(supernet)
     small = compress(supernet)
@@ -248,7 +279,9 @@ def test_compressing_again_changes_nothing(family):
 def test_compressed_models_can_be_searched_again(family):
     small = compress(tiny_supernet(dtype=torch.float64, family=family, target_macs=0.6))
     config = search_config(family, target_macs=0.7)
-    config.embedding_candidates = config.head_candidates = config.head_dim_candidates = config.mlp_candidates = None
+    config.embedding_candidates = config.head_candidates = config.head_dim_candidates = (
+        config.mlp_candidates
+    ) = None
     config.multiple_of = 1
     supernet = install_bi_masks(small, config)
     open_masks_(supernet)

@@ -16,7 +16,8 @@ both_families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def mixed_supernet(family, seed, shrinks, depth=False):
-    """Masks in float64, random in all they have, some of them with candidates retired; of many shapes if it shrinks."""
+    """Masks in float64, random in all they have, some of them with candidates retired; of many
+    shapes if it shrinks."""
     supernet = tiny_supernet(seed, torch.float64, family, search_depth=depth)
     retire_some_(supernet, seed)
     if shrinks:
@@ -43,13 +44,17 @@ def test_values_and_losses_are_those_of_each_mask(seed, shrinks, depth, family):
         assert_close(gates[mask.name], mask.prunability(supernet.lam).flatten())
         if mask.may_vanish:
             values = gates[mask.name]
-            assert gates[presence_of(mask.name)].item() == (values.max().item() if values.numel() else 0)
+            assert gates[presence_of(mask.name)].item() == (
+                values.max().item() if values.numel() else 0
+            )
     assert gates.keys() - {mask.name for mask in supernet.bi_masks} == {
         presence_of(mask.name) for mask in supernet.bi_masks if mask.may_vanish
     }
     one_hot = sum(one_hot_loss(mask.alpha, mask.active_candidates) for mask in supernet.bi_masks)
     assert_close(supernet.one_hot_loss(), one_hot)
-    penalty = sum(IMPORTANCE_PENALTY[mask.kind] * mask.importance().sum() for mask in supernet.bi_masks)
+    penalty = sum(
+        IMPORTANCE_PENALTY[mask.kind] * mask.importance().sum() for mask in supernet.bi_masks
+    )
     assert_close(supernet.importance_penalty(), penalty)
 
 
@@ -59,7 +64,9 @@ def test_values_and_losses_are_those_of_each_mask(seed, shrinks, depth, family):
 def test_sizes_are_those_of_each_mask(seed, depth, family):
     supernet = mixed_supernet(family, seed, seed % 2 == 0, depth)
     names, sizes = list(quantities(supernet.dense_sizes)), supernet.sizes("sparsity")
-    by_hand = {name: value for mask in supernet.bi_masks for name, value in expected_by_hand(mask).items()}
+    by_hand = {
+        name: value for mask in supernet.bi_masks for name, value in expected_by_hand(mask).items()
+    }
     for name, size in zip(names, sizes.tolist(), strict=True):
         assert size == pytest.approx(by_hand[name].item(), rel=1e-5)
     gates = supernet._stacks.gates(supernet.lam)
@@ -87,13 +94,21 @@ def test_gradients_are_those_of_each_mask(shrinks, family):
     twin = copy.deepcopy(supernet)
 
     def loss_of(values):
-        return sum((value * torch.linspace(-1, 2, value.numel(), dtype=value.dtype)).sum() for value in values)
+        return sum(
+            (value * torch.linspace(-1, 2, value.numel(), dtype=value.dtype)).sum()
+            for value in values
+        )
 
     (loss_of(supernet._stacks.gates(supernet.lam).values()) + supernet.one_hot_loss()).backward()
     values = {mask.name: mask.prunability(twin.lam).flatten() for mask in twin.bi_masks}
     one_hot = sum(one_hot_loss(mask.alpha, mask.active_candidates) for mask in twin.bi_masks)
-    (loss_of(values[mask.name] for stack in twin._stacks.stacks for mask in stack.masks) + one_hot).backward()
-    for (name, ours), theirs in zip(supernet.bi_masks.named_parameters(), twin.bi_masks.parameters(), strict=True):
+    (
+        loss_of(values[mask.name] for stack in twin._stacks.stacks for mask in stack.masks)
+        + one_hot
+    ).backward()
+    for (name, ours), theirs in zip(
+        supernet.bi_masks.named_parameters(), twin.bi_masks.parameters(), strict=True
+    ):
         assert_close(ours.grad, theirs.grad, msg=name)
 
 

@@ -1,4 +1,5 @@
-"""Top-1 and top-5 agree with counting by hand, also through the Trainer and through `evaluate.load`."""
+"""Top-1 and top-5 agree with counting by hand, also through the Trainer and through
+`evaluate.load`."""
 
 from pathlib import Path
 
@@ -71,7 +72,13 @@ def test_trainer_collects_uneven_batches(tmp_path, classes):
     rows = [{"pixel_values": x, "labels": y} for x, y in zip(logits, labels.tolist(), strict=True)]
     trainer = Trainer(
         Table(),
-        TrainingArguments(str(tmp_path), per_device_eval_batch_size=4, use_cpu=True, report_to=[], disable_tqdm=True),
+        TrainingArguments(
+            str(tmp_path),
+            per_device_eval_batch_size=4,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        ),
         eval_dataset=rows,
         compute_metrics=compute_topk,
         preprocess_logits_for_metrics=top5_indices,

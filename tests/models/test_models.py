@@ -1,4 +1,5 @@
-"""Our model classes are the stock ones with free widths: same numbers, same interfaces, same way to and from disk."""
+"""Our model classes are the stock ones with free widths: same numbers, same interfaces, same way to
+and from disk."""
 
 import os
 import subprocess
@@ -50,7 +51,11 @@ TINY = {"vit": vit_config, "swin": swin_config}
 # Everything that draws random numbers in training, at rates that show.
 NOISE = {
     "vit": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3},
-    "swin": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3, "drop_path_rate": 0.6},
+    "swin": {
+        "hidden_dropout_prob": 0.2,
+        "attention_probs_dropout_prob": 0.3,
+        "drop_path_rate": 0.6,
+    },
 }
 # How a query projection is called in checkpoints that were written before transformers 5.
 OLD_NAMES = {
@@ -61,8 +66,15 @@ OLD_NAMES = {
 
 def run_python(script: str) -> subprocess.CompletedProcess:
     """Runs a script in a fresh interpreter that knows our package and has no network."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def seeded_logits(model: torch.nn.Module, images: torch.Tensor, seed: int = 5) -> torch.Tensor:
@@ -71,7 +83,7 @@ def seeded_logits(model: torch.nn.Module, images: torch.Tensor, seed: int = 5) -
     return model(images).logits
 
 
-# --------------------------------------------------------------------------------------------------- stock == ours
+# ------------------------------------------------------------------------------------ stock == ours
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -79,7 +91,9 @@ def seeded_logits(model: torch.nn.Module, images: torch.Tensor, seed: int = 5) -
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_lists_our_model_is_the_stock_model(family, attention, dtype, training):
-    stock = tiny_model(family, dtype=dtype, attn_implementation=attention, **NOISE[family]).train(training)
+    stock = tiny_model(family, dtype=dtype, attn_implementation=attention, **NOISE[family]).train(
+        training
+    )
     model = OURS[family].from_dense(stock)
     images, labels = tiny_images(4, dtype=dtype), torch.tensor([0, 2, 1, 2])
     outputs = []
@@ -104,7 +118,8 @@ def test_hidden_states_and_attentions_are_those_of_the_stock_model(family):
     stock = tiny_model(family)
     model = OURS[family].from_dense(stock)
     expected, output = (
-        network(tiny_images(), output_hidden_states=True, output_attentions=True) for network in (stock, model)
+        network(tiny_images(), output_hidden_states=True, output_attentions=True)
+        for network in (stock, model)
     )
     assert list(output) == list(expected)
     for name, values in expected.items():
@@ -169,8 +184,14 @@ def test_every_field_of_the_stock_config_reaches_ours(family, overrides):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_field_of_the_stock_config_is_forgotten_above(family):
-    """What the decoders of masked image modelling and backbones read has no part in a classifier."""
-    declared = set(STOCK[family][0].__annotations__) - {"model_type", "attribute_map", "_out_features", "_out_indices"}
+    """What the decoders of masked image modelling and backbones read has no part in a
+    classifier."""
+    declared = set(STOCK[family][0].__annotations__) - {
+        "model_type",
+        "attribute_map",
+        "_out_features",
+        "_out_indices",
+    }
     tried = {name for overrides in [*COMMON_FIELDS, *FIELDS[family]] for name in overrides}
     assert declared - tried <= {"encoder_stride", "pooler_output_size", "pooler_act"}
 
@@ -213,7 +234,11 @@ def test_what_is_frozen_stays_frozen(family):
     stock.base_model.embeddings.requires_grad_(False)
     frozen = {name for name, parameter in stock.named_parameters() if not parameter.requires_grad}
     model = OURS[family].from_dense(stock)
-    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen != set()
+    assert (
+        {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        == frozen
+        != set()
+    )
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["old names", "new names"])
@@ -240,11 +265,13 @@ def test_from_dense_takes_checkpoints_with_old_and_new_key_names(family, old, tm
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_from_dense_refuses_what_is_no_classifier_of_its_family(family, model):
-    with pytest.raises(TypeError, match=f"got a {type(model).__name__}; .*{STOCK[family][2].__name__}"):
+    with pytest.raises(
+        TypeError, match=f"got a {type(model).__name__}; .*{STOCK[family][2].__name__}"
+    ):
         OURS[family].from_dense(model)
 
 
-# ------------------------------------------------------------------------------------------------- non-uniform widths
+# ------------------------------------------------------------------------------- non-uniform widths
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -256,7 +283,11 @@ def test_attention_implementations_agree(family, dtype):
     model.set_attn_implementation("sdpa")
     sdpa = model(images)
     torch.testing.assert_close(sdpa.logits, eager.logits, atol=TOLERANCE[dtype], rtol=1e-5)
-    assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "scaling")} == {"sdpa"}
+    assert {
+        module.config._attn_implementation
+        for module in model.modules()
+        if hasattr(module, "scaling")
+    } == {"sdpa"}
     assert eager.attentions[0] is not None
 
 
@@ -288,7 +319,9 @@ def test_the_pipeline_takes_our_models(family):
     names = {0: "cat", 1: "dog", 2: "eel"}
     model = NON_UNIFORM[family]()
     model.config.id2label = names
-    processor = ViTImageProcessorPil(size={"height": model.config.image_size, "width": model.config.image_size})
+    processor = ViTImageProcessorPil(
+        size={"height": model.config.image_size, "width": model.config.image_size}
+    )
     classify = pipeline("image-classification", model=model, image_processor=processor)
     image = Image.new("RGB", (20, 30), (200, 30, 10))
     result = classify(image, top_k=3)
@@ -307,19 +340,22 @@ def test_the_graph_has_no_break(family):
     torch.testing.assert_close(compiled(images).logits, model(images).logits)
 
 
-# ------------------------------------------------------------------------------------------------------ save, reload
+# ------------------------------------------------------------------------------------- save, reload
 
 
 @pytest.fixture(scope="module")
 def saved_models(tmp_path_factory):
-    """(model, folder) of dense and non-uniform models of all families, with images and logits beside the weights."""
+    """(model, folder) of dense and non-uniform models of all families, with images and logits
+    beside the weights."""
     rows = []
     for family in FAMILIES:
         for model in (ours(family), NON_UNIFORM[family]()):
             folder = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)
             images = images_for(model)
-            torch.save({"images": images, "logits": model(images).logits.detach()}, folder / "expected.pt")
+            torch.save(
+                {"images": images, "logits": model(images).logits.detach()}, folder / "expected.pt"
+            )
             rows.append((family, model, folder))
     return rows
 
@@ -327,7 +363,9 @@ def saved_models(tmp_path_factory):
 def test_a_file_holds_the_parameters_and_nothing_else(saved_models):
     for _, model, folder in saved_models:
         saved = load_file(folder / "model.safetensors")
-        assert set(saved) == set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+        assert (
+            set(saved) == set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+        )
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in saved.items())
 
 
@@ -335,7 +373,9 @@ def test_reloading_in_this_process_is_bitwise(saved_models):
     for family, model, folder in saved_models:
         images = images_for(model)
         assert type(AutoConfig.from_pretrained(folder)) is CONFIGS[family]
-        reloaded = AutoModelForImageClassification.from_pretrained(folder, attn_implementation="eager").eval()
+        reloaded = AutoModelForImageClassification.from_pretrained(
+            folder, attn_implementation="eager"
+        ).eval()
         assert type(reloaded) is OURS[family]
         assert torch.equal(reloaded(images).logits, model(images).logits)
         encoder = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
@@ -364,12 +404,19 @@ for folder in {folders!r}:
 
 
 def test_reloading_in_a_fresh_process_is_bitwise_and_silent(saved_models):
-    """Only `import ofb_hf`, then the Auto classes; loading the encoder alone drops the classifier without a word."""
+    """Only `import ofb_hf`, then the Auto classes; loading the encoder alone drops the classifier
+    without a word."""
     result = run_python(RELOAD.format(folders=[str(folder) for _, _, folder in saved_models]))
     assert result.returncode == 0, result.stderr
-    classes = [f"{OURS[family].__name__} {ENCODERS[family].__name__}" for family, _, _ in saved_models]
+    classes = [
+        f"{OURS[family].__name__} {ENCODERS[family].__name__}" for family, _, _ in saved_models
+    ]
     assert result.stdout.splitlines() == classes
-    said = [line for line in result.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    said = [
+        line
+        for line in result.stderr.splitlines()
+        if line.strip() and "Loading weights" not in line
+    ]
     assert said == []
 
 
@@ -390,7 +437,9 @@ def test_fresh_weights_are_initialised_as_in_the_stock_model(family):
     torch.manual_seed(3)
     model = OURS[family](CONFIGS[family](**config.to_diff_dict()))
     assert list(model.state_dict()) == list(stock.state_dict())
-    assert all(torch.equal(tensor, stock.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, stock.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
     assert model.classifier.weight.std().item() == pytest.approx(0.05, rel=0.25)
 
 

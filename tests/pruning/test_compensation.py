@@ -1,4 +1,5 @@
-"""After the cut, layers that write into the residual stream are fitted to what the uncut network writes."""
+"""After the cut, layers that write into the residual stream are fitted to what the uncut network
+writes."""
 
 import copy
 
@@ -14,7 +15,13 @@ from ofb_hf.choice import baselines
 from ofb_hf.data import BatchAugmentation
 from ofb_hf.families.registry import family_of
 from ofb_hf.pruning import compensation
-from ofb_hf.pruning.compensation import IMAGES_FILE, Compensation, compensate_, images_to_remember, writers
+from ofb_hf.pruning.compensation import (
+    IMAGES_FILE,
+    Compensation,
+    compensate_,
+    images_to_remember,
+    writers,
+)
 from ofb_hf.pruning.surgery import slice_model
 
 both_families = pytest.mark.parametrize("family", ["vit", "swin"])
@@ -22,7 +29,8 @@ CHOICE = round(0.75 * STEPS)  # `settle_at` of search_config
 
 
 def pair(family, seed=0, share=0.5, dtype=torch.float32, **space):
-    """A classifier of ours with random weights, a random cut of it, and which units that has left."""
+    """A classifier of ours with random weights, a random cut of it, and which units that has
+    left."""
     stock = tiny_model(family, seed, dtype)
     dense = family_of(stock.config).from_dense(stock).eval()
     subnet = baselines.random_subnet(stock, search_config(family, target_macs=share, **space), seed)
@@ -36,7 +44,9 @@ def pixels(count=64, seed=0, dtype=torch.float32):
 def test_writers_are_the_output_layers_of_both_halves_of_every_block():
     vit, swin = (list(writers(tiny_model(family))) for family in ("vit", "swin"))
     layers = range(tiny_model("vit").config.num_hidden_layers)
-    assert vit == [f"vit.layers.{i}.{name}" for i in layers for name in ("attention.o_proj", "mlp.fc2")]
+    assert vit == [
+        f"vit.layers.{i}.{name}" for i in layers for name in ("attention.o_proj", "mlp.fc2")
+    ]
     depths = tiny_model("swin").config.depths
     assert sum(path.endswith(("o_proj", "fc2")) for path in swin) == 2 * sum(depths)
     assert sum(path.endswith("downsample.reduction") for path in swin) == len(depths) - 1
@@ -46,7 +56,9 @@ def test_writers_are_the_output_layers_of_both_halves_of_every_block():
 @both_families
 def test_a_network_that_lost_nothing_stays_as_it_is(family):
     dense, _, _ = pair(family)
-    whole = baselines.uniform_subnet(dense, search_config(family, target_macs=1.0), baselines.magnitude_scores(dense))
+    whole = baselines.uniform_subnet(
+        dense, search_config(family, target_macs=1.0), baselines.magnitude_scores(dense)
+    )
     before = copy.deepcopy(dense.state_dict())
     assert compensate_(dense, copy.deepcopy(dense), whole, pixels())
     for name, tensor in dense.state_dict().items():
@@ -60,7 +72,9 @@ def test_a_unit_whose_double_stays_is_made_up_for_entirely(monkeypatch):
     half = fc1.out_features // 2
     with torch.no_grad():
         fc1.weight[half : 2 * half], fc1.bias[half : 2 * half] = fc1.weight[:half], fc1.bias[:half]
-    subnet = baselines.uniform_subnet(dense, search_config(target_macs=1.0), baselines.magnitude_scores(dense))
+    subnet = baselines.uniform_subnet(
+        dense, search_config(target_macs=1.0), baselines.magnitude_scores(dense)
+    )
     left = [*range(half), *range(2 * half, fc1.out_features)]
     subnet = type(subnet)(subnet.kept | {"layers.1.mlp": tuple(left)})
     small = slice_model(copy.deepcopy(dense), subnet).eval()
@@ -115,7 +129,9 @@ class AtTheChoice(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == CHOICE:
             model = self.trainer.supernet.model
-            self.weights = {name: model.get_parameter(f"{name}.weight").clone() for name in writers(model)}
+            self.weights = {
+                name: model.get_parameter(f"{name}.weight").clone() for name in writers(model)
+            }
             average = self.trainer.average.part_of("model.")
             self.average = {name: average[f"{name}.weight"].clone() for name in self.weights}
             parameters = [model.get_parameter(f"{name}.weight") for name in self.weights]
@@ -128,7 +144,9 @@ def test_a_search_fits_once_right_after_its_choice(tmp_path, family):
     for compensate in (True, False):
         noted[compensate] = AtTheChoice()
         config = search_config(family, target_macs=0.6, compensate=compensate)
-        trainer = searcher(tmp_path, config, callbacks=[noted[compensate]], family=family, ema_decay=0.5)
+        trainer = searcher(
+            tmp_path, config, callbacks=[noted[compensate]], family=family, ema_decay=0.5
+        )
         noted[compensate].trainer = trainer
         trainer.train()
         noted[compensate].subnet = trainer.read_subnet()
@@ -151,7 +169,9 @@ def test_a_search_resumed_before_its_choice_fits_to_the_same_images(tmp_path):
     again = searcher(tmp_path / "again", **saving)
     again.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{CHOICE - 3}"))
     expected = straight.supernet.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.supernet.state_dict().items())
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in again.supernet.state_dict().items()
+    )
 
 
 def test_it_looks_at_images_as_the_network_does(tmp_path):
@@ -159,7 +179,8 @@ def test_it_looks_at_images_as_the_network_does(tmp_path):
     trainer = searcher(tmp_path, max_steps=2)
     trainer.batch_augmentation = BatchAugmentation((127.5,) * 3, (127.5,) * 3, 3)
     trainer.train_dataset = [
-        row | {"pixel_values": (50 * row["pixel_values"] + 100).clamp(0, 255).byte()} for row in trainer.train_dataset
+        row | {"pixel_values": (50 * row["pixel_values"] + 100).clamp(0, 255).byte()}
+        for row in trainer.train_dataset
     ]
     seen = []
     trainer.compensation.remember = lambda images: seen.append(images)
@@ -177,7 +198,9 @@ def test_it_fits_in_the_last_step_where_the_choice_falls_there(tmp_path, ema_dec
 
     def noted(small, subnet):
         names = [f"{path}.weight" for path in writers(small)]
-        current = trainer.average.part_of("model.") if trainer.average else dict(small.named_parameters())
+        current = (
+            trainer.average.part_of("model.") if trainer.average else dict(small.named_parameters())
+        )
         before.append([torch.equal(small.get_parameter(name), current[name]) for name in names])
         fitted.append(fit(small, subnet))
         return fitted[0]

@@ -49,7 +49,11 @@ def test_onnx_runtime_computes_the_same_for_every_batch_size(tmp_path, name):
     session = onnxruntime.InferenceSession(done.path, providers=["CPUExecutionProvider"])
     (pixels,), (logits,) = session.get_inputs(), session.get_outputs()
     size = model.config.image_size
-    assert (pixels.name, pixels.shape[1:], logits.name) == ("pixel_values", [3, size, size], "logits")
+    assert (pixels.name, pixels.shape[1:], logits.name) == (
+        "pixel_values",
+        [3, size, size],
+        "logits",
+    )
     for count in (1, 3, 8):
         images = tiny_images(count=count, size=size, seed=count)
         (found,) = session.run(None, {"pixel_values": images.numpy()})
@@ -62,7 +66,9 @@ def test_a_program_of_torch_needs_no_transformers_and_no_pickle(tmp_path, name):
     done = export_torch(model, tmp_path / "new")
     with zipfile.ZipFile(done.path) as archive:
         assert not [
-            entry for entry in archive.namelist() if archive.read(entry)[:1] == b"\x80" and "weight" not in entry
+            entry
+            for entry in archive.namelist()
+            if archive.read(entry)[:1] == b"\x80" and "weight" not in entry
         ]
         (samples,) = [entry for entry in archive.infolist() if "sample_inputs" in entry.filename]
         assert samples.file_size == 0
@@ -75,8 +81,12 @@ def test_a_program_of_torch_needs_no_transformers_and_no_pickle(tmp_path, name):
         f"logits = torch.export.load({str(done.path)!r}).module()(pixel_values=images)\n"
         "print(logits.tolist())\n"
     )
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    torch.testing.assert_close(torch.tensor(json.loads(said)), logits_of(model, images), rtol=0, atol=1e-5)
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    torch.testing.assert_close(
+        torch.tensor(json.loads(said)), logits_of(model, images), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -101,7 +111,9 @@ def test_an_export_that_computes_something_else_is_not_kept(tmp_path, monkeypatc
             return super().forward(pixel_values) + (0 if torch.compiler.is_exporting() else 1e-3)
 
     monkeypatch.setattr(export, "_Classifier", Fickle)
-    with pytest.raises(ExportError, match=r"for 2 images the logits differ by 0\.001 from PyTorch's"):
+    with pytest.raises(
+        ExportError, match=r"for 2 images the logits differ by 0\.001 from PyTorch's"
+    ):
         FORMATS[kind](non_uniform_vit(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_text() == "of yesterday"
@@ -115,7 +127,9 @@ def test_without_the_extra_the_way_out_is_named(tmp_path, monkeypatch):
 
 
 def test_other_models_are_refused_by_name(tmp_path):
-    resnet = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    resnet = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    )
     with pytest.raises(UnsupportedArchitectureError, match="ResNetForImageClassification"):
         export_torch(resnet, tmp_path)
 
@@ -123,7 +137,11 @@ def test_other_models_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize(("kind", "file"), [("onnx", "model.onnx"), ("torch", "model.pt2")])
 def test_the_command_writes_a_folder(checkpoint, tmp_path, capsys, kind, file):
     cli.main(["export", str(checkpoint), "--format", kind, "--output_dir", str(tmp_path / "out")])
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {file, "config.json", "preprocessor_config.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        file,
+        "config.json",
+        "preprocessor_config.json",
+    }
     size = (tmp_path / "out" / file).stat().st_size
     assert f"{file} ({size:,} bytes); logits differ by" in capsys.readouterr().out
 
@@ -134,11 +152,16 @@ def test_the_command_writes_a_folder(checkpoint, tmp_path, capsys, kind, file):
         ([], "--model_name_or_path is missing"),
         (["CHECKPOINT"], "--output_dir is missing"),
         (["CHECKPOINT", "--output_dir", "CHECKPOINT"], "is not an empty folder; give a new one"),
-        (["CHECKPOINT", "--output_dir", "NEW", "--format", "tflite"], "known formats are onnx, torch"),
+        (
+            ["CHECKPOINT", "--output_dir", "NEW", "--format", "tflite"],
+            "known formats are onnx, torch",
+        ),
         (["NOWHERE", "--output_dir", "NEW"], "has no image processor"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_in_one_line(checkpoint, tmp_path, capsys, words, message):
+def test_what_cannot_be_exported_is_refused_in_one_line(
+    checkpoint, tmp_path, capsys, words, message
+):
     places = {"CHECKPOINT": checkpoint, "NEW": tmp_path / "new", "NOWHERE": tmp_path / "nowhere"}
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", *(str(places.get(word, word)) for word in words)])
@@ -157,5 +180,7 @@ def test_a_processor_for_other_images_is_refused(checkpoint, tmp_path, capsys):
 
 def test_the_config_beside_an_export_says_what_was_exported(checkpoint, tmp_path):
     non_uniform_vit().to(torch.float16).save_pretrained(checkpoint)
-    cli.main(["export", str(checkpoint), "--format", "torch", "--output_dir", str(tmp_path / "out")])
+    cli.main(
+        ["export", str(checkpoint), "--format", "torch", "--output_dir", str(tmp_path / "out")]
+    )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"

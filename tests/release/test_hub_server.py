@@ -1,4 +1,5 @@
-"""The Hub of `hub_server.py`, to its clients: they get what they have brought, and are told what goes wrong."""
+"""The Hub of `hub_server.py`, to its clients: they get what they have brought, and are told what
+goes wrong."""
 
 import io
 import json
@@ -16,7 +17,13 @@ import httpx2
 import pytest
 from hub_server import HubServer, Token
 from hub_uploads import GIT_ATTRIBUTES, Large
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+)
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image
 
@@ -54,25 +61,35 @@ def ask(method: str, *args: object, token: str | bool = "hf_write", **settings: 
     return getattr(HfApi(token=token), method)(*args, **settings)
 
 
-def upload(name: str, files: dict[str, bytes], token: str | bool = "hf_write", **settings: object) -> CommitInfo:
+def upload(
+    name: str, files: dict[str, bytes], token: str | bool = "hf_write", **settings: object
+) -> CommitInfo:
     """Brings all files in one commit."""
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
     return HfApi(token=token).create_commit(name, operations, commit_message="Upload", **settings)
 
 
-def download(name: str, paths: list[str], cache: Path, revision: str | None = None) -> dict[str, bytes]:
+def download(
+    name: str, paths: list[str], cache: Path, revision: str | None = None
+) -> dict[str, bytes]:
     """Files, into a cache."""
-    found = {path: hf_hub_download(name, path, revision=revision, cache_dir=cache, token="hf_write") for path in paths}
+    found = {
+        path: hf_hub_download(name, path, revision=revision, cache_dir=cache, token="hf_write")
+        for path in paths
+    }
     return {path: Path(file).read_bytes() for path, file in found.items()}
 
 
 def push(folder: Path, name: str, cache: Path) -> tuple[str, bool]:
-    """A model to a branch with transformers, and back: where it went, and whether its numbers are the same."""
+    """A model to a branch with transformers, and back: where it went, and whether its numbers are
+    the same."""
     from transformers import AutoModelForImageClassification
 
     pushed = AutoModelForImageClassification.from_pretrained(folder)
     where = pushed.push_to_hub(name, token="hf_write", revision="stock", commit_message="Stock")
-    found = AutoModelForImageClassification.from_pretrained(name, revision="stock", cache_dir=cache, token="hf_write")
+    found = AutoModelForImageClassification.from_pretrained(
+        name, revision="stock", cache_dir=cache, token="hf_write"
+    )
     numbers = found.state_dict()
     return str(where), all(value.equal(numbers[key]) for key, value in pushed.state_dict().items())
 
@@ -82,11 +99,14 @@ def push(folder: Path, name: str, cache: Path) -> tuple[str, bool]:
 
 @contextmanager
 def process(environment: dict[str, str]) -> Iterator[Callable]:
-    """Calls functions in a process of its own, without what conftest.py has set here; errors come back as they are."""
+    """Calls functions in a process of its own, without what conftest.py has set here; errors come
+    back as they are."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         with mock.patch.dict(os.environ, environment, clear=True):
             pool.submit(os.getpid).result(60)
-        yield lambda function, *args, **settings: pool.submit(function, *args, **settings).result(60)
+        yield lambda function, *args, **settings: pool.submit(function, *args, **settings).result(
+            60
+        )
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +135,9 @@ def name(hub, client, request):
 def once(faults: dict[str, object]) -> Callable[[str], object]:
     """Every fault at the first request for a path with that in it."""
     remaining = dict(faults)
-    return lambda path: next((remaining.pop(part) for part in faults if part in path and part in remaining), None)
+    return lambda path: next(
+        (remaining.pop(part) for part in faults if part in path and part in remaining), None
+    )
 
 
 def test_what_is_uploaded_is_downloaded(hub, client, name, tmp_path):
@@ -124,8 +146,15 @@ def test_what_is_uploaded_is_downloaded(hub, client, name, tmp_path):
     first, last = hub.repositories[name].commits
     assert first.files == {".gitattributes": GIT_ATTRIBUTES}
     assert last.files == first.files | model(1)
-    assert (last.sha, last.message, last.revision, last.parent) == (done.oid, "Upload", "main", first.sha)
-    assert {path for path, content in last.files.items() if isinstance(content, Large)} == set(LARGE)
+    assert (last.sha, last.message, last.revision, last.parent) == (
+        done.oid,
+        "Upload",
+        "main",
+        first.sha,
+    )
+    assert {path for path, content in last.files.items() if isinstance(content, Large)} == set(
+        LARGE
+    )
     assert done.commit_url == f"{hub.url}/{name}/commit/{done.oid}"
     assert sum(line.startswith("PUT ") for line in hub.requests) == 2
 
@@ -139,7 +168,9 @@ def test_lists_tell_what_is_large(client, name):
     assert {file.rfilename: (file.size, file.blob_id, file.lfs) for file in info.siblings} == {
         path: (file.size, file.blob_id, file.lfs) for path, file in listed.items()
     }
-    assert [file.size for file in client(ask, "get_paths_info", name, ["curve.png", "no.txt"])] == [len(picture(1))]
+    assert [file.size for file in client(ask, "get_paths_info", name, ["curve.png", "no.txt"])] == [
+        len(picture(1))
+    ]
 
 
 def list_files(name: str) -> list:
@@ -176,9 +207,17 @@ def test_branches_and_pull_requests_leave_main_alone(hub, client, name, tmp_path
     revisions = {"main": 1, "stock": 2, "refs/pr/1": 3, main.oid: 1, stock.oid: 2, opened.oid: 3}
     for revision, number in revisions.items():
         assert client(download, name, list(model(1)), tmp_path, revision) == model(number)
-        assert client(ask, "model_info", name, revision=revision).sha == hub.repositories[name].at(revision).sha
+        assert (
+            client(ask, "model_info", name, revision=revision).sha
+            == hub.repositories[name].at(revision).sha
+        )
     assert hub.repositories[name].files == {".gitattributes": GIT_ATTRIBUTES} | model(1)
-    assert [commit.revision for commit in hub.repositories[name].commits] == ["main", "main", "stock", "refs/pr/1"]
+    assert [commit.revision for commit in hub.repositories[name].commits] == [
+        "main",
+        "main",
+        "stock",
+        "refs/pr/1",
+    ]
     with pytest.raises(RevisionNotFoundError, match="Invalid rev id: other"):
         client(upload, name, model(4), revision="other")
 
@@ -214,17 +253,36 @@ def test_private_models_are_hidden(client):
 
 def test_whose_token_it_is(client):
     me = client(ask, "whoami")
-    assert (me["name"], me["orgs"][0]["name"], me["auth"]["accessToken"]["role"]) == ("ann", "lab", "write")
+    assert (me["name"], me["orgs"][0]["name"], me["auth"]["accessToken"]["role"]) == (
+        "ann",
+        "lab",
+        "write",
+    )
     assert client(ask, "whoami", token="hf_read")["auth"]["accessToken"]["role"] == "read"
 
 
 @pytest.mark.parametrize(
     ("token", "status", "creating", "uploading"),
     [
-        ("hf_none", 401, "Invalid credentials in Authorization header", "Invalid credentials in Authorization header"),
+        (
+            "hf_none",
+            401,
+            "Invalid credentials in Authorization header",
+            "Invalid credentials in Authorization header",
+        ),
         ("hf_old", 401, 'User Access Token "tests" is expired', "Repository Not Found"),
-        ("hf_read", 403, "You don't have the rights to create a model under the namespace", "pass `create_pr=1`"),
-        ("hf_other", 403, "You don't have the rights to create a model under the namespace", "pass `create_pr=1`"),
+        (
+            "hf_read",
+            403,
+            "You don't have the rights to create a model under the namespace",
+            "pass `create_pr=1`",
+        ),
+        (
+            "hf_other",
+            403,
+            "You don't have the rights to create a model under the namespace",
+            "pass `create_pr=1`",
+        ),
         (False, 401, "Invalid username or password", "Repository Not Found"),
     ],
     ids=["unknown", "expired", "read-only", "of-somebody-else", "none"],
@@ -237,7 +295,9 @@ def test_tokens_that_do_not_allow_it(hub, client, name, token, status, creating,
         client(upload, name, {"config.json": b"{}"}, token)
     assert refused.value.response.status_code == status
     # The client takes an answer without a reason it knows for a missing repository.
-    assert isinstance(refused.value, RepositoryNotFoundError) == (uploading == "Repository Not Found")
+    assert isinstance(refused.value, RepositoryNotFoundError) == (
+        uploading == "Repository Not Found"
+    )
     assert len(hub.repositories[name].commits) == 1
     assert f"{name}-2" not in hub.repositories
 
@@ -296,12 +356,19 @@ def test_small_questions_are_asked_once(hub, client, name, monkeypatch, path):
     with pytest.raises(httpx2.RemoteProtocolError):
         client(asked[path])
     assert len(hub.requests) == 2
-    assert hub.repositories[name].references.keys() == ({"main", "stock"} if path == "/branch/" else {"main"})
+    assert hub.repositories[name].references.keys() == (
+        {"main", "stock"} if path == "/branch/" else {"main"}
+    )
 
 
 def test_the_way_to_a_commit_is_repeated_by_the_client(hub, client, name, monkeypatch, tmp_path):
     large = Large(model(1)["model.safetensors"]).oid
-    faults = {"/preupload/": 503, "/objects/batch": (429, 0), large: "cut upload", "/verify": "lose"}
+    faults = {
+        "/preupload/": 503,
+        "/objects/batch": (429, 0),
+        large: "cut upload",
+        "/verify": "lose",
+    }
     monkeypatch.setattr(hub, "fault", once(faults))
     client(upload, name, model(1))
     monkeypatch.setattr(hub, "fault", once({}))

@@ -1,4 +1,5 @@
-"""What must not be published is found, wherever it is, and what only looks like it is left alone."""
+"""What must not be published is found, wherever it is, and what only looks like it is left
+alone."""
 
 import json
 
@@ -22,7 +23,9 @@ def folder(tmp_path, monkeypatch):
         "# A model\n\nImages/s and top-1/top-5: see [docs](docs/a.md), https://a.co/b/c.\n"
         "Labels are those of https://storage.googleapis.com/openimages/web: /m/01g317, and so on.\n"
     )
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ofb_vit", "ratio": "1/2", "hf_version": 3}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "ofb_vit", "ratio": "1/2", "hf_version": 3})
+    )
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", {"format": "pt"})
     Image.new("RGB", (4, 4)).save(tmp_path / "search.png")
     return tmp_path

@@ -41,7 +41,9 @@ def test_cards_of_what_was_made_repeat_what_was_measured(path):
     results, card = read_results(path), (path.parent / "README.md").read_text()
     subnet = SubnetSpec.from_json((path.parent / "subnet.json").read_text())
     assert card == render_card(results, subnet, markdown_table(results_rows(results)))
-    in_card = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
+    in_card = {
+        result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results
+    }
     assert in_card == {kind: final_results(results)[key] for key, (kind, _) in MEASURED.items()}
     assert re.fullmatch(r"[0-9a-f]{40}", results["commit"]), "made from a clean, committed source"
     assert final_results(results)["macs"] <= results["target_macs"]

@@ -1,4 +1,5 @@
-"""Published checkpoints: whole, in one commit, loadable through three doors, whatever the Hub does meanwhile."""
+"""Published checkpoints: whole, in one commit, loadable through three doors, whatever the Hub does
+meanwhile."""
 
 import hashlib
 import json
@@ -25,11 +26,27 @@ from ofb_hf import SubnetSpec, cli, count_macs, publish
 from ofb_hf.release.leaks import LeakError
 
 TESTS = Path(__file__).parents[1]
-TOKENS = {"hf_write": Token("ann", organizations=("lab",)), "hf_read": Token("ann", "read"), "hf_other": Token("bob")}
+TOKENS = {
+    "hf_write": Token("ann", organizations=("lab",)),
+    "hf_read": Token("ann", "read"),
+    "hf_other": Token("bob"),
+}
 TOKENS |= {"hf_old": Token("ann", expired=True)}
 PUBLISHED = {
-    *("README.md", "config.json", "configuration_ofb_vit.py", "eval_results.json", "model.safetensors"),
-    *("modeling_ofb_vit.py", "preprocessor_config.json", "search.png", "search_history.jsonl", "subnet.json"),
+    *(
+        "README.md",
+        "config.json",
+        "configuration_ofb_vit.py",
+        "eval_results.json",
+        "model.safetensors",
+    ),
+    *(
+        "modeling_ofb_vit.py",
+        "preprocessor_config.json",
+        "search.png",
+        "search_history.jsonl",
+        "subnet.json",
+    ),
 }
 # What goes wrong with which request, how often, and what comes of it: success, or words.
 REQUESTS = {
@@ -50,7 +67,8 @@ FAULTS: dict[str, tuple[str, Any, int, str | None]] = {
     for status in (500, 503, 429)
 }
 FAULTS |= {
-    f"{kind}-down": (REQUESTS[kind], 503, 999, DOWN) for kind in ("create", "preupload", "batch", "put", "commit")
+    f"{kind}-down": (REQUESTS[kind], 503, 999, DOWN)
+    for kind in ("create", "preupload", "batch", "put", "commit")
 }
 # After the commit to main: it stays, and what is said has to say so.
 TWIN_FAULTS = {"branch": "/branch/", "commits": "/commits/", "stock": "/commit/stock"}
@@ -74,7 +92,10 @@ REFUSED = {
 def digest(folder: Path) -> dict[str, str]:
     """sha256 of every file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +116,15 @@ def hub():
 @pytest.fixture(scope="module")
 def outcomes(hub, output, tmp_path_factory):
     """What became of every case, by name."""
-    cases = [["first", str(output), "lab/half", "hf_write", {}], ["again", str(output), "lab/half", "hf_write", {}]]
+    cases = [
+        ["first", str(output), "lab/half", "hf_write", {}],
+        ["again", str(output), "lab/half", "hf_write", {}],
+    ]
     better = shutil.copytree(output, tmp_path_factory.mktemp("better") / "half")
     (better / "README.md").write_text((output / "README.md").read_text() + "\nBetter.\n")
-    cases += [["pr", str(better), "lab/half", "hf_write", {"create_pr": True, "commit_message": "Better"}]]
+    cases += [
+        ["pr", str(better), "lab/half", "hf_write", {"create_pr": True, "commit_message": "Better"}]
+    ]
     cases += [["branch", str(output), "lab/half", "hf_write", {"revision": "v2", "private": True}]]
     scheduled = shutil.copytree(output, tmp_path_factory.mktemp("scheduled") / "half")
     config = json.loads((output / "config.json").read_text())
@@ -139,7 +165,9 @@ def outcomes(hub, output, tmp_path_factory):
 def test_one_commit_holds_everything_and_a_second_one_nothing(hub, output, outcomes):
     repository = hub.repositories["lab/half"]
     assert outcomes["again"]["oid"] == outcomes["first"]["oid"] == repository.references["main"]
-    on_main = [commit for commit in repository.commits if commit.revision == "main" and commit.parent]
+    on_main = [
+        commit for commit in repository.commits if commit.revision == "main" and commit.parent
+    ]
     assert len(on_main) == 1
     assert set(repository.files) - {".gitattributes"} == PUBLISHED
     config = json.loads(repository.files["config.json"])
@@ -161,7 +189,10 @@ def test_a_model_without_a_stock_twin_leaves_none_of_an_earlier_one(hub, outcome
 
 
 def test_the_weights_say_what_they_are(hub, output, outcomes, tmp_path):
-    file, results = tmp_path / "model.safetensors", json.loads((output / "eval_results.json").read_text())
+    file, results = (
+        tmp_path / "model.safetensors",
+        json.loads((output / "eval_results.json").read_text()),
+    )
     file.write_bytes(hub.repositories["lab/half"].files["model.safetensors"])
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
@@ -169,34 +200,51 @@ def test_the_weights_say_what_they_are(hub, output, outcomes, tmp_path):
     assert int(metadata["macs"]) == results["finetuned"]["macs"]
     assert int(metadata["params"]) == results["finetuned"]["params"]
     assert metadata["source_model"] == results["source"]["model"]
-    assert metadata["subnet_sha256"] == hashlib.sha256((output / "subnet.json").read_bytes()).hexdigest()
+    assert (
+        metadata["subnet_sha256"]
+        == hashlib.sha256((output / "subnet.json").read_bytes()).hexdigest()
+    )
     ours, theirs = load_file(output / "model.safetensors"), load_file(file)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
 
 
 def test_the_stock_branch_holds_a_stock_model_and_no_code(hub, outcomes):
     files = hub.repositories["lab/half"].at("stock").files
-    assert set(files) == {".gitattributes", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert set(files) == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
     assert json.loads(files["config.json"])["model_type"] == "vit"
 
 
 def test_what_another_checkpoint_left_goes_and_what_is_not_ours_stays(hub, output, tmp_path):
     hub.fault = lambda path: None
     non_uniform_swin().save_pretrained(tmp_path / "swin")
-    cases = [["a", str(output), "lab/turn", "hf_write", {}], ["b", str(tmp_path / "swin"), "lab/turn", "hf_write", {}]]
+    cases = [
+        ["a", str(output), "lab/turn", "hf_write", {}],
+        ["b", str(tmp_path / "swin"), "lab/turn", "hf_write", {}],
+    ]
     environment = hub.environment(tmp_path / "hf")
     hub.repositories.update({"case/a": Repository({}), "case/b": Repository({})})
     for case in cases:
         command = [sys.executable, str(TESTS / "publish_process.py"), json.dumps([case])]
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        process = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
         assert '"oid"' in process.stdout, process.stderr[-2000:]
         repository = hub.repositories["lab/turn"]
         if case[0] == "a":
             head = repository.at("main")
-            repository.add(Commit("5" * 40, head.files | {"NOTES.md": b"mine"}, "notes", "", "main", head.sha))
+            repository.add(
+                Commit("5" * 40, head.files | {"NOTES.md": b"mine"}, "notes", "", "main", head.sha)
+            )
     code = {"configuration_ofb_swin.py", "modeling_ofb_swin.py"}
     assert (
-        set(repository.files) == {".gitattributes", "NOTES.md", "README.md", "config.json", "model.safetensors"} | code
+        set(repository.files)
+        == {".gitattributes", "NOTES.md", "README.md", "config.json", "model.safetensors"} | code
     )
 
 
@@ -215,7 +263,9 @@ DOORS = {
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_it_loads_through_three_doors_in_processes_that_never_saw_it(hub, output, outcomes, tmp_path, door):
+def test_it_loads_through_three_doors_in_processes_that_never_saw_it(
+    hub, output, outcomes, tmp_path, door
+):
     first, settings = DOORS[door]
     save_file({"images": tiny_images()}, tmp_path / "images.safetensors")
     script = f"""
@@ -237,7 +287,11 @@ print(type(model).__module__, sys.modules.get("ofb_hf") is not None)
     )
     assert process.returncode == 0, process.stderr[-3000:]
     module, has_us = process.stdout.split()
-    start = {"package": "ofb_hf.", "remote code": "transformers_modules.", "stock": "transformers.models.vit."}[door]
+    start = {
+        "package": "ofb_hf.",
+        "remote code": "transformers_modules.",
+        "stock": "transformers.models.vit.",
+    }[door]
     assert module.startswith(start)
     assert has_us == str(door == "package")
     model = cli_model(output)
@@ -270,16 +324,20 @@ def test_faults_end_in_success_or_in_a_sentence(hub, outcomes, name):
         assert "stock" in repository.references
     elif name.removesuffix("-down") in TWIN_FAULTS:
         assert outcome["error"] == "PublishError"
-        said = (
-            rf"^published to lab/{name} \(main\) at commit \w{{8}}, but without its stock twin: .*{words}.*run the same"
-        )
+        said = rf"^published to lab/{name} \(main\) at commit \w{{8}}, but without its stock twin: .*{words}.*run the same"
         assert re.search(said, outcome["message"])
         assert len(published) == 1
         assert set(repository.files) - {".gitattributes"} == PUBLISHED
-        assert "stock" not in repository.references or set(repository.at("stock").files) == {".gitattributes"}
+        assert "stock" not in repository.references or set(repository.at("stock").files) == {
+            ".gitattributes"
+        }
     else:
         assert outcome["error"] == "PublishError"
-        state = rf"lab/{name} \(main\) is at commit \w{{8}}" if repository else f"There is no lab/{name} on the Hub"
+        state = (
+            rf"lab/{name} \(main\) is at commit \w{{8}}"
+            if repository
+            else f"There is no lab/{name} on the Hub"
+        )
         assert re.search(rf"^not published: .*{words}.*{state}.*run the same", outcome["message"])
         assert "\n" not in outcome["message"]
         assert not published
@@ -300,7 +358,9 @@ def test_a_hub_without_xet_is_told_in_words_how_to_go_on(hub, output, tmp_path):
     del environment["HF_HUB_DISABLE_XET"]
     command = [sys.executable, "-c", "from ofb_hf.cli import main; main()", "publish", str(output)]
     command += ["--repo_id", "lab/xet"]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    process = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert process.returncode == 2
     (line,) = [line for line in process.stderr.splitlines() if line.startswith("error:")]
     assert "does not take uploads through Xet; set HF_HUB_DISABLE_XET=1." in line
@@ -317,7 +377,9 @@ def test_a_hub_without_xet_is_told_in_words_how_to_go_on(hub, output, tmp_path):
         ("hf_other", "belongs to lab, and your account is bob"),
     ],
 )
-def test_a_search_publishes_its_result_or_says_at_once_that_it_cannot(hub, checkpoint, images, tmp_path, token, words):
+def test_a_search_publishes_its_result_or_says_at_once_that_it_cannot(
+    hub, checkpoint, images, tmp_path, token, words
+):
     hub.fault = lambda path: None
     output = tmp_path / "out"
     command = [
@@ -326,10 +388,28 @@ def test_a_search_publishes_its_result_or_says_at_once_that_it_cannot(hub, check
         "--model_name_or_path",
         str(checkpoint),
     ]
-    command += ["--data_dir", str(images), "--output_dir", str(output), "--max_steps", "8", "--finetune_max_steps", "2"]
-    command += ["--use_cpu", "--report_to", "none", "--push_to_hub", "--hub_model_id", f"lab/search-{token[3:]}"]
+    command += [
+        "--data_dir",
+        str(images),
+        "--output_dir",
+        str(output),
+        "--max_steps",
+        "8",
+        "--finetune_max_steps",
+        "2",
+    ]
+    command += [
+        "--use_cpu",
+        "--report_to",
+        "none",
+        "--push_to_hub",
+        "--hub_model_id",
+        f"lab/search-{token[3:]}",
+    ]
     environment = hub.environment(tmp_path / "hf", token=token)
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    process = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     if words is None:
         assert process.returncode == 0, process.stderr[-3000:]
         assert set(hub.repositories["lab/search-write"].files) - {".gitattributes"} == PUBLISHED
@@ -379,7 +459,11 @@ def test_results_on_data_of_the_hub_are_published_by_data_set(output, tmp_path):
 def test_nothing_with_a_token_in_it_is_published(output, tmp_path, name):
     copy, token = shutil.copytree(output, tmp_path / "copy"), "hf_" + "Ab9" * 12
     content = (copy / name).read_text()
-    planted = content.replace('"', f'"hub_token": "{token}", "', 1) if name.endswith("json") else content + token
+    planted = (
+        content.replace('"', f'"hub_token": "{token}", "', 1)
+        if name.endswith("json")
+        else content + token
+    )
     (copy / name).write_text(planted)
     with pytest.raises(LeakError, match=f"{name}.*an access token"):
         publish(copy, output_dir=tmp_path / "out")
@@ -394,7 +478,9 @@ def test_a_token_in_training_arguments_is_found_and_the_push_refused(hub, output
     command = [sys.executable, "-c", "from ofb_hf.cli import main; main()", "publish", str(copy)]
     environment = hub.environment(tmp_path / "hf", token="hf_write")
     command += ["--repo_id", "lab/arguments"]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    process = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert process.returncode == 2
     assert "training_args.bin holds an access token" in process.stderr
     assert token not in process.stderr + process.stdout
@@ -417,7 +503,9 @@ def test_an_incomplete_checkpoint_is_not_published(output, tmp_path):
     tensors = load_file(copy / "model.safetensors")
     del tensors["vit.layers.0.mlp.fc1.bias"]
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 of its tensors are missing, such as vit\.layers\.0\.mlp\.fc1\.bias"):
+    with pytest.raises(
+        ValueError, match=r"1 of its tensors are missing, such as vit\.layers\.0\.mlp\.fc1\.bias"
+    ):
         publish(copy, output_dir=tmp_path / "out")
     (copy / "model.safetensors").write_bytes((output / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot load an image classifier"):
@@ -425,16 +513,25 @@ def test_an_incomplete_checkpoint_is_not_published(output, tmp_path):
 
 
 def test_a_dry_run_lists_what_would_be_sent(output, tmp_path, capsys):
-    cli.publish([str(output), "--repo_id", "lab/half", "--dry_run", "--output_dir", str(tmp_path / "out")])
+    cli.publish(
+        [str(output), "--repo_id", "lab/half", "--dry_run", "--output_dir", str(tmp_path / "out")]
+    )
     said = capsys.readouterr().out
     assert "would be published to lab/half" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == PUBLISHED | {"stock"}
-    twin = {f"stock/{name}" for name in ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")}
+    twin = {
+        f"stock/{name}"
+        for name in ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")
+    }
     files = {
-        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*") if path.is_file()
+        path.relative_to(tmp_path / "out").as_posix()
+        for path in (tmp_path / "out").rglob("*.*")
+        if path.is_file()
     }
     assert files == PUBLISHED | twin
-    assert [line.split()[-1] for line in said.splitlines()[1:]] == sorted(files, key=lambda name: tmp_path / name)
+    assert [line.split()[-1] for line in said.splitlines()[1:]] == sorted(
+        files, key=lambda name: tmp_path / name
+    )
     assert SubnetSpec.from_json((tmp_path / "out" / "subnet.json").read_text()).sizes
 
 
@@ -445,10 +542,15 @@ def test_a_dry_run_lists_what_would_be_sent(output, tmp_path, capsys):
         (["{output}"], "--repo_id is missing"),
         (["{output}", "--dry_run"], "say where with --output_dir"),
         (["{empty}", "--repo_id", "a/b"], "has no config.json"),
-        (["{stock}", "--repo_id", "a/b"], "the classifier is a ViTForImageClassification; publish takes OFBViT"),
+        (
+            ["{stock}", "--repo_id", "a/b"],
+            "the classifier is a ViTForImageClassification; publish takes OFBViT",
+        ),
     ],
 )
-def test_what_cannot_be_published_is_refused_in_one_line(output, checkpoint, tmp_path, capsys, words, message):
+def test_what_cannot_be_published_is_refused_in_one_line(
+    output, checkpoint, tmp_path, capsys, words, message
+):
     words = [word.format(output=output, empty=tmp_path, stock=checkpoint) for word in words]
     with pytest.raises(SystemExit) as refusal:
         cli.publish(words)

@@ -27,7 +27,8 @@ from ofb_hf.release.stock import pad_to_stock
 def compressed(overrides=None, candidates=None, dtype=torch.float32):
     """A small ViT after a random choice of sizes, masks folded in."""
     supernet = install_bi_masks(
-        tiny_vit(dtype=dtype, **(overrides or {})), search_config(**(candidates or {}), target_macs=1.0)
+        tiny_vit(dtype=dtype, **(overrides or {})),
+        search_config(**(candidates or {}), target_macs=1.0),
     )
     randomize_masks_(supernet)
     settle_randomly_(supernet, seed=7)
@@ -43,7 +44,9 @@ def assert_same(model, stock):
     torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=TOLERANCE[model.dtype])
     sizes = [model.config.layer_sizes(layer) for layer in range(model.config.num_hidden_layers)]
     present = [True, *(any(size.values()) for size in sizes)]
-    for ours, theirs in zip(itertools.compress(expected.hidden_states, present), got.hidden_states, strict=True):
+    for ours, theirs in zip(
+        itertools.compress(expected.hidden_states, present), got.hidden_states, strict=True
+    ):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=10 * TOLERANCE[model.dtype])
 
 
@@ -56,10 +59,14 @@ def test_padding_changes_nothing(shape):
 
 def test_a_padded_model_is_a_stock_checkpoint(tmp_path):
     model = compressed()
-    assert len(set(model.config.head_dim_per_layer)) > 1, "choose another seed: this is to be non-uniform"
+    assert len(set(model.config.head_dim_per_layer)) > 1, (
+        "choose another seed: this is to be non-uniform"
+    )
     pad_to_stock(model).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "vit"
-    loaded, report = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = AutoModelForImageClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(report.values())
     assert_same(model, loaded)
     assert loaded.config.id2label == model.config.id2label
@@ -79,7 +86,12 @@ def test_dense_models_are_padded_by_nothing():
 
 def test_layers_without_anything_are_left_out_and_the_rest_needs_no_padding():
     dense = OFBViTForImageClassification.from_dense(tiny_vit(num_hidden_layers=4))
-    gone = {"layers.0.attention": {}, "layers.0.mlp": (), "layers.2.attention": {}, "layers.2.mlp": ()}
+    gone = {
+        "layers.0.attention": {},
+        "layers.0.mlp": (),
+        "layers.2.attention": {},
+        "layers.2.mlp": (),
+    }
     model = slice_model(dense, SubnetSpec(gone))
     stock = pad_to_stock(model)
     assert stock.config.num_hidden_layers == 2

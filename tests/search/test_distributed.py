@@ -1,4 +1,5 @@
-"""Two real processes: one network on both, whatever happens to its shape; and a check that notices when it is not."""
+"""Two real processes: one network on both, whatever happens to its shape; and a check that notices
+when it is not."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -26,11 +27,21 @@ def shrinks(result):
 @pytest.mark.parametrize("depth", [False, True])
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_two_ranks_hold_the_same_network_after_every_step(tmp_path, family, depth):
-    """With accumulated, clipped bf16 gradients, weight average and shrinks on the way; down to no MLP in the end."""
-    arguments = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "bf16": True, "ema_decay": 0.9}
+    """With accumulated, clipped bf16 gradients, weight average and shrinks on the way; down to no
+    MLP in the end."""
+    arguments = {
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.5,
+        "bf16": True,
+        "ema_decay": 0.9,
+    }
     arguments |= {"max_steps": 20, "per_device_train_batch_size": 4}
     shrink_at = LEAVE_OUT_AT if depth else SHRINK_AT
-    options = {"family": family, "config": RETIRING | {"search_depth": depth}, "arguments": arguments}
+    options = {
+        "family": family,
+        "config": RETIRING | {"search_depth": depth},
+        "arguments": arguments,
+    }
     options |= {"compare_ranks": True, "shrink_at": shrink_at}
     status, said = finish(start_search(tmp_path, options, ranks=2))
     assert status == 0, said[-3000:]
@@ -43,12 +54,14 @@ def test_two_ranks_hold_the_same_network_after_every_step(tmp_path, family, dept
     assert (list(first["subnet"]["kept"].values())[-1] == []) == depth
     assert first["random"] != second["random"]
     hidden = list(zip(first["hidden"], second["hidden"], strict=True))
-    assert sum(one != other for one, other in hidden) > len(hidden) / 2  # few patches: now and then they agree
+    # few patches: now and then they agree
+    assert sum(one != other for one, other in hidden) > len(hidden) / 2
 
 
 @pytest.mark.slow
 def test_two_ranks_in_fp16_go_on_under_one_loss_scale(tmp_path):
-    """While they observe, each lowers its own until its gradients are finite: other images overflow elsewhere."""
+    """While they observe, each lowers its own until its gradients are finite: other images overflow
+    elsewhere."""
     options = {"loss_scale": 2.0**22, "compare_ranks": True}
     options["arguments"] = {"max_steps": 12, "max_grad_norm": 0.5, "per_device_train_batch_size": 4}
     status, said = finish(start_search(tmp_path, options, ranks=2))
@@ -60,7 +73,8 @@ def test_two_ranks_in_fp16_go_on_under_one_loss_scale(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_choose_the_same_tokens(tmp_path):
-    """Each sees other images; one of them decides. The decoder, which goes with the tokens, is missed by neither."""
+    """Each sees other images; one of them decides. The decoder, which goes with the tokens, is
+    missed by neither."""
     config = RETIRING | {"search_tokens": True, "search_depth": True, "target_macs": 0.45}
     options = {"config": config, "model": {"num_hidden_layers": 3}, "compare_ranks": True}
     options["arguments"] = {"max_steps": 20, "per_device_train_batch_size": 4, "ema_decay": 0.9}
@@ -75,7 +89,11 @@ def test_two_ranks_choose_the_same_tokens(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_search_with_activation_checkpointing_is_the_same_on_both_ranks(tmp_path):
-    arguments = {"torch_compile": True, "torch_compile_backend": "eager", "activation_checkpointing": True}
+    arguments = {
+        "torch_compile": True,
+        "torch_compile_backend": "eager",
+        "activation_checkpointing": True,
+    }
     options = {"config": RETIRING, "shrink_at": SHRINK_AT[:1], "compare_ranks": True}
     options["arguments"] = arguments | {"per_device_train_batch_size": 4, "max_steps": 10}
     status, said = finish(start_search(tmp_path, options, ranks=2))
@@ -95,7 +113,9 @@ def test_two_ranks_keep_the_same_best_model_and_share_the_data_again_in_a_second
     for one, two in zip(first["trainings"], second["trainings"], strict=True):
         assert one["best"] == two["best"]
         assert Path(one["best"]).parent == tmp_path
-        assert one["best"] != str(tmp_path / "checkpoint-4"), "choose settings in which the last step is not the best"
+        assert one["best"] != str(tmp_path / "checkpoint-4"), (
+            "choose settings in which the last step is not the best"
+        )
         assert one["weights"] == two["weights"]
         assert sorted(one["seen"] + two["seen"]) == list(range(32))
     assert first["trainings"][0]["seen"] != first["trainings"][1]["seen"]
@@ -103,7 +123,8 @@ def test_two_ranks_keep_the_same_best_model_and_share_the_data_again_in_a_second
 
 @pytest.mark.slow
 def test_ranks_that_drift_apart_are_caught_and_the_parameter_is_named(tmp_path):
-    """Without rebuilding, DDP goes on averaging gradients of parameters that are no longer there."""
+    """Without rebuilding, DDP goes on averaging gradients of parameters that are no longer
+    there."""
     options = {"config": RETIRING, "shrink_at": SHRINK_AT, "leave_rebuild_out": True}
     status, said = finish(start_search(tmp_path, options, ranks=2))
     assert status != 0
@@ -134,7 +155,9 @@ def test_two_ranks_search_as_one_with_twice_the_batch(tmp_path, family):
     assert two["subnet"] == one["subnet"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
+)
 def test_a_checksum_sees_every_change(dtype):
     tensor = torch.randn(5, 7).mul(3).to(dtype)
     reference = checksum(tensor)
@@ -144,7 +167,8 @@ def test_a_checksum_sees_every_change(dtype):
         entry = changed.view(-1)[index]
         changed.view(-1)[index] = ~entry if dtype == torch.bool else entry + 1
         assert checksum(changed) != reference
-    if dtype.is_floating_point:  # in a plain sum, what happens to the highest bits of two entries would cancel
+    # in a plain sum, what happens to the highest bits of two entries would cancel
+    if dtype.is_floating_point:
         changed = tensor.clone()
         changed[0, :2] *= -1
         assert checksum(changed) != reference

@@ -1,4 +1,5 @@
-"""Importance from first-order information: what is observed, how it ranks units, and that data decides."""
+"""Importance from first-order information: what is observed, how it ranks units, and that data
+decides."""
 
 import copy
 
@@ -46,7 +47,9 @@ def observed(supernet, images, labels):
         loss.backward()
         return loss.detach()
 
-    Observation(supernet, Accelerator()).observe({"pixel_values": images, "labels": labels}, backward)
+    Observation(supernet, Accelerator()).observe(
+        {"pixel_values": images, "labels": labels}, backward
+    )
     return {name: mask.first_order.clone() for name, mask in supernet.named_masks.items()}
 
 
@@ -55,21 +58,32 @@ def test_what_is_observed_is_the_taylor_score_of_every_unit(family):
     """Found in another way: from weights and their gradients, without any mask."""
     model = tiny_model(family, dtype=torch.float64).eval()
     supernet = install_bi_masks(model, search_config(family, importance_start=1.0)).eval()
-    images, labels = tiny_images(count=4, size=model.config.image_size, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    images, labels = (
+        tiny_images(count=4, size=model.config.image_size, dtype=torch.float64),
+        torch.tensor([0, 1, 2, 0]),
+    )
     supernet.lam.fill_(1.0)
     expected = baselines.taylor_scores(model, [{"pixel_values": images, "labels": labels}])
     for name, squares in observed(supernet, images, labels).items():
-        torch.testing.assert_close(squares.double(), expected[name].double(), rtol=1e-4, atol=1e-12, msg=name)
+        torch.testing.assert_close(
+            squares.double(), expected[name].double(), rtol=1e-4, atol=1e-12, msg=name
+        )
 
 
 @both_families
-@pytest.mark.parametrize("changes", [{}, {"search_depth": True}, {"search_embedding": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"search_depth": True}, {"search_embedding": False}], ids=str
+)
 def test_every_image_has_the_gradients_that_it_would_have_alone(family, changes):
-    """Those of the importance logits, but for their slope, which is the same everywhere while importance rests."""
+    """Those of the importance logits, but for their slope, which is the same everywhere while
+    importance rests."""
     changes = changes | ({"embedding_candidates": None} if "search_embedding" in changes else {})
     model = tiny_model(family, dtype=torch.float64).eval()
     supernet = install_bi_masks(model, search_config(family, **changes))
-    images, labels = tiny_images(count=5, size=model.config.image_size, dtype=torch.float64), torch.arange(5) % 3
+    images, labels = (
+        tiny_images(count=5, size=model.config.image_size, dtype=torch.float64),
+        torch.arange(5) % 3,
+    )
     with supernet.separate_images():
         logits = supernet(images).logits
         F.cross_entropy(logits, labels, reduction="sum").backward()
@@ -88,7 +102,8 @@ def test_every_image_has_the_gradients_that_it_would_have_alone(family, changes)
 
 @both_families
 def test_units_that_are_gone_but_still_there_say_nothing(family):
-    """Neither of themselves, nor of the others: those have the gradients that they have without gates per image."""
+    """Neither of themselves, nor of the others: those have the gradients that they have without
+    gates per image."""
     supernet = tiny_supernet(family=family, dtype=torch.float64)
     supernet.lam.fill_(1.0)
     for mask in supernet.bi_masks:
@@ -105,7 +120,9 @@ def test_units_that_are_gone_but_still_there_say_nothing(family):
     assert (units[:, ~alive] == 0).all()
     largest = expected.abs().argmax()
     found = units.sum(0)
-    torch.testing.assert_close(found / found[largest], expected / expected[largest], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        found / found[largest], expected / expected[largest], rtol=1e-4, atol=1e-8
+    )
 
 
 @both_families
@@ -124,10 +141,15 @@ def test_small_groups_are_squared_although_they_are_observed_together(family):
 @both_families
 def test_less_is_kept_for_the_backward_pass_than_while_learning(family):
     """A batch that can be learned from can be observed."""
-    sizes = {"vit": {"num_hidden_layers": 4, "intermediate_size": 160}, "swin": {"mlp_ratio": 4.0}}[family]
+    sizes = {"vit": {"num_hidden_layers": 4, "intermediate_size": 160}, "swin": {"mlp_ratio": 4.0}}[
+        family
+    ]
     model = tiny_model(family, attn_implementation="sdpa", **sizes).train()
     supernet = install_bi_masks(model, SEARCHES[family](target_macs=0.9, multiple_of=1))
-    images, own = tiny_images(8, model.config.image_size), {p.untyped_storage().data_ptr() for p in model.parameters()}
+    images, own = (
+        tiny_images(8, model.config.image_size),
+        {p.untyped_storage().data_ptr() for p in model.parameters()},
+    )
     own |= {parameter.untyped_storage().data_ptr() for parameter in supernet.parameters()}
 
     def kept():
@@ -169,7 +191,9 @@ def test_overflows_do_not_count():
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=30), st.data())
 def test_as_many_units_are_important_as_are_to_be_kept(scores, data):
     count = data.draw(st.integers(1, len(scores)))
-    mask = BiMask(SubmoduleSpace("a", "mlp", num_units=len(scores), candidate_sizes=(1, len(scores))))
+    mask = BiMask(
+        SubmoduleSpace("a", "mlp", num_units=len(scores), candidate_sizes=(1, len(scores)))
+    )
     mask.first_order.copy_(torch.tensor(scores))
     mask.estimate_importance_(count)
     logits = mask.importance_logits.detach()
@@ -188,16 +212,22 @@ def test_without_observations_importance_stays(family):
     before = [mask.importance_logits.detach().clone() for mask in supernet.bi_masks]
     supernet.estimate_importance_()
     assert first_order_options(supernet.groups) == {}
-    assert all(torch.equal(a, mask.importance_logits) for a, mask in zip(before, supernet.bi_masks, strict=True))
+    assert all(
+        torch.equal(a, mask.importance_logits)
+        for a, mask in zip(before, supernet.bi_masks, strict=True)
+    )
 
 
 @both_families
 def test_what_is_observed_decides_which_units_stay(family):
-    """The best units of every submodule are made known, all others look useless: exactly these are kept."""
+    """The best units of every submodule are made known, all others look useless: exactly these are
+    kept."""
     supernet = install_bi_masks(tiny_model(family), search_config(family, target_macs=0.5))
     generator = torch.Generator().manual_seed(0)
     for mask in supernet.bi_masks:
-        mask.first_order.copy_(torch.rand(mask.first_order.shape, generator=generator).double() ** 6)
+        mask.first_order.copy_(
+            torch.rand(mask.first_order.shape, generator=generator).double() ** 6
+        )
     wanted = baselines.pruned_subnet(
         tiny_model(family),
         supernet.bi_mask_config,
@@ -216,7 +246,11 @@ def test_what_is_observed_decides_which_units_stay(family):
 
 def _flat(kept, head_dim):
     """Kept units of one submodule as a set of flat indices."""
-    return {h * head_dim + c for h, channels in kept.items() for c in channels} if isinstance(kept, dict) else set(kept)
+    return (
+        {h * head_dim + c for h, channels in kept.items() for c in channels}
+        if isinstance(kept, dict)
+        else set(kept)
+    )
 
 
 def test_the_first_phase_observes_and_changes_nothing_else(tmp_path):
@@ -224,7 +258,9 @@ def test_the_first_phase_observes_and_changes_nothing_else(tmp_path):
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            seen[state.global_step] = {k: v.detach().clone() for k, v in trainer.supernet.state_dict().items()}
+            seen[state.global_step] = {
+                k: v.detach().clone() for k, v in trainer.supernet.state_dict().items()
+            }
 
     config = search_config(importance_hold=0.25, target_macs=0.6)
     trainer = searcher(tmp_path, config, callbacks=[Look()], max_steps=12)
@@ -244,8 +280,14 @@ def test_the_first_phase_observes_and_changes_nothing_else(tmp_path):
 
 
 @both_families
-def test_while_gradients_are_observed_only_importance_has_any_and_afterwards_all_that_learns(tmp_path, family):
-    config, learning, choices = search_config(family, importance_hold=0.5, settle_at=1.0, target_macs=0.6), {}, {}
+def test_while_gradients_are_observed_only_importance_has_any_and_afterwards_all_that_learns(
+    tmp_path, family
+):
+    config, learning, choices = (
+        search_config(family, importance_hold=0.5, settle_at=1.0, target_macs=0.6),
+        {},
+        {},
+    )
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -256,7 +298,11 @@ def test_while_gradients_are_observed_only_importance_has_any_and_afterwards_all
     trainer = searcher(tmp_path, config, callbacks=[Look()], family=family, max_steps=6)
     every = {name for name, p in trainer.supernet.named_parameters() if p.requires_grad}
     trainer.train()
-    assert learning[0] == learning[2] == {name for name in every if name.endswith(".importance_logits")}
+    assert (
+        learning[0]
+        == learning[2]
+        == {name for name in every if name.endswith(".importance_logits")}
+    )
     assert learning[3] == every
     # What the choice costs is computed once while it rests, and from then on anew.
     assert choices[0] == choices[2]
@@ -266,10 +312,16 @@ def test_while_gradients_are_observed_only_importance_has_any_and_afterwards_all
 @pytest.mark.parametrize("steps", [1, 2, 4, 9, 12])
 def test_however_short_the_search_it_looks_at_the_data_first(tmp_path, steps):
     """With the phases of the preset, which fall together in few steps."""
-    config, model, found = ViTBiMaskConfig(target_macs=0.6, **AWKWARD["vit"]), tiny_model("vit").train(), []
+    config, model, found = (
+        ViTBiMaskConfig(target_macs=0.6, **AWKWARD["vit"]),
+        tiny_model("vit").train(),
+        [],
+    )
     for seed in (0, 1):
         data = rows(seed=seed, classes=2 + seed)
-        trainer = OFBTrainer(model, arguments(tmp_path, max_steps=steps), config, train_dataset=data)
+        trainer = OFBTrainer(
+            model, arguments(tmp_path, max_steps=steps), config, train_dataset=data
+        )
         trainer.train()
         assert trainer.supernet.importance_known
         assert trainer.supernet.is_settled
@@ -283,7 +335,9 @@ def test_moments_of_the_time_of_rest_are_forgotten(tmp_path):
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            steps[state.global_step] = {float(entry["step"]) for entry in trainer.optimizer.state.values()}
+            steps[state.global_step] = {
+                float(entry["step"]) for entry in trainer.optimizer.state.values()
+            }
 
     trainer.add_callback(Look())
     trainer.train()
@@ -298,7 +352,12 @@ def test_a_loss_scale_that_overflows_is_lowered_and_nothing_is_lost(tmp_path):
     scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     for trainer in (plain, scaled):
         trainer.supernet.model.classifier.weight.data *= 64  # gradients above 1
-        trainer._schedule = {"importance_phase": True, "keep_ratio": 1.0, "target": 1.0, "one_hot_weight": 0.0}
+        trainer._schedule = {
+            "importance_phase": True,
+            "keep_ratio": 1.0,
+            "target": 1.0,
+            "one_hot_weight": 0.0,
+        }
         trainer.current_gradient_accumulation_steps = 1
         trainer.training_step(trainer.supernet, default_data_collator(rows()[:8]))
     assert scaled.accelerator.scaler.get_scale() < 2.0**126
@@ -311,7 +370,12 @@ def test_images_that_are_looked_at_again_are_remembered_once(tmp_path):
     trainer = searcher(tmp_path, search_config(search_tokens=True), model=model)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     trainer.supernet.model.classifier.weight.data *= 64
-    trainer._schedule = {"importance_phase": True, "keep_ratio": 1.0, "target": 1.0, "one_hot_weight": 0.0}
+    trainer._schedule = {
+        "importance_phase": True,
+        "keep_ratio": 1.0,
+        "target": 1.0,
+        "one_hot_weight": 0.0,
+    }
     trainer.current_gradient_accumulation_steps = 1
     batch = default_data_collator(rows()[:8])
     trainer.training_step(trainer.supernet, batch)
@@ -327,7 +391,8 @@ def test_an_overflow_in_a_later_micro_batch_leaves_the_earlier_ones_as_they_were
         supernet, accelerator = tiny_supernet(), Accelerator()
         if scale is not None:
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-            accelerator.scaler.scale(torch.tensor(0.0))  # before it has scaled anything it cannot be changed
+            # before it has scaled anything it cannot be changed
+            accelerator.scaler.scale(torch.tensor(0.0))
         observation, scales = Observation(supernet, accelerator), []
 
         def backward(part, supernet=supernet, accelerator=accelerator, scales=scales):
@@ -339,7 +404,8 @@ def test_an_overflow_in_a_later_micro_batch_leaves_the_earlier_ones_as_they_were
         for last, slope in enumerate((1, 40)):  # 2^(100 + 40) is infinite, in single precision
             accelerator.gradient_state._set_sync_gradients(bool(last))
             observation.observe(
-                {"pixel_values": tiny_images(2, seed=last), "labels": torch.tensor([slope] * 2)}, backward
+                {"pixel_values": tiny_images(2, seed=last), "labels": torch.tensor([slope] * 2)},
+                backward,
             )
         found.append(torch.cat([mask.first_order.flatten() for mask in supernet.bi_masks]))
     assert scales[:2] == [2.0**100] * 2
@@ -353,7 +419,9 @@ def test_images_count_alike_however_many_micro_batches_a_step_has(tmp_path):
     seen = []
     for accumulation, steps in ((1, 5), (4, 2)):
         config = search_config(target_macs=0.6, importance_hold=1.0, settle_at=1.0)
-        trainer = searcher(tmp_path, config, max_steps=steps, gradient_accumulation_steps=accumulation)
+        trainer = searcher(
+            tmp_path, config, max_steps=steps, gradient_accumulation_steps=accumulation
+        )
         trainer.train_dataset = rows(40)
         found, estimate = {}, trainer.supernet.estimate_importance_
         masks = trainer.supernet.named_masks
@@ -389,8 +457,13 @@ def test_a_model_that_was_a_teacher_can_still_be_trained_and_searched(tmp_path):
     for _ in range(2):
         trainer = searcher(tmp_path, model=dense, max_steps=4)
         trainer.train()
-        resting = [name for name, p in trainer.supernet.model.named_parameters() if not p.requires_grad]
-        assert all(name.endswith("mask_token") for name in resting)  # nothing is repainted after the choice
+        resting = [
+            name for name, p in trainer.supernet.model.named_parameters() if not p.requires_grad
+        ]
+        # nothing is repainted after the choice
+        assert all(name.endswith("mask_token") for name in resting)
         small = trainer.compress().train()
-        DistillationTrainer(small, arguments(tmp_path, max_steps=1), teacher=dense, train_dataset=rows()).train()
+        DistillationTrainer(
+            small, arguments(tmp_path, max_steps=1), teacher=dense, train_dataset=rows()
+        ).train()
     assert all(parameter.requires_grad for parameter in dense.parameters())

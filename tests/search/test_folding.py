@@ -1,4 +1,5 @@
-"""Once everything is decided the bi-masks become part of the weights, and the network runs as if there were none."""
+"""Once everything is decided the bi-masks become part of the weights, and the network runs as if
+there were none."""
 
 import copy
 
@@ -49,8 +50,13 @@ def test_folding_for_good_keeps_the_function_and_costs_nothing(depth, family):
     assert_close(compress(supernet)(images).logits, before)
     assert calls_of(supernet, images) == calls_of(small, images)
     names = {name for name, parameter in supernet.named_parameters() if not parameter.requires_grad}
-    assert all(name.startswith(("bi_masks.", "pmim_decoder.")) or name.endswith("mask_token") for name in names)
-    assert {parameter for parameter in supernet.parameters() if not parameter.requires_grad} >= set(resting)
+    assert all(
+        name.startswith(("bi_masks.", "pmim_decoder.")) or name.endswith("mask_token")
+        for name in names
+    )
+    assert {parameter for parameter in supernet.parameters() if not parameter.requires_grad} >= set(
+        resting
+    )
     assert not supernet.repaints
     assert supernet.fold_() == {}
 
@@ -92,7 +98,9 @@ def test_a_folded_supernet_comes_back_folded(family):
     fresh.load_state_dict(supernet.state_dict())
     assert fresh.is_folded
     assert torch.equal(fresh(images).logits, supernet(images).logits)
-    trained = [{n for n, p in model.named_parameters() if p.requires_grad} for model in (fresh, supernet)]
+    trained = [
+        {n for n, p in model.named_parameters() if p.requires_grad} for model in (fresh, supernet)
+    ]
     assert trained[0] == trained[1]
 
 
@@ -114,15 +122,25 @@ def test_a_search_folds_when_it_settles(prune, tmp_path):
     trainer = searcher(tmp_path, config, callbacks=[watch], ema_decay=0.5)
     trainer.train()
     settles = round(0.75 * STEPS)
-    assert [folded for folded, _ in watch.seen] == [prune and step > settles for step in range(1, STEPS + 1)]
+    assert [folded for folded, _ in watch.seen] == [
+        prune and step > settles for step in range(1, STEPS + 1)
+    ]
     last = watch.seen[-1][1]
-    assert list(last) == ["weights", "weights_no_decay", "importance", "architecture", "pmim_decoder"]
+    assert list(last) == [
+        "weights",
+        "weights_no_decay",
+        "importance",
+        "architecture",
+        "pmim_decoder",
+    ]
     resting = [last[name] == 0 for name in ("importance", "architecture", "pmim_decoder")]
     assert resting == [prune] * 3
     assert trainer.average.average.keys() == dict(trainer.supernet.named_parameters()).keys()
     images = tiny_images()
     with torch.no_grad():
-        assert_close(trainer.compress().eval()(images).logits, trainer.supernet.eval()(images).logits)
+        assert_close(
+            trainer.compress().eval()(images).logits, trainer.supernet.eval()(images).logits
+        )
 
 
 @both_families
@@ -144,6 +162,7 @@ def test_the_average_is_folded_with_masks_of_its_own(tmp_path, family):
 
     trainer._fold = noted
     trainer.train()
-    assert [folded for *_, folded in seen] == [True, False]  # at the choice; in the last step there is nothing left to
+    # at the choice; in the last step there is nothing left to
+    assert [folded for *_, folded in seen] == [True, False]
     for before, after, _ in seen:
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)

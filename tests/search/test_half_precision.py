@@ -1,4 +1,5 @@
-"""fp16 with a loss scale, through shrinks. accelerate offers it on GPUs only; torch computes it on CPUs as well."""
+"""fp16 with a loss scale, through shrinks. accelerate offers it on GPUs only; torch computes it on
+CPUs as well."""
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ def fp16_searcher(tmp_path, monkeypatch):
         )  # fmt: skip
         monkeypatch.setattr(trainer.accelerator, "native_amp", True)
         monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", **(scaler or {"init_scale": 2.0**10}))
+        trainer.accelerator.scaler = torch.amp.GradScaler(
+            "cpu", **(scaler or {"init_scale": 2.0**10})
+        )
         return trainer
 
     return make
@@ -34,12 +37,16 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
         self._scale = optimizer.scaler.get_scale()
-        self._before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self._before = {
+            name: parameter.detach().clone() for name, parameter in model.named_parameters()
+        }
 
     def on_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
         # A fused optimizer leaves its step out by itself, so that only the scale tells.
         self.skipped.append(optimizer.scaler.get_scale() < self._scale)
-        self.moved.append(any(not torch.equal(p, self._before[name]) for name, p in model.named_parameters()))
+        self.moved.append(
+            any(not torch.equal(p, self._before[name]) for name, p in model.named_parameters())
+        )
 
 
 def losses(trainer):
@@ -53,7 +60,12 @@ def macs(trainer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_search_in_fp16_goes_as_one_in_fp32(fp16_searcher, tmp_path, family):
     plain = searcher(
-        tmp_path, family=family, max_steps=STEPS, gradient_accumulation_steps=2, max_grad_norm=0.5, ema_decay=0.9
+        tmp_path,
+        family=family,
+        max_steps=STEPS,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+        ema_decay=0.9,
     )
     plain.train()
     half = fp16_searcher(family)
@@ -73,7 +85,9 @@ def test_steps_that_overflow_are_left_out_before_and_after_shrinks(fp16_searcher
     trainer = fp16_searcher("vit", [watch], {"init_scale": 1.0, **jumps})
     trainer.train()
     hold = round(trainer.bi_mask_config.importance_hold * STEPS)
-    assert watch.moved == [step >= hold and not skipped for step, skipped in enumerate(watch.skipped)]
+    assert watch.moved == [
+        step >= hold and not skipped for step, skipped in enumerate(watch.skipped)
+    ]
     assert sum(watch.skipped) >= 2
     assert any(watch.skipped[STEPS * 3 // 4 :])  # everything is cut by then
     assert all(bool(parameter.isfinite().all()) for parameter in trainer.compress().parameters())

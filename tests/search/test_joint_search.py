@@ -1,4 +1,5 @@
-"""Widths, depth and tokens searched together under one budget: what is observed, chosen, cut, stored and refused."""
+"""Widths, depth and tokens searched together under one budget: what is observed, chosen, cut,
+stored and refused."""
 
 import itertools
 from dataclasses import replace
@@ -6,14 +7,35 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from factories import invented_table, non_uniform_vit, randomize_masks_, search_config, tiny_images, tiny_swin, tiny_vit
+from factories import (
+    invented_table,
+    non_uniform_vit,
+    randomize_masks_,
+    search_config,
+    tiny_images,
+    tiny_swin,
+    tiny_vit,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import searcher
 from torch.utils.flop_counter import FlopCounterMode
 
-from ofb_hf import SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig, compress, count_macs, install_bi_masks, read_subnet
-from ofb_hf.choice.schedule_candidates import reducing_layers, schedule_family, schedule_loss, schedule_of
+from ofb_hf import (
+    SubnetSpec,
+    SwinBiMaskConfig,
+    ViTBiMaskConfig,
+    compress,
+    count_macs,
+    install_bi_masks,
+    read_subnet,
+)
+from ofb_hf.choice.schedule_candidates import (
+    reducing_layers,
+    schedule_family,
+    schedule_loss,
+    schedule_of,
+)
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.families.description import macs_of, quantities
@@ -35,11 +57,17 @@ def joint_config(**changes):
 
 
 def observed_supernet(seed=0, shape=None, **changes):
-    """A supernet that is to believe it has observed units and tokens: random numbers, fewer tokens worth more."""
-    supernet = install_bi_masks(tiny_vit(seed, **({"num_hidden_layers": 3} | (shape or {}))), joint_config(**changes))
+    """A supernet that is to believe it has observed units and tokens: random numbers, fewer tokens
+    worth more."""
+    supernet = install_bi_masks(
+        tiny_vit(seed, **({"num_hidden_layers": 3} | (shape or {}))), joint_config(**changes)
+    )
     randomize_masks_(supernet, seed)
     generator = torch.Generator().manual_seed(seed)
-    for buffer in [*(mask.first_order for mask in supernet.bi_masks), supernet.tokens.first_order[1:-1]]:
+    for buffer in [
+        *(mask.first_order for mask in supernet.bi_masks),
+        supernet.tokens.first_order[1:-1],
+    ]:
         buffer.copy_(torch.rand(buffer.shape, generator=generator))
     return supernet
 
@@ -52,7 +80,7 @@ def flops(model):
     return counter.get_total_flops()
 
 
-# ---------------------------------------------------------------------------------------------------------- observing
+# ---------------------------------------------------------------------------------------- observing
 
 
 def test_what_merging_would_change_is_the_gradient_along_the_way_to_the_merged_tokens():
@@ -68,7 +96,9 @@ def test_what_merging_would_change_is_the_gradient_along_the_way_to_the_merged_t
             merged, _ = merge_tokens(ranked[None], torch.ones(1, 9), count)
             # Where each token went: the token of the merged ones that holds it.
             similarity = torch.cosine_similarity(ranked[:, None], ranked[None, 1:count], dim=-1)
-            place = torch.tensor([i if i < count else int(similarity[i].argmax()) + 1 for i in range(9)])
+            place = torch.tensor(
+                [i if i < count else int(similarity[i].argmax()) + 1 for i in range(9)]
+            )
             torch.testing.assert_close(row[image], (slope * (merged[0, place] - ranked)).sum())
 
 
@@ -84,7 +114,8 @@ def test_a_probe_changes_nothing_and_sees_every_backward_pass():
         watched.logits.square().mean().backward()
         seen = supernet.changes_of_images()[1].view(4, 3, -1)
         assert (seen[:, 1] != 0).all()
-        assert (seen[:, [0, 2]] == 0).all()  # the first layer is not asked, and nobody reads the last one's patches
+        # the first layer is not asked, and nobody reads the last one's patches
+        assert (seen[:, [0, 2]] == 0).all()
         assert supernet.changes_of_images()[1].abs().sum() == 0  # what was seen is seen once
     supernet.watch_tokens_(False)
     assert not any(isinstance(module, TokenProbe) for module in supernet.modules())
@@ -99,7 +130,7 @@ def test_merging_is_tried_from_one_patch_to_all_but_one():
         assert counts[-1] == tokens - 1
 
 
-# ----------------------------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 
 @given(st.integers(0, 1000), st.sets(st.integers(1, 4)))
@@ -108,7 +139,9 @@ def test_a_family_goes_from_all_tokens_to_the_fewest(seed, reducing):
     generator = np.random.default_rng(seed)
     curves = np.sort(generator.exponential(size=(5, 18)), axis=1)[:, ::-1].copy()
     curves[:, 17] = 0
-    family = schedule_family(config, quantities({"embeddings": (40,), **block_sizes(5)}), curves, reducing)
+    family = schedule_family(
+        config, quantities({"embeddings": (40,), **block_sizes(5)}), curves, reducing
+    )
     assert family[0] == full_schedule(config)
     assert all(set(reducing_layers(schedule, 17)) <= reducing for schedule in family)
     for schedule in family:
@@ -118,12 +151,18 @@ def test_a_family_goes_from_all_tokens_to_the_fewest(seed, reducing):
     singles = [schedule_of([17] * layer + [2] * (5 - layer), 17) for layer in sorted(reducing)]
     assert all(schedule in family for schedule in singles)
     macs = [schedule_cost(config, schedule) for schedule in family]
-    assert min(macs) == min(schedule_cost(config, schedule) for schedule in (family[0], *singles[:1]))
+    assert min(macs) == min(
+        schedule_cost(config, schedule) for schedule in (family[0], *singles[:1])
+    )
 
 
 def block_sizes(layers):
     """Sizes of the blocks of `vit_config`."""
-    return {f"layers.{i}.{half}": size for i in range(layers) for half, size in (("attention", (5, 8)), ("mlp", (72,)))}
+    return {
+        f"layers.{i}.{half}": size
+        for i in range(layers)
+        for half, size in (("attention", (5, 8)), ("mlp", (72,)))
+    }
 
 
 @settings(max_examples=20)
@@ -149,7 +188,8 @@ def test_the_cheapest_schedule_of_any_widths_is_in_the_family(seed, timed, price
 
 
 def falling_schedules(reducing, layers):
-    """Schedules of 17 tokens that reduce in these layers only, to numbers from all over the range."""
+    """Schedules of 17 tokens that reduce in these layers only, to numbers from all over the
+    range."""
     for counts in itertools.combinations_with_replacement((17, 16, 12, 9, 5, 3, 2), len(reducing)):
         at, left = dict(zip(sorted(reducing), counts, strict=True)), [17]
         for layer in range(layers):
@@ -157,11 +197,16 @@ def falling_schedules(reducing, layers):
         yield schedule_of(left[1:], 17)
 
 
-# ------------------------------------------------------------------------------------------------------------ choosing
+# ----------------------------------------------------------------------------------------- choosing
 
 
 @settings(max_examples=12)
-@given(st.integers(0, 1000), st.floats(0.25, 0.9), st.sampled_from([False, True, "attention"]), st.booleans())
+@given(
+    st.integers(0, 1000),
+    st.floats(0.25, 0.9),
+    st.sampled_from([False, True, "attention"]),
+    st.booleans(),
+)
 def test_the_budget_holds_and_is_used_and_costs_are_exact(seed, share, depth, large):
     shape = {"image_size": 32} if large else {}
     supernet = observed_supernet(seed, shape, target_macs=share, search_depth=depth)
@@ -181,12 +226,15 @@ def test_the_budget_holds_and_is_used_and_costs_are_exact(seed, share, depth, la
 def compress_dense(supernet):
     """A classifier of the dense widths."""
     model = type(supernet.model)(supernet.config)
-    model.load_state_dict({k: v for k, v in supernet.model.state_dict().items() if not k.endswith("mask_token")})
+    model.load_state_dict(
+        {k: v for k, v in supernet.model.state_dict().items() if not k.endswith("mask_token")}
+    )
     return model
 
 
 def test_all_tokens_are_no_schedule_wherever_they_were_decided_on():
-    """In the supernet, in what is cut from it, in the subnet and its JSON, and in cuts by the subnet's indices."""
+    """In the supernet, in what is cut from it, in the subnet and its JSON, and in cuts by the
+    subnet's indices."""
     supernet = observed_supernet(target_macs=0.9)
     dense, every = compress_dense(supernet), full_schedule(supernet.config)
     supernet.decide_tokens_(every)
@@ -194,12 +242,16 @@ def test_all_tokens_are_no_schedule_wherever_they_were_decided_on():
     assert supernet.token_schedule == every  # it is decided, though
     assert small.config.token_schedule is subnet.token_schedule is None
     assert "token_schedule" not in subnet.to_json()
-    assert slice_model(dense, SubnetSpec(subnet.kept, every)).config.to_dict() == small.config.to_dict()
+    assert (
+        slice_model(dense, SubnetSpec(subnet.kept, every)).config.to_dict()
+        == small.config.to_dict()
+    )
     supernet.settle_()
     supernet.shrink_()
     assert supernet.tokens.acts
     assert supernet.config.token_schedule is supernet.fold().config.token_schedule is None
-    assert pad_to_stock(small)(tiny_images()).logits.shape == (2, 3)  # no schedule stands in the way of that
+    # no schedule stands in the way of that
+    assert pad_to_stock(small)(tiny_images()).logits.shape == (2, 3)
 
 
 def test_expected_macs_of_one_choice_are_those_of_the_result():
@@ -237,7 +289,8 @@ NON_UNIFORM = {  # candidates for `non_uniform_vit`
 
 
 def smallest_by_trying(model, config):
-    """What the smallest network of a search costs: the smallest of all sizes and schedules that are allowed."""
+    """What the smallest network of a search costs: the smallest of all sizes and schedules that are
+    allowed."""
     architecture, space = describe(model.config), config.search_space(model.config)
     attentions = [name for name in architecture.attentions if all(architecture.sizes[name])]
     sizes = {s.name: (s.sizes[0], next(size for size in s.sizes if all(size))) for s in space}
@@ -246,12 +299,16 @@ def smallest_by_trying(model, config):
         terms = config.terms(scheduled(model.config, schedule))
         needed = {f"layers.{layer}.attention" for layer in reducing_layers(schedule, 17)}
         for present in [needed] if needed else [{name} for name in attentions]:
-            chosen = {name: some if name in present else fewest for name, (fewest, some) in sizes.items()}
+            chosen = {
+                name: some if name in present else fewest for name, (fewest, some) in sizes.items()
+            }
             costs.append(evaluate_terms(terms, quantities(architecture.sizes | chosen)))
     return min(costs)
 
 
-@pytest.mark.parametrize("price", [None, 0, 10**4], ids=["macs", "cheap reductions", "dear reductions"])
+@pytest.mark.parametrize(
+    "price", [None, 0, 10**4], ids=["macs", "cheap reductions", "dear reductions"]
+)
 @pytest.mark.parametrize("depth", [False, True, "attention", "mlp"])
 @pytest.mark.parametrize("is_stock", [True, False])
 def test_budgets_are_refused_below_the_smallest_network_and_nowhere_else(is_stock, depth, price):
@@ -264,7 +321,9 @@ def test_budgets_are_refused_below_the_smallest_network_and_nowhere_else(is_stoc
         table.coefficients["stages.0.reduction"]["presence"] *= price
         fields = {"target_macs": None, "target_latency_ms": 1e-9, "latency_table": table.to_dict()}
     for tokens in (False, True):
-        config[tokens] = search_config(search_tokens=tokens, search_depth=depth, **candidates | fields)
+        config[tokens] = search_config(
+            search_tokens=tokens, search_depth=depth, **candidates | fields
+        )
         with pytest.raises(UnreachableBudgetError, match="smallest subnet") as refused:
             install_bi_masks(model, config[tokens])
         smallest[tokens] = refused.value.smallest
@@ -274,13 +333,15 @@ def test_budgets_are_refused_below_the_smallest_network_and_nowhere_else(is_stoc
     exactly = replace(config[True], **{name: config[True].absolute(smallest[True])})
     small = compress(install_bi_masks(model, exactly))
     assert (
-        evaluate_terms(exactly.terms(describe(small.config)), quantities(describe(small.config).sizes))
+        evaluate_terms(
+            exactly.terms(describe(small.config)), quantities(describe(small.config).sizes)
+        )
         == smallest[True]
     )
     assert describe_space(model, config[True])["macs"] == count_macs(small)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +375,8 @@ def test_a_search_ends_with_fewer_units_and_fewer_tokens(finished):
 
 @pytest.mark.parametrize("step", [4, 12, 20])
 def test_a_resumed_search_ends_where_the_uninterrupted_one_does(finished, step, tmp_path):
-    """From among the observing steps, from between choice of tokens and settlement, and from after it."""
+    """From among the observing steps, from between choice of tokens and settlement, and from after
+    it."""
     trainer, folder = finished
     again = run(tmp_path, str(folder / f"checkpoint-{step}"))
     ours, theirs = again.supernet.state_dict(), trainer.supernet.state_dict()
@@ -324,11 +386,18 @@ def test_a_resumed_search_ends_where_the_uninterrupted_one_does(finished, step, 
 
 
 def test_small_micro_batches_observe_what_large_ones_do(tmp_path):
-    """Of the same images: the scale of the loss is that of the units', so both are counted in the same money."""
+    """Of the same images: the scale of the loss is that of the units', so both are counted in the
+    same money."""
     found = []
     for batch, accumulate in ((8, 1), (4, 2)):
-        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "max_steps": 4}
-        trainer = searcher(tmp_path / str(batch), joint_config(), tiny_vit(num_hidden_layers=3).train(), **changes)
+        changes = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulate,
+            "max_steps": 4,
+        }
+        trainer = searcher(
+            tmp_path / str(batch), joint_config(), tiny_vit(num_hidden_layers=3).train(), **changes
+        )
         trainer.train()
         units = sum(float(mask.first_order.sum()) for mask in trainer.supernet.bi_masks)
         found.append(trainer.supernet.tokens.first_order / units)
@@ -336,7 +405,7 @@ def test_small_micro_batches_observe_what_large_ones_do(tmp_path):
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -356,13 +425,17 @@ def test_what_cannot_go_together_is_refused_in_words(fields, message):
 def test_models_without_a_class_token_and_families_are_refused():
     with pytest.raises(ValueError, match=r"SwinConfig has no class token"):
         install_bi_masks(tiny_swin(), SwinBiMaskConfig(search_tokens=True))
-    with pytest.raises(ValueError, match=r"search_tokens is True and target_macs is \[0.7, 0.5\].*one budget"):
+    with pytest.raises(
+        ValueError, match=r"search_tokens is True and target_macs is \[0.7, 0.5\].*one budget"
+    ):
         SearchArguments(search_tokens=True, target_macs=["0.7,0.5"])
 
 
 def test_layers_that_have_lost_their_attention_already_let_tokens_pass():
     model = non_uniform_vit()  # without attention in the fourth and the last of six layers
-    supernet = install_bi_masks(model, ViTBiMaskConfig(target_macs=0.6, multiple_of=1, search_tokens=True))
+    supernet = install_bi_masks(
+        model, ViTBiMaskConfig(target_macs=0.6, multiple_of=1, search_tokens=True)
+    )
     for mask in supernet.bi_masks:
         mask.first_order.fill_(1.0)  # and tokens are worth nothing
     supernet.estimate_importance_()

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ofb_hf.search.phases import budget_share, importance_weight, is_retirement_step, keep_ratio, one_hot_weight, ramp
+from ofb_hf.search.phases import (
+    budget_share,
+    importance_weight,
+    is_retirement_step,
+    keep_ratio,
+    one_hot_weight,
+    ramp,
+)
 
 STEPS = st.floats(-10, 1000)
 VALUES = st.floats(0, 1)
@@ -34,27 +41,35 @@ def test_without_warmup_the_end_holds_from_the_start(warmup):
 
 
 @pytest.mark.parametrize(
-    ("step", "lam", "keep"), [(0, 0.99, 0.95), (1, 0.9455, 0.94), (10, 0.545, 0.85), (20, 0.1, 0.75), (21, 0.1, 0.75)]
+    ("step", "lam", "keep"),
+    [(0, 0.99, 0.95), (1, 0.9455, 0.94), (10, 0.545, 0.85), (20, 0.1, 0.75), (21, 0.1, 0.75)],
 )
 def test_the_published_constants(step, lam, keep):
     assert importance_weight(step, 20) == pytest.approx(lam)
     assert keep_ratio(step, 20) == pytest.approx(keep)
 
 
-@pytest.mark.parametrize(("tokens", "start", "end"), [(100, 0.2, 0.05), (100, 1.0, 0.45), (225, 1.0, 0.44)])
+@pytest.mark.parametrize(
+    ("tokens", "start", "end"), [(100, 0.2, 0.05), (100, 1.0, 0.45), (225, 1.0, 0.44)]
+)
 def test_no_step_hides_more_patches_than_the_lower_ratio_says(tokens, start, end):
-    """Whole numbers of patches: an error of rounding would be one of them, which nothing would repaint."""
+    """Whole numbers of patches: an error of rounding would be one of them, which nothing would
+    repaint."""
     kept = [int(tokens * keep_ratio(step, 7, start, end)) for step in range(9)]
     assert min(kept) == int(tokens * end)
 
 
 def test_the_budget_shrinks_from_the_dense_cost():
-    assert [budget_share(step, 4, 0.3) for step in (0, 2, 4, 9)] == pytest.approx([1, 0.65, 0.3, 0.3])
+    assert [budget_share(step, 4, 0.3) for step in (0, 2, 4, 9)] == pytest.approx(
+        [1, 0.65, 0.3, 0.3]
+    )
     assert budget_share(0, 0, 0.3) == pytest.approx(0.3)
 
 
 def test_one_hot_pressure_builds_up_late():
-    assert [one_hot_weight(step, 4, 8, 0.2) for step in (0, 3, 4, 6, 8, 50)] == pytest.approx([0, 0, 0, 0.1, 0.2, 0.2])
+    assert [one_hot_weight(step, 4, 8, 0.2) for step in (0, 3, 4, 6, 8, 50)] == pytest.approx(
+        [0, 0, 0, 0.1, 0.2, 0.2]
+    )
     assert one_hot_weight(0, 0, 0, 0.5) == 0.5
 
 

@@ -1,4 +1,5 @@
-"""A search led by data finds the units that were made useless before dense training; the published recipe does not."""
+"""A search led by data finds the units that were made useless before dense training; the published
+recipe does not."""
 
 import copy
 import sys
@@ -24,7 +25,8 @@ def planted():
 @pytest.mark.slow
 @pytest.mark.parametrize(("noise", "removed"), [(0.0, 95), (0.1, 93)])
 def test_ours_removes_the_useless_and_keeps_the_useful(planted, noise, removed):
-    """Useless units have no gradient at all, or a little one: then some fill what is left of the budget."""
+    """Useless units have no gradient at all, or a little one: then some fill what is left of the
+    budget."""
     units, model = planted[0], copy.deepcopy(planted[1])
     torch.manual_seed(0)
     planted_task.CutOff(model, units).disturb_(noise)
@@ -59,7 +61,8 @@ def test_paper_preset_meets_the_budget_but_is_not_led_by_the_data(planted):
 
 
 def subnets(model, rows, target, seeds, steps=100):
-    """What a short search keeps that looks at much data first: one flat set of (submodule, unit) per seed."""
+    """What a short search keeps that looks at much data first: one flat set of (submodule, unit)
+    per seed."""
     found = []
     for seed in seeds:
         phases = {
@@ -72,15 +75,20 @@ def subnets(model, rows, target, seeds, steps=100):
         config = ViTBiMaskConfig(target_macs=target, search_embedding=False, pmim=False, **phases)
         with tempfile.TemporaryDirectory() as folder:
             args = planted_task.arguments(folder, steps, seed, learning_rate=5e-4)
-            trainer = OFBTrainer(model, args, config, train_dataset=rows, data_collator=planted_task.augment)
+            trainer = OFBTrainer(
+                model, args, config, train_dataset=rows, data_collator=planted_task.augment
+            )
             trainer.train()
         kept = trainer.read_subnet()
-        found.append({(name, unit) for name in kept.kept for unit in planted_task.useful_units(kept, name)})
+        found.append(
+            {(name, unit) for name in kept.kept for unit in planted_task.useful_units(kept, name)}
+        )
     return found
 
 
 def overlaps(some, others):
-    """Mean share of units that two searches have in common, over all pairs of different searches."""
+    """Mean share of units that two searches have in common, over all pairs of different
+    searches."""
     pairs = [(a, b) for a in some for b in others if a is not b]
     return sum(len(a & b) / len(a | b) for a, b in pairs) / len(pairs)
 
@@ -91,7 +99,9 @@ def test_the_subnet_depends_on_the_labels_more_than_on_the_seed(planted):
     units, model = planted
     rows = planted_task.digits(train=True)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    shuffled = [row | {"labels": rows[other]["labels"]} for row, other in zip(rows, order, strict=True)]
+    shuffled = [
+        row | {"labels": rows[other]["labels"]} for row, other in zip(rows, order, strict=True)
+    ]
     target = 0.6 * count_macs(model, units) / count_macs(model)
     true, false = (subnets(model, data, target, seeds=(0, 1, 2)) for data in (rows, shuffled))
     assert overlaps(true, true) > overlaps(true, false) + 0.02

@@ -1,4 +1,5 @@
-"""Masked image modelling: the separable normalisation equals the naive one, and only hidden patches count."""
+"""Masked image modelling: the separable normalisation equals the naive one, and only hidden patches
+count."""
 
 import pytest
 import torch
@@ -19,29 +20,41 @@ from ofb_hf.search.pmim import (
 
 
 def naive_target(pixels: torch.Tensor, window: int) -> torch.Tensor:
-    """Every pixel standardised by the unbiased variance of the pixels in its window, one window at a time."""
+    """Every pixel standardised by the unbiased variance of the pixels in its window, one window at
+    a time."""
     half, (height, width) = window // 2, pixels.shape[-2:]
     target = torch.empty_like(pixels)
     for row in range(height):
         for column in range(width):
-            rows, columns = slice(max(0, row - half), row + half + 1), slice(max(0, column - half), column + half + 1)
+            rows, columns = (
+                slice(max(0, row - half), row + half + 1),
+                slice(max(0, column - half), column + half + 1),
+            )
             patch = pixels[..., rows, columns].flatten(-2)
             variance = patch.var(-1, correction=1 if patch.shape[-1] > 1 else 0)
-            target[..., row, column] = (pixels[..., row, column] - patch.mean(-1)) / (variance + 1e-6).sqrt()
+            target[..., row, column] = (pixels[..., row, column] - patch.mean(-1)) / (
+                variance + 1e-6
+            ).sqrt()
     return target
 
 
-@pytest.mark.parametrize(("height", "width", "window"), [(9, 13, 3), (9, 13, 5), (7, 6, 11), (5, 8, 47), (4, 3, 1)])
+@pytest.mark.parametrize(
+    ("height", "width", "window"), [(9, 13, 3), (9, 13, 5), (7, 6, 11), (5, 8, 47), (4, 3, 1)]
+)
 def test_normalized_target_equals_the_naive_one(height, width, window):
     pixels = 2 * torch.randn(2, 3, height, width, dtype=torch.float64) + 5
-    torch.testing.assert_close(normalize_target(pixels, window), naive_target(pixels, window), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        normalize_target(pixels, window), naive_target(pixels, window), atol=1e-6, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("window", [3, 11, 47])
 def test_brightness_and_contrast_do_not_matter(window):
     pixels = torch.randn(2, 3, 20, 24)
     target = normalize_target(pixels, window)
-    torch.testing.assert_close(normalize_target(50 * pixels + 1000, window), target, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(
+        normalize_target(50 * pixels + 1000, window), target, atol=2e-2, rtol=2e-2
+    )
     assert (normalize_target(torch.full_like(pixels, 300.0), window).abs() < 1e-3).all()
 
 
@@ -97,14 +110,17 @@ def test_a_keep_ratio_that_is_no_share_is_refused(keep):
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.data())
 def test_a_refined_mask_hides_the_same_regions(rows, columns, factor, data):
-    """Every fine cell is hidden if the coarse cell that covers it is; coarse cells may reach beyond the fine grid."""
+    """Every fine cell is hidden if the coarse cell that covers it is; coarse cells may reach beyond
+    the fine grid."""
     finer = tuple(factor * side - data.draw(st.integers(0, factor - 1)) for side in (rows, columns))
     masked = torch.rand(2, rows * columns) < 0.5
     refined = refine_mask(masked, (rows, columns), finer, factor)
     assert refined.shape == (2, finer[0] * finer[1])
     assert refined.dtype == torch.bool
     expected = [
-        masked[:, (row // factor) * columns + column // factor] for row in range(finer[0]) for column in range(finer[1])
+        masked[:, (row // factor) * columns + column // factor]
+        for row in range(finer[0])
+        for column in range(finer[1])
     ]
     assert torch.equal(refined, torch.stack(expected, 1))
 
@@ -113,7 +129,10 @@ def test_a_refined_mask_at_a_ragged_border():
     """3 x 5 cells under 2 x 3 cells of two by two: the last row and column are half as large."""
     coarse = torch.tensor([[True, False, True, False, False, True]])
     fine = [[1, 1, 0, 0, 1], [1, 1, 0, 0, 1], [0, 0, 0, 0, 1]]
-    assert refine_mask(coarse, (2, 3), (3, 5), 2).view(3, 5).tolist() == torch.tensor(fine).bool().tolist()
+    assert (
+        refine_mask(coarse, (2, 3), (3, 5), 2).view(3, 5).tolist()
+        == torch.tensor(fine).bool().tolist()
+    )
 
 
 def test_a_mask_that_needs_no_refinement_stays_as_it_is():
@@ -134,7 +153,9 @@ def test_cut_patches_are_the_pixels_of_the_patches_that_were_asked_for(rows, col
     for image, of_image, patches in zip(padded, chosen.tolist(), cut, strict=True):
         for patch, pixels in zip(of_image, patches, strict=True):
             row, column = (size * index for index in divmod(patch, columns))
-            assert torch.equal(pixels.view(3, size, size), image[:, row : row + size, column : column + size])
+            assert torch.equal(
+                pixels.view(3, size, size), image[:, row : row + size, column : column + size]
+            )
 
 
 def test_hidden_patches_come_first_among_those_that_are_repainted():
@@ -151,7 +172,9 @@ def test_the_decoder_paints_a_token_as_its_patch_would_be_cut():
     decoder, tokens = PMIMDecoder(hidden_size=5, stride=4, num_channels=2), torch.randn(1, 6, 5)
     picture = F.pixel_shuffle(decoder.projection(tokens.mT.unflatten(2, (2, 3))), 4)
     chosen = torch.tensor([[4, 0, 5]])
-    torch.testing.assert_close(decoder(tokens[:, chosen[0]]), cut_patches(picture, (2, 3), 4, chosen))
+    torch.testing.assert_close(
+        decoder(tokens[:, chosen[0]]), cut_patches(picture, (2, 3), 4, chosen)
+    )
 
 
 @pytest.mark.parametrize(("hidden", "params"), [(384, 295_680), (768, 590_592)])
@@ -162,13 +185,17 @@ def test_the_decoder_has_the_published_size(hidden, params):
 def loss_of(picture, target, masked, grid, count=None):
     """The loss of a painted picture with patches of 4 pixels, of which `count` are looked at."""
     repainted = hidden_first(masked, masked.shape[1] if count is None else count)
-    return reconstruction_loss(cut_patches(picture, grid, 4, repainted), target, masked, grid, 4, repainted)
+    return reconstruction_loss(
+        cut_patches(picture, grid, 4, repainted), target, masked, grid, 4, repainted
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_reconstruction_loss_sees_hidden_patches_only(count):
     target, picture = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12)
-    masked = torch.tensor([[True, False, False, False, False, True], [False, True, False, False, False, False]])
+    masked = torch.tensor(
+        [[True, False, False, False, False, True], [False, True, False, False, False, False]]
+    )
     errors = (picture - target).abs().mean(1)
     hidden = [errors[0, :4, :4], errors[0, 4:, 8:], errors[1, :4, 4:8]]
     loss = loss_of(picture, target, masked, (2, 3), count)
@@ -178,9 +205,12 @@ def test_reconstruction_loss_sees_hidden_patches_only(count):
 
 
 def test_reconstruction_beyond_the_image_does_not_count():
-    """6 x 9 pixels under 2 x 3 patches of 4: what is painted on padding is left out, of hidden patches too."""
+    """6 x 9 pixels under 2 x 3 patches of 4: what is painted on padding is left out, of hidden
+    patches too."""
     target, picture = torch.randn(2, 3, 6, 9), torch.randn(2, 3, 8, 12)
-    masked = torch.tensor([[True, False, False, False, True, True], [False, False, True, False, False, False]])
+    masked = torch.tensor(
+        [[True, False, False, False, True, True], [False, False, True, False, False, False]]
+    )
     errors = (picture[..., :6, :9] - target).abs().mean(1)
     hidden = [errors[0, :4, :4], errors[0, 4:, 4:8], errors[0, 4:, 8:], errors[1, :4, 8:]]
     expected = torch.cat([region.flatten() for region in hidden]).mean().item()
@@ -202,7 +232,9 @@ def test_pixels_that_no_patch_covers_do_not_count():
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_reconstruction_loss_without_hidden_patches_is_zero_and_differentiable(count):
     picture = torch.randn(1, 3, 8, 8, requires_grad=True)
-    loss = loss_of(picture, torch.randn(1, 3, 8, 8), torch.zeros(1, 4, dtype=torch.bool), (2, 2), count)
+    loss = loss_of(
+        picture, torch.randn(1, 3, 8, 8), torch.zeros(1, 4, dtype=torch.bool), (2, 2), count
+    )
     loss.backward()
     assert loss.item() == 0
     assert (picture.grad == 0).all()

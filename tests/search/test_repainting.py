@@ -1,4 +1,5 @@
-"""Masked images through a supernet: what is hidden is not seen, and every token repaints the pixels it stands for."""
+"""Masked images through a supernet: what is hidden is not seen, and every token repaints the pixels
+it stands for."""
 
 import copy
 from typing import Any
@@ -11,11 +12,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ofb_hf import install_bi_masks
-from ofb_hf.search.pmim import cut_patches, mask_patches, normalize_target, reconstruction_loss, refine_mask
+from ofb_hf.search.pmim import (
+    cut_patches,
+    mask_patches,
+    normalize_target,
+    reconstruction_loss,
+    refine_mask,
+)
 from ofb_hf.search.supernet import Supernet
 
 # A ViT ignores the pixels that no patch covers, a Swin pads: its grids of 9, and of 9 x 7, are odd.
-SIZES = [("vit", 16), ("vit", [16, 24]), ("vit", 18), ("swin", 16), ("swin", 18), ("swin", 17), ("swin", [18, 14])]
+SIZES = [
+    ("vit", 16),
+    ("vit", [16, 24]),
+    ("vit", 18),
+    ("swin", 16),
+    ("swin", 18),
+    ("swin", 17),
+    ("swin", [18, 14]),
+]
 every_size = pytest.mark.parametrize(("family", "image_size"), SIZES, ids=str)
 
 
@@ -29,8 +44,13 @@ def supernet_for(family: str, **overrides: Any) -> Supernet:
 
 def picture_of(supernet: Supernet, images: Tensor, hidden: Tensor) -> Tensor:
     """What all final tokens paint, as a picture (B, channels, height, width)."""
-    patches, architecture = supernet(images, bool_masked_pos=hidden).reconstruction, supernet.architecture
-    return F.pixel_shuffle(patches.mT.unflatten(2, architecture.token_grid), architecture.token_size)
+    patches, architecture = (
+        supernet(images, bool_masked_pos=hidden).reconstruction,
+        supernet.architecture,
+    )
+    return F.pixel_shuffle(
+        patches.mT.unflatten(2, architecture.token_grid), architecture.token_size
+    )
 
 
 def paint_(images: Tensor, patch: int, columns: int, size: int) -> Tensor:
@@ -56,7 +76,8 @@ def test_hidden_patches_are_not_seen_and_all_others_are(family, image_size):
 
 @every_size
 def test_the_picture_covers_the_image_by_whole_tokens(family, image_size):
-    """Swin's picture reaches over the border by less than a token; a ViT's falls short of what no patch covers."""
+    """Swin's picture reaches over the border by less than a token; a ViT's falls short of what no
+    patch covers."""
     supernet = supernet_for(family, image_size=image_size)
     images, stride = images_for(supernet), supernet.architecture.token_size
     picture = picture_of(supernet, images, masked_patches(supernet))
@@ -99,13 +120,20 @@ def test_the_loss_counts_the_pixels_of_hidden_patches_and_no_others(family, imag
     architecture, images = supernet.architecture, images_for(supernet)
     (rows, columns), patch = architecture.token_grid, architecture.patch_size
     tokens = mask_patches(2, rows * columns, 0.7, torch.Generator().manual_seed(1))
-    patches = refine_mask(tokens, (rows, columns), architecture.patch_grid, architecture.token_size // patch)
+    patches = refine_mask(
+        tokens, (rows, columns), architecture.patch_grid, architecture.token_size // patch
+    )
     picture = picture_of(supernet, images, patches)
     picture.retain_grad()
     target, size = normalize_target(images, supernet.pmim_window), architecture.token_size
     every = torch.arange(rows * columns).expand(2, -1)
     loss = reconstruction_loss(
-        cut_patches(picture, (rows, columns), size, every), target, tokens, (rows, columns), size, every
+        cut_patches(picture, (rows, columns), size, every),
+        target,
+        tokens,
+        (rows, columns),
+        size,
+        every,
     )
     loss.backward()
     assert loss.isfinite()
@@ -121,7 +149,9 @@ def test_the_loss_counts_the_pixels_of_hidden_patches_and_no_others(family, imag
 
 
 @pytest.mark.parametrize(
-    ("family", "overrides"), [("vit", {}), ("swin", {}), ("swin", {"use_absolute_embeddings": True})], ids=str
+    ("family", "overrides"),
+    [("vit", {}), ("swin", {}), ("swin", {"use_absolute_embeddings": True})],
+    ids=str,
 )
 def test_all_that_enters_the_residual_stream_is_scaled_by_the_mask(family, overrides):
     """Visible patches, the token in the place of hidden ones, positions and the class token."""
@@ -152,7 +182,10 @@ def test_tokens_that_are_not_asked_for_are_not_painted_and_the_others_as_ever(fa
     every = supernet(images, bool_masked_pos=hidden).reconstruction
     repainted = torch.stack([torch.randperm(every.shape[1])[:3] for _ in images])
     some = supernet(images, bool_masked_pos=hidden, repainted=repainted).reconstruction
-    assert_close(some, torch.stack([of_image[chosen] for of_image, chosen in zip(every, repainted, strict=True)]))
+    assert_close(
+        some,
+        torch.stack([of_image[chosen] for of_image, chosen in zip(every, repainted, strict=True)]),
+    )
 
 
 def test_images_of_another_size_are_refused_in_words_when_they_are_to_be_repainted():
@@ -165,5 +198,7 @@ def test_images_of_another_size_are_refused_in_words_when_they_are_to_be_repaint
 def test_arguments_that_masked_images_would_lose_are_refused(family):
     supernet = supernet_for(family)
     for lost in ({"labels": torch.tensor([0, 1])}, {"output_hidden_states": True}):
-        with pytest.raises(ValueError, match=f"{next(iter(lost))}.* are given beside bool_masked_pos"):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(lost))}.* are given beside bool_masked_pos"
+        ):
             supernet(images_for(supernet), bool_masked_pos=masked_patches(supernet), **lost)

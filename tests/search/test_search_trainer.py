@@ -1,4 +1,5 @@
-"""The search as a training run: it shrinks, meets the budget, logs, resumes, and refuses what cannot work."""
+"""The search as a training run: it shrinks, meets the budget, logs, resumes, and refuses what
+cannot work."""
 
 import json
 import math
@@ -84,7 +85,13 @@ def test_every_trainable_parameter_has_one_named_group_and_gets_a_gradient(tmp_p
     trainer = searcher(tmp_path, callbacks=[Look()], max_steps=2)
     parameters = sorted(id(parameter) for parameter in trainer.supernet.parameters())
     trainer.train()
-    assert list(groups) == ["weights", "weights_no_decay", "importance", "architecture", "pmim_decoder"]
+    assert list(groups) == [
+        "weights",
+        "weights_no_decay",
+        "importance",
+        "architecture",
+        "pmim_decoder",
+    ]
     grouped = [id(parameter) for group in groups.values() for parameter in group["params"]]
     assert sorted(grouped) == parameters
     assert groups["architecture"]["betas"] == (0.5, 0.999)
@@ -100,14 +107,22 @@ class KeepGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         named = kwargs["model"].named_parameters()
-        self.steps.append({name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None})
+        self.steps.append(
+            {
+                name: parameter.grad.clone()
+                for name, parameter in named
+                if parameter.grad is not None
+            }
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_learns_the_same_from_a_teacher_of_ours_as_from_the_stock_one(tmp_path, family):
     stock, losses = tiny_model(family), []
     for teacher in (stock, ours(family)):
-        trainer = DistillationTrainer(tiny_model(family, seed=1), arguments(tmp_path), teacher=teacher)
+        trainer = DistillationTrainer(
+            tiny_model(family, seed=1), arguments(tmp_path), teacher=teacher
+        )
         batch = default_data_collator(rows()[:4])
         losses.append(trainer.task_loss(torch.zeros(4, 3), batch["pixel_values"], batch["labels"]))
     torch.testing.assert_close(*losses)
@@ -131,18 +146,25 @@ def brighter(module, args, kwargs):
 @pytest.mark.parametrize("kind", ["hooked", "subclass", "compiled"])
 def test_a_teacher_of_ours_answers_as_if_called(tmp_path, kind):
     """With its hooks, with its own forward pass, and by its compiled code."""
-    graphs, teacher = [], (Sharper if kind == "subclass" else OFBViTForImageClassification).from_dense(tiny_vit())
+    graphs, teacher = (
+        [],
+        (Sharper if kind == "subclass" else OFBViTForImageClassification).from_dense(tiny_vit()),
+    )
     if kind == "hooked":
         teacher.register_forward_pre_hook(brighter, with_kwargs=True)
     if kind == "compiled":
-        teacher = torch.compile(teacher, backend=lambda graph, inputs: graphs.append(graph) or graph)
+        teacher = torch.compile(
+            teacher, backend=lambda graph, inputs: graphs.append(graph) or graph
+        )
     trainer = DistillationTrainer(tiny_vit(seed=1), arguments(tmp_path), teacher=teacher)
     batch, logits = default_data_collator(rows()[:4]), torch.randn(4, 3)
     loss = trainer.task_loss(logits, batch["pixel_values"], batch["labels"])
     assert bool(graphs) == (kind == "compiled")
     with torch.no_grad():
         answer = trainer.teacher(pixel_values=batch["pixel_values"]).logits
-    torch.testing.assert_close(loss, distillation_loss(logits, answer, trainer.args.distillation_temperature))
+    torch.testing.assert_close(
+        loss, distillation_loss(logits, answer, trainer.args.distillation_temperature)
+    )
 
 
 @pytest.mark.parametrize("teacher_share", [0.0, 0.9])
@@ -170,7 +192,8 @@ def test_accumulating_gradients_equals_a_larger_batch(tmp_path, teacher_share):
 
 @pytest.mark.parametrize("stop", [3, 13, 16, 19])
 def test_interrupted_and_resumed_search_equals_the_straight_one(tmp_path, stop):
-    """The stops lie in the importance phase, around retirement and physical shrinks, and after the settlement."""
+    """The stops lie in the importance phase, around retirement and physical shrinks, and after the
+    settlement."""
     straight = searcher(tmp_path / "straight", ema_decay=0.9)
     straight.train()
 
@@ -206,7 +229,9 @@ def test_weight_average_and_moments_follow_every_shrink(tmp_path):
                 assert trainer.average.average[name].shape == parameter.shape
                 state_of = optimizer.state.get(parameter)
                 if state_of:
-                    assert state_of["exp_avg"].shape == state_of["exp_avg_sq"].shape == parameter.shape
+                    assert (
+                        state_of["exp_avg"].shape == state_of["exp_avg_sq"].shape == parameter.shape
+                    )
             known = {id(parameter) for parameter in model.parameters()}
             assert all(id(parameter) in known for parameter in optimizer.state)
             shapes.append(count_macs(model.config))
@@ -264,7 +289,9 @@ def test_settings_that_cannot_work_are_refused_by_name(tmp_path, changes, messag
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor or context parallelism"),
     ],
 )
-def test_launchers_that_split_parameters_are_refused_with_the_way_out(tmp_path, monkeypatch, variable, name):
+def test_launchers_that_split_parameters_are_refused_with_the_way_out(
+    tmp_path, monkeypatch, variable, name
+):
     args = arguments(tmp_path)
     check_search_arguments(args)
     monkeypatch.setenv(variable, "true")
@@ -302,7 +329,8 @@ class Sizes(TrainerCallback):
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_a_compiled_search_is_the_eager_one(tmp_path, family):
-    """Bit for bit with the backend that only traces; a shrink compiles anew once, other steps do not."""
+    """Bit for bit with the backend that only traces; a shrink compiles anew once, other steps do
+    not."""
     settings = {"family": family, "max_steps": 20, "save_strategy": "no"}
     eager = searcher(tmp_path / "eager", **settings)
     eager.train()
@@ -310,7 +338,11 @@ def test_a_compiled_search_is_the_eager_one(tmp_path, family):
     counters.clear()
     sizes = Sizes()
     compiled = searcher(
-        tmp_path / "compiled", callbacks=[sizes], torch_compile=True, torch_compile_backend="eager", **settings
+        tmp_path / "compiled",
+        callbacks=[sizes],
+        torch_compile=True,
+        torch_compile_backend="eager",
+        **settings,
     )
     compiled.train()
     assert_equal_states(weights(eager.supernet), weights(compiled.supernet))
@@ -322,7 +354,8 @@ def test_a_compiled_search_is_the_eager_one(tmp_path, family):
 def test_many_shrinks_do_not_exhaust_the_compiler(tmp_path):
     """torch gives up, and runs eagerly, once it has compiled a function for eight shapes."""
     sizes = Sizes()
-    config = search_config(target_macs=0.6, settle_at=0.9, importance_hold=0.05)  # the first step runs eagerly
+    # the first step runs eagerly
+    config = search_config(target_macs=0.6, settle_at=0.9, importance_hold=0.05)
     settings = {"max_steps": 24, "torch_compile": True, "torch_compile_backend": "eager"}
     trainer = searcher(tmp_path, config, callbacks=[sizes], **settings)
 
@@ -331,7 +364,9 @@ def test_many_shrinks_do_not_exhaust_the_compiler(tmp_path):
             masks = [mask for mask in trainer.supernet.bi_masks if mask.active_candidates.sum() > 1]
             if masks and 1 < state.global_step < 20:
                 mask = masks[state.global_step % len(masks)]
-                largest = mask.candidate_sizes.where(mask.active_candidates, torch.tensor(0)).argmax()
+                largest = mask.candidate_sizes.where(
+                    mask.active_candidates, torch.tensor(0)
+                ).argmax()
                 mask.retire_(torch.arange(mask.alpha.numel()).reshape(mask.alpha.shape) == largest)
                 trainer.shrink()
 
@@ -359,13 +394,17 @@ def test_a_supernet_that_has_made_its_choice_is_not_searched_again(tmp_path):
     first = searcher(tmp_path / "a", max_steps=4)
     first.train()
     again = OFBTrainer(
-        first.supernet, arguments(tmp_path / "b", max_steps=4, distillation_weight=0.0), train_dataset=rows()
+        first.supernet,
+        arguments(tmp_path / "b", max_steps=4, distillation_weight=0.0),
+        train_dataset=rows(),
     )
     for trainer in (first, again):
         with pytest.raises(ValueError, match="has made its choice"):
             trainer.train()
     small = again.compress().train()
-    searcher(tmp_path / "c", ViTBiMaskConfig(target_macs=0.9, multiple_of=1), model=small, max_steps=4).train()
+    searcher(
+        tmp_path / "c", ViTBiMaskConfig(target_macs=0.9, multiple_of=1), model=small, max_steps=4
+    ).train()
 
 
 def test_plain_training_arguments_are_refused_in_words(tmp_path):
@@ -421,7 +460,9 @@ def test_finetuning_takes_indices_probabilities_and_smoothing(tmp_path):
     for smoothing in (0.0, 0.1):
         trainer = DistillationTrainer(model, arguments(tmp_path, label_smoothing_factor=smoothing))
         for name, target in (("hard", labels), ("soft", nn.functional.one_hot(labels, 3).float())):
-            losses[name, smoothing] = trainer.compute_loss(model, {"pixel_values": images, "labels": target}).item()
+            losses[name, smoothing] = trainer.compute_loss(
+                model, {"pixel_values": images, "labels": target}
+            ).item()
     assert losses["hard", 0.0] == pytest.approx(losses["soft", 0.0], rel=1e-5)
     assert losses["hard", 0.1] == pytest.approx(losses["soft", 0.1], rel=1e-5)
     logits = model(images).logits
@@ -431,12 +472,19 @@ def test_finetuning_takes_indices_probabilities_and_smoothing(tmp_path):
 
 def test_evaluation_loss_is_plain_cross_entropy(tmp_path):
     model = tiny_vit()
-    trainer = OFBTrainer(model, arguments(tmp_path, label_smoothing_factor=0.3), search_config(), eval_dataset=rows(10))
+    trainer = OFBTrainer(
+        model,
+        arguments(tmp_path, label_smoothing_factor=0.3),
+        search_config(),
+        eval_dataset=rows(10),
+    )
     loss = trainer.evaluate()["eval_loss"]
     batch = rows(10)
     with torch.no_grad():
         logits = trainer.supernet.eval()(torch.stack([row["pixel_values"] for row in batch])).logits
-    expected = nn.functional.cross_entropy(logits, torch.tensor([row["labels"] for row in batch])).item()
+    expected = nn.functional.cross_entropy(
+        logits, torch.tensor([row["labels"] for row in batch])
+    ).item()
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
@@ -444,7 +492,9 @@ def test_history_of_a_resumed_run_has_no_row_twice(tmp_path):
     path = tmp_path / "history.jsonl"
     path.write_text(
         "".join(
-            json.dumps({"step": step, "phase": phase}) + "\n" for phase in ("dense", "search") for step in (1, 2, 3)
+            json.dumps({"step": step, "phase": phase}) + "\n"
+            for phase in ("dense", "search")
+            for step in (1, 2, 3)
         )
         + '{"step": 4, "pha'
     )

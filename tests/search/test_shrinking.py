@@ -1,4 +1,5 @@
-"""Shrinking in the middle of a search: function, gradients, optimizer, average and saved state follow."""
+"""Shrinking in the middle of a search: function, gradients, optimizer, average and saved state
+follow."""
 
 import copy
 import random
@@ -64,7 +65,7 @@ def retire_some_except_best_(supernet: Supernet, seed: int) -> None:
         mask.retire_(weak)
 
 
-# ------------------------------------------------------------------------------------------------- the same function
+# -------------------------------------------------------------------------------- the same function
 
 
 @both_families
@@ -96,7 +97,8 @@ def test_shrinking_changes_no_gradient(seed, depth, family):
     supernet = tiny_supernet(seed, torch.float64, family, search_depth=depth).train()
     if depth:
         leave_out_(supernet, seed)
-        for module in supernet.modules():  # its random numbers would be others once there are fewer blocks
+        # its random numbers would be others once there are fewer blocks
+        for module in supernet.modules():
             module.drop_prob = 0.0
     retire_some_(supernet, seed, 0.6)
     images = tiny_images(dtype=torch.float64)
@@ -115,12 +117,15 @@ def test_shrinking_changes_no_gradient(seed, depth, family):
 @both_families
 @pytest.mark.parametrize("depth", [False, True])
 def test_a_shrunken_network_looks_like_one_that_was_built_small(family, depth):
-    """Sizes that modules keep beside their weights, frozen parameters, and costs before the next forward pass."""
+    """Sizes that modules keep beside their weights, frozen parameters, and costs before the next
+    forward pass."""
     supernet = tiny_supernet(family=family, target_macs=0.5, search_depth=depth)
     if depth:
         leave_out_(supernet, 1)
     supernet.model.get_submodule(supernet.architecture.embeddings).requires_grad_(False)
-    frozen = [name for name, parameter in supernet.model.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        name for name, parameter in supernet.model.named_parameters() if not parameter.requires_grad
+    ]
     supernet(tiny_images())
     supernet.settle_()
     supernet.shrink_()
@@ -133,13 +138,21 @@ def test_a_shrunken_network_looks_like_one_that_was_built_small(family, depth):
             "in_features", "out_features", "in_channels", "out_channels", "normalized_shape", "num_attention_heads",
             "head_dim", "scaling", "num_features",
         ):  # fmt: skip
-            assert getattr(module, attribute, None) == getattr(theirs[name], attribute, None), (name, attribute)
+            assert getattr(module, attribute, None) == getattr(theirs[name], attribute, None), (
+                name,
+                attribute,
+            )
             seen |= {attribute} if hasattr(module, attribute) else set()
     assert len(seen) == (9 if family == "swin" else 8)
     assert theirs.keys() == dict(supernet.model.named_modules()).keys()
-    assert [name for name, parameter in supernet.model.named_parameters() if not parameter.requires_grad] == frozen
+    assert [
+        name for name, parameter in supernet.model.named_parameters() if not parameter.requires_grad
+    ] == frozen
     supernet.sizes("bi_mask").sum().backward()
-    assert all((mask.importance_logits.grad is not None) == bool(mask.alive.numel()) for mask in supernet.bi_masks)
+    assert all(
+        (mask.importance_logits.grad is not None) == bool(mask.alive.numel())
+        for mask in supernet.bi_masks
+    )
 
 
 @both_families
@@ -148,10 +161,15 @@ def test_mask_token_and_decoder_lose_the_channels_that_the_network_loses(family)
     supernet = tiny_supernet(family=family)
     architecture, masks = supernet.architecture, supernet.named_masks
     embeddings = supernet.model.get_submodule(architecture.embeddings)
-    token, decoder = embeddings.mask_token.detach(), supernet.pmim_decoder.projection.weight.detach()
+    token, decoder = (
+        embeddings.mask_token.detach(),
+        supernet.pmim_decoder.projection.weight.detach(),
+    )
     for name, size in {architecture.last_width: 31, architecture.first_width: 13}.items():
         masks[name].settle_(size)
-    first, last = (list(masks[name].kept()) for name in (architecture.first_width, architecture.last_width))
+    first, last = (
+        list(masks[name].kept()) for name in (architecture.first_width, architecture.last_width)
+    )
     supernet.shrink_()
     assert torch.equal(embeddings.mask_token, token[..., first])
     assert torch.equal(supernet.pmim_decoder.projection.weight, decoder[:, last])
@@ -159,14 +177,15 @@ def test_mask_token_and_decoder_lose_the_channels_that_the_network_loses(family)
     assert len(first) == 13
 
 
-# ----------------------------------------------------------------------------------------- optimizer and average
+# ---------------------------------------------------------------------------- optimizer and average
 
 
 @both_families
 @pytest.mark.parametrize("depth", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_optimizer_and_average_follow_every_shrink(seed, depth, family):
-    """Moments and average start as copies of the parameters; slice by slice they have to stay that."""
+    """Moments and average start as copies of the parameters; slice by slice they have to stay
+    that."""
     supernet = tiny_supernet(seed, family=family, target_macs=0.5, search_depth=depth)
     optimizer, average = optimizer_that_mirrors(supernet), WeightAverage(supernet, 0.9)
     groups = [len(group["params"]) for group in optimizer.param_groups]
@@ -177,8 +196,14 @@ def test_optimizer_and_average_follow_every_shrink(seed, depth, family):
         plan = shrink_with_(supernet, optimizer)
         average.slice_(plan, [name for name, _ in supernet.named_parameters()])
         assert average.average.keys() == {name for name, _ in supernet.named_parameters()}
-        names = {parameter: name for name, parameter in supernet.named_parameters() if parameter.requires_grad}
-        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in names}
+        names = {
+            parameter: name
+            for name, parameter in supernet.named_parameters()
+            if parameter.requires_grad
+        }
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+            id(p) for p in names
+        }
         assert set(optimizer.state) == set(names)
         for parameter, name in names.items():
             state = optimizer.state[parameter]
@@ -197,11 +222,16 @@ def test_optimizer_and_average_follow_every_shrink(seed, depth, family):
 @both_families
 def test_a_parameter_without_a_plan_starts_with_fresh_moments(family):
     supernet = tiny_supernet(family=family)
-    optimizer, (shrinking, *_, staying) = optimizer_that_mirrors(supernet), names_of(supernet.config, "mlp")
+    optimizer, (shrinking, *_, staying) = (
+        optimizer_that_mirrors(supernet),
+        names_of(supernet.config, "mlp"),
+    )
     supernet.named_masks[shrinking].settle_(29)
     replaced, plan = supernet.shrink_()
     names = {parameter: name for name, parameter in supernet.named_parameters()}
-    entries = {old: plan[names[new]] for old, new in replaced.items() if not names[new].endswith(".alpha")}
+    entries = {
+        old: plan[names[new]] for old, new in replaced.items() if not names[new].endswith(".alpha")
+    }
     slice_optimizer_(optimizer, replaced, entries)
     alpha = supernet.named_masks[shrinking].alpha
     assert any(new is alpha for new in replaced.values())
@@ -212,12 +242,18 @@ def test_a_parameter_without_a_plan_starts_with_fresh_moments(family):
 
 @both_families
 def test_training_goes_on_after_a_shrink_as_if_units_had_been_masked(family):
-    """One AdamW step on the shrunken network gives the parameters that a step on the masked one gives."""
-    masked, images = tiny_supernet(dtype=torch.float64, family=family).train(), tiny_images(dtype=torch.float64)
+    """One AdamW step on the shrunken network gives the parameters that a step on the masked one
+    gives."""
+    masked, images = (
+        tiny_supernet(dtype=torch.float64, family=family).train(),
+        tiny_images(dtype=torch.float64),
+    )
     shrunk = copy.deepcopy(masked)
     for supernet in (masked, shrunk):
         retire_some_(supernet, 1, 0.6)
-    optimizers = [torch.optim.AdamW(supernet.parameters(), lr=1e-2) for supernet in (masked, shrunk)]
+    optimizers = [
+        torch.optim.AdamW(supernet.parameters(), lr=1e-2) for supernet in (masked, shrunk)
+    ]
     for step in range(3):
         if step == 1:
             plan = shrink_with_(shrunk, optimizers[1])
@@ -232,14 +268,16 @@ def test_training_goes_on_after_a_shrink_as_if_units_had_been_masked(family):
     assert_close(seeded(shrunk, images).logits, seeded(masked, images).logits)
 
 
-# ------------------------------------------------------------------------------------------- subnet and saved state
+# --------------------------------------------------------------------------- subnet and saved state
 
 
 @both_families
 @pytest.mark.parametrize("depth", [False, True])
 def test_read_subnet_names_units_of_the_dense_parent_after_shrinks(family, depth):
     """A shrunken search and the same search without shrinking agree on what they keep."""
-    kept, shrunk = (tiny_supernet(family=family, target_macs=0.4, search_depth=depth) for _ in range(2))
+    kept, shrunk = (
+        tiny_supernet(family=family, target_macs=0.4, search_depth=depth) for _ in range(2)
+    )
     for event in range(3):
         for supernet in (kept, shrunk):
             retire_some_except_best_(supernet, event)
@@ -247,7 +285,11 @@ def test_read_subnet_names_units_of_the_dense_parent_after_shrinks(family, depth
         assert read_subnet(shrunk) == read_subnet(kept)
     assert count_macs(shrunk.config) < shrunk.dense_macs
     dense = tiny_model(family)
-    assert count_macs(compress(shrunk)) == count_macs(dense, read_subnet(kept)) <= 0.4 * count_macs(dense)
+    assert (
+        count_macs(compress(shrunk))
+        == count_macs(dense, read_subnet(kept))
+        <= 0.4 * count_macs(dense)
+    )
 
 
 @both_families
@@ -267,7 +309,10 @@ def test_retirement_spares_the_best_choice_within_the_budget(family):
 @both_families
 @pytest.mark.parametrize("depth", [False, True])
 def test_a_fresh_supernet_takes_the_state_of_a_shrunken_one(family, depth):
-    saved, images = tiny_supernet(0, family=family, target_macs=0.4, search_depth=depth), tiny_images()
+    saved, images = (
+        tiny_supernet(0, family=family, target_macs=0.4, search_depth=depth),
+        tiny_images(),
+    )
     if depth:
         gone = names_of(saved.config, "attention")[0], names_of(saved.config, "mlp")[-1]
         for name in gone:
@@ -277,7 +322,9 @@ def test_a_fresh_supernet_takes_the_state_of_a_shrunken_one(family, depth):
         saved.shrink_()
     saved.multiplier.fill_(0.3)
     state = copy_of_state(saved)
-    fresh = install_bi_masks(tiny_model(family, seed=5), search_config(family, target_macs=0.4, search_depth=depth))
+    fresh = install_bi_masks(
+        tiny_model(family, seed=5), search_config(family, target_macs=0.4, search_depth=depth)
+    )
     fresh(images)
     fresh.shrink_to_(state)
     fresh.load_state_dict(state, strict=True)
@@ -293,7 +340,9 @@ def test_the_state_of_another_search_is_refused(family):
     state = copy_of_state(supernet)
     last = f"bi_masks.{len(supernet.bi_masks) - 1}."
     with pytest.raises(ValueError, match=f"checkpoint.*{supernet.bi_masks[-1].name}"):
-        supernet.shrink_to_({name: tensor for name, tensor in state.items() if not name.startswith(last)})
+        supernet.shrink_to_(
+            {name: tensor for name, tensor in state.items() if not name.startswith(last)}
+        )
     state[f"{last}unit_ids"] = state[f"{last}unit_ids"] + 1
     with pytest.raises(ValueError, match=f"checkpoint.*{supernet.bi_masks[-1].name}"):
         supernet.shrink_to_(state)

@@ -1,4 +1,5 @@
-"""A supernet is its dense model until masks close; installing one disturbs nothing; and it runs wherever models run."""
+"""A supernet is its dense model until masks close; installing one disturbs nothing; and it runs
+wherever models run."""
 
 import copy
 
@@ -37,7 +38,14 @@ from invariants import (
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, SwinModel, ViTModel
 
-from ofb_hf import SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig, compress, count_macs, install_bi_masks
+from ofb_hf import (
+    SubnetSpec,
+    SwinBiMaskConfig,
+    ViTBiMaskConfig,
+    compress,
+    count_macs,
+    install_bi_masks,
+)
 from ofb_hf.families.description import UnsupportedArchitectureError, heads_of
 from ofb_hf.families.registry import describe
 from ofb_hf.pruning.surgery import slice_model
@@ -45,7 +53,7 @@ from ofb_hf.search.supernet import Supernet
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 
-# ------------------------------------------------------------------------------------------------- I1: stock == open
+# -------------------------------------------------------------------------------- I1: stock == open
 
 
 @both_families
@@ -53,7 +61,9 @@ both_families = pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("importance", [None, 100.0])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_supernet_with_open_masks_is_the_stock_model(attention, dtype, importance, training, family):
+def test_a_supernet_with_open_masks_is_the_stock_model(
+    attention, dtype, importance, training, family
+):
     stock = tiny_model(family, dtype=dtype, attn_implementation=attention).train(training)
     supernet = install_bi_masks(stock, search_config(family))
     assert supernet.training == training
@@ -77,19 +87,27 @@ def test_an_open_supernet_has_the_stock_models_gradients(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "overrides"), [("vit", {}), ("swin", {}), ("swin", {"use_absolute_embeddings": True})], ids=str
+    ("family", "overrides"),
+    [("vit", {}), ("swin", {}), ("swin", {"use_absolute_embeddings": True})],
+    ids=str,
 )
 def test_open_masks_leave_all_outputs_of_the_stock_model(family, overrides):
     stock = tiny_model(family, **overrides)
     supernet = install_bi_masks(stock, search_config(family))
     open_masks_(supernet)
     large = torch.randn(2, 3, 24, 20)
-    flags = {"output_hidden_states": True, "output_attentions": True, "interpolate_pos_encoding": True}
+    flags = {
+        "output_hidden_states": True,
+        "output_attentions": True,
+        "interpolate_pos_encoding": True,
+    }
     expected, output = stock(large, **flags), supernet(large, **flags)
     assert output.keys() == expected.keys() >= {"logits", "hidden_states", "attentions"}
     for name in expected.keys() - {"logits"}:
         assert len(output[name]) == len(expected[name]) > 0
-        assert all(torch.equal(one, other) for one, other in zip(output[name], expected[name], strict=True)), name
+        assert all(
+            torch.equal(one, other) for one, other in zip(output[name], expected[name], strict=True)
+        ), name
 
 
 @both_families
@@ -104,7 +122,9 @@ def test_what_compress_gives_for_a_full_budget_is_the_stock_model(family):
 def test_a_model_with_different_widths_can_be_searched(family):
     dense = NON_UNIFORM[family](dtype=torch.float64)
     config = search_config(family, target_macs=0.6, multiple_of=1)
-    config.embedding_candidates = config.head_candidates = config.head_dim_candidates = config.mlp_candidates = None
+    config.embedding_candidates = config.head_candidates = config.head_dim_candidates = (
+        config.mlp_candidates
+    ) = None
     supernet, images = install_bi_masks(dense, config), images_for(dense)
     open_masks_(supernet)
     assert torch.equal(supernet(images).logits, dense(images).logits)
@@ -117,14 +137,18 @@ def test_a_model_with_different_widths_can_be_searched(family):
     assert attention_scales(small) == attention_scales(dense)
 
 
-# --------------------------------------------------------------------------------------------- what stays untouched
+# ----------------------------------------------------------------------------- what stays untouched
 
 
 @both_families
 @pytest.mark.parametrize("make", [tiny_model, ours], ids=["stock", "ours"])
 def test_installing_masks_leaves_the_dense_model_alone(make, family):
     dense = make(family)
-    config, logits, state = dense.config.to_dict(), dense(tiny_images()).logits, copy_of_state(dense)
+    config, logits, state = (
+        dense.config.to_dict(),
+        dense(tiny_images()).logits,
+        copy_of_state(dense),
+    )
     classes = [type(module) for module in dense.modules()]
     supernet = install_bi_masks(dense, search_config(family))
     randomize_masks_(supernet)
@@ -145,7 +169,11 @@ def test_a_copy_of_a_supernet_is_independent(evaluated, family):
     supernet, images = tiny_supernet(family=family), tiny_images()
     if evaluated:
         supernet(images)
-    logits = supernet(images).logits.detach() if evaluated else copy.deepcopy(supernet)(images).logits.detach()
+    logits = (
+        supernet(images).logits.detach()
+        if evaluated
+        else copy.deepcopy(supernet)(images).logits.detach()
+    )
     twin = copy.deepcopy(supernet)
     assert torch.equal(twin(images).logits, logits)
     randomize_masks_(twin, seed=9)
@@ -179,10 +207,12 @@ def test_state_dict_keys_of_the_classifier_stay_what_they_were(family):
     stock = set(tiny_model(family).state_dict())
     assert set(tiny_supernet(family=family, pmim=False).model.state_dict()) == stock
     supernet = tiny_supernet(family=family)
-    assert set(supernet.model.state_dict()) - stock == {f"{supernet.architecture.embeddings}.mask_token"}
+    assert set(supernet.model.state_dict()) - stock == {
+        f"{supernet.architecture.embeddings}.mask_token"
+    }
 
 
-# --------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @both_families
@@ -213,7 +243,9 @@ def test_models_of_other_families_are_refused_by_name():
         install_bi_masks(ResNetForImageClassification(tiny))
 
 
-@pytest.mark.parametrize(("family", "config"), [("vit", SwinBiMaskConfig()), ("swin", ViTBiMaskConfig())])
+@pytest.mark.parametrize(
+    ("family", "config"), [("vit", SwinBiMaskConfig()), ("swin", ViTBiMaskConfig())]
+)
 def test_the_search_of_another_family_is_refused_by_name(family, config):
     with pytest.raises(ValueError, match=f"{type(config).__name__} searches .* got a OFB.*Config"):
         install_bi_masks(tiny_model(family), config)
@@ -223,13 +255,22 @@ def test_the_search_of_another_family_is_refused_by_name(family, config):
     ("family", "fields", "scale"),
     [
         ("vit", {"head_dim_per_layer": [4, 8]}, {"attention_scale": 0.4}),
-        ("swin", {"head_dim_per_block": [[10, 5], [10]]}, {"attention_scale_per_stage": [0.4, 0.3]}),
+        (
+            "swin",
+            {"head_dim_per_block": [[10, 5], [10]]},
+            {"attention_scale_per_stage": [0.4, 0.3]},
+        ),
     ],
 )
 def test_heads_of_several_widths_need_a_scale_of_their_own(family, fields, scale):
-    """Each width would imply another scale, and one number for all of them would change the function."""
+    """Each width would imply another scale, and one number for all of them would change the
+    function."""
     stock, make = tiny_model(family).config.to_diff_dict(), OURS[family]
-    fields |= {name: value for name, value in stock.items() if name not in ("model_type", "transformers_version")}
+    fields |= {
+        name: value
+        for name, value in stock.items()
+        if name not in ("model_type", "transformers_version")
+    }
     with pytest.raises(ValueError, match=r"head_dim_per_.* is \[.*attention_scale"):
         install_bi_masks(make(make.config_class(**fields)))
     dense = make(make.config_class(**fields, **scale)).eval()
@@ -265,12 +306,15 @@ def test_submodules_that_do_not_exist_are_refused_by_name(family):
         slice_model(ours(family), SubnetSpec({"layers.9.mlp": (0,)}))
 
 
-# ------------------------------------------------------------------------------------------ ways to run a supernet
+# --------------------------------------------------------------------------- ways to run a supernet
 
 
 def checkpoint_(supernet: Supernet, kwargs: dict | None) -> None:
     """Turns on gradient checkpointing by its present name, or by its old one."""
-    enable = getattr(supernet, "activation_checkpointing_enable", None) or supernet.gradient_checkpointing_enable
+    enable = (
+        getattr(supernet, "activation_checkpointing_enable", None)
+        or supernet.gradient_checkpointing_enable
+    )
     enable(kwargs)
     assert any(getattr(module, "gradient_checkpointing", False) for module in supernet.modules())
 
@@ -278,7 +322,10 @@ def checkpoint_(supernet: Supernet, kwargs: dict | None) -> None:
 @both_families
 @pytest.mark.parametrize("kwargs", [None, {"use_reentrant": False}])
 def test_gradient_checkpointing_changes_no_gradient(kwargs, family):
-    supernet, images = tiny_supernet(dtype=torch.float64, family=family).train(), tiny_images(dtype=torch.float64)
+    supernet, images = (
+        tiny_supernet(dtype=torch.float64, family=family).train(),
+        tiny_images(dtype=torch.float64),
+    )
     retire_some_(supernet, 0)
     expected = gradients_of(supernet, images)
     checkpoint_(supernet, kwargs)
@@ -290,8 +337,12 @@ def test_gradient_checkpointing_changes_no_gradient(kwargs, family):
 
 @both_families
 def test_reentrant_checkpointing_is_refused_in_words(family):
-    """All blocks share the gates of one forward pass: reentrant checkpointing runs backward through them repeatedly."""
-    with pytest.raises(ValueError, match=r"use_reentrant is True, but all blocks share the gates.*leave it at False"):
+    """All blocks share the gates of one forward pass: reentrant checkpointing runs backward through
+    them repeatedly."""
+    with pytest.raises(
+        ValueError,
+        match=r"use_reentrant is True, but all blocks share the gates.*leave it at False",
+    ):
         checkpoint_(tiny_supernet(family=family), {"use_reentrant": True})
 
 
@@ -349,9 +400,11 @@ def test_all_losses_of_a_search_are_finite(state, autocast, family):
 @pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
 @pytest.mark.parametrize("loss", ["logits", "picture", "bi_mask cost", "sparsity cost"])
 def test_mask_gradients_are_those_of_the_loss(loss, place, kind, family):
-    """Importance and alpha against central differences in float64: nothing on the way to them is cut off.
+    """Importance and alpha against central differences in float64: nothing on the way to them is
+    cut off.
 
-    Without normalisation, whose maximum is detached on purpose, and without eager attention, whose softmax is float32.
+    Without normalisation, whose maximum is detached on purpose, and without eager attention, whose
+    softmax is float32.
     """
     supernet = tiny_supernet(dtype=torch.float64, family=family, normalize_importance=False)
     supernet.model.set_attn_implementation("sdpa")
@@ -359,7 +412,11 @@ def test_mask_gradients_are_those_of_the_loss(loss, place, kind, family):
     mask = supernet.named_masks[name]
     # `sizes` lists the units of all submodules, and then the heads of all attentions.
     heads = [heads_of(attention) for attention in names_of(supernet.config, "attention")]
-    counted = [index for index, n in enumerate([*supernet.dense_sizes, *heads]) if n in (name, heads_of(name))]
+    counted = [
+        index
+        for index, n in enumerate([*supernet.dense_sizes, *heads])
+        if n in (name, heads_of(name))
+    ]
 
     def value() -> torch.Tensor:
         if "cost" in loss:
@@ -370,7 +427,9 @@ def test_mask_gradients_are_those_of_the_loss(loss, place, kind, family):
 
     parameters = [mask.alpha] if loss == "sparsity cost" else [mask.alpha, mask.importance_logits]
     step, tolerance = (1e-2, 2e-3) if "cost" in loss else (1e-5, 1e-6)  # sizes are float32
-    for parameter, gradient in zip(parameters, torch.autograd.grad(value(), parameters), strict=True):
+    for parameter, gradient in zip(
+        parameters, torch.autograd.grad(value(), parameters), strict=True
+    ):
         for index in range(0, parameter.numel(), 3):
             with torch.no_grad():
                 entry = parameter.view(-1)[index]
@@ -381,7 +440,9 @@ def test_mask_gradients_are_those_of_the_loss(loss, place, kind, family):
                 below = value()
                 entry.copy_(start)
             slope = (above - below).item() / (2 * step)
-            assert gradient.view(-1)[index].item() == pytest.approx(slope, rel=tolerance, abs=tolerance)
+            assert gradient.view(-1)[index].item() == pytest.approx(
+                slope, rel=tolerance, abs=tolerance
+            )
         assert gradient.abs().max() > 10 * tolerance
 
 
@@ -423,7 +484,9 @@ def test_one_kind_alone_can_be_searched(searched, family):
 def test_labels_and_interfaces_pass_through(family):
     supernet = tiny_supernet(family=family)
     output = supernet(tiny_images(), labels=LABELS, output_hidden_states=True)
-    assert output.loss.item() == pytest.approx(nn.functional.cross_entropy(output.logits, LABELS).item())
+    assert output.loss.item() == pytest.approx(
+        nn.functional.cross_entropy(output.logits, LABELS).item()
+    )
     assert len(output.hidden_states) == 3
     assert supernet.num_active_candidates == sum(mask.alpha.numel() for mask in supernet.bi_masks)
     assert not supernet.is_settled

@@ -1,4 +1,5 @@
-"""What only Swin brings: widths per stage, grids that windows and merging have to pad, bias tables that count heads."""
+"""What only Swin brings: widths per stage, grids that windows and merging have to pad, bias tables
+that count heads."""
 
 import random
 
@@ -17,7 +18,14 @@ from invariants import (
     units_to_keep,
 )
 
-from ofb_hf import OFBSwinForImageClassification, SubnetSpec, compress, count_macs, count_params, install_bi_masks
+from ofb_hf import (
+    OFBSwinForImageClassification,
+    SubnetSpec,
+    compress,
+    count_macs,
+    count_params,
+    install_bi_masks,
+)
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.search.supernet import Supernet
 
@@ -36,7 +44,8 @@ CANDIDATES = {
     "head_dim_candidates": [5, 7, 12, 16],
     "mlp_candidates": [19, 43, 61, 86, 101, 172],
 }
-# Images of 18 and 22 pixels give grids of 9 and 11, which neither windows nor merging divide; patches do not tile 17.
+# Images of 18 and 22 pixels give grids of 9 and 11, which neither windows nor merging divide;
+# patches do not tile 17.
 NETWORKS = {
     "three stages": THREE_STAGES | CANDIDATES,
     "depths 1, 3": {"depths": [1, 3]},
@@ -53,24 +62,31 @@ every_network = pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORK
 
 def dense_fields(fields: dict) -> dict:
     """The fields of the network without those of its search, and with much drop path."""
-    return {"drop_path_rate": 0.6} | {name: value for name, value in fields.items() if name not in CANDIDATES}
+    return {"drop_path_rate": 0.6} | {
+        name: value for name, value in fields.items() if name not in CANDIDATES
+    }
 
 
 def swin_and_search(fields: dict, **search) -> tuple[OFBSwinForImageClassification, Supernet]:
     """A dense model in float64 and a supernet of it with random masks, both in training mode."""
     dense = ours("swin", dtype=torch.float64, **dense_fields(fields)).train()
     candidates = {name: fields.get(name) for name in CANDIDATES}
-    supernet = install_bi_masks(dense, search_config("swin", **candidates, multiple_of=1, **search)).double()
+    supernet = install_bi_masks(
+        dense, search_config("swin", **candidates, multiple_of=1, **search)
+    ).double()
     randomize_masks_(supernet)
     return dense, supernet
 
 
-# ------------------------------------------------------------------------------------- masked, folded, sliced, shrunken
+# ----------------------------------------------------------------- masked, folded, sliced, shrunken
 
 
 @every_network
 def test_an_open_supernet_is_the_stock_model(fields):
-    stock, (_, supernet) = tiny_swin(dtype=torch.float64, **dense_fields(fields)), swin_and_search(fields)
+    stock, (_, supernet) = (
+        tiny_swin(dtype=torch.float64, **dense_fields(fields)),
+        swin_and_search(fields),
+    )
     open_masks_(supernet)
     images = images_for(stock)
     for training in (False, True):
@@ -115,10 +131,19 @@ def test_stages_take_widths_that_do_not_double():
     supernet.eval()
     small, images = supernet.fold(), images_for(dense)
     assert small.config.hidden_size_per_stage == [20, 44, 70]
-    assert (small.config.embed_dim, small.config.hidden_size, small.swin.num_features) == (20, 70, 70)
+    assert (small.config.embed_dim, small.config.hidden_size, small.swin.num_features) == (
+        20,
+        70,
+        70,
+    )
     masked, output = (model(images, output_hidden_states=True) for model in (supernet, small))
     assert_close(output.logits, masked.logits)
-    assert [state.shape[1:] for state in output.hidden_states] == [(256, 20), (64, 44), (16, 70), (16, 70)]
+    assert [state.shape[1:] for state in output.hidden_states] == [
+        (256, 20),
+        (64, 44),
+        (16, 70),
+        (16, 70),
+    ]
     shapes = [state.shape[1:] for state in output.reshaped_hidden_states]
     assert shapes == [(20, 16, 16), (44, 8, 8), (70, 4, 4), (70, 4, 4)]
 
@@ -127,7 +152,9 @@ def test_merging_reads_the_four_neighbours_of_every_living_channel():
     """Channel i of a stage stands at i, i + C, i + 2C and i + 3C of what merging concatenates."""
     dense = ours("swin")
     kept, dense_merging = (1, 4, 19), dense.swin.encoder.layers[0].downsample
-    merging = slice_model(dense, SubnetSpec({"stages.0.width": kept})).swin.encoder.layers[0].downsample
+    merging = (
+        slice_model(dense, SubnetSpec({"stages.0.width": kept})).swin.encoder.layers[0].downsample
+    )
     columns = [1, 4, 19, 21, 24, 39, 41, 44, 59, 61, 64, 79]
     assert torch.equal(merging.reduction.weight, dense_merging.reduction.weight[:, columns])
     assert torch.equal(merging.norm.bias, dense_merging.norm.bias[columns])
@@ -137,7 +164,11 @@ def test_removed_heads_take_their_relative_positions_along():
     dense, name = ours("swin"), names_of(tiny_swin().config, "attention")[-1]
     small = slice_model(dense, SubnetSpec({name: {0: (1, 2), 3: (0, 9)}}))
     tables = [
-        {key: table for key, table in model.named_parameters() if key.endswith("relative_position_bias_table")}
+        {
+            key: table
+            for key, table in model.named_parameters()
+            if key.endswith("relative_position_bias_table")
+        }
         for model in (dense, small)
     ]
     *others, last = tables[0]
@@ -145,21 +176,24 @@ def test_removed_heads_take_their_relative_positions_along():
     assert all(torch.equal(tables[1][key], tables[0][key]) for key in others)
 
 
-# --------------------------------------------------------------------------------------------- a budget of parameters
+# --------------------------------------------------------------------------- a budget of parameters
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.75, 9_000])
 def test_compress_stays_within_a_budget_of_parameters(budget):
     supernet = tiny_supernet(family="swin", target_params=budget)
     small = compress(supernet)
-    params, dense = (sum(parameter.numel() for parameter in model.parameters()) for model in (small, tiny_swin()))
+    params, dense = (
+        sum(parameter.numel() for parameter in model.parameters()) for model in (small, tiny_swin())
+    )
     limit = budget * dense if budget < 1 else budget
     assert 0.9 * limit < params <= limit
     assert params == count_params(small)
 
 
 def test_fewer_heads_of_more_channels_save_relative_positions_only():
-    """Six units as 3 heads of 2 or as 2 heads of 3: the difference is one column of the 5 x 5 table."""
+    """Six units as 3 heads of 2 or as 2 heads of 3: the difference is one column of the 5 x 5
+    table."""
     name = names_of(tiny_swin().config, "attention")[-1]
     subnets = [
         SubnetSpec({name: {head: tuple(range(channels)) for head in range(heads)}})

@@ -1,7 +1,8 @@
-"""A step of the search never waits for the device: no value of a tensor there is read, and nothing is copied to it
-while the host stands still.
+"""A step of the search never waits for the device: no value of a tensor there is read, and nothing
+is copied to it while the host stands still.
 
-The step runs on the meta device, which holds no data, and everything that would have to wait on a GPU is written down.
+The step runs on the meta device, which holds no data, and everything that would have to wait on a
+GPU is written down.
 """
 
 from contextlib import nullcontext
@@ -20,7 +21,15 @@ from ofb_hf.workflow.trial import TrialSearch
 
 META = torch.device("meta")
 # Operations whose result, or whose shape of it, depends on values.
-READING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "unique_dim"}
+READING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "bincount",
+    "_unique2",
+    "unique_dim",
+}
 READING |= {"unique_consecutive", "multinomial", "_linalg_check_errors"}
 
 
@@ -35,9 +44,15 @@ class Waits(TorchDispatchMode):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(tensor.device == META for tensor in tensors):
-            indices = tree_leaves(args[1]) if name.startswith(("index", "_index", "_unsafe_index")) else []
+            indices = (
+                tree_leaves(args[1])
+                if name.startswith(("index", "_index", "_unsafe_index"))
+                else []
+            )
             indices = [index for index in indices if isinstance(index, Tensor)]
-            by_host_or_truth = any(index.device != META or index.dtype == torch.bool for index in indices)
+            by_host_or_truth = any(
+                index.device != META or index.dtype == torch.bool for index in indices
+            )
             if name in READING or by_host_or_truth or str(func) == "aten.repeat_interleave.Tensor":
                 self.found.append(name)
         if name in ("_to_copy", "copy_"):
@@ -50,7 +65,8 @@ class Waits(TorchDispatchMode):
 
 
 class Uploads(TorchFunctionMode):
-    """Writes down numbers of the host that become a tensor on the device, which is a copy that waits."""
+    """Writes down numbers of the host that become a tensor on the device, which is a copy that
+    waits."""
 
     def __init__(self, found: list[str]):
         super().__init__()
@@ -68,7 +84,8 @@ class Uploads(TorchFunctionMode):
 
 
 def waits_of(trial, batch):
-    """What would wait during a step, in order; the device being without data, the step may end at the first."""
+    """What would wait during a step, in order; the device being without data, the step may end at
+    the first."""
     waits = Waits()
     with waits, Uploads(waits.found):
         try:
@@ -87,7 +104,9 @@ def on_meta(trial, monkeypatch):
     trainer.supernet.to(META)
     if trainer.teacher is not None:
         trainer.teacher.to(META)
-    gates.alive = {name: alive if alive is None else alive.to(META) for name, alive in gates.alive.items()}
+    gates.alive = {
+        name: alive if alive is None else alive.to(META) for name, alive in gates.alive.items()
+    }
     # Liveness is read when candidates retire, and known since.
     masks = trainer.supernet.bi_masks
     gates._versions = {mask.name: (id(mask.alive), mask.alive._version) for mask in masks}
@@ -97,7 +116,8 @@ def on_meta(trial, monkeypatch):
     monkeypatch.setattr(OFBTrainingArguments, "device", META)
     # On a CPU every loss is looked at; on other devices the first one, and those that are logged.
     monkeypatch.setattr(trainer, "_require_finite", lambda: None)
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no meta device
+    # knows no meta device
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     return {name: tensor.to(META) for name, tensor in batch.items()}
 
 
@@ -117,7 +137,9 @@ def go_back(trial):
 STAGES = {
     "importance is being found out": go_back,
     "everything in the race": lambda trial: None,
-    "some units gone, but still there": lambda trial: settle_randomly_(trial.trainer.supernet, seed=1),
+    "some units gone, but still there": lambda trial: settle_randomly_(
+        trial.trainer.supernet, seed=1
+    ),
     "settled and shrunk": lambda trial: trial.settle(),
 }
 
@@ -125,7 +147,11 @@ STAGES = {
 SEARCHES = {
     "ours": {},
     "paper": {"preset": "paper"},
-    "descent, not all kinds": {"importance_from": "descent", "search_embedding": False, "search_mlp": False},
+    "descent, not all kinds": {
+        "importance_from": "descent",
+        "search_embedding": False,
+        "search_mlp": False,
+    },
 }
 
 
@@ -141,10 +167,22 @@ def test_a_step_waits_for_nothing(family, stage, search, tmp_path, monkeypatch):
 
 
 INTRUDERS = {
-    "_local_scalar_dense": [lambda x: x.sum().item(), lambda x: bool(x.sum() > 0), lambda x: float(x.sum())],
+    "_local_scalar_dense": [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: float(x.sum()),
+    ],
     "nonzero": [lambda x: (x > 0).nonzero()],
-    "index": [lambda x: x[torch.tensor([0])], lambda x: x[x > 0], lambda x: x.flatten()[(x > 0).flatten()]],
-    "index from a list": [lambda x: x[[0, 1]], lambda x: x[..., [0]], lambda x: x.clone().__setitem__([0], 0.0)],
+    "index": [
+        lambda x: x[torch.tensor([0])],
+        lambda x: x[x > 0],
+        lambda x: x.flatten()[(x > 0).flatten()],
+    ],
+    "index from a list": [
+        lambda x: x[[0, 1]],
+        lambda x: x[..., [0]],
+        lambda x: x.clone().__setitem__([0], 0.0),
+    ],
     "index_put_": [
         lambda x: x.clone().index_put_((x > 0,), x.new_zeros(())),
         lambda x: x.clone().index_put_((torch.tensor([0]),), x.new_zeros(())),
@@ -183,7 +221,9 @@ def test_whatever_waits_is_found(place, name, tmp_path, monkeypatch):
             assert name in waits_of(trial, batch)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the same where there is something to wait for")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the same where there is something to wait for"
+)
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_a_step_on_a_gpu_waits_for_nothing(family, tmp_path):
     args = arguments(tmp_path, use_cpu=False)

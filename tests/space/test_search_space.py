@@ -1,4 +1,5 @@
-"""Spaces and subnets are plain data: they survive JSON, and what cannot be is refused by name and value."""
+"""Spaces and subnets are plain data: they survive JSON, and what cannot be is refused by name and
+value."""
 
 import json
 
@@ -33,9 +34,17 @@ def subnets(draw: st.DrawFn) -> SubnetSpec:
     """Any kept units of an embedding, an attention and an MLP."""
     indices = st.sets(st.integers(0, 50), max_size=8).map(lambda s: tuple(sorted(s)))
     heads, channels = draw(indices), draw(st.integers(1, 6))
-    rows = st.sets(st.integers(0, 30), min_size=channels, max_size=channels).map(lambda s: tuple(sorted(s)))
+    rows = st.sets(st.integers(0, 30), min_size=channels, max_size=channels).map(
+        lambda s: tuple(sorted(s))
+    )
     attention = {head: draw(rows) for head in heads}
-    return SubnetSpec({"embeddings": draw(indices), "layers.0.attention": attention, "layers.0.mlp": draw(indices)})
+    return SubnetSpec(
+        {
+            "embeddings": draw(indices),
+            "layers.0.attention": attention,
+            "layers.0.mlp": draw(indices),
+        }
+    )
 
 
 @given(plain_spaces(), grid_spaces())
@@ -68,7 +77,12 @@ def test_sizes_of_a_space():
     grid = SubmoduleSpace("a", "attention", **GRID)
     space = SearchSpace((plain, grid))
     assert (plain.is_grid, plain.unit_shape, plain.candidate_shape) == (False, (9,), (3,))
-    assert (grid.is_grid, grid.num_units, grid.unit_shape, grid.candidate_shape) == (True, 24, (4, 6), (2, 2))
+    assert (grid.is_grid, grid.num_units, grid.unit_shape, grid.candidate_shape) == (
+        True,
+        24,
+        (4, 6),
+        (2, 2),
+    )
     assert (len(space), space.num_units, space.num_candidates) == (2, 33, 7)
     assert [submodule.name for submodule in space] == ["m", "a"]
     assert space["a"] is grid
@@ -78,8 +92,14 @@ def test_sizes_of_a_space():
 
 def test_a_space_in_which_nothing_is_a_candidate():
     plain = SubmoduleSpace("m", "mlp", 9, (0, 2, 9))
-    grid = SubmoduleSpace("a", "attention", **GRID | {"head_candidates": (0, 2, 4), "dim_candidates": (0, 3, 6)})
-    assert (plain.may_vanish, grid.may_vanish, SubmoduleSpace("a", "attention", **GRID).may_vanish) == (
+    grid = SubmoduleSpace(
+        "a", "attention", **GRID | {"head_candidates": (0, 2, 4), "dim_candidates": (0, 3, 6)}
+    )
+    assert (
+        plain.may_vanish,
+        grid.may_vanish,
+        SubmoduleSpace("a", "attention", **GRID).may_vanish,
+    ) == (
         True,
         True,
         False,
@@ -90,7 +110,8 @@ def test_a_space_in_which_nothing_is_a_candidate():
 
 
 @pytest.mark.parametrize(
-    ("depth", "kinds"), [(True, {"attention", "mlp"}), ("attention", {"attention"}), ("mlp", {"mlp"})]
+    ("depth", "kinds"),
+    [(True, {"attention", "mlp"}), ("attention", {"attention"}), ("mlp", {"mlp"})],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_depth_adds_nothing_to_the_candidates_of_a_kind(family, depth, kinds):
@@ -106,8 +127,14 @@ def test_depth_adds_nothing_to_the_candidates_of_a_kind(family, depth, kinds):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"search_depth": "heads"}, "search_depth is 'heads'; allowed are True, False, 'attention' and 'mlp'"),
-        ({"search_depth": "mlp", "search_mlp": False}, "search_depth is 'mlp', .* search_mlp False: nothing"),
+        (
+            {"search_depth": "heads"},
+            "search_depth is 'heads'; allowed are True, False, 'attention' and 'mlp'",
+        ),
+        (
+            {"search_depth": "mlp", "search_mlp": False},
+            "search_depth is 'mlp', .* search_mlp False: nothing",
+        ),
         ({"search_depth": True, "uniform_across_layers": True}, "all be left out together"),
     ],
 )
@@ -146,8 +173,14 @@ def test_the_residual_stream_may_not_be_left_out():
         ({"num_units": 9, "candidate_sizes": (5, 2, 9)}, ["'s'", "candidate_sizes", "[5, 2, 9]"]),
         ({"num_units": 9, "candidate_sizes": (2, 2, 9)}, ["'s'", "candidate_sizes", "[2, 2, 9]"]),
         ({"num_units": 9, "candidate_sizes": (-1, 9)}, ["'s'", "candidate_sizes", "[-1, 9]"]),
-        ({"num_units": 9, "candidate_sizes": (0, 9), "kind": "embedding"}, ["'s'", "candidate_sizes", "[0, 9]"]),
-        (GRID | {"head_candidates": (0, 4)}, ["'s'", "head_candidates=(0, 4)", "dim_candidates=(3, 6)"]),
+        (
+            {"num_units": 9, "candidate_sizes": (0, 9), "kind": "embedding"},
+            ["'s'", "candidate_sizes", "[0, 9]"],
+        ),
+        (
+            GRID | {"head_candidates": (0, 4)},
+            ["'s'", "head_candidates=(0, 4)", "dim_candidates=(3, 6)"],
+        ),
         ({"num_units": 9, "candidate_sizes": ()}, ["'s'", "candidate_sizes", "[]"]),
         ({"num_units": 9, "candidate_sizes": (2, 12)}, ["'s'", "candidate_sizes", "12", "9"]),
         ({}, ["'s'", "num_units", "num_heads"]),
@@ -190,13 +223,15 @@ def test_impossible_subnets_are_refused_by_name_and_value(kept, names):
         assert name in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "no json", '{"other": {}}', "3", '{"kept": 3}', '{"kept": {"a": 3}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "no json", '{"other": {}}', "3", '{"kept": 3}', '{"kept": {"a": 3}}']
+)
 def test_text_that_is_no_subnet_is_refused(text):
     with pytest.raises(ValueError, match="not a subnet"):
         SubnetSpec.from_json(text)
 
 
-# ------------------------------------------------------------------------------------------ from a config to a space
+# ------------------------------------------------------------------------- from a config to a space
 
 
 def test_awkward_candidates_reach_the_space():
@@ -212,7 +247,8 @@ def test_awkward_candidates_reach_the_space():
 
 
 def test_one_list_serves_stages_of_different_sizes():
-    """Every stage takes the sizes up to its own: 20 and 40 channels, 2 and 4 heads, MLPs of 36 and 72."""
+    """Every stage takes the sizes up to its own: 20 and 40 channels, 2 and 4 heads, MLPs of 36 and
+    72."""
     space = search_config("swin").search_space(swin_config())
     assert space["stages.0.width"].candidate_sizes == (7, 13, 20)
     assert space["stages.1.width"].candidate_sizes == (7, 13, 20, 31, 40)
@@ -239,11 +275,13 @@ def test_a_kind_that_is_not_searched_is_not_in_the_space(family, kind):
 
 
 def test_default_candidates_of_swin_tiny():
-    """Every stage and block, even steps up to the full size, as hardware likes them: widths from a quarter of it, MLPs
-    from a sixteenth, where a trained network often has nothing to lose."""
+    """Every stage and block, even steps up to the full size, as hardware likes them: widths from a
+    quarter of it, MLPs from a sixteenth, where a trained network often has nothing to lose."""
     space = SwinBiMaskConfig().search_space(SwinConfig())
     assert [submodule.name for submodule in space] == list(describe(SwinConfig()).sizes)
-    assert [len([s for s in space if s.kind == kind]) for kind in ("embedding", "attention", "mlp")] == [4, 12, 12]
+    assert [
+        len([s for s in space if s.kind == kind]) for kind in ("embedding", "attention", "mlp")
+    ] == [4, 12, 12]
     steps = {0: (8, 24), 1: (8, 48), 2: (16, 96), 3: (24, 192)}  # of the width and of the MLP
     for submodule in space:
         stage = int(submodule.name.split(".")[1])
@@ -252,7 +290,11 @@ def test_default_candidates_of_swin_tiny():
             assert submodule.head_candidates == tuple(range(1, heads + 1))
             assert submodule.dim_candidates == (8, 16, 24, 32)
             continue
-        full, step = (width, steps[stage][0]) if submodule.kind == "embedding" else (4 * width, steps[stage][1])
+        full, step = (
+            (width, steps[stage][0])
+            if submodule.kind == "embedding"
+            else (4 * width, steps[stage][1])
+        )
         smallest = full // 4 if submodule.kind == "embedding" else step
         assert submodule.candidate_sizes == tuple(range(smallest, full + 1, step))
         assert submodule.candidate_sizes[-1] == full == submodule.num_units
@@ -262,7 +304,9 @@ def test_default_candidates_of_swin_tiny():
 @given(st.integers(1, 700), st.sampled_from([1, 8, 16]), st.sampled_from(["ours", "paper"]))
 def test_default_candidates_are_multiples_where_the_dense_size_allows(width, multiple, preset):
     config = ViTBiMaskConfig(preset=preset, multiple_of=multiple)
-    space = config.search_space(vit_config(hidden_size=width, num_attention_heads=1, intermediate_size=width))
+    space = config.search_space(
+        vit_config(hidden_size=width, num_attention_heads=1, intermediate_size=width)
+    )
     for name in ("embeddings", "layers.0.mlp"):
         sizes = space[name].candidate_sizes
         assert sizes[-1] == width
@@ -293,8 +337,14 @@ def test_default_candidates_are_multiples_where_the_dense_size_allows(width, mul
         ({"alpha_init": "ones"}, ["alpha_init", "'ones'"]),
         ({"pmim_window": 46}, ["pmim_window", "46"]),
         ({"importance_hold": 0}, ["importance_hold", "0", "first_order"]),
-        ({"importance_hold": 0.3, "settle_at": 0.2}, ["importance_hold", "0.3", "settle_at", "0.2"]),
-        ({"search_embedding": False, "search_attention": False, "search_mlp": False}, ["search_embedding"]),
+        (
+            {"importance_hold": 0.3, "settle_at": 0.2},
+            ["importance_hold", "0.3", "settle_at", "0.2"],
+        ),
+        (
+            {"search_embedding": False, "search_attention": False, "search_mlp": False},
+            ["search_embedding"],
+        ),
     ],
 )
 def test_impossible_configs_are_refused_by_name_and_value(fields, names):
@@ -316,15 +366,43 @@ def test_a_budget_loss_without_weight_is_refused_or_harmless():
 @pytest.mark.parametrize(
     ("family", "fields", "names"),
     [
-        ("vit", {"mlp_candidates": [32, 64]}, ["mlp_candidates", "[32, 64]", "'layers.0.mlp'", "72"]),
+        (
+            "vit",
+            {"mlp_candidates": [32, 64]},
+            ["mlp_candidates", "[32, 64]", "'layers.0.mlp'", "72"],
+        ),
         ("vit", {"head_candidates": [5, 6]}, ["head_candidates", "[5, 6]", "5"]),
-        ("swin", {"embedding_candidates": [13, 40]}, ["embedding_candidates", "'stages.0.width'", "20"]),
-        ("swin", {"embedding_candidates": [40]}, ["embedding_candidates", "[40]", "'stages.0.width'", "20"]),
-        ("swin", {"embedding_candidates": [13, 20]}, ["embedding_candidates", "'stages.1.width'", "40"]),
-        ("swin", {"embedding_candidates": [20, 40, 41]}, ["embedding_candidates", "[20, 40, 41]", "40"]),
-        ("swin", {"head_candidates": [1, 4]}, ["head_candidates", "'stages.0.blocks.0.attention'", "2"]),
+        (
+            "swin",
+            {"embedding_candidates": [13, 40]},
+            ["embedding_candidates", "'stages.0.width'", "20"],
+        ),
+        (
+            "swin",
+            {"embedding_candidates": [40]},
+            ["embedding_candidates", "[40]", "'stages.0.width'", "20"],
+        ),
+        (
+            "swin",
+            {"embedding_candidates": [13, 20]},
+            ["embedding_candidates", "'stages.1.width'", "40"],
+        ),
+        (
+            "swin",
+            {"embedding_candidates": [20, 40, 41]},
+            ["embedding_candidates", "[20, 40, 41]", "40"],
+        ),
+        (
+            "swin",
+            {"head_candidates": [1, 4]},
+            ["head_candidates", "'stages.0.blocks.0.attention'", "2"],
+        ),
         ("swin", {"head_candidates": [2, 4, 5]}, ["head_candidates", "[2, 4, 5]", "4"]),
-        ("swin", {"head_dim_candidates": [5, 9]}, ["head_dim_candidates", "'stages.0.blocks.0.attention'", "10"]),
+        (
+            "swin",
+            {"head_dim_candidates": [5, 9]},
+            ["head_dim_candidates", "'stages.0.blocks.0.attention'", "10"],
+        ),
         ("swin", {"head_dim_candidates": [10, 12]}, ["head_dim_candidates", "[10, 12]", "10"]),
         ("swin", {"mlp_candidates": [50, 72]}, ["mlp_candidates", "'stages.0.blocks.0.mlp'", "36"]),
         ("swin", {"mlp_candidates": [36, 72, 144]}, ["mlp_candidates", "[36, 72, 144]", "72"]),
@@ -332,7 +410,8 @@ def test_a_budget_loss_without_weight_is_refused_or_harmless():
     ids=str,
 )
 def test_candidates_that_do_not_fit_the_model_are_refused(family, fields, names):
-    """By the field they were given in: a list is for all submodules of its kind, and holds the full size of each."""
+    """By the field they were given in: a list is for all submodules of its kind, and holds the full
+    size of each."""
     with pytest.raises(ValueError, match="candidates is") as error:
         SEARCHES[family](**fields).search_space(tiny_model(family).config)
     for name in names:
@@ -345,7 +424,9 @@ def test_candidates_of_kinds_that_are_not_searched_need_not_fit():
 
 
 def test_a_model_of_another_family_is_refused():
-    with pytest.raises(ValueError, match="SwinBiMaskConfig searches SwinConfig models, got a ViTConfig"):
+    with pytest.raises(
+        ValueError, match="SwinBiMaskConfig searches SwinConfig models, got a ViTConfig"
+    ):
         SwinBiMaskConfig().search_space(vit_config())
 
 
@@ -357,7 +438,9 @@ def test_a_config_survives_its_file(tmp_path):
         ViTBiMaskConfig.from_dict({"taget_macs": 0.5})
 
 
-@pytest.mark.parametrize(("target", "cost"), [(0.5, 500), (1, 1000), (1.0, 1000), (0.3337, 333), (1.5, 1), (700, 700)])
+@pytest.mark.parametrize(
+    ("target", "cost"), [(0.5, 500), (1, 1000), (1.0, 1000), (0.3337, 333), (1.5, 1), (700, 700)]
+)
 def test_a_target_is_a_share_up_to_one_and_a_count_above(target, cost):
     assert ViTBiMaskConfig(target_macs=target).target(1000) == cost
     assert ViTBiMaskConfig(target_params=target).target(1000) == cost

@@ -1,4 +1,5 @@
-"""Layers that choose their sizes together: one alpha, importance of each, and a stock checkpoint at the end."""
+"""Layers that choose their sizes together: one alpha, importance of each, and a stock checkpoint at
+the end."""
 
 import json
 
@@ -74,7 +75,9 @@ def test_sizes_are_equal_units_are_not_and_the_budget_holds(family, seed):
 @both_families
 def test_the_choice_is_the_best_of_all_common_ones(family):
     """Every combination of common sizes is scored and counted by other means."""
-    config = uniform(family, target_macs=0.5, head_candidates=[2, 3, 4, 5] if family == "vit" else [2, 4])
+    config = uniform(
+        family, target_macs=0.5, head_candidates=[2, 3, 4, 5] if family == "vit" else [2, 4]
+    )
     supernet = install_bi_masks(tiny_model(family), config)
     randomize_masks_(supernet, seed=3)
     best = supernet.settlement()
@@ -91,7 +94,10 @@ def test_the_choice_is_the_best_of_all_common_ones(family):
     generator, seen, dense = torch.Generator().manual_seed(0), 0, tiny_model(family).config
     subnet = read_subnet(supernet)
     for _ in range(3000):
-        picks = {n: list(r)[int(torch.randint(len(r), (1,), generator=generator))] for n, r in worth.items()}
+        picks = {
+            n: list(r)[int(torch.randint(len(r), (1,), generator=generator))]
+            for n, r in worth.items()
+        }
         sizes = {name: picks[leader] for name, leader in supernet.leaders.items()}
         cost = count_macs(dense, _first_units(subnet, sizes))
         if 0.98 * supernet.target <= cost <= supernet.target:
@@ -103,7 +109,8 @@ def test_the_choice_is_the_best_of_all_common_ones(family):
 def _first_units(subnet, sizes):
     """The subnet with the first units of these submodules."""
     kept = {
-        n: {h: tuple(range(s[1])) for h in range(s[0])} if len(s) == 2 else tuple(range(s[0])) for n, s in sizes.items()
+        n: {h: tuple(range(s[1])) for h in range(s[0])} if len(s) == 2 else tuple(range(s[0]))
+        for n, s in sizes.items()
     }
     return type(subnet)(subnet.kept | kept)
 
@@ -114,7 +121,9 @@ def test_masked_equals_sliced(family):
     settle_randomly_(supernet, seed=1)
     images = tiny_images(dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(supernet.fold()(images).logits, supernet(images).logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            supernet.fold()(images).logits, supernet(images).logits, rtol=0, atol=1e-10
+        )
 
 
 @both_families
@@ -141,13 +150,17 @@ def test_alpha_is_fitted_to_the_mean_importance_of_the_tied():
 @pytest.mark.parametrize("prune_during_search", [True, False])
 def test_a_search_ends_uniform_within_its_budget(tmp_path, family, prune_during_search):
     trainer = searcher(
-        tmp_path, uniform(family, target_macs=0.6, prune_during_search=prune_during_search), family=family
+        tmp_path,
+        uniform(family, target_macs=0.6, prune_during_search=prune_during_search),
+        family=family,
     )
     trainer.train()
     small = compress(trainer.supernet)
     assert count_macs(small) <= trainer.supernet.target
     for name, leader in TIED[family].items():
-        assert read_subnet(trainer.supernet).size(name) == read_subnet(trainer.supernet).size(leader)
+        assert read_subnet(trainer.supernet).size(name) == read_subnet(trainer.supernet).size(
+            leader
+        )
     assert trainer.supernet.is_settled
     assert isinstance(trainer.supernet.named_masks[next(iter(TIED[family]))], TiedBiMask)
 
@@ -159,7 +172,9 @@ def test_a_compiled_search_is_the_eager_one(tmp_path, family):
     eager.train()
     torch._dynamo.reset()
     counters.clear()
-    compiled = searcher(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **settings)
+    compiled = searcher(
+        tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **settings
+    )
     compiled.train()
     assert_equal_states(eager.supernet.state_dict(), compiled.supernet.state_dict())
     assert counters["graph_break"] == {}
@@ -188,7 +203,9 @@ def test_the_result_is_a_stock_checkpoint_of_its_own_size(tmp_path):
     trainer = searcher(tmp_path / "run", uniform("vit", target_macs=0.5))
     trainer.train()
     small = compress(trainer.supernet).eval()
-    assert small.config.head_dim_per_layer[0] < 8, "narrower heads than the dense model's, whose scale they keep"
+    assert small.config.head_dim_per_layer[0] < 8, (
+        "narrower heads than the dense model's, whose scale they keep"
+    )
     pad_to_stock(small).save_pretrained(tmp_path / "stock")
     stock = AutoModelForImageClassification.from_pretrained(tmp_path / "stock")
     assert type(stock) is ViTForImageClassification
@@ -196,7 +213,9 @@ def test_the_result_is_a_stock_checkpoint_of_its_own_size(tmp_path):
     assert count_params(stock) == count_params(small)
     assert count_macs(stock) == count_macs(small)
     with torch.no_grad():
-        torch.testing.assert_close(stock(tiny_images()).logits, small(tiny_images()).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            stock(tiny_images()).logits, small(tiny_images()).logits, rtol=0, atol=1e-5
+        )
 
 
 def _space(name: str, tied_to: str | None = None, units: int = 8) -> SubmoduleSpace:

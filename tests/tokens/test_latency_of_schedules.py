@@ -24,7 +24,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import arguments, rows
 
-from ofb_hf import OFBViTConfig, OFBViTForImageClassification, SubnetSpec, compress, install_bi_masks, read_subnet
+from ofb_hf import (
+    OFBViTConfig,
+    OFBViTForImageClassification,
+    SubnetSpec,
+    compress,
+    install_bi_masks,
+    read_subnet,
+)
 from ofb_hf.choice.schedule_candidates import _layer_costs, reducing_layers, schedule_family
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import count_macs, evaluate_terms
@@ -34,13 +41,21 @@ from ofb_hf.families.registry import describe, family_of
 from ofb_hf.families.vit import scheduled, vit_layer_parts
 from ofb_hf.token_search.learned_counts import TokenSearchConfig, expected_cost, learned_reductions
 from ofb_hf.token_search.trainer import TokenTrainer
-from ofb_hf.tokens.schedules import fixed_rate_schedule, full_schedule, schedule_cost, settle_schedule
+from ofb_hf.tokens.schedules import (
+    fixed_rate_schedule,
+    full_schedule,
+    schedule_cost,
+    settle_schedule,
+)
 from ofb_hf.workflow.latency_table import _fitted, _points, _reduce_tokens_, sample_sizes
 
 
 def falling(draw, layers, tokens):
     """A random schedule whose counts do not rise."""
-    counts = sorted(draw(st.lists(st.integers(2, tokens), min_size=2 * layers, max_size=2 * layers)), reverse=True)
+    counts = sorted(
+        draw(st.lists(st.integers(2, tokens), min_size=2 * layers, max_size=2 * layers)),
+        reverse=True,
+    )
     return [[tokens, tokens], *map(list, zip(counts[2::2], counts[3::2], strict=True))]
 
 
@@ -49,25 +64,32 @@ def searched(share, model=None, **changes):
     model = model or tiny_vit(num_hidden_layers=4)
     table = invented_table(model, changes.pop("seed", 0))
     milliseconds = share * count_latency(model, table) / PICOSECONDS
-    return TokenSearchConfig(target_latency_ms=milliseconds, latency_table=table.to_dict(), **changes), table
+    return TokenSearchConfig(
+        target_latency_ms=milliseconds, latency_table=table.to_dict(), **changes
+    ), table
 
 
-# ----------------------------------------------------------------------------------------------------- one way to count
+# --------------------------------------------------------------------------------- one way to count
 
 
 @given(st.data(), st.integers(0, 100))
 def test_layers_sum_to_the_whole(data, seed):
-    """By whole numbers, by arrays, by tensors, and as the model that obeys the schedule: one cost, MACs or time."""
+    """By whole numbers, by arrays, by tensors, and as the model that obeys the schedule: one cost,
+    MACs or time."""
     model = tiny_vit(num_hidden_layers=4)
     config, table, schedule = model.config, invented_table(model, seed), falling(data.draw, 4, 17)
     amounts, entering = quantities(describe(config).sizes), [17, *(left for _, left in schedule)]
     cut = OFBViTForImageClassification.from_dense(model, token_schedule=schedule)
-    tensors = [[torch.tensor(float(count), dtype=torch.float64) for count in pair] for pair in schedule]
+    tensors = [
+        [torch.tensor(float(count), dtype=torch.float64) for count in pair] for pair in schedule
+    ]
     for cost, whole in ((macs_of, count_macs(cut)), (table.terms_of, count_latency(cut, table))):
         ends = cost(part for part in describe(config).parts if part.name in ("stem", "head"))
         merges = [left < kept for kept, left in schedule]
         layers = [
-            evaluate_terms(cost(vit_layer_parts(layer, before, *pair, any(merges[:layer]))), amounts)
+            evaluate_terms(
+                cost(vit_layer_parts(layer, before, *pair, any(merges[:layer]))), amounts
+            )
             for layer, (before, pair) in enumerate(zip(entering, schedule, strict=False))
         ]
         assert evaluate_terms(ends, amounts) + sum(layers) == whole
@@ -82,8 +104,12 @@ def test_layers_sum_to_the_whole(data, seed):
 
 
 def test_attention_weighs_its_tokens_only_behind_a_merging():
-    """Tokens that were dropped leave the others as they were: one patch each, and nothing to add to the map."""
-    config, table = tiny_vit(num_hidden_layers=5).config, invented_table(tiny_vit(num_hidden_layers=5))
+    """Tokens that were dropped leave the others as they were: one patch each, and nothing to add to
+    the map."""
+    config, table = (
+        tiny_vit(num_hidden_layers=5).config,
+        invented_table(tiny_vit(num_hidden_layers=5)),
+    )
     for kind, products in table.coefficients.items():
         products |= dict.fromkeys(products, 0) | ({"weighing": 7} if "attention" in kind else {})
     dropping = [[17, 17], [12, 12], [9, 9], [9, 9], [2, 2]]
@@ -92,10 +118,14 @@ def test_attention_weighs_its_tokens_only_behind_a_merging():
         tensors = [[torch.tensor(float(count)) for count in pair] for pair in schedule]
         assert schedule_cost(config, schedule, table.terms_of) == 7 * layers
         assert schedule_cost(config, tensors, table.terms_of) == 7 * layers
-        model = OFBViTForImageClassification.from_dense(tiny_vit(num_hidden_layers=5), token_schedule=schedule)
+        model = OFBViTForImageClassification.from_dense(
+            tiny_vit(num_hidden_layers=5), token_schedule=schedule
+        )
         seen = []
         for layer in model.vit.layers:
-            layer.attention.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[1] is not None))
+            layer.attention.register_forward_pre_hook(
+                lambda _, inputs, seen=seen: seen.append(inputs[1] is not None)
+            )
         model(tiny_images())
         assert sum(seen) == layers
 
@@ -105,7 +135,9 @@ def test_all_tokens_cost_what_the_search_for_widths_counts():
         table = invented_table(model)
         kept = schedule_cost(model.config, full_schedule(model.config), table.terms_of)
         assert kept == count_latency(model, table)
-        assert table.terms(scheduled(model.config, full_schedule(model.config))) == table.terms(describe(model.config))
+        assert table.terms(scheduled(model.config, full_schedule(model.config))) == table.terms(
+            describe(model.config)
+        )
 
 
 @given(st.lists(st.integers(2, 17), min_size=4, max_size=4), st.integers(0, 100))
@@ -115,13 +147,16 @@ def test_what_is_expected_of_whole_counts_is_what_they_cost(counts, seed):
     model = tiny_vit(num_hidden_layers=4)
     table, learner = invented_table(model, seed), decided(schedule)
     cut = OFBViTForImageClassification.from_dense(model, token_schedule=schedule)
-    assert expected_cost(learner, table.terms_of).item() == pytest.approx(count_latency(cut, table), rel=1e-5)
+    assert expected_cost(learner, table.terms_of).item() == pytest.approx(
+        count_latency(cut, table), rel=1e-5
+    )
 
 
 def test_milliseconds_press_on_every_count():
     learner = decided([[17, 17], [12, 12], [7, 7], [2, 2]])
     for reduction, counts in zip(learned_reductions(learner), [(14, 12), (9, 7)], strict=True):
-        for proxy, count in zip((reduction.kept, reduction.merged), counts, strict=True):  # falling, so that each binds
+        # falling, so that each binds
+        for proxy, count in zip((reduction.kept, reduction.merged), counts, strict=True):
             proxy.logits.data = -(proxy.candidates - count).abs()
     logits = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     cost = expected_cost(learner, invented_table(tiny_vit(num_hidden_layers=4)).terms_of)
@@ -132,8 +167,11 @@ def test_milliseconds_press_on_every_count():
 
 
 def test_random_networks_tell_what_others_take():
-    """Times that a table makes up are found again: the products differ enough over what is measured."""
-    config = OFBViTForImageClassification.from_dense(tiny_vit(num_hidden_layers=6, image_size=32)).config
+    """Times that a table makes up are found again: the products differ enough over what is
+    measured."""
+    config = OFBViTForImageClassification.from_dense(
+        tiny_vit(num_hidden_layers=6, image_size=32)
+    ).config
     truth, family = invented_table(tiny_vit(num_hidden_layers=6, image_size=32)), family_of(config)
     family.pin(config)
     sizes = describe(config).sizes
@@ -149,19 +187,27 @@ def test_random_networks_tell_what_others_take():
         return [SimpleNamespace(config=each) for each in configs]
 
     def milliseconds_of(part, each):
-        return evaluate_terms(truth.terms_of([part]), quantities(describe(each.config).sizes)) / PICOSECONDS
+        return (
+            evaluate_terms(truth.terms_of([part]), quantities(describe(each.config).sizes))
+            / PICOSECONDS
+        )
 
     seen = networks(0)
-    times = [{part.name: [milliseconds_of(part, each)] for part in describe(each.config).parts} for each in seen]
+    times = [
+        {part.name: [milliseconds_of(part, each)] for part in describe(each.config).parts}
+        for each in seen
+    ]
     coefficients, residuals = _fitted(_points(seen, times))
     found = replace(truth, coefficients=coefficients)
     assert set(coefficients) == set(truth.coefficients)
     assert max(residual["worst"] for residual in residuals.values()) < 0.01
     for each in networks(1):
-        assert count_latency(each.config, found) == pytest.approx(count_latency(each.config, truth), rel=0.01)
+        assert count_latency(each.config, found) == pytest.approx(
+            count_latency(each.config, truth), rel=0.01
+        )
 
 
-# ------------------------------------------------------------------------------------------------------- whole counts
+# ------------------------------------------------------------------------------------- whole counts
 
 
 @given(st.floats(0.3, 0.95), st.integers(0, 1000), st.data())
@@ -190,7 +236,9 @@ def test_the_next_token_would_exceed_the_milliseconds():
         target = int(share * dense)
         _, [kept, left], last = settle_schedule(config, [[30.0, 20.0]], target, table.terms_of)
         assert schedule_cost(config, [[65, 65], [kept, left], last], table.terms_of) <= target
-        assert schedule_cost(config, [[65, 65], [kept + 1, left + 1], [2, 2]], table.terms_of) > target
+        assert (
+            schedule_cost(config, [[65, 65], [kept + 1, left + 1], [2, 2]], table.terms_of) > target
+        )
 
 
 def test_small_reductions_give_way_to_a_large_one_where_each_has_a_price():
@@ -198,9 +246,13 @@ def test_small_reductions_give_way_to_a_large_one_where_each_has_a_price():
     table = invented_table(model)
     learned = [[60.0, 55.0], [50.0, 45.0], [40.0, 35.0], [30.0, 25.0]]
     table.coefficients["stages.0.reduction"]["presence"] = 0
-    free = settle_schedule(model.config, learned, int(0.7 * count_latency(model, table)), table.terms_of)
+    free = settle_schedule(
+        model.config, learned, int(0.7 * count_latency(model, table)), table.terms_of
+    )
     table.coefficients["stages.0.reduction"]["presence"] = int(0.08 * count_latency(model, table))
-    dear = settle_schedule(model.config, learned, int(0.7 * count_latency(model, table)), table.terms_of)
+    dear = settle_schedule(
+        model.config, learned, int(0.7 * count_latency(model, table)), table.terms_of
+    )
     assert len(reducing_layers(dear, 65)) < len(reducing_layers(free, 65))
 
 
@@ -211,7 +263,9 @@ def test_the_last_layer_drops_only_where_that_saves_something():
     for price in (0, 10**12):
         table.coefficients["stages.0.reduction"]["presence"] = price
         dense = count_latency(model, table)
-        last[price] = settle_schedule(model.config, [[60.0, 50.0], [40.0, 30.0]], dense, table.terms_of)[-1]
+        last[price] = settle_schedule(
+            model.config, [[60.0, 50.0], [40.0, 30.0]], dense, table.terms_of
+        )[-1]
     assert last[0] == [2, 2]
     assert last[10**12] == [65, 65]  # and nothing else is reduced
 
@@ -224,13 +278,15 @@ def test_fixed_rates_hold_milliseconds_too():
     assert schedule_cost(model.config, schedule, table.terms_of) <= target
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_milliseconds_out_of_reach_are_refused_with_those_that_are_not():
     config, table = searched(0.001)
     model = tiny_vit(num_hidden_layers=4).config
-    with pytest.raises(UnreachableBudgetError, match=r"target_latency_ms is .* costs ([\d,.]+) ms; raise") as refusal:
+    with pytest.raises(
+        UnreachableBudgetError, match=r"target_latency_ms is .* costs ([\d,.]+) ms; raise"
+    ) as refusal:
         config.target_for(model)
     smallest = TokenSearchConfig(
         target_latency_ms=refusal.value.smallest / PICOSECONDS, latency_table=config.latency_table
@@ -240,7 +296,9 @@ def test_milliseconds_out_of_reach_are_refused_with_those_that_are_not():
         searched(1.01)[0].target_for(model)
     table.coefficients["stages.0.reduction"]["presence"] = 10**12
     dear = TokenSearchConfig(target_latency_ms=1e-3, latency_table=table.to_dict())
-    with pytest.raises(UnreachableBudgetError, match="fewer gain nothing here; more images in a batch") as refusal:
+    with pytest.raises(
+        UnreachableBudgetError, match="fewer gain nothing here; more images in a batch"
+    ) as refusal:
         dear.target_for(model)
     assert refusal.value.smallest == count_latency(tiny_vit(num_hidden_layers=4), table)
 
@@ -251,7 +309,8 @@ def test_refusals_show_every_picosecond():
     with pytest.raises(UnreachableBudgetError) as refusal:
         config.target_for(model)
     below = TokenSearchConfig(
-        target_latency_ms=(refusal.value.smallest - 1) / PICOSECONDS, latency_table=config.latency_table
+        target_latency_ms=(refusal.value.smallest - 1) / PICOSECONDS,
+        latency_table=config.latency_table,
     )
     with pytest.raises(UnreachableBudgetError) as refusal:
         below.target_for(model)
@@ -260,8 +319,13 @@ def test_refusals_show_every_picosecond():
 
 
 def test_larger_batches_are_no_advice_for_macs():
-    config = OFBViTConfig(  # only what is not searched is left to cost anything, beside attentions of one channel
-        **{name: value for name, value in vit_config(num_hidden_layers=3).to_dict().items() if name != "model_type"},
+    # only what is not searched is left to cost anything, beside attentions of one channel
+    config = OFBViTConfig(
+        **{
+            name: value
+            for name, value in vit_config(num_hidden_layers=3).to_dict().items()
+            if name != "model_type"
+        },
         num_attention_heads_per_layer=[1] * 3,
         head_dim_per_layer=[1] * 3,
         intermediate_size_per_layer=[0] * 3,
@@ -276,7 +340,9 @@ def test_tables_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"latency table is of tiny.*differ in"):
         config.target_for(vit_config(num_hidden_layers=5))
     del table.coefficients["stages.0.reduction"]
-    widths_alone, joint = ({"latency_table": table.to_dict(), "search_tokens": tokens} for tokens in (False, True))
+    widths_alone, joint = (
+        {"latency_table": table.to_dict(), "search_tokens": tokens} for tokens in (False, True)
+    )
     install_bi_masks(tiny_vit(num_hidden_layers=4), search_config(**widths_alone))
     with pytest.raises(ValueError, match=r"has no .* for 'stages.0.reduction'; measure one"):
         install_bi_masks(tiny_vit(num_hidden_layers=4), search_config(**joint))
@@ -286,7 +352,9 @@ def test_tables_that_do_not_fit_are_refused():
             unmeasured.target_for(vit_config(num_hidden_layers=4))
     older = invented_table(tiny_vit(num_hidden_layers=4))
     older.coefficients["stages.0.mlp"] = {"presence": 1, "width": 1, "units": 1, "width x units": 1}
-    with pytest.raises(ValueError, match=r"has no .*'tokens x width'.* for 'stages.0.mlp'; measure one"):
+    with pytest.raises(
+        ValueError, match=r"has no .*'tokens x width'.* for 'stages.0.mlp'; measure one"
+    ):
         search_config(latency_table=older.to_dict()).search_space(vit_config(num_hidden_layers=4))
 
 
@@ -301,13 +369,15 @@ def test_budgets_are_checked_as_those_of_a_search_for_widths():
         TokenSearchConfig(target_latency_ms=0, latency_table=table)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 def token_trainer(folder, config, **changes):
     """A short search for the token counts of a tiny model."""
     model = tiny_vit(num_hidden_layers=4)
-    return TokenTrainer(model, arguments(folder, **changes), config, train_dataset=rows(), eval_dataset=rows(8))
+    return TokenTrainer(
+        model, arguments(folder, **changes), config, train_dataset=rows(), eval_dataset=rows(8)
+    )
 
 
 def test_training_moves_the_counts_to_the_milliseconds(tmp_path):
@@ -316,7 +386,11 @@ def test_training_moves_the_counts_to_the_milliseconds(tmp_path):
     trainer.train()
     assert abs(expected_cost(trainer.learner, table.terms_of).item() / trainer.target - 1) < 0.1
     result = trainer.scheduled()
-    assert count_latency(result, table) <= trainer.target == round(config.target_latency_ms * PICOSECONDS)
+    assert (
+        count_latency(result, table)
+        <= trainer.target
+        == round(config.target_latency_ms * PICOSECONDS)
+    )
     logged = [row for row in trainer.state.log_history if "expected_latency_ms" in row]
     assert logged[-1]["expected_latency_ms"] == pytest.approx(config.target_latency_ms, rel=0.1)
     assert all("expected_macs" in row for row in logged)
@@ -327,14 +401,19 @@ def test_a_run_with_another_table_or_target_is_not_resumed(tmp_path):
     token_trainer(tmp_path, config, max_steps=2, save_strategy="steps", save_steps=2).train()
     checkpoint = str(tmp_path / "checkpoint-2")
     assert token_trainer(tmp_path, config, max_steps=2).train(resume_from_checkpoint=checkpoint)
-    for other, name in ((searched(0.8)[0], "target_latency_ms"), (searched(0.75, seed=1)[0], "latency_table")):
+    for other, name in (
+        (searched(0.8)[0], "target_latency_ms"),
+        (searched(0.75, seed=1)[0], "latency_table"),
+    ):
         with pytest.raises(ValueError, match=f"another search.*{name}") as refusal:
             token_trainer(tmp_path, other).train(resume_from_checkpoint=checkpoint)
         assert "coefficients" not in str(refusal.value)  # that there is another table is enough
-    assert "points" not in json.loads((tmp_path / "checkpoint-2" / "token_search_config.json").read_text())
+    assert "points" not in json.loads(
+        (tmp_path / "checkpoint-2" / "token_search_config.json").read_text()
+    )
 
 
-# ---------------------------------------------------------------------------------------------- with widths beside them
+# -------------------------------------------------------------------------- with widths beside them
 
 
 @pytest.mark.parametrize("depth", [False, True])
@@ -344,15 +423,25 @@ def test_widths_and_tokens_hold_milliseconds_together(seed, depth):
     table = invented_table(model, seed)
     target = 0.6 * count_latency(model, table) / PICOSECONDS
     budget = {"target_macs": None, "target_latency_ms": target, "latency_table": table.to_dict()}
-    supernet = install_bi_masks(model, search_config(search_tokens=True, search_depth=depth, **budget))
+    supernet = install_bi_masks(
+        model, search_config(search_tokens=True, search_depth=depth, **budget)
+    )
     randomize_masks_(supernet, seed)
     generator = torch.Generator().manual_seed(seed)
-    for buffer in [*(mask.first_order for mask in supernet.bi_masks), supernet.tokens.first_order[1:-1]]:
+    for buffer in [
+        *(mask.first_order for mask in supernet.bi_masks),
+        supernet.tokens.first_order[1:-1],
+    ]:
         buffer.copy_(torch.rand(buffer.shape, generator=generator))
     supernet.estimate_importance_()
     choice, small = supernet.settlement(), compress(supernet)
     assert choice.cost == count_latency(small, table)
-    assert 0.9 * supernet.target <= count_latency(small, table) <= supernet.target == round(target * PICOSECONDS)
+    assert (
+        0.9 * supernet.target
+        <= count_latency(small, table)
+        <= supernet.target
+        == round(target * PICOSECONDS)
+    )
     schedule = small.config.token_schedule
     assert schedule is None or reducing_layers(schedule, 65)
     assert read_subnet(supernet).token_schedule == schedule
@@ -360,7 +449,8 @@ def test_widths_and_tokens_hold_milliseconds_together(seed, depth):
 
 def test_a_family_for_milliseconds_leaves_small_reductions_out():
     model = tiny_vit(num_hidden_layers=5)
-    curves = np.linspace(1, 0, 18)[None] ** 3 * np.geomspace(1, 0.01, 5)[:, None]  # later tokens are worth less
+    # later tokens are worth less
+    curves = np.linspace(1, 0, 18)[None] ** 3 * np.geomspace(1, 0.01, 5)[:, None]
     amounts = quantities(describe(model.config).sizes)
 
     def reductions(price):

@@ -1,4 +1,5 @@
-"""Where token schedules come from: published, fixed-rate, and learned; and that budgets hold to the integer."""
+"""Where token schedules come from: published, fixed-rate, and learned; and that budgets hold to the
+integer."""
 
 import itertools
 
@@ -45,8 +46,9 @@ from ofb_hf.tokens.schedules import (
 )
 
 DEIT = {"deit_tiny": 192, "deit_small": 384, "deit_base": 768}
-# GMACs of the published schedules by the published formula, recomputed from the lists; and by our exact count, which
-# knows 196 patches in the embedding, and adds the class token's row and the similarities.
+# GMACs of the published schedules by the published formula, recomputed from the lists; and by our
+# exact count, which knows 196 patches in the embedding, and adds the class token's row and the
+# similarities.
 RECOMPUTED = {
     "deit_tiny": {
         0.6: (0.6549, 0.6594),
@@ -79,8 +81,8 @@ def deit_config(shape: str):
 
 
 def published_formula(width: int, schedule) -> float:
-    """GMACs as the published code counts them: 197 tokens in the patch embedding, no more than matrices of weights and
-    the attention map."""
+    """GMACs as the published code counts them: 197 tokens in the patch embedding, no more than
+    matrices of weights and the attention map."""
     tokens, macs = 197, 197 * width * 3 * 16**2 + width * 1000
     for counts in schedule:
         macs += 4 * tokens * width**2 + 2 * tokens**2 * width
@@ -89,12 +91,15 @@ def published_formula(width: int, schedule) -> float:
     return macs / 1e9
 
 
-# -------------------------------------------------------------------------------------------------- published schedules
+# ------------------------------------------------------------------------------ published schedules
 
 
 @pytest.mark.parametrize(("shape", "gmacs"), CASES)
 def test_published_schedules_cost_what_was_recomputed(shape, gmacs):
-    schedule, (by_formula, exact) = published_schedule(deit_config(shape), gmacs), RECOMPUTED[shape][gmacs]
+    schedule, (by_formula, exact) = (
+        published_schedule(deit_config(shape), gmacs),
+        RECOMPUTED[shape][gmacs],
+    )
     assert round(published_formula(DEIT[shape], schedule), 4) == by_formula
     fields = {k: v for k, v in deit_config(shape).to_dict().items() if k != "model_type"}
     config = OFBViTConfig(**fields, token_schedule=schedule)
@@ -111,11 +116,13 @@ def test_every_published_schedule_is_there():
 def test_schedules_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"gmacs is 4\.6.*\[2\.3, 2\.5, 2\.7, 2\.9, 3\.1\]"):
         published_schedule(deit_config("deit_small"), 4.6)
-    with pytest.raises(ValueError, match=r"\(2, 17, 40\).*12 layers, 197 tokens and \[192, 384, 768\]"):
+    with pytest.raises(
+        ValueError, match=r"\(2, 17, 40\).*12 layers, 197 tokens and \[192, 384, 768\]"
+    ):
         published_schedule(vit_config(), 2.9)
 
 
-# ------------------------------------------------------------------------------------------------------ whole counts
+# ------------------------------------------------------------------------------------- whole counts
 
 
 @given(st.floats(0.5, 0.8), st.data())
@@ -163,10 +170,12 @@ def test_budgets_out_of_reach_are_refused():
         fixed_rate_schedule(config, 1000)
 
 
-# ------------------------------------------------------------------------------------------------------ learned counts
+# ----------------------------------------------------------------------------------- learned counts
 
 
-@pytest.mark.parametrize(("granularity", "candidates", "count"), [(1, 196, 100), (2, 98, 100), (4, 49, 101)])
+@pytest.mark.parametrize(
+    ("granularity", "candidates", "count"), [(1, 196, 100), (2, 98, 100), (4, 49, 101)]
+)
 def test_counts_start_where_the_published_proxy_starts(granularity, candidates, count):
     learned = LearnedCount(197, granularity)
     assert learned.logits.shape == (candidates,)
@@ -193,7 +202,10 @@ def test_hidden_tokens_count_as_removed_ones(counts, seed):
     """What is learned with all tokens in place holds for the model from which they are gone."""
     kept, merged, later, last = counts
     schedule = [[17, 17], [kept, merged], [later, last], [2, 2]]
-    learner, images = decided(schedule, seed=seed, dtype=torch.float64), tiny_images(2, seed=seed, dtype=torch.float64)
+    learner, images = (
+        decided(schedule, seed=seed, dtype=torch.float64),
+        tiny_images(2, seed=seed, dtype=torch.float64),
+    )
     model = scheduled_vit(schedule, num_hidden_layers=4, seed=seed, dtype=torch.float64)
     torch.testing.assert_close(learner(images).logits, model(images).logits, rtol=0, atol=1e-3)
     assert expected_cost(learner).item() == pytest.approx(count_macs(model), rel=1e-6)
@@ -202,7 +214,8 @@ def test_hidden_tokens_count_as_removed_ones(counts, seed):
 
 
 def test_the_gradients_of_counts_do_not_depend_on_rounding():
-    """Tokens that are hidden weigh next to nothing, and what one of them would be worth is heard in full."""
+    """Tokens that are hidden weigh next to nothing, and what one of them would be worth is heard in
+    full."""
     images, gradients = tiny_images(4, size=32), {}
     for dtype in (torch.float32, torch.float64):
         model = install_learned_counts(tiny_vit(num_hidden_layers=4, image_size=32)).to(dtype)
@@ -210,7 +223,9 @@ def test_the_gradients_of_counts_do_not_depend_on_rounding():
         generator = torch.Generator().manual_seed(0)
         for parameter in logits:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-        gradients[dtype] = torch.autograd.grad(model(images.to(dtype)).logits.square().sum(), logits)
+        gradients[dtype] = torch.autograd.grad(
+            model(images.to(dtype)).logits.square().sum(), logits
+        )
     for single, double in zip(*gradients.values(), strict=True):
         assert (single - double).norm() < 1e-3 * double.norm()
 
@@ -257,19 +272,29 @@ def test_configs_without_a_class_token_are_refused(name):
 
 
 def test_models_without_a_class_token_and_with_few_attentions_are_refused():
-    with pytest.raises(UnsupportedArchitectureError, match=r"SwinForImageClassification.*class token"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"SwinForImageClassification.*class token"
+    ):
         install_learned_counts(tiny_swin())
     with pytest.raises(UnsupportedArchitectureError, match="num_hidden_layers is 2"):
         install_learned_counts(tiny_vit())
     for layers in (1, 2):
-        for ask in (TokenSearchConfig().target_for, lambda config: settle_schedule(config, [], 10**6)):
-            with pytest.raises(UnsupportedArchitectureError, match=f"num_hidden_layers is {layers}.*at least 3 layers"):
+        for ask in (
+            TokenSearchConfig().target_for,
+            lambda config: settle_schedule(config, [], 10**6),
+        ):
+            with pytest.raises(
+                UnsupportedArchitectureError,
+                match=f"num_hidden_layers is {layers}.*at least 3 layers",
+            ):
                 ask(vit_config(num_hidden_layers=layers))
 
 
 def test_attention_that_takes_no_bias_is_refused_before_anything_is_learned():
     model = tiny_vit(num_hidden_layers=4, attn_implementation="flex_attention")
-    with pytest.raises(ValueError, match=r"attn_implementation is 'flex_attention'.*one of \['eager', 'sdpa'\]"):
+    with pytest.raises(
+        ValueError, match=r"attn_implementation is 'flex_attention'.*one of \['eager', 'sdpa'\]"
+    ):
         install_learned_counts(model)
     with pytest.raises(ValueError, match="attn_implementation is 'flex_attention'"):
         install_bi_masks(model, search_config(search_tokens=True))
@@ -278,7 +303,10 @@ def test_attention_that_takes_no_bias_is_refused_before_anything_is_learned():
 
 @pytest.mark.parametrize("granularity", [16, 1000, 2.5, True, 0, "4"])
 def test_gaps_that_leave_nothing_to_choose_are_refused(granularity):
-    with pytest.raises(ValueError, match=f"token_granularity is {granularity!r}.*whole number.*below the 16 patches"):
+    with pytest.raises(
+        ValueError,
+        match=f"token_granularity is {granularity!r}.*whole number.*below the 16 patches",
+    ):
         install_learned_counts(tiny_vit(num_hidden_layers=4), granularity)
     learned = install_learned_counts(tiny_vit(num_hidden_layers=4), 15).vit.layers[1].reduction
     assert learned.kept.candidates.tolist() == [17, 2]
@@ -302,7 +330,7 @@ def test_features_that_are_all_zero_make_no_nan(dtype):
     assert sizes.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 def token_trainer(folder, model=None, callbacks=None, **changes):
@@ -310,7 +338,12 @@ def token_trainer(folder, model=None, callbacks=None, **changes):
     config = TokenSearchConfig(target_macs=0.7, token_learning_rate=0.3)
     model = model if model is not None else tiny_vit(num_hidden_layers=4)
     return TokenTrainer(
-        model, arguments(folder, **changes), config, train_dataset=rows(), eval_dataset=rows(8), callbacks=callbacks
+        model,
+        arguments(folder, **changes),
+        config,
+        train_dataset=rows(),
+        eval_dataset=rows(8),
+        callbacks=callbacks,
     )
 
 
@@ -324,7 +357,8 @@ def test_training_moves_the_counts_to_the_budget_and_nothing_else(tmp_path):
     assert abs(expected_cost(trainer.learner).item() / trainer.target - 1) < 0.1
     result = trainer.scheduled()
     assert result.config.token_schedule == trainer.schedule()
-    assert 0.95 * trainer.target <= count_macs(result) <= trainer.target  # a token of a model this small is 2 %
+    # a token of a model this small is 2 %
+    assert 0.95 * trainer.target <= count_macs(result) <= trainer.target
     state = result.state_dict()
     assert state.keys() == before.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
@@ -338,8 +372,13 @@ def test_checkpointing_changes_no_count_and_reentrant_checkpointing_is_refused(t
         trainer.train()
         counts.append(read_expected_counts(trainer.learner))
     assert counts[0] == counts[1]
-    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    with pytest.raises(ValueError, match=r"use_reentrant is True, but only token counts learn.*leave it at False"):
+    reentrant = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }
+    with pytest.raises(
+        ValueError, match=r"use_reentrant is True, but only token counts learn.*leave it at False"
+    ):
         token_trainer(tmp_path / "reentrant", **reentrant)
 
 
@@ -358,20 +397,24 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path, ema):
 def test_a_checkpoint_without_an_average_is_refused_where_one_is_wanted(tmp_path):
     token_trainer(tmp_path, save_strategy="steps", save_steps=12).train()
     with pytest.raises(ValueError, match="no weight average"):
-        token_trainer(tmp_path, ema_decay=0.9).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+        token_trainer(tmp_path, ema_decay=0.9).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-12")
+        )
 
 
 def test_another_budget_is_not_resumed(tmp_path):
     token_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
     other = TokenSearchConfig(target_macs=0.8, token_learning_rate=0.3)
-    again = TokenTrainer(tiny_vit(num_hidden_layers=4), arguments(tmp_path), other, train_dataset=rows())
+    again = TokenTrainer(
+        tiny_vit(num_hidden_layers=4), arguments(tmp_path), other, train_dataset=rows()
+    )
     with pytest.raises(ValueError, match=r"another search.*'target_macs': \(0.7, 0.8\)"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_tokens_are_searched_where_layers_have_lost_their_attention(tmp_path):
-    """Attention in layers 0, 1, 2 and 4 of six: the first keeps all, 1 and 2 learn, and what 4 might drop costs nothing
-    any more, for no MLP is left behind it."""
+    """Attention in layers 0, 1, 2 and 4 of six: the first keeps all, 1 and 2 learn, and what 4
+    might drop costs nothing any more, for no MLP is left behind it."""
     trainer = token_trainer(tmp_path, non_uniform_vit().train(), max_steps=6)
     trainer.train()
     assert len(read_expected_counts(trainer.learner)) == 2
@@ -402,14 +445,18 @@ def test_hidden_tokens_count_as_removed_ones_beside_missing_attentions():
 def test_fixed_rates_let_all_tokens_pass_where_nothing_ranks_them():
     config = non_uniform_vit().config
     for merge in (True, False):
-        schedule = fixed_rate_schedule(config, int(0.8 * schedule_cost(config, full_schedule(config))), merge)
+        schedule = fixed_rate_schedule(
+            config, int(0.8 * schedule_cost(config, full_schedule(config))), merge
+        )
         model = OFBViTForImageClassification.from_dense(non_uniform_vit(), token_schedule=schedule)
         assert count_macs(model) == schedule_cost(config, schedule)
 
 
 def test_tokens_are_searched_on_top_of_narrow_layers_and_an_old_schedule(tmp_path):
     config = OFBViTConfig(
-        **fields_of(vit_config(num_hidden_layers=3)), intermediate_size_per_layer=[9, 30, 72], token_schedule=SCHEDULE
+        **fields_of(vit_config(num_hidden_layers=3)),
+        intermediate_size_per_layer=[9, 30, 72],
+        token_schedule=SCHEDULE,
     )
     model = OFBViTForImageClassification(config)
     randomize_weights_(model)

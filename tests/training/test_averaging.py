@@ -30,11 +30,18 @@ def test_the_average_follows_the_published_warm_up(tmp_path):
 
 def test_a_run_resumes_where_halves_are_gone_from_network_and_average(tmp_path):
     """Their names are in neither of the files."""
-    sizes = {"embedding_candidates": [40], "head_candidates": [5], "head_dim_candidates": [8], "mlp_candidates": [72]}
+    sizes = {
+        "embedding_candidates": [40],
+        "head_candidates": [5],
+        "head_dim_candidates": [8],
+        "mlp_candidates": [72],
+    }
     config = search_config(target_macs=0.35, search_depth=True, pmim=False, **sizes)
 
     def trainer(folder, **changes):
-        return searcher(folder, config, tiny_model("vit", num_hidden_layers=4).train(), ema_decay=0.9, **changes)
+        return searcher(
+            folder, config, tiny_model("vit", num_hidden_layers=4).train(), ema_decay=0.9, **changes
+        )
 
     straight = trainer(tmp_path, save_strategy="steps", save_steps=20)
     straight.train()

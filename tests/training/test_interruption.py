@@ -1,4 +1,5 @@
-"""Terminated or interrupted, a search saves a checkpoint, says so, and goes on from it as if nothing had happened."""
+"""Terminated or interrupted, a search saves a checkpoint, says so, and goes on from it as if
+nothing had happened."""
 
 import os
 import signal
@@ -37,10 +38,15 @@ def latest_step(folder: Path) -> int:
     ids=["TERM", "INT", "TERM-2", "INT-2"],
 )
 def test_a_signal_saves_a_checkpoint_and_the_search_goes_on_from_it(tmp_path, number, ranks):
-    """Sent to every process, as clusters do, in the middle of an epoch of 16 steps, while loaders have workers."""
+    """Sent to every process, as clusters do, in the middle of an epoch of 16 steps, while loaders
+    have workers."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     straight.mkdir(), stopped.mkdir()
-    arguments = {"save_strategy": "no", "dataloader_num_workers": 1, "per_device_train_batch_size": 2 // ranks}
+    arguments = {
+        "save_strategy": "no",
+        "dataloader_num_workers": 1,
+        "per_device_train_batch_size": 2 // ranks,
+    }
     options = OPTIONS | {"arguments": arguments}
     status, said = finish(start_search(straight, options, ranks))
     assert status == 0, said[-3000:]
@@ -72,7 +78,9 @@ def test_a_signal_in_a_program_of_ones_own_ends_training_and_gives_the_signals_b
     trainer = searcher(tmp_path, max_steps=5)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     trainer.add_callback(Sends(3))
-    with pytest.raises(TrainingInterrupted, match=r"stopped by SIGTERM after step 3 of 5.*checkpoint-3") as stopped:
+    with pytest.raises(
+        TrainingInterrupted, match=r"stopped by SIGTERM after step 3 of 5.*checkpoint-3"
+    ) as stopped:
         trainer.train()
     assert stopped.value.code == 128 + signal.SIGTERM
     assert trainer.state.global_step == 3
@@ -80,7 +88,9 @@ def test_a_signal_in_a_program_of_ones_own_ends_training_and_gives_the_signals_b
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end", "on_log", "on_epoch_end", "on_evaluate"])
+@pytest.mark.parametrize(
+    "event", ["on_step_begin", "on_step_end", "on_log", "on_epoch_end", "on_evaluate"]
+)
 def test_a_signal_in_the_last_step_is_not_lost(tmp_path, event):
     """Not even while the last evaluation runs; nothing is left to train afterwards."""
     settings = {"max_steps": 4, "eval_strategy": "epoch"}
@@ -110,8 +120,14 @@ def test_a_signal_that_comes_too_late_takes_its_usual_course(tmp_path):
 @pytest.mark.parametrize("step", [3, 4, 6])
 @pytest.mark.parametrize("strategy", ["epoch", "best"])
 def test_a_signal_does_not_disturb_what_belongs_to_the_end_of_an_epoch(tmp_path, step, strategy):
-    """In the middle and at the end of an epoch (4 steps), with evaluation that draws random numbers."""
-    settings = {"max_steps": 8, "eval_strategy": "epoch", "save_strategy": strategy, "family": "swin"}
+    """In the middle and at the end of an epoch (4 steps), with evaluation that draws random
+    numbers."""
+    settings = {
+        "max_steps": 8,
+        "eval_strategy": "epoch",
+        "save_strategy": strategy,
+        "family": "swin",
+    }
     settings |= {"metric_for_best_model": "eval_loss"} if strategy == "best" else {}
     straight = searcher(tmp_path / "straight", **settings)
     straight.train()
@@ -119,10 +135,15 @@ def test_a_signal_does_not_disturb_what_belongs_to_the_end_of_an_epoch(tmp_path,
     stopped.add_callback(Sends(step))
     with pytest.raises(TrainingInterrupted):
         stopped.train()
-    assert newest_checkpoint(tmp_path / "stopped") == str(tmp_path / "stopped" / f"checkpoint-{step}")
+    assert newest_checkpoint(tmp_path / "stopped") == str(
+        tmp_path / "stopped" / f"checkpoint-{step}"
+    )
     resumed = searcher(tmp_path / "stopped", **settings)
     resumed.train(resume_from_checkpoint="auto")
-    evaluated = [[row["step"] for row in t.state.log_history if "eval_loss" in row] for t in (straight, resumed)]
+    evaluated = [
+        [row["step"] for row in t.state.log_history if "eval_loss" in row]
+        for t in (straight, resumed)
+    ]
     assert evaluated[0] == evaluated[1] == [4, 8]
     assert_equal_states(straight.compress().state_dict(), resumed.compress().state_dict())
 
@@ -138,7 +159,8 @@ def test_a_second_interrupt_stops_at_once_unless_it_is_the_first_passed_on(monke
                 signal.raise_signal(signal.SIGINT)
             pytest.fail("the third one should have stopped it")
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's own workers ignore it
+    # pytest's own workers ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             interrupt_thrice()

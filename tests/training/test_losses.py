@@ -1,4 +1,5 @@
-"""Losses are finite with finite gradients wherever a search can take them, and pull in the direction they promise."""
+"""Losses are finite with finite gradients wherever a search can take them, and pull in the
+direction they promise."""
 
 import math
 
@@ -25,13 +26,15 @@ def logits_of(kind: str, shape: tuple[int, ...], gap: float = 20.0) -> torch.Ten
     return alpha
 
 
-# ------------------------------------------------------------------------------------------------------- one-hot loss
+# ------------------------------------------------------------------------------------- one-hot loss
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (2,), (7,), (33,), (3, 7)])
-@pytest.mark.parametrize(("kind", "gap"), [("uniform", 0), ("random", 0), ("one_hot", 10), ("one_hot", 2000)])
+@pytest.mark.parametrize(
+    ("kind", "gap"), [("uniform", 0), ("random", 0), ("one_hot", 10), ("one_hot", 2000)]
+)
 def test_one_hot_loss_is_finite(kind, gap, shape, dtype, autocast):
     alpha = logits_of(kind, shape, gap).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -57,14 +60,22 @@ def test_one_hot_loss_falls_from_uniform_to_one_hot(count):
     active = torch.ones(count, dtype=torch.bool)
     losses = torch.stack([one_hot_loss(row, active) for row in alpha])
     assert (losses.diff() < 0).all()
-    assert losses[0].item() == pytest.approx(math.log(count) + 1 / math.tan(SPREAD_MARGIN * math.pi) / count)
-    assert losses[-1].item() == pytest.approx(-1 / math.tan(SPREAD_MARGIN * math.pi) / count, rel=1e-3)
+    assert losses[0].item() == pytest.approx(
+        math.log(count) + 1 / math.tan(SPREAD_MARGIN * math.pi) / count
+    )
+    assert losses[-1].item() == pytest.approx(
+        -1 / math.tan(SPREAD_MARGIN * math.pi) / count, rel=1e-3
+    )
 
 
 @given(st.integers(2, 12), st.integers(0, 2**31))
 def test_one_hot_gradient_favours_the_leader(count, seed):
-    alpha = torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
-    (gradient,) = torch.autograd.grad(one_hot_loss(alpha, torch.ones(count, dtype=torch.bool)), alpha)
+    alpha = torch.randn(
+        count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        one_hot_loss(alpha, torch.ones(count, dtype=torch.bool)), alpha
+    )
     leader = int(alpha.argmax())
     assert gradient[leader] <= 0
     assert gradient.argmin() == leader or gradient.abs().max() < 1e-12
@@ -90,7 +101,9 @@ def test_retired_candidates_do_not_count(count, seed):
 
 def test_one_hot_loss_of_a_grid_is_that_of_its_cells():
     alpha, active = torch.randn(3, 7), torch.rand(3, 7) < 0.7
-    assert one_hot_loss(alpha, active).item() == one_hot_loss(alpha.flatten(), active.flatten()).item()
+    assert (
+        one_hot_loss(alpha, active).item() == one_hot_loss(alpha.flatten(), active.flatten()).item()
+    )
 
 
 def test_one_hot_losses_of_many_submodules_are_those_of_each():
@@ -100,37 +113,48 @@ def test_one_hot_losses_of_many_submodules_are_those_of_each():
     for active in actives:
         active.view(-1)[0] = True
     weights = torch.randn(len(shapes), dtype=torch.float64)
-    rows = [pad_sequence([tensor.flatten() for tensor in tensors], batch_first=True) for tensors in (alphas, actives)]
+    rows = [
+        pad_sequence([tensor.flatten() for tensor in tensors], batch_first=True)
+        for tensors in (alphas, actives)
+    ]
     together = one_hot_losses(*rows)
     gradients = torch.autograd.grad((together * weights).sum(), alphas)
     for index, (alpha, active) in enumerate(zip(alphas, actives, strict=True)):
         alone = one_hot_loss(alpha, active)
         torch.testing.assert_close(together[index], alone)
-        torch.testing.assert_close(gradients[index], weights[index] * torch.autograd.grad(alone, alpha)[0])
+        torch.testing.assert_close(
+            gradients[index], weights[index] * torch.autograd.grad(alone, alpha)[0]
+        )
 
 
 def test_one_hot_loss_of_two_candidates_by_hand():
     p = torch.tensor([0.8, 0.2], dtype=torch.float64)
     spread = 2 * (0.3**2) / 0.5
     expected = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2)) + 1 / math.tan(math.pi * spread) / 2
-    assert one_hot_loss(p.log(), torch.ones(2, dtype=torch.bool)).item() == pytest.approx(expected, rel=1e-12)
+    assert one_hot_loss(p.log(), torch.ones(2, dtype=torch.bool)).item() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(("spread", "value", "slope"), [(0.25, 1, 2), (0.5, 0, 1), (0.75, -1, 2)])
 def test_the_variance_term_at_known_points(spread, value, slope):
-    """cot(pi * sigma) / n is 1/n, 0, -1/n at a quarter, a half and three quarters, with slopes -2, -1, -2 pi/n."""
+    """cot(pi * sigma) / n is 1/n, 0, -1/n at a quarter, a half and three quarters, with slopes -2,
+    -1, -2 pi/n."""
     for count in (2, 5, 17):
         excess = torch.tensor(math.sqrt(spread), dtype=torch.float64, requires_grad=True)
-        # p of the first one above the uniform share, the others share the rest: the spread is excess squared
+        # p of the first one above the uniform share, the others share the rest: the spread is
+        # excess squared
         first = 1 / count + (1 - 1 / count) * excess
         p = torch.cat([first[None], ((1 - first) / (count - 1)).expand(count - 1)])
-        variance = one_hot_loss(p.log(), torch.ones(count, dtype=torch.bool)) - torch.special.entr(p).sum()
+        variance = (
+            one_hot_loss(p.log(), torch.ones(count, dtype=torch.bool)) - torch.special.entr(p).sum()
+        )
         (gradient,) = torch.autograd.grad(variance, excess)
         assert variance.item() == pytest.approx(value / count, abs=1e-9)
         assert (gradient / (2 * excess)).item() == pytest.approx(-slope * math.pi / count, rel=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------- flops loss
+# --------------------------------------------------------------------------------------- flops loss
 
 
 def test_flops_loss_is_the_squared_share():
@@ -142,7 +166,7 @@ def test_flops_loss_is_the_squared_share():
     assert flops_loss(torch.tensor(1e9), 2e9, 4e9).item() == pytest.approx(0.0625)
 
 
-# ------------------------------------------------------------------------------------------------------- budget loss
+# -------------------------------------------------------------------------------------- budget loss
 
 
 def test_budget_loss_leaves_a_network_below_the_budget_alone():
@@ -162,7 +186,8 @@ def test_budget_loss_presses_above_the_budget():
 
 
 def test_a_multiplier_presses_with_its_own_value():
-    """The gradient is max(0, multiplier + 2 * weight * gap): constant pressure at the budget, none far below it."""
+    """The gradient is max(0, multiplier + 2 * weight * gap): constant pressure at the budget, none
+    far below it."""
     gap = torch.linspace(-1, 1, 41, dtype=torch.float64, requires_grad=True)
     multiplier = torch.tensor(0.7, dtype=torch.float64)
     budget_loss(gap, multiplier, 2.0).sum().backward()
@@ -171,7 +196,7 @@ def test_a_multiplier_presses_with_its_own_value():
     assert gap.grad[0].item() == 0
 
 
-# ------------------------------------------------------------------------------------- distillation, classification
+# --------------------------------------------------------------------- distillation, classification
 
 
 def test_soft_distillation_is_a_divergence():
@@ -181,13 +206,18 @@ def test_soft_distillation_is_a_divergence():
         student = torch.randn(6, 5)
         p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
         expected = (p * (p / q).log()).sum(-1).mean() * temperature**2
-        assert distillation_loss(student, teacher, temperature).item() == pytest.approx(expected.item(), rel=1e-4)
+        assert distillation_loss(student, teacher, temperature).item() == pytest.approx(
+            expected.item(), rel=1e-4
+        )
         assert expected > 0
 
 
 def test_distillation_at_temperature_two_by_default():
     student, teacher = torch.randn(4, 3), torch.randn(4, 3)
-    assert distillation_loss(student, teacher).item() == distillation_loss(student, teacher, 2.0).item()
+    assert (
+        distillation_loss(student, teacher).item()
+        == distillation_loss(student, teacher, 2.0).item()
+    )
 
 
 def test_hard_distillation_is_cross_entropy_with_the_teachers_choice():

@@ -1,4 +1,5 @@
-"""Trainings that stop and go on: stock models, last steps, best models, averages, and what a checkpoint must hold."""
+"""Trainings that stop and go on: stock models, last steps, best models, averages, and what a
+checkpoint must hold."""
 
 import shutil
 import signal
@@ -18,14 +19,20 @@ from ofb_hf.training.interruption import TrainingInterrupted
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-BEST |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.05}
+BEST |= {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "learning_rate": 0.05,
+}
 BEST |= {"greater_is_better": True}  # so that it is not simply the last one
 
 
 def finetuning(folder, model, **changes) -> DistillationTrainer:
     """A training of a plain classifier on 32 images, 4 steps per epoch."""
     args = arguments(folder, **({"max_steps": 6} | changes))
-    return DistillationTrainer(model.train(), args, train_dataset=rows(), eval_dataset=rows(8, seed=5))
+    return DistillationTrainer(
+        model.train(), args, train_dataset=rows(), eval_dataset=rows(8, seed=5)
+    )
 
 
 def states(trainer):
@@ -66,7 +73,9 @@ def test_training_of_a_plain_classifier_resumes_exactly(tmp_path, family, stock)
 @pytest.mark.parametrize("steps", [6, 8])
 def test_resuming_from_the_last_step_trains_no_more(tmp_path, steps):
     """In the middle of an epoch (4 steps) as at its end."""
-    first = finetuning(tmp_path, tiny_model("vit"), max_steps=steps, save_strategy="steps", save_steps=steps)
+    first = finetuning(
+        tmp_path, tiny_model("vit"), max_steps=steps, save_strategy="steps", save_steps=steps
+    )
     first.train()
     again = finetuning(tmp_path, tiny_model("vit"), max_steps=steps)
     again.train(resume_from_checkpoint=True)
@@ -85,7 +94,9 @@ def test_the_best_model_is_what_remains(tmp_path, ema_decay):
     """With an average, the average is evaluated, chosen by, and kept."""
     trainer = finetuning(tmp_path, tiny_model("vit"), ema_decay=ema_decay, **BEST)
     trainer.train()
-    losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    losses = {
+        row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row
+    }
     best = max(losses, key=losses.__getitem__)
     assert best != 6, "choose settings in which the last step is not the best"
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
@@ -121,7 +132,11 @@ def test_a_stopped_training_keeps_its_last_checkpoint_beside_the_best_one(tmp_pa
 
 
 def test_a_signal_in_a_last_step_within_an_epoch_does_not_cost_its_evaluation(tmp_path):
-    settings = BEST | {"eval_strategy": "epoch", "save_strategy": "epoch", "greater_is_better": False}
+    settings = BEST | {
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "greater_is_better": False,
+    }
     straight = finetuning(tmp_path / "straight", tiny_model("vit"), **settings)
     straight.train()
     stopped = finetuning(tmp_path / "stopped", tiny_model("vit"), **settings)
@@ -130,7 +145,10 @@ def test_a_signal_in_a_last_step_within_an_epoch_does_not_cost_its_evaluation(tm
         stopped.train()
     resumed = finetuning(tmp_path / "stopped", tiny_model("vit"), **settings)
     resumed.train("auto")
-    evaluated = [[row["step"] for row in t.state.log_history if "eval_loss" in row] for t in (straight, resumed)]
+    evaluated = [
+        [row["step"] for row in t.state.log_history if "eval_loss" in row]
+        for t in (straight, resumed)
+    ]
     assert evaluated == [[4, 6], [4, 6]]
     assert_equal_states(states(straight), states(resumed))
 
@@ -157,7 +175,9 @@ def test_the_best_model_is_found_again_from_another_folder(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     resumed = finetuning("here/run", tiny_model("vit"), **BEST, save_total_limit=2)
     resumed.train("auto")
-    losses = {row["step"]: row["eval_loss"] for row in resumed.state.log_history if "eval_loss" in row}
+    losses = {
+        row["step"]: row["eval_loss"] for row in resumed.state.log_history if "eval_loss" in row
+    }
     best = max(losses, key=losses.__getitem__)
     assert best < 5, "choose settings in which the best step comes before the interruption"
     assert resumed.state.best_model_checkpoint == f"here/run/checkpoint-{best}"
@@ -179,7 +199,9 @@ def test_evaluating_the_average_leaves_the_training_alone(tmp_path):
 def test_resuming_with_and_without_an_average_is_refused_in_words(tmp_path, before, after, has):
     finetuning(tmp_path, tiny_model("vit"), max_steps=3, ema_decay=before, **SAVING).train()
     with pytest.raises(ValueError, match=f"ema_decay is {after}.*{has}"):
-        finetuning(tmp_path, tiny_model("vit"), ema_decay=after).train(resume_from_checkpoint="auto")
+        finetuning(tmp_path, tiny_model("vit"), ema_decay=after).train(
+            resume_from_checkpoint="auto"
+        )
 
 
 def test_a_failed_step_does_not_spoil_the_next_training(tmp_path):
@@ -208,7 +230,8 @@ FILES += ("bi_mask_config.json",)
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [(name, damage) for name in FILES for damage in ("truncated", "missing")] + [("ema.safetensors", "truncated")],
+    [(name, damage) for name in FILES for damage in ("truncated", "missing")]
+    + [("ema.safetensors", "truncated")],
 )
 def test_only_complete_checkpoints_are_resumed_from(checkpoints, tmp_path, name, damage):
     folder = shutil.copytree(checkpoints, tmp_path / "copy")
@@ -225,7 +248,9 @@ def test_only_complete_checkpoints_are_resumed_from(checkpoints, tmp_path, name,
     assert newest_checkpoint(folder) is None
 
 
-@pytest.mark.parametrize("name", ["checkpoint-²", "checkpoint-backup-99", "checkpoint-", "checkpoint-99.old"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint-²", "checkpoint-backup-99", "checkpoint-", "checkpoint-99.old"]
+)
 def test_folders_with_other_names_are_no_checkpoints(checkpoints, tmp_path, name):
     folder = shutil.copytree(checkpoints, tmp_path / "copy")
     shutil.copytree(folder / "checkpoint-2", folder / name)

@@ -1,4 +1,5 @@
-"""Whole searches that stream from a Hub: every image once per epoch, interrupted or not, whatever the server does."""
+"""Whole searches that stream from a Hub: every image once per epoch, interrupted or not, whatever
+the server does."""
 
 import functools
 import io
@@ -24,7 +25,8 @@ TESTS = Path(__file__).parents[1]
 RECIPE = TESTS.parent / "recipes" / "search_deit.py"
 DATA = "lab/numbers"
 BATCH_SIZE = 8
-# DeiT's crops, mirroring, erasing and mixing; nothing that changes the colours that an image's number is read from.
+# DeiT's crops, mirroring, erasing and mixing; nothing that changes the colours that an image's
+# number is read from.
 AUGMENTATION = ["--augmentation", "deit", "--auto_augment", "none", "--color_jitter", "0"]
 QUICK = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "1"]
 QUICK += ["--per_device_train_batch_size", str(BATCH_SIZE), "--finetune_max_steps", "2"]
@@ -34,7 +36,8 @@ pytestmark = pytest.mark.slow
 
 
 def numbered(number: int) -> bytes:
-    """A PNG file whose red and green tell its number, at any size and place; every crop has another blue."""
+    """A PNG file whose red and green tell its number, at any size and place; every crop has another
+    blue."""
     pixels = np.empty((16, 16, 3), np.uint8)
     pixels[..., :2] = divmod(number, 256)
     pixels[..., 2] = np.random.default_rng(number).integers(0, 256, (16, 16))
@@ -50,7 +53,9 @@ def numbered_data() -> Repository:
         content = parquet([numbered(n) for n in range(first, first + count)], first)
         files[f"data/train-{shard:05d}-of-{len(SHARD_ROWS):05d}.parquet"] = content
         first += count
-    files["data/validation-00000-of-00001.parquet"] = parquet([numbered(n) for n in range(500, 506)])
+    files["data/validation-00000-of-00001.parquet"] = parquet(
+        [numbered(n) for n in range(500, 506)]
+    )
     return Repository(files)
 
 
@@ -89,16 +94,41 @@ def run(hub, checkpoint, tmp_path_factory) -> Callable[..., Search]:
             command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
             command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
         command += [str(TESTS / "hub_search_process.py"), str(records), str(stop_after)]
-        command += ["--model_name_or_path", str(checkpoint), "--dataset_name", DATA, "--streaming", "true"]
-        command += ["--shuffle_buffer", "16", "--dataloader_num_workers", str(workers), "--output_dir", str(output)]
+        command += [
+            "--model_name_or_path",
+            str(checkpoint),
+            "--dataset_name",
+            DATA,
+            "--streaming",
+            "true",
+        ]
+        command += [
+            "--shuffle_buffer",
+            "16",
+            "--dataloader_num_workers",
+            str(workers),
+            "--output_dir",
+            str(output),
+        ]
         command += [*AUGMENTATION, *QUICK, "--max_steps", str(2 * epoch_length(ranks) + 3), *flags]
         home = tmp_path_factory.mktemp("hf")
         process = subprocess.run(
-            command, env=hub.environment(home), capture_output=True, text=True, timeout=300, check=False
+            command,
+            env=hub.environment(home),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         files = [records / f"{rank}.jsonl" for rank in range(ranks)]
-        lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.exists()]
-        batches, labels = ([[line[key] for line in rank] for rank in lines] for key in ("numbers", "labels"))
+        lines = [
+            [json.loads(line) for line in file.read_text().splitlines()]
+            for file in files
+            if file.exists()
+        ]
+        batches, labels = (
+            [[line[key] for line in rank] for rank in lines] for key in ("numbers", "labels")
+        )
         return Search(output, process.returncode, process.stderr, batches, labels)
 
     return search
@@ -106,7 +136,8 @@ def run(hub, checkpoint, tmp_path_factory) -> Callable[..., Search]:
 
 @pytest.fixture(scope="module")
 def straight(run, tmp_path_factory) -> Callable[[int, int], Search]:
-    """The search of 2 epochs and 3 steps on so many ranks with so many workers each, that nothing happened to."""
+    """The search of 2 epochs and 3 steps on so many ranks with so many workers each, that nothing
+    happened to."""
 
     @functools.cache
     def search(ranks: int, workers: int) -> Search:
@@ -130,9 +161,15 @@ def assert_same_result(search: Search, expected: Search) -> None:
         assert (search.output / name).read_bytes() == (expected.output / name).read_bytes(), name
 
 
-def split_epoch(batches: list[list[int]], rank: int, ranks: int, epoch: int) -> tuple[list[int], list[int]]:
-    """Numbers of a rank's own images in one epoch, and of those that its last batch is filled up with at its end."""
-    length, share = epoch_length(ranks), NUM_IMAGES * (rank + 1) // ranks - NUM_IMAGES * rank // ranks
+def split_epoch(
+    batches: list[list[int]], rank: int, ranks: int, epoch: int
+) -> tuple[list[int], list[int]]:
+    """Numbers of a rank's own images in one epoch, and of those that its last batch is filled up
+    with at its end."""
+    length, share = (
+        epoch_length(ranks),
+        NUM_IMAGES * (rank + 1) // ranks - NUM_IMAGES * rank // ranks,
+    )
     seen = [number for batch in batches[epoch * length : (epoch + 1) * length] for number in batch]
     return seen[:share], seen[share:]
 
@@ -144,7 +181,9 @@ def test_a_search_uses_every_image_once_per_epoch(straight, ranks, workers):
     assert {len(batch) for batches in search.batches for batch in batches} == {BATCH_SIZE}
     epochs = []
     for epoch in (0, 1):
-        parts = [split_epoch(batches, rank, ranks, epoch) for rank, batches in enumerate(search.batches)]
+        parts = [
+            split_epoch(batches, rank, ranks, epoch) for rank, batches in enumerate(search.batches)
+        ]
         assert sorted(number for own, _ in parts for number in own) == list(range(NUM_IMAGES))
         for own, again in parts:
             assert len(own) + len(again) == length * BATCH_SIZE
@@ -155,13 +194,18 @@ def test_a_search_uses_every_image_once_per_epoch(straight, ranks, workers):
     for first, second in zip(*epochs, strict=True):
         assert first != second
         assert ranks == 1 or set(first) != set(second)  # ranks do not keep their images
-    assert search.labels == [[[n % len(LABELS) for n in batch] for batch in batches] for batches in search.batches]
-    assert [row["phase"] for row in read_history(search.output / "search_history.jsonl")][-2:] == ["finetune"] * 2
+    assert search.labels == [
+        [[n % len(LABELS) for n in batch] for batch in batches] for batches in search.batches
+    ]
+    assert [row["phase"] for row in read_history(search.output / "search_history.jsonl")][-2:] == [
+        "finetune"
+    ] * 2
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_workers_deal_out_the_same_images_in_another_order(straight, ranks):
-    """A rank's share of an epoch, and what its last batch is filled up with, do not depend on its workers."""
+    """A rank's share of an epoch, and what its last batch is filled up with, do not depend on its
+    workers."""
     alone, helped = straight(ranks, 0), straight(ranks, 2)
     for rank, epoch in ((rank, epoch) for rank in range(ranks) for epoch in (0, 1)):
         own, again = split_epoch(alone.batches[rank], rank, ranks, epoch)
@@ -172,7 +216,9 @@ def test_workers_deal_out_the_same_images_in_another_order(straight, ranks):
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 2)])
-def test_a_search_stopped_in_mid_epoch_ends_like_the_straight_one(run, straight, tmp_path, ranks, workers):
+def test_a_search_stopped_in_mid_epoch_ends_like_the_straight_one(
+    run, straight, tmp_path, ranks, workers
+):
     expected, step = straight(ranks, workers), epoch_length(ranks) + 4
     stopped = run(tmp_path / "out", ranks, workers, stop_after=step)
     assert stopped.status == (143 if ranks == 1 else 1), stopped.said[-5000:]
@@ -184,12 +230,14 @@ def test_a_search_stopped_in_mid_epoch_ends_like_the_straight_one(run, straight,
 
 
 class Faults:
-    """Every seventh request is answered with 503; the connection is cut within one row group in the middle of a shard.
+    """Every seventh request is answered with 503; the connection is cut within one row group in the
+    middle of a shard.
 
     That goes on for longer than the client repeats a request, which it does five times.
     """
 
-    cuts_wanted = 21  # where all four workers want that row group at once, at least one of them is cut six times
+    # where all four workers want that row group at once, at least one of them is cut six times
+    cuts_wanted = 21
 
     def __init__(self, hub: HubServer):
         self.hub, self.requests, self.busy, self.cuts = hub, 0, 0, 0
@@ -198,7 +246,8 @@ class Faults:
     def __call__(self, path: str) -> int | str | None:
         line = self.hub.requests[-1]
         self.requests += 1
-        # A file's first row group begins at byte 4; where its footer is wanted, it is read from byte 0.
+        # A file's first row group begins at byte 4; where its footer is wanted, it is read from
+        # byte 0.
         if self.row_group is None and re.search(r"^GET .*/train-00003-.* bytes=\d{2,}-", line):
             self.row_group = line
         if line == self.row_group and self.cuts < self.cuts_wanted:
@@ -218,30 +267,61 @@ def test_a_search_does_not_notice_faults_of_the_server(hub, run, straight, tmp_p
     assert faults.busy >= 10
     assert faults.cuts == faults.cuts_wanted
     assert "503 thrown while requesting GET" in search.said
-    assert re.search(r"reading row \d+ of block \d+: .*peer closed connection.*; attempt 2 of 14", search.said)
+    assert re.search(
+        r"reading row \d+ of block \d+: .*peer closed connection.*; attempt 2 of 14", search.said
+    )
 
 
 def test_a_recipe_with_a_config_file_streams_under_accelerate_launch(hub, checkpoint, tmp_path):
     config, output, home = tmp_path / "config.yaml", tmp_path / "out", tmp_path / "hf"
-    settings = {"model_name_or_path": str(checkpoint), "streaming": True, "shuffle_buffer": 16, "target_macs": 0.6}
-    settings |= {"augmentation": "deit", "max_steps": 400, "finetune_max_steps": 2, "logging_steps": 1}
+    settings = {
+        "model_name_or_path": str(checkpoint),
+        "streaming": True,
+        "shuffle_buffer": 16,
+        "target_macs": 0.6,
+    }
+    settings |= {
+        "augmentation": "deit",
+        "max_steps": 400,
+        "finetune_max_steps": 2,
+        "logging_steps": 1,
+    }
     settings |= {"per_device_train_batch_size": BATCH_SIZE, "use_cpu": True, "report_to": "none"}
     config.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(TESTS.parent / "recipes" / "accelerate" / "cpu.yaml"), str(RECIPE)]
-    command += ["--config", str(config), "--dataset_name", DATA, "--max_steps", "4", "--output_dir", str(output)]
+    command += [
+        "--config_file",
+        str(TESTS.parent / "recipes" / "accelerate" / "cpu.yaml"),
+        str(RECIPE),
+    ]
+    command += [
+        "--config",
+        str(config),
+        "--dataset_name",
+        DATA,
+        "--max_steps",
+        "4",
+        "--output_dir",
+        str(output),
+    ]
     process = subprocess.run(
         command, env=hub.environment(home), capture_output=True, text=True, timeout=300, check=False
     )
     assert process.returncode == 0, process.stderr[-5000:]
     assert {path.name for path in output.iterdir()} >= PRODUCT
     history = read_history(output / "search_history.jsonl")
-    assert [(row["phase"], row["step"]) for row in history] == [("search", n) for n in (1, 2, 3, 4)] + [
+    assert [(row["phase"], row["step"]) for row in history] == [
+        ("search", n) for n in (1, 2, 3, 4)
+    ] + [
         ("finetune", 1),
         ("finetune", 2),
     ]
     results = json.loads((output / "eval_results.json").read_text())
-    assert results["target_macs"] == int(0.6 * results["dense"]["macs"]) >= results["finetuned"]["macs"]
+    assert (
+        results["target_macs"]
+        == int(0.6 * results["dense"]["macs"])
+        >= results["finetuned"]["macs"]
+    )
     assert results["dense"]["num_examples"] == 6
     assert DATA in (output / "README.md").read_text()
     # A stream leaves no copy of the training images behind.

@@ -1,4 +1,5 @@
-"""What a run starts from: data in the order of the model, images that can be read, settings that arrive."""
+"""What a run starts from: data in the order of the model, images that can be read, settings that
+arrive."""
 
 import io
 import shutil
@@ -18,7 +19,10 @@ from ofb_hf.workflow.inputs import load, load_teacher
 
 def table(labels, names, without=None):
     """A parquet file of pictures 0, 1, ... with these class indices, one row without an image."""
-    images = [None if number == without else {"bytes": picture(number), "path": None} for number in range(len(labels))]
+    images = [
+        None if number == without else {"bytes": picture(number), "path": None}
+        for number in range(len(labels))
+    ]
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     file = io.BytesIO()
     Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(file)
@@ -28,7 +32,10 @@ def table(labels, names, without=None):
 def saved_model(folder, names):
     """A tiny ViT that numbers its labels like this."""
     model = tiny_model("vit")
-    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    model.config.id2label, model.config.label2id = (
+        dict(enumerate(names)),
+        {name: i for i, name in enumerate(names)},
+    )
     model.save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     return str(folder)
@@ -62,7 +69,9 @@ def test_aligning_leaves_the_images_alone():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_images_to_evaluate_on_are_checked_before_anything_is_trained(tmp_path, checkpoint, streaming):
+def test_images_to_evaluate_on_are_checked_before_anything_is_trained(
+    tmp_path, checkpoint, streaming
+):
     contents = [picture(n) for n in range(9)]
     broken = [content[: 40 if n in (3, 7) else None] for n, content in enumerate(contents)]
     folder = write(tmp_path, {"train.parquet": parquet(contents), "test.parquet": parquet(broken)})
@@ -76,7 +85,9 @@ def test_images_to_evaluate_on_are_checked_before_anything_is_trained(tmp_path, 
 def test_a_broken_file_in_class_folders_is_named(images, checkpoint, tmp_path):
     folder = shutil.copytree(images, tmp_path / "images")
     (folder / "test" / "green" / "2.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1 of 12 images to evaluate on .*\(2.png\): UnidentifiedImageError"):
+    with pytest.raises(
+        ValueError, match=r"1 of 12 images to evaluate on .*\(2.png\): UnidentifiedImageError"
+    ):
         load(str(checkpoint), DataArguments(data_dir=str(folder)), seed=0)
 
 
@@ -94,13 +105,18 @@ def test_a_cropped_evaluation_is_that_of_the_saved_image_processor(images, check
 
 
 def test_a_teacher_may_be_the_model_itself_however_it_is_evaluated(images, checkpoint):
-    _, inputs = load(str(checkpoint), DataArguments(data_dir=str(images), eval_crop_pct=0.5), seed=0)
+    _, inputs = load(
+        str(checkpoint), DataArguments(data_dir=str(images), eval_crop_pct=0.5), seed=0
+    )
     assert load_teacher(str(checkpoint), inputs).config.num_labels == 3
 
 
 def test_rows_without_an_image_are_named(tmp_path):
     names = ["cat", "dog", "emu"]
-    files = {"train.parquet": table([0, 1, 2], names), "test.parquet": table([0, 1, 2], names, without=1)}
+    files = {
+        "train.parquet": table([0, 1, 2], names),
+        "test.parquet": table([0, 1, 2], names, without=1),
+    }
     folder = write(tmp_path, files)
     model = saved_model(tmp_path / "model", ["cat", "dog", "emu"])
     with pytest.raises(ValueError, match=r"1 of 3 images to evaluate on cannot be decoded: row 1 "):

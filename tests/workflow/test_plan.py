@@ -1,4 +1,5 @@
-"""A plan is true: its counts are those of `count_macs`, its limits those of the space, and it leaves nothing behind."""
+"""A plan is true: its counts are those of `count_macs`, its limits those of the space, and it
+leaves nothing behind."""
 
 import pytest
 import torch
@@ -35,7 +36,18 @@ def refusal(capsys, *words):
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_counts_are_those_of_the_networks(family, checkpoint, swin_checkpoint, here, capsys):
     folder, dense = {"vit": checkpoint, "swin": swin_checkpoint}[family], tiny_model(family)
-    plan = cli.plan([str(folder), "--target_macs", "0.8,0.6", "--num_images", "100", "--num_train_epochs", "7", *PLAN])
+    plan = cli.plan(
+        [
+            str(folder),
+            "--target_macs",
+            "0.8,0.6",
+            "--num_images",
+            "100",
+            "--num_train_epochs",
+            "7",
+            *PLAN,
+        ]
+    )
     assert list(here.iterdir()) == []
     said = capsys.readouterr().out
     assert plan["dense"] == {"macs": count_macs(dense), "params": count_params(dense)}
@@ -67,13 +79,21 @@ def test_the_space_is_counted_by_choices():
     tied = describe_space(tiny_model("vit"), search_config("vit", uniform_across_layers=True))
     free = describe_space(tiny_model("vit"), search_config("vit"))
     # 4 widths, 3 x 3 attentions and 4 MLPs in two layers.
-    assert (free["choices"], free["candidates"], free["subnets"]) == (5, 4 + 2 * 9 + 2 * 4, 4 * 9**2 * 4**2)
+    assert (free["choices"], free["candidates"], free["subnets"]) == (
+        5,
+        4 + 2 * 9 + 2 * 4,
+        4 * 9**2 * 4**2,
+    )
     assert (tied["choices"], tied["candidates"], tied["subnets"]) == (3, 4 + 9 + 4, 4 * 9 * 4)
 
 
 def test_what_cannot_be_planned_is_refused_in_words(checkpoint, here, capsys):
-    assert "smallest subnet of the search space" in refusal(capsys, str(checkpoint), "--target_macs", "0.9,0.001")
-    assert "smallest subnet of the search space" in refusal(capsys, str(checkpoint), "--target_params", "0.001")
+    assert "smallest subnet of the search space" in refusal(
+        capsys, str(checkpoint), "--target_macs", "0.9,0.001"
+    )
+    assert "smallest subnet of the search space" in refusal(
+        capsys, str(checkpoint), "--target_params", "0.001"
+    )
     assert "--model_name_or_path is missing" in refusal(capsys)
     assert "--num_images is 0" in refusal(capsys, str(checkpoint), "--num_images", "0")
     assert "cannot load an image classifier" in refusal(capsys, str(here / "nothing"))
@@ -81,7 +101,9 @@ def test_what_cannot_be_planned_is_refused_in_words(checkpoint, here, capsys):
 
 
 def test_a_named_shape_needs_no_file_at_all(here, capsys):
-    plan = cli.plan(["digits_vit", "--num_labels", "10", "--max_steps", "30", "--num_images", "120", *PLAN])
+    plan = cli.plan(
+        ["digits_vit", "--num_labels", "10", "--max_steps", "30", "--num_images", "120", *PLAN]
+    )
     assert plan["dense"]["macs"] == 2_389_120
     assert plan["trial"]["epochs"] == 0.5
     assert "digits_vit: 2,389,120 MACs" in capsys.readouterr().out
@@ -98,7 +120,8 @@ def test_a_trial_step_is_a_step_of_the_search(family, here):
     loss = trial.step(trial.batch(3))
     assert torch.isfinite(loss)
     parts = trial.trainer._parts
-    assert all(parts[name] != 0 for name in ("task", "pmim", "flops", "one_hot"))  # all that a step can cost is on
+    # all that a step can cost is on
+    assert all(parts[name] != 0 for name in ("task", "pmim", "flops", "one_hot"))
     assert not torch.equal(weights, supernet.model.classifier.weight)
     assert not torch.equal(alpha, supernet.bi_masks[0].alpha)
     assert supernet.num_active_candidates == supernet.space.num_candidates

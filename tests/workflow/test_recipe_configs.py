@@ -22,7 +22,10 @@ from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments, SearchA
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
-SHAPE_OF = {"facebook/deit-small-patch16-224": "deit_small", "facebook/deit-base-patch16-224": "deit_base"}
+SHAPE_OF = {
+    "facebook/deit-small-patch16-224": "deit_small",
+    "facebook/deit-base-patch16-224": "deit_base",
+}
 SHAPE_OF |= {"microsoft/swin-tiny-patch4-window7-224": "swin_tiny"}
 CLASSES = [
     ModelArguments,
@@ -40,9 +43,19 @@ def test_there_is_a_file_and_a_twin_for_every_published_budget():
     wanted = {"deit_small_1.1g", "deit_base_8.7g", "swin_tiny_2.6g"}
     assert names == wanted | {f"{name}_paper" for name in wanted}
     for name in wanted:
-        ours, paper = (yaml.safe_load((RECIPES / "configs" / f"{n}.yaml").read_text()) for n in (name, f"{name}_paper"))
+        ours, paper = (
+            yaml.safe_load((RECIPES / "configs" / f"{n}.yaml").read_text())
+            for n in (name, f"{name}_paper")
+        )
         assert (ours["preset"], paper["preset"]) == ("ours", "paper")
-        same = ("model_name_or_path", "dataset_name", "streaming", "target_macs", "per_device_train_batch_size", "bf16")
+        same = (
+            "model_name_or_path",
+            "dataset_name",
+            "streaming",
+            "target_macs",
+            "per_device_train_batch_size",
+            "bf16",
+        )
         assert {key: ours[key] for key in same} == {key: paper[key] for key in same}
 
 
@@ -73,19 +86,46 @@ def test_the_command_in_the_file_runs(tmp_path):
     """DeiT-Small and 1,000 classes, from a Hub, in trial sizes."""
     torch.manual_seed(0)
     source = tmp_path / "deit"
-    AutoModelForImageClassification.from_config(SHAPES["deit_small"].config(IMAGENET)).save_pretrained(source)
+    AutoModelForImageClassification.from_config(
+        SHAPES["deit_small"].config(IMAGENET)
+    ).save_pretrained(source)
     ViTImageProcessorPil().save_pretrained(source)
-    train, test = (parquet([picture(n) for n in range(first, first + 12)], first, IMAGENET) for first in (0, 500))
-    data = {"data/train-00000-of-00001.parquet": train, "data/validation-00000-of-00001.parquet": test}
+    train, test = (
+        parquet([picture(n) for n in range(first, first + 12)], first, IMAGENET)
+        for first in (0, 500)
+    )
+    data = {
+        "data/train-00000-of-00001.parquet": train,
+        "data/validation-00000-of-00001.parquet": test,
+    }
     repositories = {
         "lab/imagenet": Repository(data),
-        "facebook/deit-small-patch16-224": Repository({file.name: file.read_bytes() for file in source.iterdir()}),
+        "facebook/deit-small-patch16-224": Repository(
+            {file.name: file.read_bytes() for file in source.iterdir()}
+        ),
     }
     output = tmp_path / "out"
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(RECIPES / "accelerate" / "cpu.yaml"), str(RECIPES / "search_deit.py")]
-    command += ["--config", str(RECIPES / "configs" / "deit_small_1.1g.yaml"), "--dataset_name", "lab/imagenet"]
-    command += ["--max_steps", "4", "--use_cpu", "--per_device_train_batch_size", "2", "--finetune_max_steps", "1"]
+    command += [
+        "--config_file",
+        str(RECIPES / "accelerate" / "cpu.yaml"),
+        str(RECIPES / "search_deit.py"),
+    ]
+    command += [
+        "--config",
+        str(RECIPES / "configs" / "deit_small_1.1g.yaml"),
+        "--dataset_name",
+        "lab/imagenet",
+    ]
+    command += [
+        "--max_steps",
+        "4",
+        "--use_cpu",
+        "--per_device_train_batch_size",
+        "2",
+        "--finetune_max_steps",
+        "1",
+    ]
     command += ["--max_eval_samples", "4", "--logging_steps", "1", "--dataloader_num_workers", "0"]
     with HubServer(repositories) as hub:
         process = subprocess.run(
@@ -99,4 +139,6 @@ def test_the_command_in_the_file_runs(tmp_path):
     assert process.returncode == 0, process.stderr[-5000:]
     results = json.loads((output / "eval_results.json").read_text())
     assert 0.98 * 1.1e9 <= results["finetuned"]["macs"] <= 1.1e9
-    assert [row["phase"] for row in read_history(output / "search_history.jsonl")] == ["search"] * 4 + ["finetune"]
+    assert [row["phase"] for row in read_history(output / "search_history.jsonl")] == [
+        "search"
+    ] * 4 + ["finetune"]

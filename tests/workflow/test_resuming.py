@@ -1,4 +1,5 @@
-"""A whole run that is cut short and continued: in the search, in finetuning, by a failure, a kill or a signal."""
+"""A whole run that is cut short and continued: in the search, in finetuning, by a failure, a kill
+or a signal."""
 
 import json
 import os
@@ -39,16 +40,21 @@ def test_failed_run_is_marked_and_can_be_resumed(checkpoint, images, tmp_path, m
     results = walk(checkpoint, images, output, *flags, "--resume_from_checkpoint", "auto")
     assert not (output / "FAILED.txt").exists()
     assert (output / "search" / "model" / "model.safetensors").read_bytes() == searched
-    assert [row["phase"] for row in read_history(output / "search_history.jsonl")] == ["search"] * 16 + ["finetune"] * 3
+    assert [row["phase"] for row in read_history(output / "search_history.jsonl")] == [
+        "search"
+    ] * 16 + ["finetune"] * 3
     assert results["finetuned"]["macs"] <= results["target_macs"]
 
 
-def test_killed_search_resumes_to_the_same_weights_with_random_augmentation(checkpoint, images, tmp_path):
+def test_killed_search_resumes_to_the_same_weights_with_random_augmentation(
+    checkpoint, images, tmp_path
+):
     """Killed for real, in the middle of an epoch, while the loader has fetched ahead."""
     flags = ["--save_strategy", "steps", "--save_steps", "5", "--per_device_train_batch_size", "4"]
     walk(checkpoint, images, tmp_path / "straight", *flags)
     script = (
-        "import os, sys; from transformers import TrainerCallback; from ofb_hf import cli, callbacks\n"
+        "import os, sys; from transformers import TrainerCallback; from ofb_hf import cli, "
+        "callbacks\n"
         "class Kill(callbacks.SearchCallback):\n"
         "    def on_step_begin(self, args, state, control, **kwargs):\n"
         "        super().on_step_begin(args, state, control, **kwargs)\n"
@@ -58,9 +64,19 @@ def test_killed_search_resumes_to_the_same_weights_with_random_augmentation(chec
         "cli.search(sys.argv[1:])"
     )
     cut = tmp_path / "cut"
-    settings = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(cut), *QUICK]
+    settings = [
+        "--model_name_or_path",
+        str(checkpoint),
+        "--data_dir",
+        str(images),
+        "--output_dir",
+        str(cut),
+        *QUICK,
+    ]
     settings += ["--max_steps", "16", "--finetune_max_steps", "3", *flags]
-    killed = subprocess.run([sys.executable, "-c", script, *settings], capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", script, *settings], capture_output=True, text=True
+    )
     assert killed.returncode == 9, killed.stderr
     assert "killed" in (cut / "FAILED.txt").read_text()
     cli.search([*settings, "--resume_from_checkpoint", "auto"])
@@ -90,7 +106,9 @@ def straight_swin(swin_checkpoint, images, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize(("phase", "step"), [("dense_training", 4), ("search", 13), ("search", 16), ("finetune", 3)])
+@pytest.mark.parametrize(
+    ("phase", "step"), [("dense_training", 4), ("search", 13), ("search", 16), ("finetune", 3)]
+)
 def test_a_terminated_run_goes_on_in_the_phase_it_was_in(
     swin_checkpoint, images, straight_swin, tmp_path, monkeypatch, phase, step
 ):
@@ -115,11 +133,20 @@ def test_a_terminated_run_goes_on_in_the_phase_it_was_in(
 
 def finetune(checkpoint, images, output, *flags):
     """Six steps of the finetuning command, two epochs."""
-    settings = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
+    settings = [
+        "--model_name_or_path",
+        str(checkpoint),
+        "--data_dir",
+        str(images),
+        "--output_dir",
+        str(output),
+    ]
     return cli.finetune([*settings, *QUICK, "--max_steps", "6", *flags])
 
 
-def test_finetuning_a_stock_model_resumes_in_the_middle_of_an_epoch(checkpoint, images, tmp_path, monkeypatch):
+def test_finetuning_a_stock_model_resumes_in_the_middle_of_an_epoch(
+    checkpoint, images, tmp_path, monkeypatch
+):
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     finetune(checkpoint, images, straight)
     original = DistillationTrainer.__init__
@@ -141,7 +168,11 @@ def stopped(checkpoint, images, tmp_path_factory):
     """Output folder of a run that failed after its search, with checkpoints of step 8 and 16."""
     output = tmp_path_factory.mktemp("stopped") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workflow, "finetune", lambda *args: (_ for _ in ()).throw(RuntimeError("the power went")))
+        patch.setattr(
+            workflow,
+            "finetune",
+            lambda *args: (_ for _ in ()).throw(RuntimeError("the power went")),
+        )
         with pytest.raises(RuntimeError, match="power"):
             walk(checkpoint, images, output, "--save_strategy", "steps", "--save_steps", "8")
     return output
@@ -180,9 +211,14 @@ def test_resuming_with_other_settings_is_refused_before_any_data_is_read(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_resuming_from_a_checkpoint_of_elsewhere_is_refused(checkpoint, images, stopped, tmp_path, capsys):
+def test_resuming_from_a_checkpoint_of_elsewhere_is_refused(
+    checkpoint, images, stopped, tmp_path, capsys
+):
     done = stopped / "search" / "checkpoint-8"
-    for output, message in ((stopped, "belongs to a part of the run that is finished"), (tmp_path, "no checkpoint of")):
+    for output, message in (
+        (stopped, "belongs to a part of the run that is finished"),
+        (tmp_path, "no checkpoint of"),
+    ):
         with pytest.raises(SystemExit) as refusal:
             walk(checkpoint, images, output, "--resume_from_checkpoint", str(done))
         assert refusal.value.code == 2
@@ -194,8 +230,12 @@ def test_a_checkpoint_may_be_named(checkpoint, images, stopped, tmp_path):
     copy, straight = shutil.copytree(stopped, tmp_path / "copy"), tmp_path / "straight"
     shutil.rmtree(copy / "search" / "model")
     walk(checkpoint, images, straight)
-    walk(checkpoint, images, copy, "--resume_from_checkpoint", str(copy / "search" / "checkpoint-8"))
-    assert (copy / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    walk(
+        checkpoint, images, copy, "--resume_from_checkpoint", str(copy / "search" / "checkpoint-8")
+    )
+    assert (copy / "model.safetensors").read_bytes() == (
+        straight / "model.safetensors"
+    ).read_bytes()
 
 
 def test_going_on_with_another_number_of_processes_is_said(stopped, caplog, monkeypatch):
@@ -203,12 +243,16 @@ def test_going_on_with_another_number_of_processes_is_said(stopped, caplog, monk
     settings = json.loads((stopped / "run_settings.json").read_text())
     two = settings | {"num_processes": 2, "per_device_train_batch_size": 4}
     output_folder._check_settings(stopped, two)
-    assert re.search(r"another number of processes.*'num_processes': \(1, 2\).*\(8, 4\)", caplog.text)
+    assert re.search(
+        r"another number of processes.*'num_processes': \(1, 2\).*\(8, 4\)", caplog.text
+    )
     with pytest.raises(ValueError, match=r"total_train_batch_size': \(8, 16\)"):
         output_folder._check_settings(stopped, two | {"total_train_batch_size": 16})
 
 
-def test_precision_that_a_launcher_sets_is_compared(checkpoint, images, stopped, capsys, monkeypatch):
+def test_precision_that_a_launcher_sets_is_compared(
+    checkpoint, images, stopped, capsys, monkeypatch
+):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(SystemExit):
         walk(checkpoint, images, stopped, "--resume_from_checkpoint", "auto")
@@ -216,7 +260,9 @@ def test_precision_that_a_launcher_sets_is_compared(checkpoint, images, stopped,
 
 
 @pytest.mark.parametrize("command", ["search", "finetune"])
-def test_what_is_trained_is_kept_when_the_measuring_is_cut_short(checkpoint, images, tmp_path, monkeypatch, command):
+def test_what_is_trained_is_kept_when_the_measuring_is_cut_short(
+    checkpoint, images, tmp_path, monkeypatch, command
+):
     steps, module = [], workflow if command == "search" else finetune_workflow
     run = walk if command == "search" else finetune
     original = DistillationTrainer.training_step
@@ -232,7 +278,15 @@ def test_what_is_trained_is_kept_when_the_measuring_is_cut_short(checkpoint, ima
             run(checkpoint, images, tmp_path / "cut", "--save_strategy", "no")
     trained = len(steps)
     assert trained
-    run(checkpoint, images, tmp_path / "cut", "--save_strategy", "no", "--resume_from_checkpoint", "auto")
+    run(
+        checkpoint,
+        images,
+        tmp_path / "cut",
+        "--save_strategy",
+        "no",
+        "--resume_from_checkpoint",
+        "auto",
+    )
     assert len(steps) == trained
     run(checkpoint, images, tmp_path / "straight", "--save_strategy", "no")
     name = "model.safetensors"

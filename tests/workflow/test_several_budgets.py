@@ -1,4 +1,5 @@
-"""Several budgets in one run: nested models, each in a complete folder, each within its budget, resumable."""
+"""Several budgets in one run: nested models, each in a complete folder, each within its budget,
+resumable."""
 
 import json
 import re
@@ -44,9 +45,14 @@ def test_every_member_is_complete_and_within_its_budget(family):
         model = AutoModelForImageClassification.from_pretrained(output / name)
         target = int(share * count_macs(dense))
         assert results[name]["target_macs"] == target
-        assert results[name]["finetuned"]["macs"] == count_macs(model) == count_macs(dense, subnet_of(output / name))
+        assert (
+            results[name]["finetuned"]["macs"]
+            == count_macs(model)
+            == count_macs(dense, subnet_of(output / name))
+        )
         assert 0.9 * target <= count_macs(model) <= target
-        assert results[name]["steps"] == {"search": 16 * number, "finetune": 3}  # what it took in all
+        # what it took in all
+        assert results[name]["steps"] == {"search": 16 * number, "finetune": 3}
         assert results[name]["dense"]["top1"] == results["target_macs-0.8"]["dense"]["top1"]
 
 
@@ -57,7 +63,9 @@ def assert_nested(output, names):
         for name, kept in smaller.kept.items():
             assert set(kept) <= set(larger.kept[name]), name
             if isinstance(kept, dict):
-                assert all(set(channels) <= set(larger.kept[name][head]) for head, channels in kept.items()), name
+                assert all(
+                    set(channels) <= set(larger.kept[name][head]) for head, channels in kept.items()
+                ), name
         assert smaller != larger
         larger = smaller
 
@@ -69,12 +77,25 @@ def test_each_member_keeps_some_of_the_units_of_the_one_before(family):
 
 def test_a_swin_has_a_family_too(swin_checkpoint, images, tmp_path):
     output = tmp_path / "family"
-    results = walk(swin_checkpoint, images, output, "--target_macs", "0.8,0.5", "--keep_dense", "--max_steps", "24")
+    results = walk(
+        swin_checkpoint,
+        images,
+        output,
+        "--target_macs",
+        "0.8,0.5",
+        "--keep_dense",
+        "--max_steps",
+        "24",
+    )
     dense = AutoModelForImageClassification.from_pretrained(output / "dense")
     assert_nested(output, results)
     for name, share in (("target_macs-0.8", 0.8), ("target_macs-0.5", 0.5)):
         macs = count_macs(AutoModelForImageClassification.from_pretrained(output / name))
-        assert results[name]["finetuned"]["macs"] == macs == count_macs(dense, subnet_of(output / name))
+        assert (
+            results[name]["finetuned"]["macs"]
+            == macs
+            == count_macs(dense, subnet_of(output / name))
+        )
         assert 0.9 * share < macs / count_macs(dense) <= share
 
 
@@ -113,7 +134,18 @@ def test_starting_over_removes_the_members_of_the_last_run(family, checkpoint, i
 
 
 def test_given_candidates_and_dense_training_go_with_a_family(checkpoint, images, tmp_path):
-    flags = ["--target_params", "0.8", "0.5", "--mlp_candidates", "8", "16", "32", "72", "--dense_epochs", "1"]
+    flags = [
+        "--target_params",
+        "0.8",
+        "0.5",
+        "--mlp_candidates",
+        "8",
+        "16",
+        "32",
+        "72",
+        "--dense_epochs",
+        "1",
+    ]
     results = walk(checkpoint, images, tmp_path / "out", *flags, "--finetune_max_steps", "0")
     assert list(results) == ["target_params-0.8", "target_params-0.5"]
     for name in results:
@@ -123,8 +155,19 @@ def test_given_candidates_and_dense_training_go_with_a_family(checkpoint, images
         assert "finetuned" not in results[name]
 
 
-def test_a_family_with_depth_leaves_out_what_an_earlier_member_left_out(checkpoint, images, tmp_path):
-    flags = ["--target_macs", "0.12", "0.07", "--search_depth", "--max_steps", "32", "--finetune_max_steps", "0"]
+def test_a_family_with_depth_leaves_out_what_an_earlier_member_left_out(
+    checkpoint, images, tmp_path
+):
+    flags = [
+        "--target_macs",
+        "0.12",
+        "0.07",
+        "--search_depth",
+        "--max_steps",
+        "32",
+        "--finetune_max_steps",
+        "0",
+    ]
     results = walk(checkpoint, images, tmp_path / "out", *flags)
     larger, smaller = (subnet_of(tmp_path / "out" / name) for name in results)
     assert any(not kept for kept in smaller.kept.values())
@@ -137,7 +180,9 @@ def test_a_family_with_depth_leaves_out_what_an_earlier_member_left_out(checkpoi
 def test_units_of_a_cut_of_a_cut_are_counted_in_the_first_network():
     parent = SubnetSpec({"embeddings": (1, 4, 6), "layers.0.attention": {0: (2, 3), 2: (0, 5)}})
     child = SubnetSpec({"embeddings": (0, 2), "layers.0.attention": {1: (1,)}})
-    assert child.within(parent) == SubnetSpec({"embeddings": (1, 6), "layers.0.attention": {2: (5,)}})
+    assert child.within(parent) == SubnetSpec(
+        {"embeddings": (1, 6), "layers.0.attention": {2: (5,)}}
+    )
 
 
 def test_cutting_twice_is_cutting_once(family):
@@ -149,13 +194,18 @@ def test_cutting_twice_is_cutting_once(family):
     twice = slice_model(slice_model(ours, larger), SubnetSpec(relative))
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(twice.eval()(pixels).logits, slice_model(ours, smaller).eval()(pixels).logits)
+        assert torch.equal(
+            twice.eval()(pixels).logits, slice_model(ours, smaller).eval()(pixels).logits
+        )
 
 
 def _relative(units, parent):
     if isinstance(units, dict):
         heads = list(parent)
-        return {heads.index(h): tuple(parent[h].index(c) for c in channels) for h, channels in units.items()}
+        return {
+            heads.index(h): tuple(parent[h].index(c) for c in channels)
+            for h, channels in units.items()
+        }
     return tuple(parent.index(unit) for unit in units)
 
 
@@ -166,11 +216,19 @@ def _relative(units, parent):
         (["--target_macs", "0.5,0"], "target_macs is 0.0; give a share"),
         (["--target_macs", "0.5,", "0.5"], "the same budget twice"),
         (["--target_macs", "0.5,0.01"], "below the smallest subnet"),
-        (["--target_macs", "0.5,0.4", "--push_to_hub", "--hub_model_id", "a/b"], "publish each finished folder"),
-        (["--target_macs", "0.5,0.4", "--resume_from_checkpoint", "x/checkpoint-1"], "no complete checkpoint"),
+        (
+            ["--target_macs", "0.5,0.4", "--push_to_hub", "--hub_model_id", "a/b"],
+            "publish each finished folder",
+        ),
+        (
+            ["--target_macs", "0.5,0.4", "--resume_from_checkpoint", "x/checkpoint-1"],
+            "no complete checkpoint",
+        ),
     ],
 )
-def test_impossible_families_are_refused_before_anything_starts(checkpoint, images, tmp_path, capsys, flags, message):
+def test_impossible_families_are_refused_before_anything_starts(
+    checkpoint, images, tmp_path, capsys, flags, message
+):
     assert re.search(message, refused(capsys, checkpoint, images, tmp_path / "out", *flags))
     assert not (tmp_path / "out").exists()
 
@@ -197,7 +255,9 @@ def test_only_folders_of_runs_are_removed_when_starting_over(checkpoint, images,
     (tmp_path / "out" / "target_practice").mkdir(parents=True)
     walk(checkpoint, images, tmp_path / "first", "--finetune_max_steps", "0")
     shutil.copytree(tmp_path / "first", tmp_path / "out", dirs_exist_ok=True)
-    walk(checkpoint, images, tmp_path / "out", "--finetune_max_steps", "0", "--overwrite_output_dir")
+    walk(
+        checkpoint, images, tmp_path / "out", "--finetune_max_steps", "0", "--overwrite_output_dir"
+    )
     assert (tmp_path / "out" / "target_practice").is_dir()
 
 

@@ -1,4 +1,5 @@
-"""Searches whose images are streamed and augmented in batches: the whole command, interrupted and not."""
+"""Searches whose images are streamed and augmented in batches: the whole command, interrupted and
+not."""
 
 import pytest
 import torch
@@ -54,7 +55,10 @@ class Sees(torch.nn.Module):
 def train(folder, **changes):
     """A few steps on grey levels; returns trainer and teacher."""
     torch.manual_seed(0)
-    data = [row | {"pixel_values": (row["pixel_values"] * 40 + 128).clamp(0, 255).byte()} for row in rows()]
+    data = [
+        row | {"pixel_values": (row["pixel_values"] * 40 + 128).clamp(0, 255).byte()}
+        for row in rows()
+    ]
     teacher = Sees()
     args = arguments(folder, max_steps=4, distillation_weight=0.5, **changes)
     trainer = DistillationTrainer(
@@ -95,5 +99,7 @@ def test_evaluation_is_not_augmented(tmp_path):
     trainer.model.eval()
     with torch.no_grad():
         logits = trainer.model(torch.stack([row["pixel_values"] for row in data])).logits
-    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([row["labels"] for row in data]))
+    expected = torch.nn.functional.cross_entropy(
+        logits, torch.tensor([row["labels"] for row in data])
+    )
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)

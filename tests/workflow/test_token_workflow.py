@@ -1,4 +1,5 @@
-"""`ofb-hf search-tokens` from checkpoint to output folder, and the picture of what becomes of patches."""
+"""`ofb-hf search-tokens` from checkpoint to output folder, and the picture of what becomes of
+patches."""
 
 import itertools
 import json
@@ -25,16 +26,29 @@ SETTINGS = ["--token_learning_rate", "0.3", "--max_steps", "8", *QUICK]
 
 
 def search_tokens(checkpoint, images, output, *flags, macs=True):
-    """The command on a checkpoint and a folder of images, under a budget in MACs unless the flags have another."""
-    places = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
-    return cli.search_tokens([*places, *SETTINGS, *(["--target_macs", "0.75"] if macs else []), *flags])
+    """The command on a checkpoint and a folder of images, under a budget in MACs unless the flags
+    have another."""
+    places = [
+        "--model_name_or_path",
+        str(checkpoint),
+        "--data_dir",
+        str(images),
+        "--output_dir",
+        str(output),
+    ]
+    return cli.search_tokens(
+        [*places, *SETTINGS, *(["--target_macs", "0.75"] if macs else []), *flags]
+    )
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A stock ViT of four layers and its image processor."""
     folder, names = tmp_path_factory.mktemp("checkpoint") / "vit", ["blue", "green", "red"]
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    labels = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
     tiny_vit(num_hidden_layers=4, **labels).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
@@ -57,7 +71,9 @@ def test_the_output_folder_is_complete_and_within_budget(checkpoint, output):
     assert results["target_macs"] == int(0.75 * count_macs(dense))
     assert results["searched"]["macs"] == count_macs(model) <= results["target_macs"]
     assert model.config.token_schedule == results["token_schedule"]
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True)
+    )
     card = (output / "README.md").read_text()
     kept, merged = model.config.token_schedule[1]
     assert f"| 1 | {kept} | {merged} |" in card
@@ -85,26 +101,49 @@ def test_it_goes_on_to_finetuning_and_can_be_resumed(checkpoint, images, output,
     again = search_tokens(checkpoint, images, folder, *flags, "--resume_from_checkpoint", "auto")
     assert again["token_schedule"] == results["token_schedule"]
     assert again["finetuned"]["top1"] == results["finetuned"]["top1"]
-    assert results["token_schedule"] == json.loads((output / "eval_results.json").read_text())["token_schedule"]
+    assert (
+        results["token_schedule"]
+        == json.loads((output / "eval_results.json").read_text())["token_schedule"]
+    )
 
 
-def test_a_second_search_is_measured_against_the_model_with_all_its_tokens(output, images, tmp_path):
+def test_a_second_search_is_measured_against_the_model_with_all_its_tokens(
+    output, images, tmp_path
+):
     first = json.loads((output / "eval_results.json").read_text())
     results = search_tokens(output, images, tmp_path / "again", "--target_macs", "0.9")
-    assert results["dense"]["macs"] == first["dense"]["macs"] > results["searched"]["macs"] > first["searched"]["macs"]
+    assert (
+        results["dense"]["macs"]
+        == first["dense"]["macs"]
+        > results["searched"]["macs"]
+        > first["searched"]["macs"]
+    )
 
 
 def test_tokens_after_widths_keep_the_record_of_the_units(checkpoint, images, tmp_path):
     """A search for widths and depth, and one for tokens of what it made."""
     narrow = tmp_path / "narrow"
-    walk(checkpoint, images, narrow, "--target_macs", "0.7", "--search_depth", "mlp", "--finetune_max_steps", "0")
+    walk(
+        checkpoint,
+        images,
+        narrow,
+        "--target_macs",
+        "0.7",
+        "--search_depth",
+        "mlp",
+        "--finetune_max_steps",
+        "0",
+    )
     results = search_tokens(narrow, images, tmp_path / "both", "--token_pictures", "0")
     before, after = (
-        SubnetSpec.from_json((folder / "subnet.json").read_text()) for folder in (narrow, tmp_path / "both")
+        SubnetSpec.from_json((folder / "subnet.json").read_text())
+        for folder in (narrow, tmp_path / "both")
     )
     assert after.kept == before.kept
     assert after.token_schedule == results["token_schedule"]
-    dense = OFBViTForImageClassification.from_dense(AutoModelForImageClassification.from_pretrained(checkpoint))
+    dense = OFBViTForImageClassification.from_dense(
+        AutoModelForImageClassification.from_pretrained(checkpoint)
+    )
     assert slice_model(dense, after).config.token_schedule == results["token_schedule"]
     assert count_macs(dense, after) == results["searched"]["macs"]
 
@@ -112,28 +151,54 @@ def test_tokens_after_widths_keep_the_record_of_the_units(checkpoint, images, tm
 def test_widths_and_tokens_in_one_run(checkpoint, images, tmp_path):
     """`ofb-hf search --search_tokens`: everything that a search writes, with the tokens in it."""
     folder, published = tmp_path / "out", tmp_path / "published"
-    results = walk(checkpoint, images, folder, "--target_macs", "0.4", "--search_tokens", "--search_depth")
+    results = walk(
+        checkpoint, images, folder, "--target_macs", "0.4", "--search_tokens", "--search_depth"
+    )
     assert {path.name for path in folder.iterdir()} >= PRODUCT | {"tokens.png"}
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert results["token_schedule"] == model.config.token_schedule
-    assert 0.98 * results["target_macs"] <= results["finetuned"]["macs"] == count_macs(model) <= results["target_macs"]
+    assert (
+        0.98 * results["target_macs"]
+        <= results["finetuned"]["macs"]
+        == count_macs(model)
+        <= results["target_macs"]
+    )
     subnet = SubnetSpec.from_json((folder / "subnet.json").read_text())
     assert subnet.token_schedule == model.config.token_schedule
     kept, merged = subnet.token_schedule[-1]
     assert f"| 3 | {kept} | {merged} |" in (folder / "README.md").read_text()
     rows = [json.loads(line) for line in (folder / "search_history.jsonl").read_text().splitlines()]
     assert rows[-1]["tokens"] == [left for _, left in subnet.token_schedule]
-    assert not {"stock", "tokens.png"} & {path.name for path in publish(folder, output_dir=published).iterdir()}
+    assert not {"stock", "tokens.png"} & {
+        path.name for path in publish(folder, output_dir=published).iterdir()
+    }
 
 
 @pytest.fixture(scope="module")
 def measured(checkpoint, tmp_path_factory):
-    """A measured table of that model with large batches, which fewer tokens make faster; and a budget within reach."""
+    """A measured table of that model with large batches, which fewer tokens make faster; and a
+    budget within reach."""
     file = tmp_path_factory.mktemp("table") / "table.json"
-    flags = ["--networks", "12", "--rounds", "2", "--batch_size", "256", "--num_threads", "1", "--disable_tqdm", "true"]
-    table, model = cli.latency_table([str(checkpoint), "--output", str(file), *flags]), tiny_vit(num_hidden_layers=4)
+    flags = [
+        "--networks",
+        "12",
+        "--rounds",
+        "2",
+        "--batch_size",
+        "256",
+        "--num_threads",
+        "1",
+        "--disable_tqdm",
+        "true",
+    ]
+    table, model = (
+        cli.latency_table([str(checkpoint), "--output", str(file), *flags]),
+        tiny_vit(num_hidden_layers=4),
+    )
     with pytest.raises(UnreachableBudgetError) as refusal:
-        TokenSearchConfig(target_latency_ms=1e-3, latency_table=table.to_dict()).target_for(model.config)
+        TokenSearchConfig(target_latency_ms=1e-3, latency_table=table.to_dict()).target_for(
+            model.config
+        )
     between = (refusal.value.smallest + count_latency(model, table)) / 2
     return ["--latency_table", str(file), "--target_latency_ms", str(between / PICOSECONDS)], table
 
@@ -148,7 +213,9 @@ def test_tokens_for_milliseconds_and_their_record(checkpoint, images, measured, 
     assert results["searched"]["predicted_latency_ms"] == count_latency(model, table) / PICOSECONDS
     assert results["dense"]["predicted_latency_ms"] > results["target_latency_ms"]
     assert all(results[name]["latency_ms"] > 0 for name in ("dense", "searched"))
-    said = f"budget of at most {results['target_latency_ms']:,} ms for a batch of 256 with 1 threads"
+    said = (
+        f"budget of at most {results['target_latency_ms']:,} ms for a batch of 256 with 1 threads"
+    )
     assert said in (folder / "README.md").read_text()
     rows = [json.loads(line) for line in (folder / "search_history.jsonl").read_text().splitlines()]
     assert all(row["expected_latency_ms"] > 0 for row in rows if row["phase"] == "search")
@@ -170,13 +237,23 @@ def test_milliseconds_are_written_down_beside_macs_and_for_widths_and_tokens_tog
     results = search_tokens(checkpoint, images, tmp_path / "macs", *flags[:2])
     assert results["searched"]["macs"] <= results["target_macs"]
     assert results["searched"]["predicted_latency_ms"] > 0
-    together = walk(checkpoint, images, tmp_path / "both", *flags, "--search_tokens", "--finetune_max_steps", "0")
+    together = walk(
+        checkpoint,
+        images,
+        tmp_path / "both",
+        *flags,
+        "--search_tokens",
+        "--finetune_max_steps",
+        "0",
+    )
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "both")
     assert count_latency(model, table) <= round(together["target_latency_ms"] * PICOSECONDS)
     assert together["searched"]["predicted_latency_ms"] == count_latency(model, table) / PICOSECONDS
 
 
-def test_models_whose_tokens_nothing_ranks_are_refused_before_anything_starts(images, tmp_path, capsys):
+def test_models_whose_tokens_nothing_ranks_are_refused_before_anything_starts(
+    images, tmp_path, capsys
+):
     tiny_vit(num_hidden_layers=2).save_pretrained(tmp_path / "gone")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "gone")
     with pytest.raises(SystemExit) as stopped:
@@ -194,7 +271,9 @@ def test_models_whose_tokens_nothing_ranks_are_refused_before_anything_starts(im
         (["--token_granularity", "0"], "token_granularity is 0"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_written(checkpoint, images, tmp_path, capsys, flags, message):
+def test_what_cannot_work_is_said_before_anything_is_written(
+    checkpoint, images, tmp_path, capsys, flags, message
+):
     with pytest.raises(SystemExit) as stopped:
         search_tokens(checkpoint, images, tmp_path / "out", *flags)
     assert stopped.value.code == 2
@@ -213,13 +292,17 @@ def test_demonstration_path_at_a_tiny_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--dense_epochs 1 --max_steps 6 --max_train_samples 96 --max_eval_samples 24 --disable_tqdm true"
     monkeypatch.setattr(sys, "argv", ["search_tokens", *flags.split()])
-    runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "search_tokens.py"), run_name="__main__")
+    runpy.run_path(
+        str(Path(__file__).parents[2] / "recipes" / "search_tokens.py"), run_name="__main__"
+    )
     results = json.loads((tmp_path / "runs" / "demo_tokens" / "eval_results.json").read_text())
-    assert results["searched"]["macs"] <= results["target_macs"] == int(0.7 * results["dense"]["macs"])
+    assert (
+        results["searched"]["macs"] <= results["target_macs"] == int(0.7 * results["dense"]["macs"])
+    )
     assert "finetuned" not in results
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def test_patches_are_traced_to_where_they_are():
@@ -229,9 +312,11 @@ def test_patches_are_traced_to_where_they_are():
     for places, dropped, left in zip(traced, (0, 3, 3), (14, 6, 1), strict=True):
         for place in places:
             assert len(place[place >= 0].unique()) == left
-            assert (place == DROPPED).sum() >= dropped  # a token that is dropped takes along what was merged into it
+            # a token that is dropped takes along what was merged into it
+            assert (place == DROPPED).sum() >= dropped
             alive = place >= 0
-            assert (place[place[alive]] == place[alive]).all()  # whoever takes in others is where it was
+            # whoever takes in others is where it was
+            assert (place[place[alive]] == place[alive]).all()
     for earlier, later in itertools.pairwise(traced):
         assert ((later == DROPPED) | (earlier != DROPPED)).all()
         gone = (earlier != patches) & (earlier != DROPPED)

@@ -1,4 +1,5 @@
-"""Two "machines" on this one: network namespaces with addresses of their own, joined by a virtual cable."""
+"""Two "machines" on this one: network namespaces with addresses of their own, joined by a virtual
+cable."""
 
 import json
 import os
@@ -35,7 +36,19 @@ def machines():
     except subprocess.CalledProcessError as error:
         pytest.skip(f"network namespaces are not allowed here: {error.stderr.strip()}")
     try:
-        ip("link", "add", "ofbcable0", "netns", NAMES[0], "type", "veth", "peer", "ofbcable1", "netns", NAMES[1])
+        ip(
+            "link",
+            "add",
+            "ofbcable0",
+            "netns",
+            NAMES[0],
+            "type",
+            "veth",
+            "peer",
+            "ofbcable1",
+            "netns",
+            NAMES[1],
+        )
         for index, (name, address) in enumerate(zip(NAMES, ADDRESSES, strict=True)):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", f"ofbcable{index}")
             ip("-n", name, "link", "set", f"ofbcable{index}", "up")
@@ -49,14 +62,33 @@ def machines():
 def start_machine(rank: int, folder: Path, options: dict) -> subprocess.Popen:
     """`accelerate launch` in one namespace, one process, on a disk that both see."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank), "--multi_gpu"]
-    launch += ["--main_process_ip", ADDRESSES[0], "--main_process_port", "29577", "--rdzv_backend", "static"]
+    launch = [
+        "--num_machines",
+        "2",
+        "--num_processes",
+        "2",
+        "--machine_rank",
+        str(rank),
+        "--multi_gpu",
+    ]
+    launch += [
+        "--main_process_ip",
+        ADDRESSES[0],
+        "--main_process_port",
+        "29577",
+        "--rdzv_backend",
+        "static",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     search = [str(TESTS / "search_process.py"), str(folder), json.dumps(options)]
     return subprocess.Popen(
         ["ip", "netns", "exec", NAMES[rank], *accelerate, *launch, *search],
         env=os.environ
-        | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"ofbcable{rank}"},
+        | {
+            "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": f"ofbcable{rank}",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -65,7 +97,8 @@ def start_machine(rank: int, folder: Path, options: dict) -> subprocess.Popen:
 
 
 def run(folders: list[Path], arguments: dict, stop_at: int | None = None) -> list[str]:
-    """Runs the search on both machines; with `stop_at`, both are told to stop at about that step. What they said."""
+    """Runs the search on both machines; with `stop_at`, both are told to stop at about that step.
+    What they said."""
     options = OPTIONS | {"arguments": arguments}
     processes = [start_machine(rank, folder, options) for rank, folder in enumerate(folders)]
     if stop_at is not None:
@@ -75,7 +108,9 @@ def run(folders: list[Path], arguments: dict, stop_at: int | None = None) -> lis
             os.killpg(process.pid, signal.SIGTERM)
     ended = [finish(process) for process in processes]
     if stop_at is None:
-        assert [status for status, _ in ended] == [0, 0], "\n".join(said[-3000:] for _, said in ended)
+        assert [status for status, _ in ended] == [0, 0], "\n".join(
+            said[-3000:] for _, said in ended
+        )
     return [said for _, said in ended]
 
 
@@ -89,7 +124,9 @@ def test_a_search_across_two_machines_gives_one_network(tmp_path, machines):
     assert first["world_size"] == second["world_size"] == 2
     assert [step["different"] for step in first["steps"]] == [[]] * 24
     assert first["weights"] == second["weights"]
-    assert sorted(path.name for path in shared.glob("checkpoint-*")) == [f"checkpoint-{s}" for s in (16, 24, 8)]
+    assert sorted(path.name for path in shared.glob("checkpoint-*")) == [
+        f"checkpoint-{s}" for s in (16, 24, 8)
+    ]
 
     disks = [tmp_path / "disk0", tmp_path / "disk1"]
     for disk in disks:

@@ -1,4 +1,5 @@
-"""The walk as a user runs it: from a checkpoint and a folder of images to an output folder that loads anywhere."""
+"""The walk as a user runs it: from a checkpoint and a folder of images to an output folder that
+loads anywhere."""
 
 import ast
 import json
@@ -26,7 +27,13 @@ from ofb_hf import OFBTrainingArguments, SubnetSpec, ViTBiMaskConfig, cli, count
 from ofb_hf.data import DataArguments
 from ofb_hf.release.card import render_card
 from ofb_hf.training.history import HISTORY_FIELDS, read_history
-from ofb_hf.workflow.arguments import DEMO_CONFIG, FinetuneArguments, ModelArguments, command_line, parse
+from ofb_hf.workflow.arguments import (
+    DEMO_CONFIG,
+    FinetuneArguments,
+    ModelArguments,
+    command_line,
+    parse,
+)
 from ofb_hf.workflow.inputs import load
 from ofb_hf.workflow.measure import images_per_second, lost_classes
 from ofb_hf.workflow.search import license_of
@@ -99,7 +106,9 @@ def test_what_was_left_out_and_when_is_on_record(checkpoint, images, tmp_path):
     gone = {name for name, kept in subnet.kept.items() if not kept}
     assert results["left_out"].keys() == gone != set()
     history = {
-        row["step"]: row for row in read_history(tmp_path / "out" / "search_history.jsonl") if row["phase"] == "search"
+        row["step"]: row
+        for row in read_history(tmp_path / "out" / "search_history.jsonl")
+        if row["phase"] == "search"
     }
     card = (tmp_path / "out" / "README.md").read_text()
     for name, step in results["left_out"].items():
@@ -130,7 +139,9 @@ def test_classes_that_lost_much_are_named(finished):
         ("README.md", "^---\n", "---\na: b: c\n", "cannot be read"),
     ],
 )
-def test_cards_that_cannot_be_read_are_refused_in_words(finished, images, tmp_path, capsys, name, old, new, message):
+def test_cards_that_cannot_be_read_are_refused_in_words(
+    finished, images, tmp_path, capsys, name, old, new, message
+):
     copy = shutil.copytree(finished[0], tmp_path / "copy")
     text = (copy / name).read_text()
     (copy / name).write_text(new if old is None else re.sub(old, new, text))
@@ -161,9 +172,14 @@ def test_the_licence_of_the_source_is_kept_where_it_can_be_read(tmp_path, card, 
 
 def test_licences_that_the_hub_does_not_know_are_called_other(finished):
     _, results = finished
-    for license, stated in (("mit", {"license": "mit"}), ("mine", {"license": "other", "license_name": "mine"})):
+    for license, stated in (
+        ("mit", {"license": "mit"}),
+        ("mine", {"license": "other", "license_name": "mine"}),
+    ):
         card = render_card(
-            results | {"source": {"model": "a", "revision": None, "license": license}}, SubnetSpec({}), ""
+            results | {"source": {"model": "a", "revision": None, "license": license}},
+            SubnetSpec({}),
+            "",
         )
         data = ModelCard(card).data.to_dict()
         assert {key: value for key, value in data.items() if key.startswith("license")} == stated
@@ -205,7 +221,8 @@ def test_result_loads_in_a_fresh_process_bit_for_bit(finished, images):
     picture = images / "test" / "red" / "0.png"
     here = pipeline("image-classification", str(output))(str(picture))
     code = (
-        "import json, warnings; warnings.simplefilter('error'); import ofb_hf, torch; torch.set_num_threads(1);"
+        "import json, warnings; warnings.simplefilter('error'); import ofb_hf, torch; "
+        "torch.set_num_threads(1);"
         "from transformers import AutoModel, pipeline;"
         f"AutoModel.from_pretrained({str(output)!r});"
         f"print(json.dumps(pipeline('image-classification', {str(output)!r})({str(picture)!r})))"
@@ -221,59 +238,108 @@ def test_finetune_and_evaluate_take_the_result(finished, images, tmp_path, capsy
     output, results = finished
     shared = ["--data_dir", str(images), *QUICK]
     again = ["--model_name_or_path", str(output), "--teacher_name_or_path", str(output / "dense")]
-    longer = cli.finetune([*again, *shared, "--output_dir", str(tmp_path / "longer"), "--max_steps", "2"])
+    longer = cli.finetune(
+        [*again, *shared, "--output_dir", str(tmp_path / "longer"), "--max_steps", "2"]
+    )
     assert longer["dense"]["top1"] == results["finetuned"]["top1"]
     assert longer["finetuned"]["macs"] == results["finetuned"]["macs"]
 
     capsys.readouterr()
-    measured = cli.evaluate(["--model_name_or_path", str(output), *shared, "--output_dir", str(tmp_path / "unused")])
+    measured = cli.evaluate(
+        ["--model_name_or_path", str(output), *shared, "--output_dir", str(tmp_path / "unused")]
+    )
     assert measured["top1"] == results["finetuned"]["top1"]
     printed = capsys.readouterr().out
     assert json.loads(printed[printed.index("{\n") :]) == measured
 
 
 def test_search_on_a_parameter_budget_without_finetuning(checkpoint, images, tmp_path):
-    results = walk(checkpoint, images, tmp_path / "out", "--target_params", "0.6", "--finetune_max_steps", "0")
+    results = walk(
+        checkpoint, images, tmp_path / "out", "--target_params", "0.6", "--finetune_max_steps", "0"
+    )
     assert results["target_macs"] is None
-    said = {"seed", "versions", "command", "commit", "hardware", "seconds", "source", "data", "lost_classes"}
+    said = {
+        "seed",
+        "versions",
+        "command",
+        "commit",
+        "hardware",
+        "seconds",
+        "source",
+        "data",
+        "lost_classes",
+    }
     said |= {"steps", "left_out"}
     assert set(results) == {"target_macs", "target_params", "dense", "searched"} | said
-    assert results["searched"]["params"] <= results["target_params"] <= 0.6 * results["dense"]["params"]
+    assert (
+        results["searched"]["params"]
+        <= results["target_params"]
+        <= 0.6 * results["dense"]["params"]
+    )
 
 
-@pytest.mark.parametrize(("recipe", "folder"), [("search_deit", "demo"), ("search_swin", "demo_swin")])
+@pytest.mark.parametrize(
+    ("recipe", "folder"), [("search_deit", "demo"), ("search_swin", "demo_swin")]
+)
 def test_demonstration_path_at_a_tiny_size(tmp_path, monkeypatch, recipe, folder):
     """The recipe itself, in this process."""
     monkeypatch.chdir(tmp_path)
     flags = "--dense_epochs 1 --max_steps 12 --finetune_max_steps 2 --max_train_samples 96 --max_eval_samples 24"
-    monkeypatch.setattr(sys, "argv", [recipe, *flags.split(), "--disable_tqdm", "true", "--logging_steps", "2"])
+    monkeypatch.setattr(
+        sys, "argv", [recipe, *flags.split(), "--disable_tqdm", "true", "--logging_steps", "2"]
+    )
     runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
     output = tmp_path / "runs" / folder
     results = json.loads((output / "eval_results.json").read_text())
     assert PRODUCT | {"dense"} <= {path.name for path in output.iterdir()}
-    assert 0.49 * results["dense"]["macs"] <= results["finetuned"]["macs"] <= 0.5 * results["dense"]["macs"]
+    assert (
+        0.49 * results["dense"]["macs"]
+        <= results["finetuned"]["macs"]
+        <= 0.5 * results["dense"]["macs"]
+    )
     assert results["dense"]["num_examples"] == 24
 
 
 def test_a_search_may_begin_where_halves_are_gone(images, tmp_path):
-    """Pictures and reports included; what was gone before is not said to have gone in this search."""
+    """Pictures and reports included; what was gone before is not said to have gone in this
+    search."""
     source = tmp_path / "gone"
     non_uniform_vit().save_pretrained(source)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(source)
-    results = walk(source, images, tmp_path / "out", "--target_macs", "0.6", "--finetune_max_steps", "0")
+    results = walk(
+        source, images, tmp_path / "out", "--target_macs", "0.6", "--finetune_max_steps", "0"
+    )
     assert results["left_out"] == {}
     assert "left out" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_short_runs_need_no_special_flags(checkpoint, images, tmp_path):
-    """Fewer steps than a logging interval; a share of distillation, an average and evaluations on the way."""
+    """Fewer steps than a logging interval; a share of distillation, an average and evaluations on
+    the way."""
     output = tmp_path / "out"
-    flags = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
-    flags += ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--finetune_max_steps", "2"]
+    flags = [
+        "--model_name_or_path",
+        str(checkpoint),
+        "--data_dir",
+        str(images),
+        "--output_dir",
+        str(output),
+    ]
+    flags += [
+        "--use_cpu",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "true",
+        "--finetune_max_steps",
+        "2",
+    ]
     flags += ["--max_steps", "3", "--distillation_weight", "0.5", "--ema_decay", "0.9"]
     results = cli.search([*flags, "--eval_strategy", "steps", "--eval_steps", "2"])
     assert {path.name for path in output.iterdir()} >= PRODUCT
-    assert [(row["phase"], row["step"]) for row in read_history(output / "search_history.jsonl")] == [
+    assert [
+        (row["phase"], row["step"]) for row in read_history(output / "search_history.jsonl")
+    ] == [
         ("search", 3),
         ("finetune", 2),
     ]
@@ -282,11 +348,28 @@ def test_short_runs_need_no_special_flags(checkpoint, images, tmp_path):
 
 def test_average_of_the_weights_is_what_finetuning_keeps(finished, images, tmp_path):
     output, _ = finished
-    flags = ["--model_name_or_path", str(output), "--data_dir", str(images), *QUICK, "--max_steps", "4"]
+    flags = [
+        "--model_name_or_path",
+        str(output),
+        "--data_dir",
+        str(images),
+        *QUICK,
+        "--max_steps",
+        "4",
+    ]
     finals = []
     for name, extra in (("raw", []), ("average", ["--ema_decay", "0.99"])):
         cli.finetune(
-            [*flags, *extra, "--save_strategy", "steps", "--save_steps", "4", "--output_dir", str(tmp_path / name)]
+            [
+                *flags,
+                *extra,
+                "--save_strategy",
+                "steps",
+                "--save_steps",
+                "4",
+                "--output_dir",
+                str(tmp_path / name),
+            ]
         )
         finals.append(AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict())
     raw, average = finals
@@ -312,8 +395,16 @@ def test_labels_in_another_order_are_matched_by_name(images, tmp_path):
 
 @pytest.mark.parametrize("spelling", ["--data-dir", "--data_dir"])
 def test_demonstration_settings_never_reach_a_users_own_run(spelling):
-    classes = [ModelArguments, DataArguments, ViTBiMaskConfig, FinetuneArguments, OFBTrainingArguments]
-    model, _, _, _, args = parse(classes, [spelling, "photos", "--output_dir", "o", "--use_cpu"], "", demo={})
+    classes = [
+        ModelArguments,
+        DataArguments,
+        ViTBiMaskConfig,
+        FinetuneArguments,
+        OFBTrainingArguments,
+    ]
+    model, _, _, _, args = parse(
+        classes, [spelling, "photos", "--output_dir", "o", "--use_cpu"], "", demo={}
+    )
     assert model.dense_epochs == 0
     assert args.output_dir == "o"
     assert args.num_train_epochs == 3
@@ -334,8 +425,13 @@ def test_wheel_holds_what_the_commands_need(tmp_path):
         str(tmp_path),
     ]
     source = tmp_path / "source"
-    tracked = [path for path in (ROOT / "ofb_hf").rglob("*") if path.suffix in (".py", ".md", ".yaml")]
-    for path in [*tracked, *(ROOT / name for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"))]:
+    tracked = [
+        path for path in (ROOT / "ofb_hf").rglob("*") if path.suffix in (".py", ".md", ".yaml")
+    ]
+    for path in [
+        *tracked,
+        *(ROOT / name for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")),
+    ]:
         target = source / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
@@ -349,7 +445,10 @@ def test_wheel_holds_what_the_commands_need(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--target_macs", "0.01"], r"budget of [\d,]+ is below the smallest subnet .* costs [\d,]+"),
+        (
+            ["--target_macs", "0.01"],
+            r"budget of [\d,]+ is below the smallest subnet .* costs [\d,]+",
+        ),
         (["--preset", "theirs"], r"preset is 'theirs'; known presets are \['ours', 'paper'\]"),
         (["--target_macs", "-1"], r"target_macs is -1"),
         (["--image_column", "photo"], "photo"),
@@ -360,11 +459,16 @@ def test_wheel_holds_what_the_commands_need(tmp_path):
         (["--push_to_hub"], "hub_model_id is None; --push_to_hub needs"),
         (["--push_to_hub", "--hub_model_id", "a/b"], "--push_to_hub: .*Nothing was started"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0"),
-        (["--resume_from_checkpoint", "no/checkpoint-3"], "no/checkpoint-3 is no complete checkpoint"),
+        (
+            ["--resume_from_checkpoint", "no/checkpoint-3"],
+            "no/checkpoint-3 is no complete checkpoint",
+        ),
         (["--repeated_augmentation", "3"], "repeated_augmentation is 3, which only a stream does"),
     ],
 )
-def test_bad_settings_are_one_line_and_touch_nothing(checkpoint, images, tmp_path, capsys, flags, message):
+def test_bad_settings_are_one_line_and_touch_nothing(
+    checkpoint, images, tmp_path, capsys, flags, message
+):
     output = tmp_path / "out"
     assert re.search(message, refused(capsys, checkpoint, images, output, *flags))
     assert not output.exists()
@@ -393,11 +497,15 @@ def test_used_output_folder_is_not_overwritten_by_accident(finished, checkpoint,
 def test_foreign_files_are_never_overwritten(checkpoint, images, tmp_path, capsys):
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "notes.txt").write_text("mine")
-    assert "holds other files" in refused(capsys, checkpoint, images, tmp_path, "--overwrite_output_dir")
+    assert "holds other files" in refused(
+        capsys, checkpoint, images, tmp_path, "--overwrite_output_dir"
+    )
     assert (tmp_path / "search" / "notes.txt").read_text() == "mine"
 
 
-def test_images_that_the_model_cannot_take_are_refused_before_anything_starts(images, tmp_path, capsys):
+def test_images_that_the_model_cannot_take_are_refused_before_anything_starts(
+    images, tmp_path, capsys
+):
     folder = tmp_path / "checkpoint"
     tiny_vit(num_channels=1).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
@@ -405,18 +513,31 @@ def test_images_that_the_model_cannot_take_are_refused_before_anything_starts(im
     assert not (tmp_path / "out").exists()
 
 
-def test_yaml_gives_defaults_the_command_line_wins_and_unknown_keys_are_refused(checkpoint, images, tmp_path, capsys):
+def test_yaml_gives_defaults_the_command_line_wins_and_unknown_keys_are_refused(
+    checkpoint, images, tmp_path, capsys
+):
     config = tmp_path / "run.yaml"
-    config.write_text("target_macs: 0.7\nmlp_candidates: [36, 72]\nfinetune_max_steps: 0\nmax_steps: 3\n")
+    config.write_text(
+        "target_macs: 0.7\nmlp_candidates: [36, 72]\nfinetune_max_steps: 0\nmax_steps: 3\n"
+    )
     output = tmp_path / "out"
-    flags = ["--model_name_or_path", str(checkpoint), "--data_dir", str(images), "--output_dir", str(output)]
+    flags = [
+        "--model_name_or_path",
+        str(checkpoint),
+        "--data_dir",
+        str(images),
+        "--output_dir",
+        str(output),
+    ]
     results = cli.search([*flags, *QUICK, "--config", str(config), "--target_macs", "0.8"])
     assert results["target_macs"] == int(0.8 * results["dense"]["macs"])
     subnet = SubnetSpec.from_json((output / "subnet.json").read_text())
     assert subnet.size("layers.0.mlp") in (36, 72)
 
     config.write_text("target_mcas: 0.7\n")
-    assert "target_mcas" in refused(capsys, checkpoint, images, tmp_path / "other", "--config", str(config))
+    assert "target_mcas" in refused(
+        capsys, checkpoint, images, tmp_path / "other", "--config", str(config)
+    )
 
 
 def test_speed_of_several_models_is_measured_in_one_run():
@@ -427,9 +548,7 @@ def test_speed_of_several_models_is_measured_in_one_run():
 
 
 def test_submodules_are_reachable_from_the_package():
-    code = (
-        "import ofb_hf; ofb_hf.masks.bi_mask.BiMask; ofb_hf.search.phases.keep_ratio; ofb_hf.training.losses.flops_loss"
-    )
+    code = "import ofb_hf; ofb_hf.masks.bi_mask.BiMask; ofb_hf.search.phases.keep_ratio; ofb_hf.training.losses.flops_loss"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'bimask'"):
         ofb_hf.bimask  # noqa: B018
@@ -440,7 +559,14 @@ def test_commands_in_cards_name_no_folder_of_the_machine(monkeypatch):
         sys,
         "argv",
         [
-            *("/elsewhere/recipes/search_deit.py", "--output_dir", "/data/out", "--data_dir=/data/in", "--seed", "3"),
+            *(
+                "/elsewhere/recipes/search_deit.py",
+                "--output_dir",
+                "/data/out",
+                "--data_dir=/data/in",
+                "--seed",
+                "3",
+            ),
             *("--hub_token", "hf_secret", "--hub_token=hf_secret", "--push_to_hub"),
         ],
     )
@@ -452,7 +578,11 @@ def test_commands_in_cards_name_no_folder_of_the_machine(monkeypatch):
     ("typed", "said"),
     [
         ("--search_tokens --search_depth mlp --seed 3", None),
-        ("--search_tokens true --token_learning_rate 0.3 --token_granularity=4 --token_pictures 2", None),
+        (
+            "--search_tokens true --token_learning_rate 0.3 --token_granularity=4 "
+            "--token_pictures 2",
+            None,
+        ),
         ("--hub_token abc --seed 3", "--hub_token HIDDEN --seed 3"),
         ("--hub_token=abc --hub-token a=b", "--hub_token=HIDDEN --hub-token HIDDEN"),
         ("--push_to_hub_token=abc=def --token abc", "--push_to_hub_token=HIDDEN --token HIDDEN"),
@@ -469,12 +599,17 @@ def test_flags_have_one_name():
         parse([OFBTrainingArguments], ["--hub_tok", "abc"], "")
 
 
-@pytest.mark.parametrize("recipe", ["search_deit", "search_swin", "search_tokens", "finetune", "evaluate", "publish"])
+@pytest.mark.parametrize(
+    "recipe", ["search_deit", "search_swin", "search_tokens", "finetune", "evaluate", "publish"]
+)
 def test_recipes_start_and_teach(recipe, tmp_path, monkeypatch, capsys):
-    """Also as a program from another folder, where evaluate.py must not hide the package of that name."""
+    """Also as a program from another folder, where evaluate.py must not hide the package of that
+    name."""
     command = [str(ROOT / "recipes" / f"{recipe}.py"), "--help"]
     if recipe == "evaluate":
-        result = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True
+        )
         assert result.returncode == 0, result.stderr
         said = result.stdout
     else:
@@ -497,7 +632,10 @@ def test_readme_is_true(tmp_path):
     assert "make test" in readme
     (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
     imported = [
-        alias.name for node in ast.parse(block).body if isinstance(node, ast.ImportFrom) for alias in node.names
+        alias.name
+        for node in ast.parse(block).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     ]
     ours = [name for name in imported if name in ofb_hf.__all__]
     assert set(ours) == {"OFBTrainer", "OFBTrainingArguments", "ViTBiMaskConfig", "count_macs"}
@@ -517,9 +655,16 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(64, 3, 16, 16, generator=generator)
-    space = {"train": [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(images)]}
+    space = {
+        "train": [
+            {"pixel_values": image, "labels": index % 3} for index, image in enumerate(images)
+        ]
+    }
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.ViTForImageClassification.from_pretrained", lambda name: tiny_vit().train())
+        patch.setattr(
+            "transformers.ViTForImageClassification.from_pretrained",
+            lambda name: tiny_vit().train(),
+        )
         exec(block, space)
     saved = AutoModelForImageClassification.from_pretrained(tmp_path / "runs" / "small")
     assert count_macs(saved) == count_macs(space["small"]) <= 0.5 * count_macs(space["model"])

@@ -1,4 +1,5 @@
-"""Top-1 and top-5 accuracy; self-contained, because `evaluate.load` copies this file away from its package."""
+"""Top-1 and top-5 accuracy; self-contained, because `evaluate.load` copies this file away from its
+package."""
 
 import datasets
 import evaluate
@@ -16,7 +17,8 @@ Returns:
 
 
 class TopKAccuracy(evaluate.Metric):
-    """Top-1 and top-5 accuracy from ranked classes, for `evaluate.load(folder)` without a network."""
+    """Top-1 and top-5 accuracy from ranked classes, for `evaluate.load(folder)` without a
+    network."""
 
     def _info(self) -> evaluate.MetricInfo:
         ranked = datasets.Sequence(datasets.Value("int64"))
@@ -24,7 +26,9 @@ class TopKAccuracy(evaluate.Metric):
             description=DESCRIPTION,
             citation="",
             inputs_description=INPUTS,
-            features=datasets.Features({"predictions": ranked, "references": datasets.Value("int64")}),
+            features=datasets.Features(
+                {"predictions": ranked, "references": datasets.Value("int64")}
+            ),
         )
 
     def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
@@ -32,4 +36,7 @@ class TopKAccuracy(evaluate.Metric):
         if len(references) == 0:
             raise ValueError("there are no predictions to score; the evaluation set is empty.")
         hits = np.asarray(predictions)[:, :5] == np.asarray(references)[:, None]
-        return {"top1": 100 * float(hits[:, :1].any(1).mean()), "top5": 100 * float(hits.any(1).mean())}
+        return {
+            "top1": 100 * float(hits[:, :1].any(1).mean()),
+            "top5": 100 * float(hits.any(1).mean()),
+        }
