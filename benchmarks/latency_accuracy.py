@@ -1,7 +1,7 @@
 """Is a budget in milliseconds better than one in MACs? Accuracy right after the cut, and
 milliseconds, of both.
 
-A classifier is pruned in one shot by first-order scores (`baselines.pruned_subnet`, the settlement
+A classifier is pruned in one shot by first-order scores (`baselines.pruned_subnet`, the choice
 of the search) to shares of its MACs, and then to a share of the milliseconds that each of these
 networks is predicted to take, without depth and with it. No training follows. All take turns when
 their latency is measured; medians of single passes.

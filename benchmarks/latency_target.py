@@ -2,7 +2,7 @@
 as they are here.
 
 Weights are random, which speed does not depend on; units are chosen by magnitude
-(`baselines.pruned_subnet`, the settlement of the search). All networks, the dense one among them,
+(`baselines.pruned_subnet`, the choice of the search). All networks, the dense one among them,
 take turns; medians of single passes.
 
     ofb-hf latency-table deit_tiny --num_threads 1 --output deit_tiny.json

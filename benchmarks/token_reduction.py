@@ -10,7 +10,7 @@ against fewer widths.
     widths            one-shot first-order pruning of heads and MLP channels, all tokens
     both              widths first, then learned counts
     search            what a search for widths (ofb-hf search) settles on, its weights at rest, all tokens
-    joint search      the same with --search_tokens: widths and tokens in one settlement
+    joint search      the same with --search_tokens: widths and tokens in one choice
 
 All are held to the same budgets and evaluated on the same images; `both` to a budget of its own.
 Speed is measured in turns, so read it as ratios to dense. With a table of `ofb-hf latency-table`

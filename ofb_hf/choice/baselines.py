@@ -24,7 +24,7 @@ from ..families.registry import describe, require_classifier
 from ..families.subnet import Kept, SubnetSpec
 from ..space.configuration import BiMaskConfig
 from ..space.search_space import SubmoduleSpace
-from .knapsack import TIGHTNESS, Option, settle
+from .knapsack import TIGHTNESS, Candidate, best_choice
 from .scores import kept_scores
 
 # Submodule name -> how much each unit matters, (U,) or (heads, channels per head); at least 0.
@@ -171,14 +171,14 @@ def _choose(
         raise ValueError(
             "uniform_across_layers is True; baselines choose every layer for itself, turn it off."
         )
-    options = {s.name: [Option(size, worth(s, size)) for size in s.sizes] for s in space}
+    options = {s.name: [Candidate(size, worth(s, size)) for size in s.sizes] for s in space}
     architecture = describe(model.config)
     fixed = quantities(
         {name: size for name, size in architecture.sizes.items() if name not in options}
     )
-    choice = settle(
+    choice = best_choice(
         options, terms, fixed, target, TIGHTNESS, architecture.attentions, config.show
-    ).choice
+    ).candidates
     return SubnetSpec(
         {name: _best_units(scores[name], option.size) for name, option in choice.items()}
     )

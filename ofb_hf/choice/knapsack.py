@@ -36,7 +36,7 @@ RELAXATION_STEPS = 40
 
 
 @dataclass(frozen=True)
-class Option:
+class Candidate:
     """One candidate of a submodule: its size along each axis, and how good it would be to choose
     it."""
 
@@ -50,25 +50,25 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Settlement:
+class Choice:
     """A choice for every submodule, its exact cost and score; and a token schedule where tokens are
     chosen, too."""
 
-    choice: dict[str, Option]
+    candidates: dict[str, Candidate]
     cost: int
     score: float
     token_schedule: list[list[int]] | None = None
 
 
-def settle(
-    options: dict[str, list[Option]],
+def best_choice(
+    options: dict[str, list[Candidate]],
     terms: tuple[Term, ...],
     fixed: dict[str, int],
     target: int,
     tightness: float = TIGHTNESS,
     needed: Collection[str] = (),
     show: Callable[[int], str] = "{:,}".format,
-) -> Settlement:
+) -> Choice:
     """The best-scoring choice whose cost lies in [tightness * target, target].
 
     Args:
@@ -102,7 +102,9 @@ def settle(
             floor,
         )
     best = _solve(free)
-    if not restricted or any(best.choice[name].units for name in needed if name in best.choice):
+    if not restricted or any(
+        best.candidates[name].units for name in needed if name in best.candidates
+    ):
         return best
     return max(
         (_solve(problem) for problem in restricted if problem.floor <= target), key=free.rank
@@ -110,8 +112,8 @@ def settle(
 
 
 def _that_keep_one(
-    options: dict[str, list[Option]], fixed: dict[str, int], needed: Collection[str]
-) -> list[dict[str, list[Option]]]:
+    options: dict[str, list[Candidate]], fixed: dict[str, int], needed: Collection[str]
+) -> list[dict[str, list[Candidate]]]:
     """Restrictions of the options that together cover every choice in which a needed submodule has
     units.
 
@@ -127,7 +129,7 @@ def _that_keep_one(
     return [options | {name: present} for name, present in kept.items() if present]
 
 
-def _solve(problem: "_Problem") -> Settlement:
+def _solve(problem: "_Problem") -> Choice:
     """The best choice of a problem that has one."""
     options, smallest = problem.options, problem.smallest
     combinations = math.prod(len(options[name]) for name in problem.widths)
@@ -142,7 +144,7 @@ def _solve(problem: "_Problem") -> Settlement:
     return max(filter(None, map(problem.solve, every)), key=problem.rank)
 
 
-def _climb(problem: "_Problem", starts: list[dict[str, Option]]) -> Settlement:
+def _climb(problem: "_Problem", starts: list[dict[str, Candidate]]) -> Choice:
     """Starts from the best of the given widths and moves one width at a time to a neighbour while
     that helps."""
     best = max(filter(None, map(problem.solve, starts)), key=problem.rank)
@@ -150,7 +152,7 @@ def _climb(problem: "_Problem", starts: list[dict[str, Option]]) -> Settlement:
     while improved:
         improved = False
         for name in problem.widths:
-            widths = {width: best.choice[width] for width in problem.widths}
+            widths = {width: best.candidates[width] for width in problem.widths}
             ordered = sorted(problem.options[name], key=lambda o: o.units)
             at = ordered.index(widths[name])
             for option in ordered[max(0, at - 1) : at] + ordered[at + 1 : at + 2]:
@@ -160,7 +162,7 @@ def _climb(problem: "_Problem", starts: list[dict[str, Option]]) -> Settlement:
     return best
 
 
-def _promising_widths(problem: "_Problem") -> list[dict[str, Option]]:
+def _promising_widths(problem: "_Problem") -> list[dict[str, Candidate]]:
     """Widths of the best choices when cost has a price instead of a limit, at prices around the one
     that meets it."""
     relaxation = _Relaxation(problem)
@@ -210,7 +212,7 @@ class _Relaxation:
                 for pair, entries in ((tuple(owners), table), (tuple(owners[::-1]), table.T)):
                     self.pairs[pair] = self.pairs.get(pair, 0.0) + entries
 
-    def solve(self, price: float) -> tuple[dict[str, Option], float]:
+    def solve(self, price: float) -> tuple[dict[str, Candidate], float]:
         """The best choice and its cost."""
         gains = {name: self.scores[name] - price * self.costs[name] for name in self.options}
         ties = {name: {b for a, b in self.pairs if a == name} for name in self.options}
@@ -243,7 +245,7 @@ class _Problem:
 
     def __init__(
         self,
-        options: dict[str, list[Option]],
+        options: dict[str, list[Candidate]],
         terms: tuple[Term, ...],
         fixed: dict[str, int],
         lowest: int,
@@ -276,18 +278,18 @@ class _Problem:
                 widths.append(first if degree[first] >= degree[second] else second)
         return sorted(widths)
 
-    def rank(self, settlement: Settlement) -> tuple[bool, float, float]:
+    def rank(self, choice: Choice) -> tuple[bool, float, float]:
         """Sorting key: first those that use the budget, by score; then the rest, by cost."""
-        within = settlement.cost >= self.lowest
-        return within, settlement.score if within else settlement.cost, settlement.score
+        within = choice.cost >= self.lowest
+        return within, choice.score if within else choice.cost, choice.score
 
     def _smallest_cost(self) -> int:
         """The least that any choice costs."""
         constant, costs = self._linear_costs(self.smallest)
         return constant + sum(map(min, costs.values()))
 
-    def solve(self, widths: dict[str, Option]) -> Settlement | None:
-        """The best settlement with these widths, None if nothing with them is within the budget."""
+    def solve(self, widths: dict[str, Candidate]) -> Choice | None:
+        """The best choice with these widths, None if nothing with them is within the budget."""
         constant, costs = self._linear_costs(widths)
         base = constant + sum(map(min, costs.values()))
         if base > self.target:
@@ -306,9 +308,9 @@ class _Problem:
             for name in self.options
         }
         cost = constant + sum(costs[name][pick] for name, pick in picks.items())
-        return Settlement(choice, cost, sum(option.score for option in choice.values()))
+        return Choice(choice, cost, sum(option.score for option in choice.values()))
 
-    def _linear_costs(self, widths: dict[str, Option]) -> tuple[int, dict[str, list[int]]]:
+    def _linear_costs(self, widths: dict[str, Candidate]) -> tuple[int, dict[str, list[int]]]:
         """What the widths cost, and what each option of every other submodule costs beside them."""
         known = self.fixed | quantities({name: option.size for name, option in widths.items()})
         constant, rates = 0, {}

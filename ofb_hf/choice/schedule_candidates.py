@@ -20,7 +20,7 @@ from ..cost.counting import evaluate_terms
 from ..families.description import macs_of
 from ..families.vit import vit_layer_parts
 from ..tokens.schedules import Cost, Schedule, num_tokens
-from .knapsack import Settlement
+from .knapsack import Choice
 
 SMALLEST_COUNT = 2  # the class token and a patch
 PRICES = 40
@@ -176,10 +176,10 @@ def _filled_in(family: list[list[int]], share: Callable[[list[int]], float]) -> 
 
 def best_in_family(
     family: list[Schedule],
-    solve: Callable[[Schedule], Settlement],
+    solve: Callable[[Schedule], Choice],
     curves: np.ndarray,
     lowest: float,
-) -> Settlement:
+) -> Choice:
     """The schedule that is worth most together with the widths that its budget allows.
 
     Of a long family looks at every fourth schedule, then closer around the best: worth rises and
@@ -187,11 +187,11 @@ def best_in_family(
 
     Args:
         solve: the best widths under a schedule; raises UnreachableBudgetError where none fit.
-        curves: as for `schedule_loss`, in the unit of the settlements' scores.
+        curves: as for `schedule_loss`, in the unit of the choices' scores.
         lowest: cost from which on the budget counts as used.
 
     Returns:
-        A settlement with its `token_schedule`, and what the tokens lose taken off its score.
+        A choice with its `token_schedule`, and what the tokens lose taken off its score.
 
     Raises:
         UnreachableBudgetError: if the widths fit under no schedule, naming what the smallest
@@ -199,7 +199,7 @@ def best_in_family(
     """
 
     @functools.cache
-    def at(index: int) -> Settlement | UnreachableBudgetError:
+    def at(index: int) -> Choice | UnreachableBudgetError:
         return _with_widths(family[index], solve, curves)
 
     def rank(index: int) -> tuple[bool, bool, float]:
@@ -226,20 +226,20 @@ def best_in_family(
 
 def spread_over_family(
     family: list[Schedule],
-    solve: Callable[[Schedule], Settlement],
+    solve: Callable[[Schedule], Choice],
     curves: np.ndarray,
     lowest: float,
-) -> list[Settlement]:
+) -> list[Choice]:
     """Settlements from all parts of a family, in its order, that use the budget; arguments as for
     `best_in_family`."""
     stride = -(-len(family) // ALTERNATIVES)
     found = [_with_widths(schedule, solve, curves) for schedule in family[::stride]]
-    return [each for each in found if isinstance(each, Settlement) and each.cost >= lowest]
+    return [each for each in found if isinstance(each, Choice) and each.cost >= lowest]
 
 
 def _with_widths(
-    schedule: Schedule, solve: Callable[[Schedule], Settlement], curves: np.ndarray
-) -> Settlement | UnreachableBudgetError:
+    schedule: Schedule, solve: Callable[[Schedule], Choice], curves: np.ndarray
+) -> Choice | UnreachableBudgetError:
     """A schedule with the best widths beside it; or the refusal, if it leaves too many tokens for
     any."""
     try:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..cost.counting import evaluate_terms
 from ..families.description import Term, heads_of, quantities
 from ..masks.bi_mask import BiMask, sums_of_first
-from .knapsack import Option
+from .knapsack import Candidate
 
 # Kept importance, weighted by its share of the dense cost, counts this many times a nat of
 # candidate probability (found by experiment: docs/ARCHITECTURE.md).
@@ -19,9 +19,9 @@ IMPORTANCE_SCORE = 400.0
 LOWEST_LOG_PROBABILITY = -5.0
 
 
-def candidate_options(
+def scored_candidates(
     groups: list[list[BiMask]], scores: Callable[[BiMask], Tensor]
-) -> dict[str, list[Option]]:
+) -> dict[str, list[Candidate]]:
     """Every active candidate of every group of bi-masks that choose together, with its score.
 
     Args:
@@ -38,7 +38,7 @@ def candidate_options(
             score[leader.active_candidates].tolist(),
         )
         options[leader.name] = [
-            Option(tuple(axis[i] for axis, i in zip(axes, index, strict=True)), value)
+            Candidate(tuple(axis[i] for axis, i in zip(axes, index, strict=True)), value)
             for index, value in zip(chosen, values, strict=True)
         ]
     return options
@@ -77,12 +77,12 @@ def kept_scores(scores: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def first_order_options(groups: list[list[BiMask]]) -> dict[str, list[Option]]:
+def first_order_candidates(groups: list[list[BiMask]]) -> dict[str, list[Candidate]]:
     """Every active candidate, scored by what was observed of the units it keeps; empty if nothing
     was observed.
 
     Args:
-        groups: as for `candidate_options`.
+        groups: as for `scored_candidates`.
     """
     total = sum(float(mask.first_order.double().sum()) for group in groups for mask in group)
 
@@ -95,4 +95,4 @@ def first_order_options(groups: list[list[BiMask]]) -> dict[str, list[Option]]:
         ]
         return torch.stack(sums).reshape(mask.alpha.shape)
 
-    return candidate_options(groups, scores) if total > 0 else {}
+    return scored_candidates(groups, scores) if total > 0 else {}

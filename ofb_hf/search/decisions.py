@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..choice.knapsack import TIGHTNESS, Option, Settlement, settle
-from ..choice.scores import candidate_options, first_order_options, search_scores
+from ..choice.knapsack import TIGHTNESS, Candidate, Choice, best_choice
+from ..choice.scores import first_order_candidates, scored_candidates, search_scores
 from ..cost.counting import ExpectedCost
 from ..families.description import Architecture, Term, heads_of, presence_of, quantities
 from ..families.subnet import SubnetSpec, all_units
@@ -83,17 +83,17 @@ class Choices(nn.Module):
         """Whether every submodule has one candidate left."""
         return self.num_active_candidates == len(self.groups)
 
-    def options(self) -> dict[str, list[Option]]:
+    def options(self) -> dict[str, list[Candidate]]:
         """Every active candidate of every submodule that chooses, with its score."""
-        return candidate_options(
+        return scored_candidates(
             self.groups, lambda mask: search_scores(mask, self.terms, self.dense_sizes)
         )
 
-    def settlement(
+    def best_choice(
         self,
-        options: dict[str, list[Option]] | None = None,
-        choose: Callable[[list[Settlement]], Settlement] | None = None,
-    ) -> Settlement:
+        options: dict[str, list[Candidate]] | None = None,
+        choose: Callable[[list[Choice]], Choice] | None = None,
+    ) -> Choice:
         """The best choice within the budget as things stand, for every searched submodule, and for
         undecided tokens.
 
@@ -111,19 +111,22 @@ class Choices(nn.Module):
         )
         options = options or self.options()
         if self.tokens is None:
-            return self._settled_widths(options, self.terms)
+            return self._best_widths(options, self.terms)
 
-        def solve(architecture: Architecture, kept: Collection[str]) -> Settlement:
-            return self._settled_widths(options, self.bi_mask_config.terms(architecture), kept)
+        def solve(architecture: Architecture, kept: Collection[str]) -> Choice:
+            return self._best_widths(options, self.bi_mask_config.terms(architecture), kept)
 
         cost = self.bi_mask_config.terms_of
         return self.tokens.settle(
             self.config, self.dense_sizes, self.target, total, cost, solve, choose
         )
 
-    def _settled_widths(
-        self, options: dict[str, list[Option]], terms: tuple[Term, ...], kept: Collection[str] = ()
-    ) -> Settlement:
+    def _best_widths(
+        self,
+        options: dict[str, list[Candidate]],
+        terms: tuple[Term, ...],
+        kept: Collection[str] = (),
+    ) -> Choice:
         """The best widths under these cost terms, if the submodules that are named keep units."""
         for name in {self.leaders[name] for name in kept if name in self.leaders}:
             options = options | {name: [option for option in options[name] if option.units]}
@@ -140,17 +143,17 @@ class Choices(nn.Module):
             replace(term, factors=tuple(follows.get(f, f) for f in term.factors)) for term in terms
         )
         settings = {"needed": self.dense_architecture.attentions, "show": self.bi_mask_config.show}
-        settlement = settle(options, terms, fixed, self.target, tightness=TIGHTNESS, **settings)
-        choice = {name: settlement.choice[leader] for name, leader in self.leaders.items()}
-        return replace(settlement, choice=choice)
+        choice = best_choice(options, terms, fixed, self.target, tightness=TIGHTNESS, **settings)
+        followed = {name: choice.candidates[leader] for name, leader in self.leaders.items()}
+        return replace(choice, candidates=followed)
 
     def settle_(self) -> SubnetSpec:
         """Makes the final choice in every submodule and returns it; the units left out are exactly
         0 from now on."""
-        settlement = self.settlement()
-        self.decide_tokens_(settlement.token_schedule)
+        choice = self.best_choice()
+        self.decide_tokens_(choice.token_schedule)
         for mask in self.bi_masks:
-            mask.settle_(*settlement.choice[mask.name].size)
+            mask.settle_(*choice.candidates[mask.name].size)
         kept = {name: all_units(shape) for name, shape in self.dense_sizes.items()}
         schedule = self.token_schedule and self.config.meant_schedule(self.token_schedule)
         return SubnetSpec(kept | {mask.name: mask.kept() for mask in self.bi_masks}, schedule)
@@ -161,7 +164,7 @@ class Choices(nn.Module):
 
         Sparing that choice keeps the budget within reach whatever the softmaxes do.
         """
-        best = self.settlement().choice
+        best = self.best_choice().candidates
         retired = 0
         for leader, *tied in self.groups:
             weak = leader.weak_candidates(self.bi_mask_config.retire_threshold)
@@ -172,9 +175,7 @@ class Choices(nn.Module):
                 retired += int(weak.sum())
         return retired
 
-    def estimate_importance_(
-        self, choose: Callable[[list[Settlement]], Settlement] | None = None
-    ) -> None:
+    def estimate_importance_(self, choose: Callable[[list[Choice]], Choice] | None = None) -> None:
         """Sets importance from the gradients that were observed: high for the units that the best
         choice within the budget keeps, if each unit is worth its first-order score. Without any
         observation importance stays.
@@ -182,11 +183,11 @@ class Choices(nn.Module):
         Args:
             choose: as for `SearchedTokens.settle`.
         """
-        if options := first_order_options(self.groups):
-            settlement = self.settlement(options, choose)
-            self.decide_tokens_(settlement.token_schedule)
+        if options := first_order_candidates(self.groups):
+            choice = self.best_choice(options, choose)
+            self.decide_tokens_(choice.token_schedule)
             for mask in self.bi_masks:
-                mask.estimate_importance_(settlement.choice[mask.name].units)
+                mask.estimate_importance_(choice.candidates[mask.name].units)
 
     def decide_tokens_(self, schedule: Schedule | None) -> None:
         """Decides on a token schedule, if it is one; it acts once widths are settled and cut."""

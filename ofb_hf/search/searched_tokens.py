@@ -2,7 +2,7 @@
 they are cut.
 
 While units are observed, every layer also asks, with the same gradients, what merging its tokens
-down to n would do to the loss: first order of the change, squared, as for a unit. So the settlement
+down to n would do to the loss: first order of the change, squared, as for a unit. So the choice
 can weigh units and tokens against each other. Nothing is merged before it has decided: hidden
 patches are repainted from all tokens.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig
 
-from ..choice.knapsack import TIGHTNESS, Settlement
+from ..choice.knapsack import TIGHTNESS, Choice
 from ..choice.schedule_candidates import (
     SMALLEST_COUNT,
     attention_of,
@@ -158,7 +158,7 @@ class SearchedTokens(nn.Module):
 
     def curves(self, total: float | None) -> np.ndarray:
         """What each layer loses by going from all tokens to n, (layers, N + 1), in the unit of the
-        settlement's scores.
+        choice's scores.
 
         Args:
             total: sum of the units' first order, which makes scores; None = nothing was observed.
@@ -190,9 +190,9 @@ class SearchedTokens(nn.Module):
         target: int,
         total: float | None,
         cost: Cost,
-        solve: Callable[[Architecture, list[str]], Settlement],
-        choose: Callable[[list[Settlement]], Settlement] | None = None,
-    ) -> Settlement:
+        solve: Callable[[Architecture, list[str]], Choice],
+        choose: Callable[[list[Choice]], Choice] | None = None,
+    ) -> Choice:
         """The best widths and schedule under one budget; a schedule that was decided stays.
 
         A layer that reduces its tokens needs an attention to rank them by. So, where attentions may
@@ -204,14 +204,14 @@ class SearchedTokens(nn.Module):
             target: the budget, in what `cost` counts. total: as for `curves`.
             solve: (the model under a schedule, attentions that have to keep units) -> the best
                 widths.
-            choose: picks among settlements that differ in how much of the budget tokens give up; by
+            choose: picks among choices that differ in how much of the budget tokens give up; by
                 default the one with the best score.
 
         Raises:
             UnreachableBudgetError: naming the smallest possible cost.
         """
 
-        def widths(schedule: Schedule) -> Settlement:
+        def widths(schedule: Schedule) -> Choice:
             needed = [*map(attention_of, reducing_layers(schedule, self.num_tokens))]
             return solve(scheduled(config, schedule), needed)
 
@@ -236,7 +236,7 @@ class SearchedTokens(nn.Module):
                 best.score,
             ):
                 best, chosen_from = found, family
-            free = solve(scheduled(config, best.token_schedule), []).choice
+            free = solve(scheduled(config, best.token_schedule), []).candidates
             amounts = quantities(dict(sizes) | {name: option.size for name, option in free.items()})
         if choose is None:
             return best

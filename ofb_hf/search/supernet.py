@@ -503,7 +503,7 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
     supernet = Supernet(ours, config)
     for mask in supernet.bi_masks:
         mask.initialize_(config.importance_init_mean, config.importance_init_std, config.alpha_init)
-    supernet.settlement()  # an unreachable budget is refused here, before anything is trained
+    supernet.best_choice()  # an unreachable budget is refused here, before anything is trained
     return supernet.train(model.training)
 
 

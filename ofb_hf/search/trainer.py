@@ -41,7 +41,7 @@ from .observation import OBSERVED_IMAGES, Observation
 from .parameter_groups import parameter_groups
 from .pmim import hidden_first, mask_patches, normalize_target, reconstruction_loss, refine_mask
 from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
-from .trial_cuts import nearest_settlement
+from .trial_cuts import nearest_choice
 
 BI_MASK_CONFIG_FILE = "bi_mask_config.json"
 
@@ -287,9 +287,9 @@ class OFBTrainer(DistillationTrainer):
 
         def decide() -> tuple[list[tuple[Tensor, Tensor]], Schedule | None]:
             if self._observes:
-                nearest = lambda found: nearest_settlement(
+                nearest = lambda found: nearest_choice(
                     self.supernet, found, self.observation.images
-                )  # noqa: E731
+                )
                 self.supernet.estimate_importance_(nearest)
             self.supernet.fit_alpha_()
             return [
@@ -533,7 +533,7 @@ class OFBTrainer(DistillationTrainer):
 
 class SearchCallback(TrainerCallback):
     """Moves the search on: schedules before a step; multiplier, retirement, shrinking and
-    settlement after it."""
+    choice after it."""
 
     def __init__(self, trainer: "OFBTrainer"):
         self.trainer = trainer

@@ -11,20 +11,18 @@ import copy
 import torch
 from torch import Tensor
 
-from ..choice.knapsack import Settlement
+from ..choice.knapsack import Choice
 from ..training.losses import distillation_loss
 from .supernet import Supernet, compress
 
 
 @torch.no_grad()
-def nearest_settlement(
-    supernet: Supernet, settlements: list[Settlement], batches: list[Tensor]
-) -> Settlement:
-    """The settlement whose network predicts most nearly what the network predicts now.
+def nearest_choice(supernet: Supernet, choices: list[Choice], batches: list[Tensor]) -> Choice:
+    """The choice whose network predicts most nearly what the network predicts now.
 
     Args:
         supernet: observed, and not scaled by its masks to speak of.
-        settlements: of all of its bi-masks, each with a token schedule. The first is taken if
+        choices: of all of its bi-masks, each with a token schedule. The first is taken if
             others are no nearer.
         batches: images, (B, C, H, W) each.
     """
@@ -32,30 +30,30 @@ def nearest_settlement(
     supernet.eval()
     answers, best, least = (
         [supernet(images).logits for images in batches],
-        settlements[0],
+        choices[0],
         torch.inf,
     )
     # new networks draw weights, which are overwritten; the run shall not notice
     with torch.random.fork_rng():
-        for settlement in settlements:
-            trial, distance = _cut(supernet, settlement), 0.0
+        for choice in choices:
+            trial, distance = _cut(supernet, choice), 0.0
             for images, answer in zip(batches, answers, strict=True):
                 distance += len(images) * float(
                     distillation_loss(trial(images).logits, answer, temperature=1.0)
                 )
             if distance < least:
-                best, least = settlement, distance
+                best, least = choice, distance
     supernet.train(was_training)
     return best
 
 
-def _cut(supernet: Supernet, settlement: Settlement) -> torch.nn.Module:
-    """The network that a settlement leaves, with the units of the highest first order, as they
+def _cut(supernet: Supernet, choice: Choice) -> torch.nn.Module:
+    """The network that a choice leaves, with the units of the highest first order, as they
     were."""
     trial = copy.deepcopy(supernet)
-    trial.decide_tokens_(settlement.token_schedule)
+    trial.decide_tokens_(choice.token_schedule)
     for mask in trial.bi_masks:
-        mask.estimate_importance_(settlement.choice[mask.name].units)
-        mask.settle_(*settlement.choice[mask.name].size)
+        mask.estimate_importance_(choice.candidates[mask.name].units)
+        mask.settle_(*choice.candidates[mask.name].size)
     trial.lam.fill_(0.0)  # units that stay count in full
     return compress(trial)

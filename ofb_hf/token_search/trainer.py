@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..models import OFBViTForImageClassification
-from ..tokens.schedules import Schedule, full_schedule, schedule_cost, settle_schedule
+from ..tokens.schedules import Schedule, full_schedule, rounded_schedule, schedule_cost
 from ..training.activation_checkpointing import without_reentry
 from ..training.arguments import OFBTrainingArguments
 from ..training.distillation import DistillationTrainer
@@ -108,7 +108,9 @@ class TokenTrainer(DistillationTrainer):
         """The whole counts that the learned ones stand for now; what they cost is at most the
         budget."""
         counts = read_expected_counts(self.learner)
-        return settle_schedule(self.learner.config, counts, self.target, self.token_config.terms_of)
+        return rounded_schedule(
+            self.learner.config, counts, self.target, self.token_config.terms_of
+        )
 
     def scheduled(self) -> OFBViTForImageClassification:
         """A classifier with the weights as they were, and the schedule as it is now."""

@@ -149,12 +149,12 @@ def fixed_rate_schedule(
 
 def smallest_schedule(config: ViTConfig, cost: Cost = macs_of) -> Schedule:
     """One patch from the first layer that learns on, without reductions that cost more than they
-    save: the least that `settle_schedule` can come to."""
+    save: the least that `rounded_schedule` can come to."""
     settling = _Settling(config, cost)
     return settling.meant(settling.worthwhile([SMALLEST] * settling.layers))
 
 
-def settle_schedule(
+def rounded_schedule(
     config: ViTConfig, expected: list[list[float]], target: int, cost: Cost = macs_of
 ) -> Schedule:
     """Whole counts near learned ones, whose cost is at most the budget.

@@ -15,7 +15,7 @@ from ..space.configuration import BiMaskConfig
 from ..training.arguments import OFBTrainingArguments
 from .arguments import changed
 
-# Long enough that phases, retirement and settlement lie steps apart.
+# Long enough that phases, retirement and choice lie steps apart.
 STEPS = 10_000
 
 

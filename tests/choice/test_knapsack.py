@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofb_hf import compress, count_macs, count_params, install_bi_masks, read_subnet
-from ofb_hf.choice.knapsack import BINS, Option, settle
+from ofb_hf.choice.knapsack import BINS, Candidate, best_choice
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.families.description import Term
 from ofb_hf.search.supernet import Supernet
@@ -45,7 +45,7 @@ def cost_of(terms: tuple[Term, ...], units: dict[str, int]) -> int:
 
 
 def brute_force(
-    options: dict[str, list[Option]], terms: tuple[Term, ...], fixed: dict[str, int], needed=()
+    options: dict[str, list[Candidate]], terms: tuple[Term, ...], fixed: dict[str, int], needed=()
 ):
     """Every choice that keeps units of something needed, with its cost and score."""
     for picks in itertools.product(*options.values()):
@@ -99,7 +99,7 @@ def reachable_costs(supernet: Supernet, config) -> set[int]:
     return totals
 
 
-# ------------------------------------------------------------------------ the settlement on its own
+# ------------------------------------------------------------------------ the choice on its own
 
 
 @st.composite
@@ -110,7 +110,7 @@ def problems(draw: st.DrawFn, largest: int = 12) -> tuple:
     score = st.floats(-5, 5, allow_nan=False)
     options = {
         name: [
-            Option((units,), draw(score))
+            Candidate((units,), draw(score))
             for units in sorted(draw(st.sets(st.integers(low, 6), min_size=1)))
         ]
         for name, low in [("width", 1), *((part, 0) for part in parts)]
@@ -153,20 +153,18 @@ def test_small_problems_are_solved_exactly(problem):
         if cost <= target
     ]
     inside = [score for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
-    settlement = settle(options, terms, fixed, target, TIGHTNESS, needed)
-    assert not needed or any(settlement.choice[name].units for name in needed)
-    units = fixed | {name: option.units for name, option in settlement.choice.items()}
+    choice = best_choice(options, terms, fixed, target, TIGHTNESS, needed)
+    assert not needed or any(choice.candidates[name].units for name in needed)
+    units = fixed | {name: option.units for name, option in choice.candidates.items()}
     assert target < BINS or target - min(cost for cost, _ in everything) < BINS
-    assert list(settlement.choice) == list(options)
-    assert settlement.cost == cost_of(terms, units) <= target
-    assert settlement.score == pytest.approx(
-        sum(option.score for option in settlement.choice.values())
-    )
+    assert list(choice.candidates) == list(options)
+    assert choice.cost == cost_of(terms, units) <= target
+    assert choice.score == pytest.approx(sum(option.score for option in choice.candidates.values()))
     if inside:
-        assert settlement.cost >= TIGHTNESS * target
-        assert settlement.score == pytest.approx(max(inside))
+        assert choice.cost >= TIGHTNESS * target
+        assert choice.score == pytest.approx(max(inside))
     else:
-        assert settlement.cost == max(cost for cost, _ in everything)
+        assert choice.cost == max(cost for cost, _ in everything)
 
 
 @given(problems(largest=10**6))
@@ -182,31 +180,31 @@ def test_large_problems_are_solved_up_to_the_rounding_of_costs(problem):
         if cost <= target
     ]
     inside = [(cost, score) for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
-    settlement = settle(options, terms, fixed, target, TIGHTNESS, needed)
-    assert settlement.cost <= target
+    choice = best_choice(options, terms, fixed, target, TIGHTNESS, needed)
+    assert choice.cost <= target
     if not inside:
-        assert settlement.cost == max(cost for cost, _ in everything)
+        assert choice.cost == max(cost for cost, _ in everything)
         return
-    assert settlement.cost >= TIGHTNESS * target
+    assert choice.cost >= TIGHTNESS * target
     slack = len(options) * (target / BINS + 1)
     clear = [
         score for cost, score in inside if TIGHTNESS * target + slack <= cost <= target - slack
     ]
-    assert settlement.score <= max(score for _, score in inside) + 1e-9
-    assert not clear or settlement.score >= max(clear) - 1e-9
+    assert choice.score <= max(score for _, score in inside) + 1e-9
+    assert not clear or choice.score >= max(clear) - 1e-9
 
 
 def test_a_budget_below_the_smallest_subnet_is_refused_with_the_smallest_value():
     options = {
-        "width": [Option((3,), 0.0), Option((5,), 9.0)],
-        "mlp": [Option((2,), 0.0), Option((7,), 0.0)],
+        "width": [Candidate((3,), 0.0), Candidate((5,), 9.0)],
+        "mlp": [Candidate((2,), 0.0), Candidate((7,), 0.0)],
     }
     terms = (Term(1000), Term(10, ("width", "mlp")))
     with pytest.raises(UnreachableBudgetError, match=r"1,059.*1,060"):
-        settle(options, terms, {}, 1059)
-    settlement = settle(options, terms, {}, 1060)
-    assert settlement.cost == 1060
-    assert {name: option.size for name, option in settlement.choice.items()} == {
+        best_choice(options, terms, {}, 1059)
+    choice = best_choice(options, terms, {}, 1060)
+    assert choice.cost == 1060
+    assert {name: option.size for name, option in choice.candidates.items()} == {
         "width": (3,),
         "mlp": (2,),
     }
@@ -218,10 +216,17 @@ def test_a_budget_below_the_smallest_subnet_is_refused_with_the_smallest_value()
 def test_among_equal_costs_the_better_score_wins(target):
     """2 heads of 6 cost what 4 heads of 3 cost. Not reaching the band is no reason to forget which
     is better."""
-    grid = [Option((2, 6), 1.0), Option((4, 3), 5.0), Option((3, 4), 3.0), Option((1, 1), 9.0)]
-    grid += [Option((5, 6), 9.0)] if target == 1210 else []
+    grid = [
+        Candidate((2, 6), 1.0),
+        Candidate((4, 3), 5.0),
+        Candidate((3, 4), 3.0),
+        Candidate((1, 1), 9.0),
+    ]
+    grid += [Candidate((5, 6), 9.0)] if target == 1210 else []
     band = 0.98 if target != 1210 else 0.999
-    assert settle({"a": grid}, (Term(100, ("a",)),), {}, target, band).choice["a"].size == (4, 3)
+    assert best_choice({"a": grid}, (Term(100, ("a",)),), {}, target, band).candidates[
+        "a"
+    ].size == (4, 3)
 
 
 @pytest.mark.parametrize("favourite", ["a", "b", "c"])
@@ -229,13 +234,13 @@ def test_in_a_coarse_space_the_score_says_who_gets_what_is_left(favourite):
     """Three equal submodules, no choice within the band, room for one wide one: the one that needs
     it most gets it."""
     options = {
-        name: [Option((10,), 0.0), Option((20,), 3.0 if name == favourite else 1.0)]
+        name: [Candidate((10,), 0.0), Candidate((20,), 3.0 if name == favourite else 1.0)]
         for name in "abc"
     }
     terms = tuple(Term(7, (name,)) for name in "abc")
-    settlement = settle(options, terms, {}, 7 * 45)
-    assert settlement.cost == 7 * 40
-    assert settlement.choice[favourite].size == (20,)
+    choice = best_choice(options, terms, {}, 7 * 45)
+    assert choice.cost == 7 * 40
+    assert choice.candidates[favourite].size == (20,)
 
 
 # ------------------------------------------------------------------------- the budget of a supernet
@@ -311,7 +316,7 @@ def test_the_choice_is_the_best_one_up_to_the_rounding_of_costs(seed):
     options = {name: rows[:: max(1, len(rows) // 3)] for name, rows in supernet.options().items()}
     floor = min(cost for cost, _ in brute_force(options, supernet.terms, fixed))
     target = max(supernet.target, floor)
-    settlement = settle(options, supernet.terms, fixed, target, TIGHTNESS)
+    choice = best_choice(options, supernet.terms, fixed, target, TIGHTNESS)
     everything = [
         (cost, score)
         for cost, score in brute_force(options, supernet.terms, fixed)
@@ -319,14 +324,14 @@ def test_the_choice_is_the_best_one_up_to_the_rounding_of_costs(seed):
     ]
     inside = [(cost, score) for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
     if not inside:
-        assert settlement.cost == max(cost for cost, _ in everything)
+        assert choice.cost == max(cost for cost, _ in everything)
         return
     slack = len(options) * (target / BINS + 1)
     clear = [
         score for cost, score in inside if TIGHTNESS * target + slack <= cost <= target - slack
     ]
-    assert settlement.score <= max(score for _, score in inside) + 1e-6
-    assert not clear or settlement.score >= max(clear) - 1e-6
+    assert choice.score <= max(score for _, score in inside) + 1e-6
+    assert not clear or choice.score >= max(clear) - 1e-6
 
 
 @pytest.mark.parametrize("depth", [False, True, "attention"])

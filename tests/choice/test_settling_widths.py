@@ -25,8 +25,8 @@ from ofb_hf import (
     install_bi_masks,
     read_subnet,
 )
-from ofb_hf.choice import knapsack as settlement
-from ofb_hf.choice.knapsack import Option, Settlement, _Problem, _Relaxation, settle
+from ofb_hf.choice import knapsack
+from ofb_hf.choice.knapsack import Candidate, Choice, _Problem, _Relaxation, best_choice
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.families.description import Term, heads_of, presence_of, quantities
@@ -35,13 +35,13 @@ from ofb_hf.search.supernet import Supernet
 
 TIGHTNESS = 0.98
 
-Space = tuple[dict[str, list[Option]], tuple[Term, ...], dict[str, int]]
+Space = tuple[dict[str, list[Candidate]], tuple[Term, ...], dict[str, int]]
 
 
 @pytest.fixture
 def _relaxed(monkeypatch):
     """Every choice of widths starts from the relaxation, however few combinations there are."""
-    monkeypatch.setattr(settlement, "MAX_COMBINATIONS", 0)
+    monkeypatch.setattr(knapsack, "MAX_COMBINATIONS", 0)
 
 
 def everything(space: Space) -> tuple[np.ndarray, np.ndarray]:
@@ -59,13 +59,13 @@ def everything(space: Space) -> tuple[np.ndarray, np.ndarray]:
     return costs.ravel(), scores.ravel()
 
 
-def worth(sizes: list[tuple[int, ...]], rng: random.Random) -> list[Option]:
+def worth(sizes: list[tuple[int, ...]], rng: random.Random) -> list[Candidate]:
     """Candidates as a search scores them: the more the better, less and less so, and somewhat at
     random."""
     weight, power = rng.uniform(0, 10), rng.uniform(0.3, 1)
     full = max(map(math.prod, sizes))
     return [
-        Option(size, weight * (math.prod(size) / full) ** power + rng.uniform(-2, 0))
+        Candidate(size, weight * (math.prod(size) / full) ** power + rng.uniform(-2, 0))
         for size in sizes
     ]
 
@@ -98,15 +98,15 @@ def caterpillar(seed: int, stages: int, candidates: int) -> Space:
 
 def settled_problems(
     shape: tuple[int, int], seeds: range
-) -> Iterator[tuple[Settlement, np.ndarray, np.ndarray, int]]:
-    """Random problems with random targets, settled: (settlement, costs and scores of all choices,
+) -> Iterator[tuple[Choice, np.ndarray, np.ndarray, int]]:
+    """Random problems with random targets, settled: (choice, costs and scores of all choices,
     target)."""
     for seed in seeds:
         space = caterpillar(seed, *shape)
         costs, scores = everything(space)
         share = random.Random(-seed).random() ** 1.5
         target = int(costs.min() + share * (costs.max() - costs.min()))
-        yield settle(*space, target, TIGHTNESS), costs, scores, target
+        yield best_choice(*space, target, TIGHTNESS), costs, scores, target
 
 
 # ----------------------------------------------------------------------------------- the relaxation
@@ -117,7 +117,7 @@ def trees(draw: st.DrawFn) -> Space:
     """Up to six submodules tied together in a tree or in several, some of them grids whose heads
     cost something."""
     number, score, coefficient = st.integers(1, 9), st.floats(-50, 50), st.integers(1, 30)
-    options: dict[str, list[Option]] = {}
+    options: dict[str, list[Candidate]] = {}
     terms = [Term(draw(coefficient)), Term(draw(coefficient), ("fixed",))]
     for index in range(draw(st.integers(1, 6))):
         name = f"{draw(st.sampled_from('abc'))}{index}"
@@ -129,7 +129,7 @@ def trees(draw: st.DrawFn) -> Space:
             other = draw(st.sampled_from(list(quantities({parent: options[parent][0].size}))))
             for pair in draw(st.lists(st.permutations([quantity, other]), min_size=1, max_size=2)):
                 terms.append(Term(draw(coefficient), tuple(pair)))
-        options[name] = [Option(size, draw(score)) for size in sizes]
+        options[name] = [Candidate(size, draw(score)) for size in sizes]
         terms += [
             Term(draw(coefficient), (quantity,)),
             Term(draw(coefficient), (quantity, "fixed")),
@@ -153,7 +153,7 @@ def test_the_relaxation_is_exact_at_every_price(space, price):
 
 
 def test_costs_that_tie_submodules_in_a_circle_are_refused():
-    options = {name: [Option((1,), 0.0), Option((2,), 1.0)] for name in "abc"}
+    options = {name: [Candidate((1,), 0.0), Candidate((2,), 1.0)] for name in "abc"}
     terms = tuple(Term(1, pair) for pair in (("a", "b"), ("b", "c"), ("c", "a")))
     with pytest.raises(ValueError, match=r"\['a', 'b', 'c'\] together in a circle"):
         _Relaxation(_Problem(options, terms, {}, 0, 100)).solve(1.0)
@@ -207,12 +207,14 @@ def test_the_choice_is_nearly_the_best_one_in_a_network_of_full_size():
         heads, dims = space.head_candidates or (1,), space.dim_candidates or space.candidate_sizes
         sizes = [(h, d) if space.is_grid else (d,) for h in heads for d in dims]
         options[space.name] = [
-            Option(size, weight * (math.prod(size) / space.num_units) ** power + rng.uniform(-3, 0))
+            Candidate(
+                size, weight * (math.prod(size) / space.num_units) ** power + rng.uniform(-3, 0)
+            )
             for size in sizes
         ]
     for share in (0.3, 0.5, 0.8):
         target = int(share * total)
-        answer = settle(options, architecture.macs, {}, target)
+        answer = best_choice(options, architecture.macs, {}, target)
         relaxation = _Relaxation(_Problem(options, architecture.macs, {}, 0, target))
         bounds, below, above = [], 0.0, 1e4 / total
         for _ in range(40):
@@ -229,14 +231,14 @@ def test_the_choice_is_nearly_the_best_one_in_a_network_of_full_size():
 def test_an_unreachable_budget_is_refused_with_exactly_the_smallest_cost(
     seed, relaxed, monkeypatch
 ):
-    monkeypatch.setattr(settlement, "MAX_COMBINATIONS", 0 if relaxed else 10**9)
+    monkeypatch.setattr(knapsack, "MAX_COMBINATIONS", 0 if relaxed else 10**9)
     space = caterpillar(seed, 4, 3)
     smallest = everything(space)[0].min()
     with pytest.raises(
         UnreachableBudgetError, match=rf"of {smallest - 1:,} is below .* costs {smallest:,};"
     ):
-        settle(*space, int(smallest) - 1)
-    assert settle(*space, int(smallest)).cost == smallest
+        best_choice(*space, int(smallest) - 1)
+    assert best_choice(*space, int(smallest)).cost == smallest
 
 
 def test_many_widths_are_searched_one_at_a_time():
@@ -245,21 +247,21 @@ def test_many_widths_are_searched_one_at_a_time():
     rng = random.Random(0)
     options, terms = {}, []
     for stage in range(4):
-        options[f"width{stage}"] = [Option((8 * k,), rng.random() * k) for k in range(1, 10)]
+        options[f"width{stage}"] = [Candidate((8 * k,), rng.random() * k) for k in range(1, 10)]
         for block in range(2):
             name = f"stage{stage}.block{block}"
-            options[name] = [Option((16 * k,), rng.random() * k) for k in range(1, 9)]
+            options[name] = [Candidate((16 * k,), rng.random() * k) for k in range(1, 9)]
             terms.append(Term(7 + stage, (f"width{stage}", name)))
         if stage:
             terms.append(Term(3, (f"width{stage - 1}", f"width{stage}")))
-    assert settlement.MAX_COMBINATIONS_BELOW < 9**4
+    assert knapsack.MAX_COMBINATIONS_BELOW < 9**4
     smallest, largest = (
         evaluate_terms(tuple(terms), {name: rows[end].units for name, rows in options.items()})
         for end in (0, -1)
     )
     for share in (0.0, 0.05, 0.3, 0.8, 1.0):
         target = int(smallest + share * (largest - smallest))
-        answer = settle(options, tuple(terms), {}, target)
+        answer = best_choice(options, tuple(terms), {}, target)
         assert TIGHTNESS * target <= answer.cost <= target
 
 
@@ -354,7 +356,7 @@ def test_the_budget_of_a_swin_holds_and_is_used(seed, monkeypatch):
     """Within [0.98, 1] of the target; where not, no subnet of the space lies between ours and the
     target."""
     if seed >= 20:
-        monkeypatch.setattr(settlement, "MAX_COMBINATIONS", 0)
+        monkeypatch.setattr(knapsack, "MAX_COMBINATIONS", 0)
     supernet, dense = random_search(seed)
     count = count_params if supernet.bi_mask_config.budget[0] == "target_params" else count_macs
     rng = random.Random(seed)

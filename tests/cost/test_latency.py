@@ -1,4 +1,4 @@
-"""Milliseconds are a cost like any other: exact, differentiable, met by the settlement, and
+"""Milliseconds are a cost like any other: exact, differentiable, met by the choice, and
 independent of the file."""
 
 import itertools
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from runs import QUICK
 
 from ofb_hf import OFBViTForImageClassification, cli, compress, install_bi_masks
-from ofb_hf.choice.knapsack import ROUNDED, Option, settle
+from ofb_hf.choice.knapsack import ROUNDED, Candidate, best_choice
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.cost.latency import PICOSECONDS, LatencyTable, count_latency, fit_coefficients
@@ -166,10 +166,10 @@ def test_milliseconds_that_nothing_meets_are_refused_with_those_that_something_d
 
 def test_costs_too_many_to_be_told_apart_are_rounded_so_that_they_still_fit():
     rng = random.Random(1)
-    options = {f"s{i}": [Option((units,), rng.random()) for units in (1, 2)] for i in range(6)}
+    options = {f"s{i}": [Candidate((units,), rng.random()) for units in (1, 2)] for i in range(6)}
     terms = tuple(Term(rng.randrange(10**10, 10**11), (name,)) for name in options)
     target = sum(term.coefficient for term in terms) * 3 // 2
-    cost = settle(options, terms, {}, target, tightness=1.0).cost
+    cost = best_choice(options, terms, {}, target, tightness=1.0).cost
     reachable = [
         sum(term.coefficient * (1 + (picks >> i & 1)) for i, term in enumerate(terms))
         for picks in range(2**6)

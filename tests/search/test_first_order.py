@@ -32,7 +32,7 @@ from ofb_hf import (
     read_subnet,
 )
 from ofb_hf.choice import baselines
-from ofb_hf.choice.scores import first_order_options
+from ofb_hf.choice.scores import first_order_candidates
 from ofb_hf.masks.bi_mask import IMPORTANCE_LIMIT, BiMask
 from ofb_hf.search.observation import OBSERVED_TOGETHER, Observation
 
@@ -211,7 +211,7 @@ def test_without_observations_importance_stays(family):
     supernet = tiny_supernet(family=family)
     before = [mask.importance_logits.detach().clone() for mask in supernet.bi_masks]
     supernet.estimate_importance_()
-    assert first_order_options(supernet.groups) == {}
+    assert first_order_candidates(supernet.groups) == {}
     assert all(
         torch.equal(a, mask.importance_logits)
         for a, mask in zip(before, supernet.bi_masks, strict=True)

@@ -257,11 +257,11 @@ def test_all_tokens_are_no_schedule_wherever_they_were_decided_on():
 def test_expected_macs_of_one_choice_are_those_of_the_result():
     supernet = observed_supernet()
     supernet.estimate_importance_()
-    choice = supernet.settlement()
+    choice = supernet.best_choice()
     with torch.no_grad():
         for mask in supernet.bi_masks:
             mask.alpha.fill_(-60.0)
-            mask.alpha[mask.index_of(choice.choice[mask.name].size)] = 60.0
+            mask.alpha[mask.index_of(choice.candidates[mask.name].size)] = 60.0
     expected = supernet.expected_macs(supernet.sizes("sparsity"))
     assert choice.cost == count_macs(compress(supernet))
     assert expected.item() == pytest.approx(choice.cost, rel=1e-6)
@@ -375,7 +375,7 @@ def test_a_search_ends_with_fewer_units_and_fewer_tokens(finished):
 
 @pytest.mark.parametrize("step", [4, 12, 20])
 def test_a_resumed_search_ends_where_the_uninterrupted_one_does(finished, step, tmp_path):
-    """From among the observing steps, from between choice of tokens and settlement, and from after
+    """From among the observing steps, from between choice of tokens and choice, and from after
     it."""
     trainer, folder = finished
     again = run(tmp_path, str(folder / f"checkpoint-{step}"))

@@ -193,7 +193,7 @@ def test_accumulating_gradients_equals_a_larger_batch(tmp_path, teacher_share):
 @pytest.mark.parametrize("stop", [3, 13, 16, 19])
 def test_interrupted_and_resumed_search_equals_the_straight_one(tmp_path, stop):
     """The stops lie in the importance phase, around retirement and physical shrinks, and after the
-    settlement."""
+    choice."""
     straight = searcher(tmp_path / "straight", ema_decay=0.9)
     straight.train()
 

@@ -56,7 +56,7 @@ def leave_out_(supernet: Supernet, seed: int) -> None:
 
 def retire_some_except_best_(supernet: Supernet, seed: int) -> None:
     """Retires at random, but leaves the best choice within the budget."""
-    best = supernet.settlement().choice
+    best = supernet.best_choice().candidates
     generator = torch.Generator().manual_seed(seed)
     for mask in supernet.bi_masks:
         wanted = torch.rand(mask.candidate_sizes.max() + 1, generator=generator) < 0.5
@@ -299,11 +299,11 @@ def test_retirement_spares_the_best_choice_within_the_budget(family):
         for mask in supernet.bi_masks:
             with torch.no_grad():
                 mask.alpha.mul_(4)
-        best = supernet.settlement().choice
+        best = supernet.best_choice().candidates
         assert supernet.retire_candidates() > 0
         for mask in supernet.bi_masks:
             assert mask.active_candidates[mask.index_of(best[mask.name].size)]
-        assert supernet.settlement().cost <= supernet.target
+        assert supernet.best_choice().cost <= supernet.target
 
 
 @both_families

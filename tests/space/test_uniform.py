@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTForImageClassification
 
 from ofb_hf import compress, count_macs, count_params, install_bi_masks, read_subnet
-from ofb_hf.choice.scores import candidate_options, search_scores
+from ofb_hf.choice.scores import scored_candidates, search_scores
 from ofb_hf.masks.bi_mask import TiedBiMask
 from ofb_hf.release.stock import pad_to_stock
 from ofb_hf.space.configuration import BiMaskConfig
@@ -69,7 +69,7 @@ def test_sizes_are_equal_units_are_not_and_the_budget_holds(family, seed):
         assert subnet.size(name) == subnet.size(leader)
         full = supernet.dense_sizes[name] in (subnet.size(name), (subnet.size(name),))
         assert full or subnet.kept[name] != subnet.kept[leader]
-    assert count_macs(compress(supernet)) == supernet.settlement().cost <= supernet.target
+    assert count_macs(compress(supernet)) == supernet.best_choice().cost <= supernet.target
 
 
 @both_families
@@ -80,12 +80,12 @@ def test_the_choice_is_the_best_of_all_common_ones(family):
     )
     supernet = install_bi_masks(tiny_model(family), config)
     randomize_masks_(supernet, seed=3)
-    best = supernet.settlement()
+    best = supernet.best_choice()
 
     def scores(mask):
         return search_scores(mask, supernet.terms, supernet.dense_sizes)
 
-    alone = {mask.name: candidate_options([[mask]], scores) for mask in supernet.bi_masks}
+    alone = {mask.name: scored_candidates([[mask]], scores) for mask in supernet.bi_masks}
     worth: dict[str, dict] = {}
     for name, leader in supernet.leaders.items():
         for option in alone[name][name]:

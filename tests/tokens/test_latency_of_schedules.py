@@ -44,8 +44,8 @@ from ofb_hf.token_search.trainer import TokenTrainer
 from ofb_hf.tokens.schedules import (
     fixed_rate_schedule,
     full_schedule,
+    rounded_schedule,
     schedule_cost,
-    settle_schedule,
 )
 from ofb_hf.workflow.latency_table import _fitted, _points, _reduce_tokens_, sample_sizes
 
@@ -218,7 +218,7 @@ def test_settled_schedules_hold_the_milliseconds_to_the_picosecond(share, seed, 
     dense = count_latency(model, table)
     target = max(int(share * dense), smallest)
     expected = [[data.draw(st.floats(2, 65)), data.draw(st.floats(2, 65))] for _ in range(3)]
-    schedule = settle_schedule(config, expected, target, table.terms_of)
+    schedule = rounded_schedule(config, expected, target, table.terms_of)
     cost = schedule_cost(config, schedule, table.terms_of)
     assert cost <= target
     assert schedule[0] == [65, 65]
@@ -234,7 +234,7 @@ def test_the_next_token_would_exceed_the_milliseconds():
     config, dense = model.config, count_latency(model, table)
     for share in (0.6, 0.7, 0.8):
         target = int(share * dense)
-        _, [kept, left], last = settle_schedule(config, [[30.0, 20.0]], target, table.terms_of)
+        _, [kept, left], last = rounded_schedule(config, [[30.0, 20.0]], target, table.terms_of)
         assert schedule_cost(config, [[65, 65], [kept, left], last], table.terms_of) <= target
         assert (
             schedule_cost(config, [[65, 65], [kept + 1, left + 1], [2, 2]], table.terms_of) > target
@@ -246,11 +246,11 @@ def test_small_reductions_give_way_to_a_large_one_where_each_has_a_price():
     table = invented_table(model)
     learned = [[60.0, 55.0], [50.0, 45.0], [40.0, 35.0], [30.0, 25.0]]
     table.coefficients["stages.0.reduction"]["presence"] = 0
-    free = settle_schedule(
+    free = rounded_schedule(
         model.config, learned, int(0.7 * count_latency(model, table)), table.terms_of
     )
     table.coefficients["stages.0.reduction"]["presence"] = int(0.08 * count_latency(model, table))
-    dear = settle_schedule(
+    dear = rounded_schedule(
         model.config, learned, int(0.7 * count_latency(model, table)), table.terms_of
     )
     assert len(reducing_layers(dear, 65)) < len(reducing_layers(free, 65))
@@ -263,7 +263,7 @@ def test_the_last_layer_drops_only_where_that_saves_something():
     for price in (0, 10**12):
         table.coefficients["stages.0.reduction"]["presence"] = price
         dense = count_latency(model, table)
-        last[price] = settle_schedule(
+        last[price] = rounded_schedule(
             model.config, [[60.0, 50.0], [40.0, 30.0]], dense, table.terms_of
         )[-1]
     assert last[0] == [2, 2]
@@ -434,7 +434,7 @@ def test_widths_and_tokens_hold_milliseconds_together(seed, depth):
     ]:
         buffer.copy_(torch.rand(buffer.shape, generator=generator))
     supernet.estimate_importance_()
-    choice, small = supernet.settlement(), compress(supernet)
+    choice, small = supernet.best_choice(), compress(supernet)
     assert choice.cost == count_latency(small, table)
     assert (
         0.9 * supernet.target

@@ -41,8 +41,8 @@ from ofb_hf.tokens.schedules import (
     full_schedule,
     num_tokens,
     ranking_layers,
+    rounded_schedule,
     schedule_cost,
-    settle_schedule,
 )
 
 DEIT = {"deit_tiny": 192, "deit_small": 384, "deit_base": 768}
@@ -131,7 +131,7 @@ def test_settled_schedules_hold_the_budget_and_use_it(share, data):
     target = int(share * count_macs(config))
     count = st.floats(2, 65)
     expected = [[data.draw(count), data.draw(count)] for _ in range(2)]
-    schedule = settle_schedule(config, expected, target)
+    schedule = rounded_schedule(config, expected, target)
     assert OFBViTForImageClassification(
         OFBViTConfig(**fields_of(config), token_schedule=schedule)
     ).config.token_schedule
@@ -260,7 +260,7 @@ FUNCTIONS = {
     "full_schedule": full_schedule,
     "ranking_layers": ranking_layers,
     "fixed_rate_schedule": lambda config: fixed_rate_schedule(config, 10**6),
-    "settle_schedule": lambda config: settle_schedule(config, [], 10**6),
+    "rounded_schedule": lambda config: rounded_schedule(config, [], 10**6),
     "target_for": TokenSearchConfig().target_for,
 }
 
@@ -281,7 +281,7 @@ def test_models_without_a_class_token_and_with_few_attentions_are_refused():
     for layers in (1, 2):
         for ask in (
             TokenSearchConfig().target_for,
-            lambda config: settle_schedule(config, [], 10**6),
+            lambda config: rounded_schedule(config, [], 10**6),
         ):
             with pytest.raises(
                 UnsupportedArchitectureError,
