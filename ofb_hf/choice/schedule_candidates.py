@@ -72,7 +72,7 @@ def schedule_loss(curves: np.ndarray, schedule: Schedule) -> float:
     )
 
 
-def schedule_family(
+def candidate_schedules(
     config: ViTConfig,
     amounts: Mapping[str, int],
     curves: np.ndarray,
@@ -174,7 +174,7 @@ def _filled_in(family: list[list[int]], share: Callable[[list[int]], float]) -> 
     return filled
 
 
-def best_in_family(
+def best_schedule(
     family: list[Schedule],
     solve: Callable[[Schedule], Choice],
     curves: np.ndarray,
@@ -224,14 +224,14 @@ def best_in_family(
     return at(best)
 
 
-def spread_over_family(
+def spread_choices(
     family: list[Schedule],
     solve: Callable[[Schedule], Choice],
     curves: np.ndarray,
     lowest: float,
 ) -> list[Choice]:
     """Settlements from all parts of a family, in its order, that use the budget; arguments as for
-    `best_in_family`."""
+    `best_schedule`."""
     stride = -(-len(family) // ALTERNATIVES)
     found = [_with_widths(schedule, solve, curves) for schedule in family[::stride]]
     return [each for each in found if isinstance(each, Choice) and each.cost >= lowest]

@@ -19,10 +19,10 @@ from ..choice.knapsack import TIGHTNESS, Choice
 from ..choice.schedule_candidates import (
     SMALLEST_COUNT,
     attention_of,
-    best_in_family,
+    best_schedule,
+    candidate_schedules,
     reducing_layers,
-    schedule_family,
-    spread_over_family,
+    spread_choices,
 )
 from ..choice.scores import IMPORTANCE_SCORE
 from ..cost.budget import UnreachableBudgetError
@@ -224,9 +224,9 @@ class SearchedTokens(nn.Module):
                 for layer in range(1, config.num_hidden_layers)
                 if amounts[attention_of(layer)]
             ]
-            family = schedule_family(config, amounts, curves, reducing, cost)
+            family = candidate_schedules(config, amounts, curves, reducing, cost)
             try:
-                found = best_in_family(family, widths, curves, TIGHTNESS * target)
+                found = best_schedule(family, widths, curves, TIGHTNESS * target)
             except UnreachableBudgetError:
                 if best is None:
                     raise
@@ -240,4 +240,4 @@ class SearchedTokens(nn.Module):
             amounts = quantities(dict(sizes) | {name: option.size for name, option in free.items()})
         if choose is None:
             return best
-        return choose([best, *spread_over_family(chosen_from, widths, curves, TIGHTNESS * target)])
+        return choose([best, *spread_choices(chosen_from, widths, curves, TIGHTNESS * target)])

@@ -31,8 +31,8 @@ from ofb_hf import (
     read_subnet,
 )
 from ofb_hf.choice.schedule_candidates import (
+    candidate_schedules,
     reducing_layers,
-    schedule_family,
     schedule_loss,
     schedule_of,
 )
@@ -139,7 +139,7 @@ def test_a_family_goes_from_all_tokens_to_the_fewest(seed, reducing):
     generator = np.random.default_rng(seed)
     curves = np.sort(generator.exponential(size=(5, 18)), axis=1)[:, ::-1].copy()
     curves[:, 17] = 0
-    family = schedule_family(
+    family = candidate_schedules(
         config, quantities({"embeddings": (40,), **block_sizes(5)}), curves, reducing
     )
     assert family[0] == full_schedule(config)
@@ -183,7 +183,7 @@ def test_the_cheapest_schedule_of_any_widths_is_in_the_family(seed, timed, price
         return evaluate_terms(cost(scheduled(config, schedule).parts), amounts)
 
     curves = np.sort(generator.exponential(size=(4, 18)), axis=1)[:, ::-1].copy()
-    family = schedule_family(config, amounts, curves, {1, 2, 3}, cost)
+    family = candidate_schedules(config, amounts, curves, {1, 2, 3}, cost)
     assert min(map(costs, family)) == min(map(costs, falling_schedules({1, 2, 3}, 4)))
 
 

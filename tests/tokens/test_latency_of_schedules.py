@@ -32,7 +32,7 @@ from ofb_hf import (
     install_bi_masks,
     read_subnet,
 )
-from ofb_hf.choice.schedule_candidates import _layer_costs, reducing_layers, schedule_family
+from ofb_hf.choice.schedule_candidates import _layer_costs, candidate_schedules, reducing_layers
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import count_macs, evaluate_terms
 from ofb_hf.cost.latency import PICOSECONDS, count_latency
@@ -456,7 +456,7 @@ def test_a_family_for_milliseconds_leaves_small_reductions_out():
     def reductions(price):
         table = invented_table(model)
         table.coefficients["stages.0.reduction"]["presence"] = price
-        family = schedule_family(model.config, amounts, curves, range(1, 5), table.terms_of)
+        family = candidate_schedules(model.config, amounts, curves, range(1, 5), table.terms_of)
         return max(len(reducing_layers(schedule, 17)) for schedule in family)
 
     assert reductions(10**12) < reductions(0)
