@@ -83,7 +83,7 @@ def draw_schedule(axes: Any, schedule: list[list[int]]) -> None:
     axes.legend()
 
 
-def plot_family(results: dict[str, dict[str, Any]], path: str | Path) -> None:
+def plot_accuracy_over_cost(results: dict[str, dict[str, Any]], path: str | Path) -> None:
     """Draws accuracy over MACs of the models of a family, right after the search and finetuned, and
     of the dense one.
 

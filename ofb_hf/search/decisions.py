@@ -99,7 +99,7 @@ class Choices(nn.Module):
 
         Args:
             options: with first-order scores instead of those of `options`.
-            choose: as for `SearchedTokens.settle`.
+            choose: as for `SearchedTokens.best_choice`.
 
         Raises:
             UnreachableBudgetError: naming the smallest possible cost.
@@ -117,8 +117,14 @@ class Choices(nn.Module):
             return self._best_widths(options, self.bi_mask_config.terms(architecture), kept)
 
         cost = self.bi_mask_config.terms_of
-        return self.tokens.settle(
-            self.config, self.dense_sizes, self.target, total, cost, solve, choose
+        return self.tokens.best_choice(
+            config=self.config,
+            sizes=self.dense_sizes,
+            target=self.target,
+            total=total,
+            cost=cost,
+            solve=solve,
+            choose=choose,
         )
 
     def _best_widths(
@@ -181,7 +187,7 @@ class Choices(nn.Module):
         observation importance stays.
 
         Args:
-            choose: as for `SearchedTokens.settle`.
+            choose: as for `SearchedTokens.best_choice`.
         """
         if options := first_order_candidates(self.groups):
             choice = self.best_choice(options, choose)

@@ -183,8 +183,9 @@ class SearchedTokens(nn.Module):
         """The model under the schedule that was decided, or with all tokens."""
         return scheduled(config, self.decided or full_schedule(config))
 
-    def settle(
+    def best_choice(
         self,
+        *,
         config: ViTConfig,
         sizes: Mapping[str, tuple[int, ...]],
         target: int,

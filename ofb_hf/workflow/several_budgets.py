@@ -7,7 +7,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..cost.counting import count_cost
-from ..pictures.plots import plot_family
+from ..pictures.plots import plot_accuracy_over_cost
 from . import output, search
 from .arguments import changed
 from .report import family_rows, text_table
@@ -73,7 +73,9 @@ def _write(walk: search.Walk, results: dict[str, Any]) -> None:
     """The family as a whole: `family.json`, `family.png`, a table on the screen."""
     if walk.model_args.keep_dense:
         search.save_dense(walk)
-    output.write_aside(walk.folder / output.FAMILY_PICTURE, lambda path: plot_family(results, path))
+    output.write_aside(
+        walk.folder / output.FAMILY_PICTURE, lambda path: plot_accuracy_over_cost(results, path)
+    )
     output.write_aside(
         walk.folder / output.FAMILY,
         lambda path: path.write_text(json.dumps(results, indent=2) + "\n", "utf-8"),
