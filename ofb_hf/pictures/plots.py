@@ -111,6 +111,30 @@ def plot_accuracy_over_cost(results: dict[str, dict[str, Any]], path: str | Path
         axes.legend()
 
 
+def plot_finetuning(
+    history: list[dict[str, Any]], results: dict[str, Any], path: str | Path
+) -> None:
+    """Draw the loss during finetuning, and accuracy before and after it.
+
+    Args:
+        history: rows of `search_history.jsonl`.
+        results: content of `eval_results.json`, with `dense` (before) and `finetuned`.
+        path: PNG to write.
+    """
+    rows = [row for row in history if row["phase"] == "finetune"]
+    steps = [row["step"] for row in rows]
+    with drawing(path, 1, 2, figsize=(9, 4.2), width_ratios=[1.6, 1]) as (loss, accuracy):
+        loss.plot(steps, [row["loss"] for row in rows], color="tab:blue")
+        loss.set(title="Training loss", xlabel="step of finetuning")
+        for shift, stage, label in ((-0.2, "dense", "before"), (0.2, "finetuned", "after")):
+            heights = [results[stage]["top1"], results[stage]["top5"]]
+            bars = accuracy.bar([shift, 1 + shift], heights, width=0.38, label=label)
+            accuracy.bar_label(bars, fmt="%.2f", fontsize=8)
+        accuracy.set(title="Accuracy (%)", ylim=(0, 110))
+        accuracy.set_xticks([0, 1], ["top-1", "top-5"])
+        accuracy.legend(loc="lower right")
+
+
 def _draw_cost(axes: Any, rows: list[dict[str, Any]], target: float, budget: str) -> None:
     steps = [row["step"] for row in rows]
     name = budget.removeprefix("target_")

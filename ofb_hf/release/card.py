@@ -52,6 +52,8 @@ LICENSES = {
         "unknown",
     ),
 }
+TOKENS_KEPT = "Tokens kept after dropping, and after merging, class token included:"
+OUR_CODE = "import ofb_hf  # registers the model class; or pass trust_remote_code=True instead\n"
 MEASURED = {"top1": ("accuracy", "top-1 %"), "top5": ("top_5_accuracy", "top-5 %")}
 
 
@@ -63,14 +65,10 @@ def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str) -> str:
         subnet: what was kept.
         table: results as a Markdown table.
     """
-    left_out = results.get("left_out", {})
-    widths = "\n".join(
-        f"- `{name}`: {_width(size, left_out.get(name))}" for name, size in subnet.sizes.items()
-    )
+    widths = _widths(subnet, results.get("left_out", {}))
     tokens = ""
     if subnet.token_schedule is not None:
-        said = "Tokens kept after dropping, and after merging, class token included:"
-        tokens = f"\n{said}\n\n{_table(subnet.token_schedule)}\n"
+        tokens = f"\n{TOKENS_KEPT}\n\n{_table(subnet.token_schedule)}\n"
     return _filled("model_card.md", results, table, widths=widths, tokens=tokens)
 
 
@@ -86,6 +84,42 @@ def render_token_card(results: dict[str, Any], table: str) -> str:
     return _filled("token_card.md", results, table, schedule=schedule, weights=tuned)
 
 
+def render_finetuned_card(
+    results: dict[str, Any],
+    table: str,
+    *,
+    subnet: SubnetSpec | None = None,
+    token_schedule: list[list[int]] | None = None,
+    is_stock: bool = False,
+) -> str:
+    """Return the card of a model that `ofb-hf finetune` made; every number comes from `results`.
+
+    Args:
+        results: content of `eval_results.json`, whose `dense` is the model before finetuning.
+        table: the results as a Markdown table.
+        subnet: the units that the model keeps, where a search made it narrower.
+        token_schedule: as in `OFBViTConfig`, where the model drops and merges tokens.
+        is_stock: whether the model is of a class of transformers, which needs no code of ours.
+    """
+    sections = []
+    if subnet is not None:
+        sections.append(f"Kept widths:\n\n{_widths(subnet, {})}")
+    if token_schedule is not None:
+        sections.append(f"{TOKENS_KEPT}\n\n{_table(token_schedule)}")
+    final = final_results(results)
+    return _filled(
+        "finetuned_card.md",
+        results,
+        table,
+        metadata=card_data(results, is_stock=is_stock).to_yaml(),
+        lost=_lost(results["lost_classes"], before="the model before finetuning"),
+        code="" if is_stock else OUR_CODE,
+        macs=f"{final['macs']:,}",
+        params=f"{final['params']:,}",
+        architecture="".join(f"\n{section}\n" for section in sections),
+    )
+
+
 def _table(token_schedule: list[list[int]]) -> str:
     rows = [
         f"| {layer} | {kept} | {merged} |" for layer, (kept, merged) in enumerate(token_schedule)
@@ -96,32 +130,50 @@ def _table(token_schedule: list[list[int]]) -> str:
 
 
 def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> str:
-    """A template with everything in it that all cards say."""
-    final, source = final_results(results), results["source"]
-    budget = next(name for name in BUDGETS if results.get(name) is not None)
-    return Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(
-        metadata=card_data(results).to_yaml(),
-        title=f"OFB {source['model']}",
-        source=source["model"]
-        + (f" (revision {source['revision']})" if source["revision"] else ""),
-        share=f"{100 * final['macs'] / results['dense']['macs']:.1f} %",
-        num_examples=f"{final['num_examples']:,}",
-        data=results["data"],
-        hardware=results["hardware"],
-        table=table,
-        lost=_lost(results["lost_classes"]),
-        budget=f"at most {results[budget]:,} "
-        f"{BUDGETS[budget].format_map(results.get('latency', {}))}",
-        command=results["command"],
-        seed=results["seed"],
-        steps=", ".join(f"{count:,} steps of {phase}" for phase, count in results["steps"].items()),
-        time="in several sittings"
-        if results["seconds"] is None
-        else f"{results['seconds'] / 60:.1f} minutes",
-        commit=results["commit"] or "of a release",
-        versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        **more,
-    )
+    """Fill a template with everything that all cards say, and with `more`, which wins."""
+    final = final_results(results)
+    source = results["source"]
+    origin = source["model"]
+    if source["revision"]:
+        origin += f" (revision {source['revision']})"
+    time = "in several sittings"  # a resumed run does not know how long the others took
+    if results["seconds"] is not None:
+        time = f"{results['seconds'] / 60:.1f} minutes"
+    steps = [f"{count:,} steps of {phase}" for phase, count in results["steps"].items()]
+    versions = [f"{name} {version}" for name, version in results["versions"].items()]
+    values = {
+        "metadata": card_data(results).to_yaml(),
+        "title": _title(results),
+        "source": origin,
+        "share": f"{100 * final['macs'] / results['dense']['macs']:.1f} %",
+        "num_examples": f"{final['num_examples']:,}",
+        "data": results["data"],
+        "hardware": results["hardware"],
+        "table": table,
+        "lost": _lost(results["lost_classes"], before="the dense model"),
+        "budget": _budget(results),
+        "command": results["command"],
+        "seed": results["seed"],
+        "steps": ", ".join(steps),
+        "time": time,
+        "commit": results["commit"] or "of a release",
+        "versions": ", ".join(versions),
+    }
+    text = (TEMPLATES / template).read_text(encoding="utf-8")
+    return Template(text).substitute(values | more)
+
+
+def _title(results: dict[str, Any]) -> str:
+    source = results["source"]["model"]
+    return f"OFB {source}" if results.get("searched") else f"{source}, finetuned"
+
+
+def _budget(results: dict[str, Any]) -> str:
+    """Return the budget of a search as text; nothing for a run that had none."""
+    for name, unit in BUDGETS.items():
+        if results.get(name) is not None:
+            return f"at most {results[name]:,} {unit.format_map(results.get('latency', {}))}"
+    return ""
 
 
 def final_results(results: dict[str, Any]) -> dict[str, Any]:
@@ -129,8 +181,13 @@ def final_results(results: dict[str, Any]) -> dict[str, Any]:
     return results.get("finetuned") or results["searched"]
 
 
-def card_data(results: dict[str, Any]) -> ModelCardData:
-    """The metadata that the Hub reads, measured accuracy as a model-index included."""
+def card_data(results: dict[str, Any], is_stock: bool = False) -> ModelCardData:
+    """Return the metadata that the Hub reads, with the measured accuracy as a model-index.
+
+    Args:
+        results: content of `eval_results.json`.
+        is_stock: whether the model is of a class of transformers and has all of its units.
+    """
     final, source, data = final_results(results), results["source"]["model"], results["data"]
     license = results["source"].get("license")
     known = license is None or license in LICENSES
@@ -138,12 +195,12 @@ def card_data(results: dict[str, Any]) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["ofb", "pruning", "vision-transformer"],
+        tags=["vision-transformer"] if is_stock else ["ofb", "pruning", "vision-transformer"],
         license=license if known else "other",
         license_name=None if known else license,
         base_model=source if "/" in source else None,
         datasets=[data] if "/" in data else None,
-        model_name=f"OFB {source}",
+        model_name=_title(results),
         eval_results=[
             EvalResult(metric_type=kind, metric_name=name, metric_value=final[key], **on_hub)
             for key, (kind, name) in MEASURED.items()
@@ -209,13 +266,29 @@ def plain_card(macs: int, params: int, token_schedule: list[list[int]] | None = 
     return template.substitute(macs=f"{macs:,}", params=f"{params:,}", twin=twin)
 
 
-def _lost(classes: dict[str, list[float]]) -> str:
+def _lost(classes: dict[str, list[float]], before: str) -> str:
+    """Return which classes lost much against the model that `before` names."""
     if not classes:
-        return "No class lost more than 10 points of top-1 against the dense model."
-    escaped = {name.replace("|", "\\|"): tops for name, tops in classes.items()}
-    rows = [f"| {name} | {before:.1f} | {after:.1f} |" for name, (before, after) in escaped.items()]
-    head = "Classes that lost more than 10 points of top-1 against the dense model:"
-    return "\n".join([head, "", "| class | dense | this model |", "| --- | ---: | ---: |", *rows])
+        return f"No class lost more than 10 points of top-1 against {before}."
+    lines = [
+        f"Classes that lost more than 10 points of top-1 against {before}:",
+        "",
+        f"| class | {before.removeprefix('the ')} | this model |",
+        "| --- | ---: | ---: |",
+    ]
+    for name, (was, now) in classes.items():
+        # a name may hold what separates the columns of a Markdown table
+        escaped = name.replace("|", "\\|")
+        lines.append(f"| {escaped} | {was:.1f} | {now:.1f} |")
+    return "\n".join(lines)
+
+
+def _widths(subnet: SubnetSpec, left_out: dict[str, int]) -> str:
+    """Return a list of the kept widths, with the step by which something was left out."""
+    lines = [
+        f"- `{name}`: {_width(size, left_out.get(name))}" for name, size in subnet.sizes.items()
+    ]
+    return "\n".join(lines)
 
 
 def _width(size: int | tuple[int, int], gone_by: int | None) -> str:

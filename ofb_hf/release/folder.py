@@ -28,7 +28,15 @@ CARD, RESULTS, SUBNET, PREPROCESSOR = (
     "preprocessor_config.json",
 )
 # What of a search's output folder is published, where it is there; everything else stays.
-OPTIONAL = (PREPROCESSOR, SUBNET, CARD, RESULTS, "search_history.jsonl", "search.png")
+OPTIONAL = (
+    PREPROCESSOR,
+    SUBNET,
+    CARD,
+    RESULTS,
+    "search_history.jsonl",
+    "search.png",
+    "finetune.png",
+)
 EVALUATIONS = ".eval_results"
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageClassification")
 
