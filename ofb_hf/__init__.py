@@ -17,6 +17,7 @@ from .models import *  # noqa: F403
 
 _LAZY = {
     "OFBTrainer": "search.trainer",
+    "ClassifierTrainer": "training.classifier",
     "DistillationTrainer": "training.distillation",
     "TokenSearchConfig": "token_search.learned_counts",
     "TokenTrainer": "token_search.trainer",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .token_search.learned_counts import TokenSearchConfig
     from .token_search.trainer import TokenTrainer
     from .training.arguments import OFBTrainingArguments
+    from .training.classifier import ClassifierTrainer
     from .training.distillation import DistillationTrainer
 
 _moved.install()
@@ -73,6 +75,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ClassifierTrainer",
     "DistillationTrainer",
     "OFBTrainer",
     "OFBTrainingArguments",

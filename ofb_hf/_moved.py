@@ -35,7 +35,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "configuration": ("space.configuration",),
     "consistency": ("training.ranks",),
     "data.blocks": ("data.row_blocks",),
-    "distillation": ("training.distillation",),
+    "distillation": ("training.distillation", "training.classifier"),
     "export": ("release.export",),
     "flops": ("cost.counting",),
     "hub": ("release.hub",),

@@ -13,7 +13,7 @@ from factories import tiny_vit
 from runs import arguments, rows
 from search_process import digest
 
-from ofb_hf import DistillationTrainer
+from ofb_hf import ClassifierTrainer
 
 SETTINGS = {
     "max_steps": 4,
@@ -29,7 +29,7 @@ SETTINGS |= {
 }
 
 
-class Watching(DistillationTrainer):
+class Watching(ClassifierTrainer):
     """Remembers which images it trains on: each has a value of its own in its corner."""
 
     seen: list[int]

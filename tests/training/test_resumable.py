@@ -12,7 +12,7 @@ from runs import arguments, rows, searcher
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from ofb_hf import DistillationTrainer
+from ofb_hf import ClassifierTrainer
 from ofb_hf.data import SeededImages
 from ofb_hf.training.checkpoints import ASIDE, is_complete, move_into_place, newest_checkpoint
 from ofb_hf.training.interruption import TrainingInterrupted
@@ -27,10 +27,10 @@ BEST |= {
 BEST |= {"greater_is_better": True}  # so that it is not simply the last one
 
 
-def finetuning(folder, model, **changes) -> DistillationTrainer:
+def finetuning(folder, model, **changes) -> ClassifierTrainer:
     """A training of a plain classifier on 32 images, 4 steps per epoch."""
     args = arguments(folder, **({"max_steps": 6} | changes))
-    return DistillationTrainer(
+    return ClassifierTrainer(
         model.train(), args, train_dataset=rows(), eval_dataset=rows(8, seed=5)
     )
 
@@ -196,7 +196,9 @@ def test_evaluating_the_average_leaves_the_training_alone(tmp_path):
 @pytest.mark.parametrize(
     ("before", "after", "has"), [(None, 0.9, "no weight average"), (0.9, None, "a weight average")]
 )
-def test_resuming_with_and_without_an_average_is_refused_in_words(tmp_path, before, after, has):
+def test_resuming_with_and_without_an_average_is_refused_with_an_explanation(
+    tmp_path, before, after, has
+):
     finetuning(tmp_path, tiny_model("vit"), max_steps=3, ema_decay=before, **SAVING).train()
     with pytest.raises(ValueError, match=f"ema_decay is {after}.*{has}"):
         finetuning(tmp_path, tiny_model("vit"), ema_decay=after).train(

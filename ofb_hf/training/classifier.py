@@ -1,0 +1,219 @@
+"""A Trainer for image classifiers that learn from labels, and the base of all our trainers."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .arguments import OFBTrainingArguments
+from .averaging import AverageCallback, WeightAverage
+from .callbacks import EpochCallback, RandomStreamsCallback
+from .interruption import shield_workers
+from .losses import classification_loss
+from .resumable import ResumableTrainer
+
+EMA_FILE = "ema.safetensors"
+# Images, labels (B,) and a generator on their device -> images and labels.
+BatchAugmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+# The name under which the whole loss is summed up next to its parts; it is not logged by us.
+TOTAL = "_loss"
+
+
+class ClassifierTrainer(ResumableTrainer):
+    """Train an image classifier from labels.
+
+    It adds to `ResumableTrainer`: data sets that make their own loader for every rank, augmentation
+    of whole batches, soft labels, an average of the weights, random streams per rank, and an error
+    at the first loss that is not finite. `DistillationTrainer` adds a teacher.
+
+    Args:
+        model: an image classifier.
+        args: `OFBTrainingArguments`.
+        batch_augmentation: called with training batches on the device: images, labels (B,) and a
+            generator -> images and labels (`ofb_hf.data.BatchAugmentation`).
+        kwargs: as for `transformers.Trainer`. Batches hold `pixel_values` (B, C, H, W) and
+            `labels`, either (B,) class indices or (B, classes) probabilities.
+
+    Raises:
+        TypeError: if `args` are plain `TrainingArguments`.
+        ValueError: if `args` ask for distillation.
+        FloatingPointError: in training, at the first loss that is not finite, with its parts.
+        TrainingInterrupted: from `train`, after SIGTERM or Ctrl-C, when a checkpoint has been
+            saved.
+    """
+
+    # Whether `args.distillation_weight` has a meaning; DistillationTrainer says yes.
+    has_teacher_settings = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: OFBTrainingArguments,
+        batch_augmentation: BatchAugmentation | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, OFBTrainingArguments):
+            raise TypeError(
+                f"args is a {type(args).__name__}; give OFBTrainingArguments, which has the same "
+                "fields."
+            )
+        if args.distillation_weight and not self.has_teacher_settings:
+            raise ValueError(
+                f"distillation_weight is {args.distillation_weight}, but {type(self).__name__} "
+                "learns from labels only; leave it out, or use DistillationTrainer with a teacher."
+            )
+        super().__init__(model=model, args=args, **kwargs)
+        # Our losses are means over a micro-batch, so the Trainer has to divide them by the number
+        # of accumulation steps.
+        self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False
+        self.batch_augmentation = batch_augmentation
+        self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
+        if self.average is not None:
+            self.add_callback(AverageCallback(self.average))
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(EpochCallback(self.train_dataset))
+        # One for numbers that are drawn on the CPU, one for the augmentation of whole batches,
+        # which is computed where the images are.
+        self.generator = torch.Generator()
+        self.device_generator = torch.Generator(args.device)
+        self.add_callback(RandomStreamsCallback(self.generator, self.device_generator))
+        # Sums since the last log: name of a part of the loss -> scalar tensor on the device.
+        self._parts: dict[str, Tensor] = {}
+        self._num_parts = 0
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the data set's own loader for this rank if it makes one, else the Trainer's.
+
+        `ofb_hf.data.ImageStream` makes its own.
+        """
+        if not hasattr(self.train_dataset, "loader"):
+            return super().get_train_dataloader()
+        args = self.args
+        options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory}
+        if args.dataloader_num_workers:
+            # DataLoader refuses these two without workers.
+            options["persistent_workers"] = args.dataloader_persistent_workers
+            options["prefetch_factor"] = args.dataloader_prefetch_factor
+        loader = self.train_dataset.loader(
+            self._train_batch_size,
+            args.process_index,
+            args.world_size,
+            args.dataloader_num_workers,
+            drop_last=args.dataloader_drop_last,
+            **options,
+        )
+        return shield_workers(loader)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Return the training loss, or plain cross-entropy while evaluating."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        if not model.training:
+            logits = model(**inputs).logits
+            loss = classification_loss(logits, labels)
+            return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+        pixel_values = inputs["pixel_values"]
+        if self.batch_augmentation is not None:
+            pixel_values, labels = self.batch_augmentation(
+                pixel_values, labels, self.device_generator
+            )
+        outputs, parts, loss = self.training_losses(model, pixel_values, labels)
+        self._record(parts, loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_losses(
+        self, model: nn.Module, pixel_values: Tensor, labels: Tensor
+    ) -> tuple[Any, dict[str, Tensor], Tensor]:
+        """Compute the losses of one micro-batch. Subclasses add parts.
+
+        Returns:
+            The model's outputs, the parts of the loss by the name under which they are logged
+            (scalars), and the loss to descend (scalar).
+        """
+        outputs = model(pixel_values=pixel_values)
+        task = self.task_loss(outputs.logits, pixel_values, labels)
+        return outputs, {"task": task}, task
+
+    def task_loss(self, logits: Tensor, pixel_values: Tensor, labels: Tensor) -> Tensor:
+        """Return what the model is trained for, a scalar: here cross-entropy with the labels."""
+        return classification_loss(logits, labels, self.args.label_smoothing_factor)
+
+    def _record(self, parts: dict[str, Tensor], loss: Tensor) -> None:
+        """Add the parts to their sums; raise FloatingPointError if the loss is not finite."""
+        self._num_parts += 1
+        for name, value in (parts | {TOTAL: loss}).items():
+            self._parts[name] = self._parts.get(name, 0) + value.detach().float()
+        # Looking at a value waits for the device: on accelerators only in the first step, and then
+        # in `log`, which needs the values anyway.
+        if loss.device.type == "cpu" or self.state.global_step == 0:
+            self._require_finite()
+
+    def _require_finite(self) -> None:
+        values = {name: float(value) / self._num_parts for name, value in self._parts.items()}
+        if all(map(math.isfinite, values.values())):
+            return
+        del values[TOTAL]
+        self._forget_parts()
+        raise FloatingPointError(
+            f"the loss is not finite after optimizer step {self.state.global_step}; its parts are "
+            f"{values}. Check the data (non-finite pixels?), lower --learning_rate, or train in "
+            "fp32 or bf16 instead of fp16."
+        )
+
+    def _forget_parts(self) -> None:
+        self._parts = {}
+        self._num_parts = 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the mean of every part of the loss since the last log over all ranks."""
+        if "loss" in logs and self._num_parts:
+            self._require_finite()
+            del self._parts[TOTAL]
+            means = torch.stack([value / self._num_parts for value in self._parts.values()])
+            over_ranks = self.accelerator.reduce(means, "mean").tolist()  # (parts,)
+            logs |= dict(zip(self._parts, over_ranks, strict=True))
+            self._forget_parts()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as `Trainer.evaluate` does; in a training with `ema_decay`, the average.
+
+        The best checkpoint is chosen by the same numbers.
+        """
+        if self.average is None or not self.is_in_train:
+            return super().evaluate(*args, **kwargs)
+        with self.average.applied_to(self.model):
+            return super().evaluate(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.average is not None:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            self.average.save(folder / EMA_FILE)
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        self._load_average(checkpoint)
+        super()._load_weights(checkpoint)
+
+    def _load_average(self, checkpoint: Path) -> None:
+        """Load the average; raise ValueError unless the checkpoint and this run agree on one."""
+        file = checkpoint / EMA_FILE
+        if file.is_file() != (self.average is not None):
+            has = "no" if self.average is not None else "a"
+            raise ValueError(
+                f"ema_decay is {self.args.ema_decay}, but {checkpoint} has {has} weight average "
+                f"({EMA_FILE}); resume with the same ema_decay."
+            )
+        if self.average is not None:
+            self.average.load(file)
