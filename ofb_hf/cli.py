@@ -35,8 +35,8 @@ from .workflow.arguments import (
     PublishArguments,
     SearchArguments,
     TokenPhaseArguments,
-    parse,
 )
+from .workflow.command_line import parse
 from .workflow.report import text_table
 
 T = TypeVar("T")

@@ -1,53 +1,20 @@
-"""Command line and YAML: every field of every argument class is a flag; a file gives defaults, the
-line wins."""
+"""Arguments of the commands: every field of every class here is a flag of `ofb-hf`."""
 
-import argparse
 import copy
-import json
-import os
-import shlex
-import sys
-from dataclasses import dataclass, field, fields
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from transformers import HfArgumentParser
 
 from ..cost.budget import BUDGETS
-from ..data import DataArguments
 from ..models.shapes import SHAPES
 from ..release.export import FORMATS
 from ..space.configuration import BiMaskConfig
 from ..training.arguments import OFBTrainingArguments
 from .output import SEARCH_PHASES
 
-# Training arguments that decide the result of a run, beside batch sizes and precision. Those that
-# only say how it is watched, saved or fed may change when it is resumed.
-DECISIVE = (
-    *(
-        "seed",
-        "data_seed",
-        "max_steps",
-        "num_train_epochs",
-        "learning_rate",
-        "lr_scheduler_kwargs",
-        "warmup_steps",
-    ),
-    *(
-        "weight_decay",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "max_grad_norm",
-        "label_smoothing_factor",
-    ),
-    *("distillation_weight", "distillation_type", "distillation_temperature", "ema_decay"),
-)
 DTYPES = ("float32", "bfloat16", "float16")
-DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -397,81 +364,6 @@ class LatencyTableArguments:
             raise ValueError(f"--dtype is {self.dtype!r}; allowed are {', '.join(DTYPES)}.")
 
 
-def parse(
-    classes: list[type],
-    argv: list[str] | None,
-    description: str,
-    demo: dict[str, Any] | None = None,
-) -> tuple[Any, ...]:
-    """Reads the command line into one instance of each class.
-
-    Args:
-        classes: dataclasses; their fields are the flags, their help texts the help.
-        argv: words of the command line without the program, None for the process's own.
-        description: printed at the top of `--help`.
-        demo: with the settings of the embedded demonstration, these apply when neither model nor
-            data are named.
-
-    Raises:
-        ValueError: for a config file that is missing, is no mapping or has unknown keys, and for
-            values that the classes refuse.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(
-        classes,
-        description=description,
-        usage="%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # by their full names `command_line` knows which flags take secrets
-    )
-    parser.add_argument(
-        "--config", help="YAML file with any of these settings; the command line wins."
-    )
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    known, rest = config_parser.parse_known_args(argv)
-    names = {f.name for c in classes for f in fields(c) if f.init}
-    words = [] if known.config is None else _words(_read(Path(known.config), names))
-    parsed = parser.parse_args_into_dataclasses(words + rest, look_for_args_file=False)
-    given = {name: value for part in parsed for name, value in vars(part).items()}
-    if demo is not None and not any(
-        given[name] for name in ("dataset_name", "data_dir", "model_name_or_path")
-    ):
-        words = _words(_read(DEMO_CONFIG, names) | demo) + words
-        parsed = parser.parse_args_into_dataclasses(words + rest, look_for_args_file=False)
-    return parsed[: len(classes)]
-
-
-def _read(path: Path, names: set[str]) -> dict[str, Any]:
-    """The settings in a YAML file; all of them have to be among `names`."""
-    if not path.is_file():
-        raise ValueError(f"--config {path} is no file; give a YAML file with settings.")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"--config {path} holds a {type(settings).__name__}; expected `name: value` lines."
-        )
-    if unknown := sorted(set(settings) - names):
-        raise ValueError(
-            f"--config {path} has unknown settings {unknown}; see --help for the known ones."
-        )
-    return settings
-
-
-def _words(settings: dict[str, Any]) -> list[str]:
-    """Settings as command line words."""
-    words: list[str] = []
-    for name, value in settings.items():
-        if value is None:
-            continue
-        words.append(f"--{name}")
-        if isinstance(value, dict):
-            words.append(json.dumps(value))
-        else:
-            words += [str(item) for item in (value if isinstance(value, list) else [value])]
-    return words
-
-
 def _numbers(name: str, words: list[Any] | float | None) -> list[float]:
     """The budgets in the words of a flag: apart from each other by commas or spaces."""
     words = words if isinstance(words, list) else [] if words is None else [words]
@@ -482,28 +374,6 @@ def _numbers(name: str, words: list[Any] | float | None) -> list[float]:
         raise ValueError(
             f"{name} is {', '.join(numbers)}; give numbers, as 0.5 or 0.7,0.5,0.35."
         ) from None
-
-
-def training_settings(args: OFBTrainingArguments, data_args: DataArguments) -> dict[str, Any]:
-    """What of the training arguments decides the result; a resumed run must agree with it."""
-    settings = {name: getattr(args, name) for name in DECISIVE}
-    settings |= {
-        "lr_scheduler_type": args.lr_scheduler_type.value,
-        "optim": str(getattr(args.optim, "value", args.optim)),
-    }
-    # A launcher's configuration sets the precision where no flag does.
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    settings["mixed_precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else launched
-    batch_size, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    settings["total_train_batch_size"] = batch_size * accumulated * args.world_size
-    settings |= {
-        "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": accumulated,
-    }
-    settings["num_processes"] = args.world_size
-    if data_args.streaming:  # whose order is dealt out to the workers
-        settings["dataloader_num_workers"] = args.dataloader_num_workers
-    return settings
 
 
 def phase_arguments(args: OFBTrainingArguments, phase: str, **changes: Any) -> OFBTrainingArguments:
@@ -520,26 +390,3 @@ def changed(args: OFBTrainingArguments, **changes: Any) -> OFBTrainingArguments:
     for name, value in changes.items():
         setattr(copied, name, value)
     return copied
-
-
-def command_line() -> str:
-    """The command that started this process, as one can type it again: without folders of this
-    machine, and secrets."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return shlex.join([words[0], *(_public(before, word) for before, word in pairwise(words))])
-
-
-def _public(before: str, word: str) -> str:
-    """A word of a command line that others may read, given the one before it."""
-    flag, equals, value = word.partition("=")
-    if not (word.startswith("--") and equals):
-        flag, equals, value = "", "", word
-    if _takes_secret(flag or before):
-        value = "HIDDEN"
-    return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
-
-
-def _takes_secret(flag: str) -> bool:
-    """Whether what follows a flag is an access token of the Hub; other flags are about an image's
-    tokens."""
-    return flag.startswith("--") and flag.lstrip("-").replace("-", "_").split("_")[-1] == "token"

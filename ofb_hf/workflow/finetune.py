@@ -14,10 +14,11 @@ from ..training.arguments import OFBTrainingArguments
 from ..training.distillation import DistillationTrainer
 from ..training.ranks import decided_by_rank_0
 from . import output
-from .arguments import ModelArguments, training_settings
+from .arguments import ModelArguments
 from .inputs import Inputs, load, load_teacher
 from .measure import METRICS, measure, provenance
 from .report import results_rows, text_table
+from .settings import training_settings
 
 logger = logging.get_logger(__name__)
 

@@ -22,7 +22,8 @@ from ..families.description import image_sides
 from ..metrics import compute_topk, top5_indices
 from ..training.arguments import OFBTrainingArguments
 from ..training.distillation import DistillationTrainer
-from .arguments import changed, command_line
+from .arguments import changed
+from .command_line import command_line
 
 # What a Trainer needs to report top-1 and top-5.
 METRICS = {"compute_metrics": compute_topk, "preprocess_logits_for_metrics": top5_indices}

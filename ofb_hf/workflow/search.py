@@ -41,12 +41,12 @@ from .arguments import (
     SearchArguments,
     changed,
     phase_arguments,
-    training_settings,
 )
 from .inputs import Inputs, load, load_teacher
 from .latency_table import measured_latency, warn_if_elsewhere
 from .measure import METRICS, lost_classes, measure, provenance
 from .report import markdown_table, results_rows, text_table
+from .settings import training_settings
 
 logger = logging.get_logger(__name__)
 

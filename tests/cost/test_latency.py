@@ -32,12 +32,8 @@ from ofb_hf.families.registry import describe
 from ofb_hf.space.configuration import default_config
 from ofb_hf.training.history import read_history
 from ofb_hf.workflow.inputs import load_for_counting
-from ofb_hf.workflow.latency_table import (
-    Timeline,
-    measured_latency,
-    sample_schedule,
-    warn_if_elsewhere,
-)
+from ofb_hf.workflow.latency_table import measured_latency, sample_schedule, warn_if_elsewhere
+from ofb_hf.workflow.timing import Timeline
 
 TINY = ["--networks", "8", "--rounds", "1", "--disable_tqdm", "true", "--num_threads", "1"]
 # A search with a budget in milliseconds of the demonstration, as short as can be.

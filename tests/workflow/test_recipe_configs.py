@@ -18,7 +18,8 @@ from ofb_hf.data import AugmentationArguments, DataArguments
 from ofb_hf.models.shapes import SHAPES
 from ofb_hf.space.configuration import default_config
 from ofb_hf.training.history import read_history
-from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments, SearchArguments, parse
+from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments, SearchArguments
+from ofb_hf.workflow.command_line import parse
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))

@@ -27,13 +27,8 @@ from ofb_hf import OFBTrainingArguments, SubnetSpec, ViTBiMaskConfig, cli, count
 from ofb_hf.data import DataArguments
 from ofb_hf.release.card import render_card
 from ofb_hf.training.history import HISTORY_FIELDS, read_history
-from ofb_hf.workflow.arguments import (
-    DEMO_CONFIG,
-    FinetuneArguments,
-    ModelArguments,
-    command_line,
-    parse,
-)
+from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments
+from ofb_hf.workflow.command_line import DEMO_CONFIG, command_line, parse
 from ofb_hf.workflow.inputs import load
 from ofb_hf.workflow.measure import images_per_second, lost_classes
 from ofb_hf.workflow.search import license_of
