@@ -112,7 +112,7 @@ def render_finetuned_card(
         results,
         table,
         metadata=card_data(results, is_stock=is_stock).to_yaml(),
-        lost=_lost(results["lost_classes"], before="the model before finetuning"),
+        lost=_lost(results["lost_classes"], "the model before finetuning", "before"),
         code="" if is_stock else OUR_CODE,
         macs=f"{final['macs']:,}",
         params=f"{final['params']:,}",
@@ -150,7 +150,7 @@ def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> 
         "data": results["data"],
         "hardware": results["hardware"],
         "table": table,
-        "lost": _lost(results["lost_classes"], before="the dense model"),
+        "lost": _lost(results["lost_classes"], "the dense model", "dense"),
         "budget": _budget(results),
         "command": results["command"],
         "seed": results["seed"],
@@ -266,14 +266,14 @@ def plain_card(macs: int, params: int, token_schedule: list[list[int]] | None = 
     return template.substitute(macs=f"{macs:,}", params=f"{params:,}", twin=twin)
 
 
-def _lost(classes: dict[str, list[float]], before: str) -> str:
-    """Return which classes lost much against the model that `before` names."""
+def _lost(classes: dict[str, list[float]], reference: str, column: str) -> str:
+    """Return which classes lost much against the reference model, whose column has that title."""
     if not classes:
-        return f"No class lost more than 10 points of top-1 against {before}."
+        return f"No class lost more than 10 points of top-1 against {reference}."
     lines = [
-        f"Classes that lost more than 10 points of top-1 against {before}:",
+        f"Classes that lost more than 10 points of top-1 against {reference}:",
         "",
-        f"| class | {before.removeprefix('the ')} | this model |",
+        f"| class | {column} | this model |",
         "| --- | ---: | ---: |",
     ]
     for name, (was, now) in classes.items():
