@@ -29,12 +29,6 @@ def keep_ratio(step: float, warmup_steps: float, start: float = 0.95, end: float
     return ramp(step, warmup_steps, start, end)
 
 
-def budget_share(step: float, warmup_steps: float, final: float) -> float:
-    """The budget in force as a share of the dense cost: falls from 1 to `final`, so that pressure
-    builds up slowly."""
-    return ramp(step, warmup_steps, 1.0, final)
-
-
 def one_hot_weight(step: float, begin_step: float, end_step: float, final: float) -> float:
     """Weight of the one-hot loss: 0 until `begin_step`, then linear up to `final` at `end_step`."""
     if step < begin_step:

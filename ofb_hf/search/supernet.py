@@ -55,9 +55,8 @@ class Supernet(Choices):
         bi_mask_config, space: what is searched, and the candidates for the dense model.
         dense_architecture, dense_sizes, dense_macs: of the model before the search.
         dense_cost, target: in the budget's unit.
-        lam: buffer, weight of importance in the bi-mask. multiplier: buffer, the budget's dual
-            variable.
-        importance_known: buffer, whether the importance phase is over.
+        lam: buffer, weight of importance in the bi-mask.
+        importance_known: buffer, whether importance has been set from what was observed.
         folded: buffer, whether the bi-masks are part of the weights (`fold_`); `is_folded` says so
             without waiting.
         pmim_ratio: buffer, classification / reconstruction loss of the last step, the weight of
@@ -95,7 +94,6 @@ class Supernet(Choices):
             mask_token = torch.zeros(1, 1, first, dtype=model.dtype)
             model.get_submodule(architecture.embeddings).mask_token = nn.Parameter(mask_token)
         self.register_buffer("lam", torch.tensor(config.importance_start))
-        self.register_buffer("multiplier", torch.tensor(0.0))
         self.register_buffer("importance_known", torch.tensor(False))
         self.register_buffer("folded", torch.tensor(False))
         self.is_folded = False

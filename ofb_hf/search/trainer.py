@@ -33,7 +33,7 @@ from ..space.configuration import BiMaskConfig
 from ..tokens.schedules import Schedule
 from ..training.arguments import OFBTrainingArguments, check_search_arguments
 from ..training.distillation import DistillationTrainer
-from ..training.losses import budget_loss, flops_loss
+from ..training.losses import flops_loss
 from ..training.ranks import decided_by_rank_0, require_identical_ranks
 from ..training.resumable import require_same_search
 from . import phases as schedule
@@ -94,7 +94,7 @@ class OFBTrainer(DistillationTrainer):
             # could be observed.
             weight = supernet.bi_mask_config.distillation_weight or float(teacher is not None)
         if teacher is None and weight > 0:
-            if weight == 1 and supernet.bi_mask_config.importance_from == "first_order":
+            if weight == 1 and supernet.bi_mask_config.importance_hold:
                 raise ValueError(
                     "distillation_weight is 1 and the teacher is the dense model itself: it "
                     "agrees with itself, so "
@@ -165,11 +165,8 @@ class OFBTrainer(DistillationTrainer):
             parts["pmim"] = torch.zeros_like(parts["task"])
 
         expected, parts["expected_macs"], parts["one_hot"], parts["importance"] = self._choice()
-        parts["flops"] = flops_loss(expected, now["target"], supernet.dense_cost)
-        if now["importance_phase"] and config.importance_from == "descent":
-            gap = (expected - now["target"]) / supernet.dense_cost
-            loss = loss + budget_loss(gap, supernet.multiplier, config.flops_weight)
-        elif not now["importance_phase"]:
+        parts["flops"] = flops_loss(expected, supernet.target, supernet.dense_cost)
+        if not now["importance_phase"]:
             loss = loss + config.flops_weight * parts["flops"]
         loss = loss + now["one_hot_weight"] * parts["one_hot"]
         if config.importance_penalty:
@@ -237,13 +234,9 @@ class OFBTrainer(DistillationTrainer):
             step - hold, warmup, config.importance_start, config.importance_end
         )
         keep = schedule.keep_ratio(step, warmup, config.keep_ratio_start, config.keep_ratio_end)
-        share = schedule.budget_share(
-            step, config.budget_ramp * total, supernet.target / supernet.dense_cost
-        )
         self._schedule = {
             "lam": lam,
             "keep_ratio": keep if hides else 1.0,
-            "target": share * supernet.dense_cost,
             "importance_phase": step < hold,
             "one_hot_weight": schedule.one_hot_weight(
                 step,
@@ -259,7 +252,7 @@ class OFBTrainer(DistillationTrainer):
 
     @property
     def _observes(self) -> bool:
-        return self.bi_mask_config.importance_from == "first_order"
+        return self.bi_mask_config.importance_hold > 0
 
     @property
     def _is_observing(self) -> bool:
@@ -269,8 +262,8 @@ class OFBTrainer(DistillationTrainer):
         """Steps of the importance phase; at least one where there has to be something to observe,
         and not too many."""
         hold, args = self.bi_mask_config.importance_hold, self.args
-        if not self._observes or not hold:
-            return round(hold * total)
+        if not hold:
+            return 0
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         enough = min(
             math.ceil(OBSERVED_IMAGES / batch),
@@ -286,11 +279,9 @@ class OFBTrainer(DistillationTrainer):
         self.supernet.watch_tokens_(False)
 
         def decide() -> tuple[list[tuple[Tensor, Tensor]], Schedule | None]:
-            if self._observes:
-                nearest = lambda found: nearest_choice(
-                    self.supernet, found, self.observation.images
-                )
-                self.supernet.estimate_importance_(nearest)
+            self.supernet.estimate_importance_(
+                lambda found: nearest_choice(self.supernet, found, self.observation.images)
+            )
             self.supernet.fit_alpha_()
             return [
                 (mask.importance_logits.cpu(), mask.alpha.cpu()) for mask in masks
@@ -301,11 +292,8 @@ class OFBTrainer(DistillationTrainer):
         for mask, (importance, alpha) in zip(masks, scores, strict=True):
             mask.importance_logits.copy_(importance)
             mask.alpha.copy_(alpha)
-            # its momentum is of the time when alpha rested
-            self.optimizer.state.pop(mask.alpha, None)
-        if self._observes:
-            # all of it rested: moments of nothing, grown old, make large first steps
-            self.optimizer.state.clear()
+        # Everything rested: moments of nothing, grown old, make large first steps.
+        self.optimizer.state.clear()
         self.supernet.importance_known.fill_(True)
         self._handed_over, self._resting_choice = True, None
 
@@ -327,15 +315,9 @@ class OFBTrainer(DistillationTrainer):
 
     @torch.no_grad()
     def end_search_step(self) -> None:
-        """Updates the budget multiplier; at their steps, retires candidates or settles, and
-        shrinks."""
+        """Retires candidates or settles at their steps, and shrinks."""
         supernet, config = self.supernet, self.bi_mask_config
         step, total = self.state.global_step, self.state.max_steps
-        if self._schedule["importance_phase"] and not self._observes:
-            supernet.refresh_gates()
-            expected = supernet.expected_cost(supernet.sizes("bi_mask"))
-            gap = (expected - self._schedule["target"]) / supernet.dense_cost
-            supernet.multiplier.add_(config.dual_step * gap).clamp_(min=0)
         if supernet.repaints:
             # every rank goes on with the same weight
             task, pmim = self.accelerator.reduce(self._pmim_sums)
@@ -470,31 +452,24 @@ class OFBTrainer(DistillationTrainer):
             optimizer = optimizer or self.optimizer
             hold = self._hold_steps(num_training_steps)
             # the schedule of the weights begins when they begin to move
-            rests = hold if self._observes else 0
             reference = get_scheduler(
                 self.args.lr_scheduler_type,
                 # Some schedules end at a given learning rate: they have to know the one they start
                 # from.
                 torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=self.args.learning_rate),
                 num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                num_training_steps=num_training_steps - rests,
+                num_training_steps=num_training_steps - hold,
                 scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
             )
             constant = lambda step: 1.0  # noqa: E731
-            follow = lambda step: reference.lr_lambdas[0](max(step - rests, 0))  # noqa: E731
+            follow = lambda step: reference.lr_lambdas[0](max(step - hold, 0))  # noqa: E731
             masks = follow if self.bi_mask_config.masks_follow_schedule else constant
-            held = self.bi_mask_config.hold_learning_rate
             factors = {
-                "weights": lambda step: follow(step) * (held if step < hold else 1.0),
-                "pmim_decoder": lambda step: 0.0 if step < rests else follow(step),
-                # Gradients are comparable, and the function is the given one, as long as importance
-                # rests.
-                "importance": lambda step: 0.0 if step < rests else masks(step),
-                # While importance leads alone, alpha would only follow the budget: it sees no units
-                # worth keeping yet.
-                "architecture": lambda step: 0.0 if step < hold else masks(step),
+                "weights": lambda step: 0.0 if step < hold else follow(step),
+                "importance": lambda step: 0.0 if step < hold else masks(step),
             }
-            factors["weights_no_decay"] = factors["weights"]
+            factors["weights_no_decay"] = factors["pmim_decoder"] = factors["weights"]
+            factors["architecture"] = factors["importance"]
             self.lr_scheduler = LambdaLR(
                 optimizer, [factors[group["name"]] for group in optimizer.param_groups]
             )
@@ -532,8 +507,8 @@ class OFBTrainer(DistillationTrainer):
 
 
 class SearchCallback(TrainerCallback):
-    """Moves the search on: schedules before a step; multiplier, retirement, shrinking and
-    choice after it."""
+    """Moves the search on: schedules before a step; retirement, shrinking and choice
+    after it."""
 
     def __init__(self, trainer: "OFBTrainer"):
         self.trainer = trainer

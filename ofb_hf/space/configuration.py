@@ -104,26 +104,11 @@ class BiMaskConfig(Budget):
         0.99, "lambda, the weight of the importance score, at step 0 (paper's code)."
     )
     importance_end: float = _field(0.1, "lambda after the warm-up (paper's code).")
-    importance_from: str | None = _field(
-        None,
-        "How importance is learned in that phase: 'first_order' observes gradients of the given "
-        "network and ranks its "
-        "units by them; 'descent' moves importance under a budget that presses on the bi-mask. "
-        "Preset.",
-    )
     importance_hold: float | None = _field(
         None,
-        "Share of the steps before lambda starts to fall; with 'first_order' no more than 2,048 "
-        "images take. Meanwhile "
-        "importance is learned alone and alpha rests; then alpha is fitted to the importance "
-        "curve. 0 = no such phase. "
-        "Preset.",
-    )
-    hold_learning_rate: float | None = _field(
-        None,
-        "Factor on the weights' learning rate in that phase. Below 1, importance is learned "
-        "before the weights make up "
-        "for small gates or wake useless units. Preset.",
+        "Fraction of the steps in which nothing learns and gradients of the given network are "
+        "observed, at most 2,048 images; then importance and alpha are set from them. 0 = no such "
+        "phase. Preset.",
     )
     warmup: float | None = _field(
         None, "Share of the steps over which lambda and the keep ratio move. Preset."
@@ -152,14 +137,6 @@ class BiMaskConfig(Budget):
 
     flops_weight: float | None = _field(
         None, "Weight of the squared relative gap to the budget. Preset."
-    )
-    dual_step: float | None = _field(
-        None,
-        "Step of the dual ascent on the budget multiplier in the importance phase, 0 = none. "
-        "Preset.",
-    )
-    budget_ramp: float | None = _field(
-        None, "Share of the steps over which the budget shrinks to the target. Preset."
     )
     one_hot_weight: float | None = _field(
         None, "Final weight of the adaptive one-hot loss. Preset."
@@ -230,17 +207,15 @@ class BiMaskConfig(Budget):
 
     def _check_ranges(self) -> None:
         shares = (
-            "smallest_share importance_start importance_end importance_hold warmup budget_ramp "
-            "one_hot_begin "
+            "smallest_share importance_start importance_end importance_hold warmup one_hot_begin "
             "one_hot_end retire_begin settle_at retire_threshold keep_ratio_start keep_ratio_end"
         )
         for name in shares.split():
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share between 0 and 1.")
         amounts = (
-            "flops_weight dual_step one_hot_weight importance_penalty importance_init_std "
-            "importance_learning_rate architecture_learning_rate pmim_weight pmim_max_ratio "
-            "hold_learning_rate"
+            "flops_weight one_hot_weight importance_penalty importance_init_std "
+            "importance_learning_rate architecture_learning_rate pmim_weight pmim_max_ratio"
         )
         for name in amounts.split():
             if not 0 <= getattr(self, name) < math.inf:
@@ -253,16 +228,11 @@ class BiMaskConfig(Budget):
         for name in ("multiple_of", "retire_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.importance_from not in ("first_order", "descent"):
+        if not self.importance_hold and not self.importance_learning_rate:
             raise ValueError(
-                f"importance_from is {self.importance_from!r}; allowed are 'first_order' and "
-                f"'descent'."
-            )
-        if self.importance_from == "first_order" and not self.importance_hold:
-            raise ValueError(
-                "importance_hold is 0, but importance_from='first_order' has to look at gradients "
-                "before anything else "
-                "happens; give it a share of the steps, 0.05 for example."
+                "importance_hold and importance_learning_rate are 0, so nothing would find out "
+                "which units matter. Give importance_hold a fraction of the steps (0.05), to rank "
+                "units by observed gradients, or let importance learn."
             )
         if self.importance_hold > self.settle_at:
             raise ValueError(
@@ -294,10 +264,10 @@ class BiMaskConfig(Budget):
                 self.target_params is not None,
                 "give target_macs or target_latency_ms",
             ),
-            f"importance_from is {self.importance_from!r}, which observes nothing that tells what "
-            f"tokens are worth": (
-                self.importance_from != "first_order",
-                "take preset='ours', or importance_from='first_order'",
+            "importance_hold is 0, and without observed gradients nothing tells what tokens are "
+            "worth": (
+                not self.importance_hold,
+                "give importance_hold a fraction of the steps, 0.05 for example",
             ),
             f"pmim_until_settled is {self.pmim_until_settled}, and hidden patches are repainted "
             f"from all tokens": (

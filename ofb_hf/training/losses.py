@@ -13,20 +13,6 @@ def flops_loss(expected: Tensor, target: float | Tensor, dense: float) -> Tensor
     return ((expected - target) / dense) ** 2
 
 
-def budget_loss(gap: Tensor, multiplier: Tensor, weight: float) -> Tensor:
-    """Augmented Lagrangian of the inequality `gap <= 0`: presses on a network over budget, leaves
-    one below it alone.
-
-    Args:
-        gap: (expected - target) / dense, scalar.
-        multiplier: current dual variable, scalar >= 0 (not differentiated).
-        weight: positive; with multiplier 0 the loss is `weight * gap^2` above the budget and 0
-            below.
-    """
-    pressure = (multiplier + 2 * weight * gap).clamp(min=0)
-    return (pressure.square() - multiplier.square()) / (4 * weight)
-
-
 def distillation_loss(
     logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0, hard: bool = False
 ) -> Tensor:

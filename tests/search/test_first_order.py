@@ -355,7 +355,6 @@ def test_a_loss_scale_that_overflows_is_lowered_and_nothing_is_lost(tmp_path):
         trainer._schedule = {
             "importance_phase": True,
             "keep_ratio": 1.0,
-            "target": 1.0,
             "one_hot_weight": 0.0,
         }
         trainer.current_gradient_accumulation_steps = 1
@@ -373,7 +372,6 @@ def test_images_that_are_looked_at_again_are_remembered_once(tmp_path):
     trainer._schedule = {
         "importance_phase": True,
         "keep_ratio": 1.0,
-        "target": 1.0,
         "one_hot_weight": 0.0,
     }
     trainer.current_gradient_accumulation_steps = 1
@@ -436,12 +434,6 @@ def test_images_count_alike_however_many_micro_batches_a_step_has(tmp_path):
     assert seen[0]
     for name, squares in seen[0].items():
         torch.testing.assert_close(seen[1][name], squares, rtol=1e-3, atol=1e-9)
-
-
-@pytest.mark.parametrize("value", ["gradient", ""])
-def test_another_source_of_importance_is_refused(value):
-    with pytest.raises(ValueError, match=f"importance_from is '{value}'; allowed are"):
-        search_config(importance_from=value)
 
 
 def test_a_dense_model_as_its_own_teacher_leaves_something_to_observe(tmp_path):

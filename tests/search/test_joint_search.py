@@ -412,7 +412,7 @@ def test_small_micro_batches_observe_what_large_ones_do(tmp_path):
     ("fields", "message"),
     [
         ({"target_params": 0.5}, "target_params is 0.5.*give target_macs"),
-        ({"preset": "paper"}, "importance_from is 'descent'.*preset='ours'"),
+        ({"preset": "paper"}, "importance_hold is 0, .*give importance_hold"),
         ({"pmim_until_settled": False}, "pmim_until_settled is False"),
         ({"prune_during_search": False}, "prune_during_search is False.*vote"),
     ],

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofb_hf.search.phases import (
-    budget_share,
     importance_weight,
     is_retirement_step,
     keep_ratio,
@@ -57,13 +56,6 @@ def test_no_step_hides_more_patches_than_the_lower_ratio_says(tokens, start, end
     repaint."""
     kept = [int(tokens * keep_ratio(step, 7, start, end)) for step in range(9)]
     assert min(kept) == int(tokens * end)
-
-
-def test_the_budget_shrinks_from_the_dense_cost():
-    assert [budget_share(step, 4, 0.3) for step in (0, 2, 4, 9)] == pytest.approx(
-        [1, 0.65, 0.3, 0.3]
-    )
-    assert budget_share(0, 0, 0.3) == pytest.approx(0.3)
 
 
 def test_one_hot_pressure_builds_up_late():

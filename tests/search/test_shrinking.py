@@ -320,7 +320,6 @@ def test_a_fresh_supernet_takes_the_state_of_a_shrunken_one(family, depth):
     for event in range(2):
         retire_some_except_best_(saved, event)
         saved.shrink_()
-    saved.multiplier.fill_(0.3)
     state = copy_of_state(saved)
     fresh = install_bi_masks(
         tiny_model(family, seed=5), search_config(family, target_macs=0.4, search_depth=depth)

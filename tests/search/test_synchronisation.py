@@ -147,11 +147,7 @@ STAGES = {
 SEARCHES = {
     "ours": {},
     "paper": {"preset": "paper"},
-    "descent, not all kinds": {
-        "importance_from": "descent",
-        "search_embedding": False,
-        "search_mlp": False,
-    },
+    "not all kinds": {"preset": "paper", "search_embedding": False, "search_mlp": False},
 }
 
 

@@ -4,7 +4,6 @@ value."""
 import json
 
 import pytest
-import torch
 from factories import (
     AWKWARD,
     FAMILIES,
@@ -24,7 +23,6 @@ from transformers import SwinConfig
 from ofb_hf import SearchSpace, SubmoduleSpace, SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig
 from ofb_hf.families.registry import describe
 from ofb_hf.pruning.surgery import slice_model
-from ofb_hf.training.losses import budget_loss
 
 GRID = {"num_heads": 4, "head_dim": 6, "head_candidates": (2, 4), "dim_candidates": (3, 6)}
 
@@ -336,7 +334,7 @@ def test_default_candidates_are_multiples_where_the_dense_size_allows(width, mul
         ({"retire_events": 0}, ["retire_events", "0"]),
         ({"alpha_init": "ones"}, ["alpha_init", "'ones'"]),
         ({"pmim_window": 46}, ["pmim_window", "46"]),
-        ({"importance_hold": 0}, ["importance_hold", "0", "first_order"]),
+        ({"importance_hold": 0}, ["importance_hold", "importance_learning_rate", "0.05"]),
         (
             {"importance_hold": 0.3, "settle_at": 0.2},
             ["importance_hold", "0.3", "settle_at", "0.2"],
@@ -354,13 +352,22 @@ def test_impossible_configs_are_refused_by_name_and_value(fields, names):
         assert name in str(error.value)
 
 
-def test_a_budget_loss_without_weight_is_refused_or_harmless():
-    try:
-        config = ViTBiMaskConfig(flops_weight=0.0)
-    except ValueError as error:
-        assert "flops_weight" in str(error)  # noqa: PT017 - refusing is one of two good answers
-        return
-    assert budget_loss(torch.tensor(0.1), torch.tensor(0.5), config.flops_weight).isfinite()
+def test_a_budget_without_weight_is_refused():
+    with pytest.raises(ValueError, match=r"flops_weight is 0\.0; it must be positive"):
+        ViTBiMaskConfig(flops_weight=0.0)
+
+
+@pytest.mark.parametrize(
+    "field", ["importance_from", "budget_ramp", "dual_step", "hold_learning_rate"]
+)
+def test_a_removed_field_is_refused_by_name(field, tmp_path):
+    values = ViTBiMaskConfig().to_dict()
+    with pytest.raises(ValueError, match=rf"ViTBiMaskConfig has no field \['{field}'\]"):
+        ViTBiMaskConfig.from_dict(values | {field: 0})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values | {field: 0}), encoding="utf-8")
+    with pytest.raises(ValueError, match=field):
+        ViTBiMaskConfig.load(path)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ofb_hf.masks.one_hot import SPREAD_MARGIN, one_hot_loss, one_hot_losses
-from ofb_hf.training.losses import budget_loss, classification_loss, distillation_loss, flops_loss
+from ofb_hf.training.losses import classification_loss, distillation_loss, flops_loss
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -164,36 +164,6 @@ def test_flops_loss_is_the_squared_share():
     assert loss.item() == pytest.approx(0.0625)
     assert expected.grad.item() == pytest.approx(2 * 0.25 / 4e9)
     assert flops_loss(torch.tensor(1e9), 2e9, 4e9).item() == pytest.approx(0.0625)
-
-
-# -------------------------------------------------------------------------------------- budget loss
-
-
-def test_budget_loss_leaves_a_network_below_the_budget_alone():
-    gap = torch.tensor([-0.5, -0.01, 0.0], dtype=torch.float64, requires_grad=True)
-    loss = budget_loss(gap, torch.tensor(0.0), 5.0)
-    loss.sum().backward()
-    assert loss.tolist() == [0, 0, 0]
-    assert gap.grad.tolist() == [0, 0, 0]
-
-
-def test_budget_loss_presses_above_the_budget():
-    gap = torch.tensor([0.01, 0.3], dtype=torch.float64, requires_grad=True)
-    loss = budget_loss(gap, torch.tensor(0.0, dtype=torch.float64), 5.0)
-    loss.sum().backward()
-    torch.testing.assert_close(loss, 5 * gap**2)
-    torch.testing.assert_close(gap.grad, 10 * gap.detach())
-
-
-def test_a_multiplier_presses_with_its_own_value():
-    """The gradient is max(0, multiplier + 2 * weight * gap): constant pressure at the budget, none
-    far below it."""
-    gap = torch.linspace(-1, 1, 41, dtype=torch.float64, requires_grad=True)
-    multiplier = torch.tensor(0.7, dtype=torch.float64)
-    budget_loss(gap, multiplier, 2.0).sum().backward()
-    torch.testing.assert_close(gap.grad, (multiplier + 4 * gap.detach()).clamp(min=0))
-    assert gap.grad[20].item() == pytest.approx(0.7)
-    assert gap.grad[0].item() == 0
 
 
 # --------------------------------------------------------------------- distillation, classification
