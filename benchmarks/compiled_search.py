@@ -1,11 +1,10 @@
-"""A whole search through its shrinks, with torch.compile and without: steps a second, memory and
-compilations.
+"""Measure whole searches with and without torch.compile: steps per second, memory, compilations.
 
-Random images, random weights, every candidate in the race at first. Between two shrinks nothing
-should be compiled; after each, once. The first step behind a shrink, which compiles, is reported by
-itself.
+Images and weights are random and all candidates are active at first. One graph should be compiled
+after each shrink and none between two shrinks. The first step after a shrink, which includes the
+compilation, is reported separately.
 
-    python benchmarks/compiled_search.py --shape deit_small --batch 64 --bf16              # on a GPU
+    python benchmarks/compiled_search.py --shape deit_small --batch 64 --bf16      # on a GPU
     python benchmarks/compiled_search.py --shape digits_vit --batch 32 --steps 60 --cpu
 """
 
@@ -29,7 +28,7 @@ from ofb_hf.space.configuration import default_config
 from ofb_hf.workflow.inputs import load_classifier
 from ofb_hf.workflow.report import markdown_table
 
-# Shrinks all over the search rather than in its first sixth, so that there are steps to measure
+# Shrinks are spread over the search instead of its first sixth, so that there are steps to measure
 # between them.
 PHASES = {
     "importance_hold": 0.05,
@@ -38,12 +37,12 @@ PHASES = {
     "one_hot_end": 0.6,
     "settle_at": 0.75,
 }
-HEAD = ("steps", "GMACs", "graphs compiled", "first step s", "steps/s behind it", "peak MiB")
+HEAD = ("steps", "GMACs", "graphs compiled", "first step s", "steps/s after it", "peak MiB")
 LABELS = 10
 
 
 class RandomImages(Dataset):
-    """As many random images as a run needs, made once and used in turn."""
+    """Random images: 64 are generated once and repeated as often as the run needs them."""
 
     def __init__(self, config: Any, count: int):
         generator = torch.Generator().manual_seed(0)
@@ -60,8 +59,7 @@ class RandomImages(Dataset):
 
 
 class Watch(TrainerCallback):
-    """After each step: when, how large the network was, graphs compiled so far, and the most memory
-    since the last."""
+    """Record after each step the time, the number of compiled graphs and the peak memory."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -82,7 +80,7 @@ class Watch(TrainerCallback):
 
 
 def search(wanted: argparse.Namespace, compiled: bool) -> list[list[str]]:
-    """One search; a row for each stretch between two shrinks."""
+    """Run one search and return a row for each stretch between two shrinks."""
     counters.clear()
     torch.compiler.reset()
     model = load_classifier(wanted.shape, [str(label) for label in range(LABELS)], seed=0).train()
@@ -113,9 +111,9 @@ def search(wanted: argparse.Namespace, compiled: bool) -> list[list[str]]:
         trainer = OFBTrainer(model, args, config, train_dataset=images, callbacks=[watch])
         trainer.train()
     sizes = [row["macs"] for row in trainer.state.log_history if "macs" in row]
-    # A step is logged after its shrink: the network that ran it is that of the line before.
+    # A step is logged after its shrink: the network that computed it is on the line before.
     sizes = [sizes[0], *sizes[:-1]]
-    # where gradients are observed nothing is compiled
+    # Nothing is compiled while gradients are observed.
     hold = round(config.importance_hold * wanted.steps)
     starts = [
         hold,
@@ -136,13 +134,13 @@ def search(wanted: argparse.Namespace, compiled: bool) -> list[list[str]]:
 
 
 def main() -> None:
-    """Prints two tables."""
+    """Print two tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="deit_small")
     parser.add_argument(
-        "--share", type=float, default=0.5, help="of the MACs, that the search ends at"
+        "--share", type=float, default=0.5, help="fraction of the dense MACs: the budget"
     )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=200)
@@ -150,10 +148,10 @@ def main() -> None:
         "--shrinks",
         type=int,
         default=8,
-        help="how often candidates are retired, were it to the end",
+        help="how often candidates would be retired if retiring went on until the last step",
     )
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
-    parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     wanted = parser.parse_args()
     logging.set_verbosity_error()
     for compiled in (False, True):

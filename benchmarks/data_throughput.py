@@ -1,26 +1,27 @@
-"""How many training images per second does a CPU core prepare? Our stream against two others, on
-the same images.
+"""Measure how many training images per second a CPU core prepares, in three pipelines.
 
-    stream     `ImageStream`, as `--streaming` trains: rows of parquet files, through a shuffle buffer, augmented
-    map        `SeededImages`, as training without it: rows of an Arrow table in random order, augmented alike
-    processor  the table's images through `ViTImageProcessorPil` of transformers: resized, rescaled,
-    normalised
+    stream     `ImageStream`, used with `--streaming`: rows of parquet files pass through a
+               shuffle buffer and are augmented
+    map        `SeededImages`, used without it: rows of an Arrow table in random order, with the
+               same augmentation
+    processor  images of the same table through transformers' `ViTImageProcessorPil`: resized,
+               rescaled, normalised
 
 All three decode images and fill a plain DataLoader with batches at 224 pixels. They take turns, so
-that a noisy machine is fair to all: in every round each of them has one turn per number of workers,
-and ratios compare turns of the same round. A turn starts its workers, waits for the first batches,
-and only then is timed. Round 0 warms up and does not count.
+that load from other processes affects all of them: in every round each pipeline has one turn per
+number of workers, and ratios compare turns of the same round. A turn starts its workers, waits for
+the first batches, and only then starts its clock. Round 0 warms up and does not count.
 
     python benchmarks/data_throughput.py --data_dir PHOTOS
 
-Timed is the steady state: as many images enter a worker's shuffle buffer as leave it. Data too
-small for that is read several times over in an epoch, from links in a temporary folder. What
-filling the buffers costs is in `first batch`.
+The clock measures the steady state, in which equally many images enter and leave a worker's
+shuffle buffer. Data that is too small for that is read several times per epoch, through links in a
+temporary folder. The time to fill the buffers is in `first batch`.
 
-    per core   images/s by workers, which do all the work and only hand over results; with 0 workers, the loader's own
-               process does it, and counts as one core
-    per CPU s  images by the seconds of CPU that all processes used: what others on the machine took
-    does not count
+    per core   images/s divided by the number of workers; with 0 workers the loader's own process
+               does the work and counts as one core
+    per CPU s  images per second of CPU time of all processes: time that other programs took from
+               the machine does not count
 """
 
 import argparse
@@ -67,8 +68,7 @@ NOT_INCLUDED = "colour jitter"
 
 @dataclass(frozen=True)
 class Turn:
-    """One contestant's timed batches: images per second, images per second of CPU, seconds to the
-    first batch."""
+    """Rates of one pipeline in one turn: images per second, per CPU second; time to start."""
 
     rate: float
     cpu_rate: float
@@ -77,14 +77,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class ProcessBatch:
-    """Collates decoded rows of a data set with an image processor."""
+    """Collate decoded rows of a data set with an image processor."""
 
     processor: Any
     image_column: str
     label_column: str
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Rows -> {"pixel_values": (B, 3, H, W), "labels": (B,)}."""
+        """Return {"pixel_values": (B, 3, H, W), "labels": (B,)} for B rows."""
         images = [row[self.image_column].convert("RGB") for row in rows]
         labels = torch.tensor([row[self.label_column] for row in rows])
         return {**self.processor(images, return_tensors="pt"), "labels": labels}
@@ -92,7 +92,7 @@ class ProcessBatch:
 
 @dataclass(frozen=True)
 class Contest:
-    """The same images, streamed and loaded, and how they are prepared."""
+    """The same images, streamed and loaded, and the settings of their preparation."""
 
     streamed: ImageData
     loaded: ImageData
@@ -102,12 +102,11 @@ class Contest:
 
     @property
     def transform(self) -> Any:
-        """What `stream` and `map` do to an image."""
+        """Return the transform of `stream` and `map`."""
         return build_transform(self.processor, self.augmentation, train=True)
 
     def loader(self, name: str, workers: int, epoch: int) -> DataLoader:
-        """A contestant's batches of one epoch, in an order and with random transforms of its
-        own."""
+        """Return a loader of one pipeline and epoch, with its own order and random transforms."""
         if name == OURS:
             stream = ImageStream(self.streamed.train, self.transform, seed=0)
             stream.set_epoch(epoch)
@@ -130,8 +129,7 @@ class Contest:
 
 
 def link_files(data_dir: Path, folder: Path, wanted: int) -> None:
-    """A data set of links to the training files, in order and as often as it takes to have `wanted`
-    rows.
+    """Link training files into a folder, repeated until they hold `wanted` rows.
 
     Raises:
         ValueError: if there are no parquet files of a training split.
@@ -151,7 +149,7 @@ def link_files(data_dir: Path, folder: Path, wanted: int) -> None:
             break
         links.append(file)
         rows += count
-    # The stream learns the classes from another split; these rows will do.
+    # The stream reads the class names from a second split; the same rows serve for that.
     for split, sources in (("train", links), ("test", sorted(set(links)))):
         for number, source in enumerate(sources):
             (folder / f"{split}-{number:05d}-of-{len(sources):05d}.parquet").symlink_to(
@@ -160,10 +158,9 @@ def link_files(data_dir: Path, folder: Path, wanted: int) -> None:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Contest:
-    """Loads the images twice, so many that every turn ends before the stream's buffers run
-    empty."""
+    """Load the images twice, enough of them that no turn empties the stream's buffers."""
     (folder / "data").mkdir()
-    # Everything that `datasets` writes goes with the folder.
+    # Everything that `datasets` writes is deleted with the folder.
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     workers, batches = max(1, *args.workers), num_batches(args)
     spare = args.batch_size * (WARM_UP + PREFETCHED) + DataArguments.shuffle_buffer
@@ -180,12 +177,12 @@ def prepare(args: argparse.Namespace, folder: Path) -> Contest:
 
 
 def num_batches(args: argparse.Namespace) -> int:
-    """Timed batches of a turn."""
+    """Return the number of timed batches of a turn."""
     return math.ceil(args.images / args.batch_size)
 
 
 def take_turn(loader: DataLoader, batches: int) -> Turn:
-    """Starts the loader, waits until its workers are busy, times some batches and ends it."""
+    """Start a loader, wait until its workers are busy, time some batches and stop it."""
     began = time.perf_counter()
     iterator = iter(loader)
     next(iterator)
@@ -200,14 +197,16 @@ def take_turn(loader: DataLoader, batches: int) -> Turn:
 
 
 def cpu_seconds(processes: list[psutil.Process]) -> float:
-    """What they have used so far."""
+    """Return the CPU seconds that the processes have used so far."""
     times = [process.cpu_times() for process in processes]
     return sum(t.user + t.system for t in times)
 
 
 def compete(contest: Contest, args: argparse.Namespace) -> dict[int, dict[str, list[Turn]]]:
-    """The turns that count, by number of workers and contestant; every round begins with another
-    contestant."""
+    """Return the counted turns by number of workers and pipeline.
+
+    Each round begins with another pipeline.
+    """
     names = [OURS, *THEIRS]
     turns = {workers: {name: [] for name in names} for workers in args.workers}
     for number in range(args.rounds + 1):
@@ -224,8 +223,7 @@ def compete(contest: Contest, args: argparse.Namespace) -> dict[int, dict[str, l
 
 
 def operations(contest: Contest) -> dict[str, Callable[[list[Any]], list[Any]]]:
-    """What happens to the images of a batch one after another: each operation takes the results of
-    the one before."""
+    """Return the operations on a batch in order; each takes the results of the one before."""
     transform = contest.transform
     if contest.augmentation == "deit":
         change_colors, transform.change_colors = transform.change_colors, lambda image: image
@@ -242,8 +240,10 @@ def operations(contest: Contest) -> dict[str, Callable[[list[Any]], list[Any]]]:
 
 
 def break_down(contest: Contest, batches: int) -> dict[str, float]:
-    """Seconds of CPU per image of the stream in one process, by operation; the whole and its parts
-    take turns."""
+    """Return CPU seconds per image of the stream in one process, by operation.
+
+    The whole pipeline and its operations take turns.
+    """
     source = contest.streamed.train.source
     blocks = np.random.RandomState(0).permutation(len(source.rows)).tolist()
     rows = chain.from_iterable(source.read(block, 0) for block in cycle(blocks))
@@ -276,12 +276,12 @@ def break_down(contest: Contest, batches: int) -> dict[str, float]:
 
 
 def take(rows: Iterator[Any], count: int) -> list[Any]:
-    """The next so many."""
+    """Return the next `count` items."""
     return list(islice(rows, count))
 
 
 def summarise(turns: dict[int, dict[str, list[Turn]]], seconds: dict[str, float]) -> dict[str, Any]:
-    """Medians over rounds; ratios of turns of the same round, with the lowest and the highest."""
+    """Return medians over rounds, and ratios within a round with their lowest and highest."""
     rates, ratios = [], []
     for workers, by_name in turns.items():
         for name, row in by_name.items():
@@ -311,15 +311,17 @@ def summarise(turns: dict[int, dict[str, list[Turn]]], seconds: dict[str, float]
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as plain text."""
+    """Return the summary as plain text."""
     lines = ["workers  contestant   images/s  per core  per CPU s  first batch"]
     for row in summary["rates"]:
-        numbers = f"{row['rate']:9.0f} {row['per_core']:9.0f} {row['cpu_rate']:10.0f} {row['first_batch']:10.2f} s"
-        lines.append(f"{row['workers']:7d}  {row['contestant']:<11} {numbers}")
+        rates = f"{row['rate']:9.0f} {row['per_core']:9.0f} {row['cpu_rate']:10.0f}"
+        start = f"{row['first_batch']:10.2f} s"
+        lines.append(f"{row['workers']:7d}  {row['contestant']:<11} {rates} {start}")
     lines += ["", "workers  ratio of          images/s  (lowest, highest)  per CPU s"]
     for row in summary["ratios"]:
-        numbers = f"{row['ratio']:8.3f}  ({row['lowest']:6.3f}, {row['highest']:7.3f})  {row['cpu_ratio']:9.3f}"
-        lines.append(f"{row['workers']:7d}  {row['of']:<17} {numbers}")
+        spread = f"({row['lowest']:6.3f}, {row['highest']:7.3f})"
+        ratios = f"{row['ratio']:8.3f}  {spread}  {row['cpu_ratio']:9.3f}"
+        lines.append(f"{row['workers']:7d}  {row['of']:<17} {ratios}")
     lines += ["", "CPU time of the stream       us/image   share"]
     whole = summary["seconds"]["all"]
     for name, seconds in summary["seconds"].items():
@@ -332,7 +334,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -343,7 +345,10 @@ def parse() -> argparse.Namespace:
         help="folder with parquet files of a split `train`, e.g. train-*.parquet",
     )
     parser.add_argument(
-        "--images", type=int, default=2048, help="timed images of a turn, at least (%(default)s)"
+        "--images",
+        type=int,
+        default=2048,
+        help="smallest number of timed images in a turn (%(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (%(default)s)")
     parser.add_argument(
@@ -360,18 +365,18 @@ def parse() -> argparse.Namespace:
         "--augmentation",
         choices=AUGMENTATIONS,
         default="deit",
-        help="what stream and map do (%(default)s)",
+        help="augmentation of `stream` and `map` (%(default)s)",
     )
     parser.add_argument(
-        "--output", type=Path, help="a JSON file for these numbers and those of every turn"
+        "--output", type=Path, help="JSON file to write: the summary and every turn"
     )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measures, prints, and writes down if asked to."""
+    """Measure and print; write a JSON file if --output names one."""
     args = parse()
-    # Every worker is to keep one core busy: no library may take a second one.
+    # A worker must use one core only, or `per core` would be wrong.
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:

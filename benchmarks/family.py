@@ -1,12 +1,11 @@
-"""A family of budgets from one search against one search per budget: accuracy, and what the
-searches cost together.
+"""Compare one search for several budgets with one search per budget: accuracy and cost.
 
-Both ways have the same steps per search: the family shares those of one search out over its
-budgets. Every model is evaluated right after its search, and after finetuning where that is asked
-for.
+A search takes the same number of steps in both cases; the search for several budgets divides them
+equally among its budgets. Every model is evaluated right after its search, and again after
+finetuning if there is any.
 
-    python benchmarks/family.py --model vit-cifar10 --data_dir cifar10 --output_dir runs/families
-    --budgets 0.7 0.5 0.35
+    python benchmarks/family.py --model vit-cifar10 --data_dir cifar10 \\
+        --output_dir runs/families --budgets 0.7 0.5 0.35
 """
 
 import argparse
@@ -22,60 +21,64 @@ from ofb_hf import cli
 from ofb_hf.training.history import read_history
 from ofb_hf.workflow.report import markdown_table
 
-SETTINGS = "--lr_scheduler_type cosine --learning_rate 5e-4 --warmup_steps 5 --weight_decay 0.05 --save_strategy no"
-SETTINGS += (
-    " --report_to none --disable_tqdm true --logging_steps 1 --per_device_train_batch_size 128"
-)
+SETTINGS = {
+    "lr_scheduler_type": "cosine",
+    "learning_rate": "5e-4",
+    "warmup_steps": "5",
+    "weight_decay": "0.05",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": "true",
+    "logging_steps": "1",
+    "per_device_train_batch_size": "128",
+    "finetune_learning_rate": "5e-4",
+}
+HEAD = [
+    "budget",
+    "several, searched",
+    "several, finetuned",
+    "single, searched",
+    "single, finetuned",
+]
 
 
 def search(wanted: argparse.Namespace, folder: Path, budgets: list[float]) -> dict[str, Any]:
-    """Results by budget of one command; those of an earlier call with the same folder are read
-    instead."""
-    done, settings = (
-        folder / "bench.json",
-        {k: str(v) for k, v in vars(wanted).items() if k != "output_dir"},
-    )
+    """Return the results of one search command by budget, read from its folder if it has run."""
+    done = folder / "bench.json"
+    settings = {name: str(value) for name, value in vars(wanted).items() if name != "output_dir"}
     settings["budgets"] = budgets
-    if done.is_file() and (content := json.loads(done.read_text()))["settings"] == settings:
-        return content
+    if done.is_file():
+        content = json.loads(done.read_text())
+        if content["settings"] == settings:
+            return content
     began = time.time()
-    targets = ",".join(map(str, budgets))
-    words = [
-        "--model_name_or_path",
-        wanted.model,
-        "--data_dir",
-        wanted.data_dir,
-        "--output_dir",
-        str(folder),
-    ]
-    words += [
-        "--target_macs",
-        targets,
-        "--max_steps",
-        str(wanted.steps),
-        "--overwrite_output_dir",
-        *SETTINGS.split(),
-    ]
-    words += ["--seed", str(wanted.seed)]
-    words += [
-        "--finetune_max_steps",
-        str(wanted.finetune_steps),
-        "--finetune_learning_rate",
-        "5e-4",
-    ]
-    words += ["--max_eval_samples", str(wanted.max_eval_samples)] if wanted.max_eval_samples else []
-    results = cli.search(words)
+    flags = {
+        "model_name_or_path": wanted.model,
+        "data_dir": wanted.data_dir,
+        "output_dir": str(folder),
+        "target_macs": ",".join(map(str, budgets)),
+        "max_steps": str(wanted.steps),
+        "finetune_max_steps": str(wanted.finetune_steps),
+        "seed": str(wanted.seed),
+        **SETTINGS,
+    }
+    if wanted.max_eval_samples:
+        flags["max_eval_samples"] = str(wanted.max_eval_samples)
+    arguments = ["--overwrite_output_dir"]
+    for name, value in flags.items():
+        arguments += [f"--{name}", value]
+    results = cli.search(arguments)
     if len(budgets) == 1:
         results = {f"target_macs-{budgets[0]:g}": results}
     costs = {name: sum(_macs(folder if len(budgets) == 1 else folder / name)) for name in results}
-    stages = {
-        name: {stage: row.get(stage) for stage in ("searched", "finetuned")}
+    models = {
+        name: {"searched": row.get("searched"), "finetuned": row.get("finetuned")}
         for name, row in results.items()
     }
     content = {
         "settings": settings,
         "seconds": round(time.time() - began),
-        "results": stages,
+        "results": models,
         "search_macs": costs,
     }
     done.write_text(json.dumps(content, indent=2))
@@ -83,8 +86,7 @@ def search(wanted: argparse.Namespace, folder: Path, budgets: list[float]) -> di
 
 
 def _macs(folder: Path) -> list[int]:
-    """MACs of the network in every step of a search: what a step costs, whatever the machine does
-    meanwhile."""
+    """Return the MACs of the network at every step of a search, a cost that no machine changes."""
     return [
         row["macs"]
         for row in read_history(folder / "search_history.jsonl")
@@ -93,7 +95,7 @@ def _macs(folder: Path) -> list[int]:
 
 
 def main() -> None:
-    """Runs what is missing and prints the table."""
+    """Run the missing searches and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,44 +104,33 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.5, 0.35, 0.25])
     parser.add_argument(
-        "--steps", type=int, default=120, help="of one search, and of the whole family's"
+        "--steps", type=int, default=120, help="steps of a search, for one budget or several"
     )
-    parser.add_argument("--finetune_steps", type=int, default=40, help="of every model; 0 = none")
+    parser.add_argument("--finetune_steps", type=int, default=40, help="steps per model; 0 = none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_eval_samples", type=int)
     wanted = parser.parse_args()
     logging.set_verbosity_error()
-    family = search(wanted, wanted.output_dir / "family", wanted.budgets)
-    rows, costs = (
-        [
-            [
-                "budget",
-                "family, searched",
-                "family, finetuned",
-                "single, searched",
-                "single, finetuned",
-            ]
-        ],
-        [],
-    )
+    several = search(wanted, wanted.output_dir / "several", wanted.budgets)
+    rows = [HEAD]
+    costs = []
     for budget in wanted.budgets:
         name = f"target_macs-{budget:g}"
         single = search(wanted, wanted.output_dir / name, [budget])
         costs.append(single["search_macs"][name])
-        models = [
-            way["results"][name][stage]
-            for way in (family, single)
-            for stage in ("searched", "finetuned")
-        ]
-        rows.append(
-            [f"{budget:g}", *(f"{model['top1']:.2f}" if model else "-" for model in models)]
-        )
-    together = sum(family["search_macs"].values())
-    said = f"MACs of the network, summed over the steps of the search: the family has {together / max(costs):.2f} x "
-    said += (
-        f"those of the dearest single search, {together / sum(costs):.2f} x those of all of them"
+        cells = [f"{budget:g}"]
+        for way in (several, single):
+            for phase in ("searched", "finetuned"):
+                model = way["results"][name][phase]
+                cells.append(f"{model['top1']:.2f}" if model else "-")
+        rows.append(cells)
+    together = sum(several["search_macs"].values())
+    summary = (
+        "MACs of the network summed over the steps of the search for several budgets: "
+        f"{together / max(costs):.2f} x those of the most expensive single search, "
+        f"{together / sum(costs):.2f} x those of all single searches"
     )
-    sys.stdout.write(f"{markdown_table(rows)}\n\n{said}\n")
+    sys.stdout.write(f"{markdown_table(rows)}\n\n{summary}\n")
 
 
 if __name__ == "__main__":

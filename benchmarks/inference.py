@@ -1,16 +1,18 @@
-"""How much faster compressed models are: by engine, batch, threads, budget, and what channel counts
-are multiples of.
+"""Measure how much faster compressed models are, by engine, batch size, threads, budget and
+`multiple_of`.
 
-Weights are random, which speed does not depend on: a compressed model is what the search space
-offers at a share of the MACs. All contestants of one engine, thread count and batch take turns;
-medians over the rounds, ratios within a round. "Of the fastest" is the ratio between the fastest
-turns, which a busy machine disturbs least. The last column, speed-up times share of the MACs, is 1
-where seconds follow MACs; `--profile` shows in which operations they are lost.
+Weights are random, because speed does not depend on them: a compressed model is the choice that
+the search space offers under a budget in MACs. All models of one engine, thread count and batch
+size take turns; the table gives medians over the rounds and ratios within a round. "Of the fastest"
+is the ratio between the fastest turns, which other load on the machine disturbs least. The last
+column, speed-up times fraction of the MACs, is 1 where time is proportional to MACs; `--profile`
+shows which operations take the rest.
 
-    python benchmarks/inference.py --shapes deit_tiny --engines onnxruntime --batch 1 8
-    --multiple_of 8 16 python benchmarks/inference.py --shapes deit_tiny --budgets 0.5 --batch 8
-    --threads 1 --profile python benchmarks/inference.py --shapes deit_small --engines eager compile
-    --device cuda --dtype bfloat16
+    python benchmarks/inference.py --shapes deit_tiny --engines onnxruntime --batch 1 8 \\
+        --multiple_of 8 16
+    python benchmarks/inference.py --shapes deit_tiny --budgets 0.5 --batch 8 --threads 1 --profile
+    python benchmarks/inference.py --shapes deit_small --engines eager compile --device cuda \\
+        --dtype bfloat16
 """
 
 import argparse
@@ -43,11 +45,11 @@ HEAD = [
     "(lowest, highest)",
 ]
 HEAD += ["of the fastest", "speed-up x MACs"]
-OPERATIONS = 12  # of the profile, the dearest ones
+OPERATIONS = 12  # rows of the profile: the most expensive ones
 
 
 def contestants(shape: str, budgets: list[float], multiples: list[int]) -> dict[str, nn.Module]:
-    """The dense model, and the compressed ones of every budget and unit."""
+    """Return the dense model and a compressed one for every budget and `multiple_of`."""
     dense = dense_model(shape)
     rows: dict[str, nn.Module] = {f"{shape}, dense": dense}
     for share in budgets:
@@ -57,7 +59,7 @@ def contestants(shape: str, budgets: list[float], multiples: list[int]) -> dict[
 
 
 def runner(engine: str, model: nn.Module, stack: ExitStack) -> Callable[[Tensor], object]:
-    """What computes a batch of images in an engine, with the threads that torch has now."""
+    """Return a function that computes a batch in an engine with torch's number of threads."""
     if engine == "onnxruntime":
         session, _ = stack.enter_context(onnx_session(model))
         return lambda images: session.run(None, {"pixel_values": images.numpy()})
@@ -74,7 +76,7 @@ def runner(engine: str, model: nn.Module, stack: ExitStack) -> Callable[[Tensor]
 def measured(
     models: dict[str, nn.Module], engine: str, batch: int, wanted: argparse.Namespace
 ) -> Iterator[dict]:
-    """One row for every contestant."""
+    """Yield one row for every model."""
     first = next(iter(models.values()))
     place = torch.device(wanted.device), getattr(torch, wanted.dtype)
     images = random_images(first.config, batch).to(*place)
@@ -90,27 +92,29 @@ def measured(
         ratios = [turn[name] / turn[dense_name] for turn in turns[1:]]
         share, speed_up = count_macs(model) / count_macs(first), statistics.median(ratios)
         images_per_second = statistics.median(turn[name] for turn in turns[1:])
+        fastest = max(turn[name] for turn in turns[1:])
+        fastest_dense = max(turn[dense_name] for turn in turns[1:])
         yield {
-            **{"model": name, "engine": engine, "threads": torch.get_num_threads(), "batch": batch},
-            **{
-                "device": wanted.device,
-                "dtype": wanted.dtype,
-                "hardware": processor(place[0]),
-                "macs_share": share,
-            },
-            **{
-                "ms": 1e3 * batch / images_per_second,
-                "images_per_second": images_per_second,
-                "speed_up": speed_up,
-            },
-            **{"lowest": min(ratios), "highest": max(ratios), "efficiency": speed_up * share},
-            "of_the_fastest": max(turn[name] for turn in turns[1:])
-            / max(turn[dense_name] for turn in turns[1:]),
+            "model": name,
+            "engine": engine,
+            "threads": torch.get_num_threads(),
+            "batch": batch,
+            "device": wanted.device,
+            "dtype": wanted.dtype,
+            "hardware": processor(place[0]),
+            "macs_share": share,
+            "ms": 1e3 * batch / images_per_second,
+            "images_per_second": images_per_second,
+            "speed_up": speed_up,
+            "lowest": min(ratios),
+            "highest": max(ratios),
+            "efficiency": speed_up * share,
+            "of_the_fastest": fastest / fastest_dense,
         }
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
+    """Return a row of the table."""
     return [
         *(str(row[name]) for name in ("model", "engine", "threads", "batch")),
         f"{row['macs_share']:.3f}",
@@ -124,7 +128,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def operations(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Milliseconds that one forward pass spends in every kernel itself."""
+    """Return the milliseconds of one forward pass by kernel, without the kernels it calls."""
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CPU, *([activity.CUDA] if images.is_cuda else [])]
     with torch.inference_mode():
@@ -136,8 +140,7 @@ def operations(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 
 def profile_table(models: dict[str, nn.Module], batch: int, wanted: argparse.Namespace) -> None:
-    """Prints where the time of an eager forward pass goes, the dense model's dearest operations
-    first."""
+    """Print the time of an eager forward pass by operation, the dense model's longest first."""
     place = torch.device(wanted.device), getattr(torch, wanted.dtype)
     first = next(iter(models.values()))
     images = random_images(first.config, batch).to(*place)
@@ -173,7 +176,7 @@ def profile_table(models: dict[str, nn.Module], batch: int, wanted: argparse.Nam
 
 
 def write(row: list[str], head: bool = False) -> None:
-    """A line of a Markdown table, and the one below its head."""
+    """Print a line of a Markdown table, and the rule below its head."""
     sys.stdout.write(f"| {' | '.join(row)} |\n")
     if head or row[0] == "operation":
         sys.stdout.write(f"| --- {'| ---: ' * (len(row) - 1)}|\n")
@@ -181,16 +184,20 @@ def write(row: list[str], head: bool = False) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["deit_tiny"])
     parser.add_argument(
-        "--budgets", nargs="+", type=float, default=[0.5, 0.3, 0.25], help="shares of the MACs"
+        "--budgets", nargs="+", type=float, default=[0.5, 0.3, 0.25], help="fractions of the MACs"
     )
     parser.add_argument(
-        "--multiple_of", nargs="+", type=int, default=[16], help="units of channel counts"
+        "--multiple_of",
+        nargs="+",
+        type=int,
+        default=[16],
+        help="channel counts are multiples of these",
     )
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["eager", "onnxruntime"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
@@ -214,14 +221,15 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Prints one table, or one profile per shape and batch."""
+    """Print one table, or one profile per shape and batch size."""
     wanted = arguments()
     if not wanted.profile:
         write(HEAD, head=True)
     for shape in wanted.shapes:
         models = contestants(shape, wanted.budgets, wanted.multiple_of)
         for count in wanted.threads:
-            torch.compiler.reset()  # the number of threads is part of compiled code
+            # The number of threads is part of compiled code.
+            torch.compiler.reset()
             with threads(count):
                 for batch in wanted.batch:
                     if wanted.profile:

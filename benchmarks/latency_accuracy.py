@@ -1,13 +1,14 @@
-"""Is a budget in milliseconds better than one in MACs? Accuracy right after the cut, and
-milliseconds, of both.
+"""Compare budgets in milliseconds with budgets in MACs: accuracy right after the cut, and latency.
 
-A classifier is pruned in one shot by first-order scores (`baselines.pruned_subnet`, the choice
-of the search) to shares of its MACs, and then to a share of the milliseconds that each of these
-networks is predicted to take, without depth and with it. No training follows. All take turns when
-their latency is measured; medians of single passes.
+A classifier is pruned in one shot by first-order scores (`baselines.pruned_subnet`, which makes the
+same choice as the search) to several fractions of its MACs. It is then pruned to a fraction of the
+milliseconds predicted for each of these networks, without depth and with it. Nothing is trained
+afterwards. All networks take turns while their latency is measured; the table gives medians of
+single passes.
 
-    ofb-hf latency-table vit-cifar10 --num_threads 1 --output table.json python
-    benchmarks/latency_accuracy.py --model vit-cifar10 --data_dir cifar10 --latency_table table.json
+    ofb-hf latency-table vit-cifar10 --num_threads 1 --output table.json
+    python benchmarks/latency_accuracy.py --model vit-cifar10 --data_dir cifar10 \\
+        --latency_table table.json
 """
 
 import argparse
@@ -36,7 +37,7 @@ HEAD = ["budget", "MACs", "predicted ms", "measured ms", "top-1 %"]
 
 
 def main() -> None:
-    """Prints one table."""
+    """Print one table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,13 +45,17 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True, help="class folders with its images")
     parser.add_argument("--latency_table", type=Path, required=True)
     parser.add_argument(
-        "--shares", nargs="+", type=float, default=[0.6, 0.5, 0.4, 0.3], help="of the MACs"
+        "--shares",
+        nargs="+",
+        type=float,
+        default=[0.6, 0.5, 0.4, 0.3],
+        help="fractions of the MACs",
     )
     parser.add_argument(
         "--of_milliseconds",
         type=float,
         default=0.95,
-        help="share of each such network's milliseconds",
+        help="fraction of the milliseconds of each such network",
     )
     parser.add_argument("--max_eval_samples", type=int)
     wanted = parser.parse_args()
@@ -76,7 +81,8 @@ def main() -> None:
             models[f"MACs {share}"] = small = pruned(target_macs=share)
             target = wanted.of_milliseconds * milliseconds(count_latency(small, table))
             for depth in (False, True):
-                name = f"{wanted.of_milliseconds} of the ms of MACs {share}{', with depth' if depth else ''}"
+                suffix = ", with depth" if depth else ""
+                name = f"{wanted.of_milliseconds} of the ms of MACs {share}{suffix}"
                 models[name] = pruned(
                     target_latency_ms=target,
                     latency_table=str(wanted.latency_table),

@@ -1,9 +1,8 @@
-"""Is a budget in milliseconds met? Networks chosen under one, as a latency table predicts them and
-as they are here.
+"""Check whether networks that were chosen under a budget in milliseconds meet it on this machine.
 
-Weights are random, which speed does not depend on; units are chosen by magnitude
-(`baselines.pruned_subnet`, the choice of the search). All networks, the dense one among them,
-take turns; medians of single passes.
+Weights are random, because speed does not depend on them; units are chosen by magnitude
+(`baselines.pruned_subnet`, which makes the same choice as the search). All networks, including the
+dense one, take turns; the table gives medians of single passes.
 
     ofb-hf latency-table deit_tiny --num_threads 1 --output deit_tiny.json
     python benchmarks/latency_target.py --shape deit_tiny --latency_table deit_tiny.json
@@ -29,7 +28,7 @@ HEAD = ["budget", "share of MACs", "predicted ms", "measured ms", "measured / pr
 
 
 def pruned(dense: PreTrainedModel, **budget: object) -> PreTrainedModel:
-    """What the search space offers under a budget."""
+    """Return the network that the search space offers under a budget."""
     subnet = baselines.pruned_subnet(
         dense, default_config(dense.config, **budget), baselines.magnitude_scores(dense)
     )
@@ -37,7 +36,7 @@ def pruned(dense: PreTrainedModel, **budget: object) -> PreTrainedModel:
 
 
 def main() -> None:
-    """Prints one table per repetition."""
+    """Print one table per repetition."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,7 +47,7 @@ def main() -> None:
         nargs="+",
         type=float,
         default=[0.6, 0.4],
-        help="of the dense model's milliseconds",
+        help="budgets: fractions of the dense model's milliseconds",
     )
     parser.add_argument(
         "--macs", nargs="+", type=float, default=[0.5], help="budgets in MACs to compare with"

@@ -1,9 +1,8 @@
-"""What ONNX Runtime makes of dense and compressed models: agreement, file size, images per second
-against PyTorch.
+"""Compare ONNX Runtime with PyTorch on dense and compressed models: agreement, size, speed.
 
-Shapes get random weights, and a compressed one is what the search space offers at half of the MACs
-(neither speed nor agreement depend on training). Contestants take turns; medians over the rounds,
-ratios within a round.
+Shapes get random weights, because neither speed nor agreement depends on training; a compressed
+model is the choice that the search space offers at half of the MACs. Both runtimes take turns; the
+table gives medians over the rounds and ratios within a round.
 
     python benchmarks/onnx_export.py --shapes deit_tiny swin_tiny --batch 8
 """
@@ -39,7 +38,7 @@ HEAD = (
 
 
 def dense_model(shape: str) -> PreTrainedModel:
-    """A shape with random weights and 1,000 labels."""
+    """Return a shape with random weights and 1,000 labels."""
     torch.manual_seed(0)
     return AutoModelForImageClassification.from_config(
         SHAPES[shape].config(list(map(str, range(1000))))
@@ -49,13 +48,13 @@ def dense_model(shape: str) -> PreTrainedModel:
 def compressed_model(
     dense: PreTrainedModel, share: float, multiple_of: int = 16
 ) -> PreTrainedModel:
-    """What the search space offers at a share of the MACs."""
+    """Return the network that the search space offers at a fraction of the MACs."""
     config = default_config(dense.config, target_macs=share, multiple_of=multiple_of)
     return compress(install_bi_masks(dense, config)).eval()
 
 
 def contestants(shape: str, share: float) -> dict[str, torch.nn.Module]:
-    """The dense model of a shape, and a compressed one at a share of its MACs."""
+    """Return the dense model of a shape and a compressed one at a fraction of its MACs."""
     dense = dense_model(shape)
     return {
         f"{shape}, dense": dense,
@@ -65,7 +64,7 @@ def contestants(shape: str, share: float) -> dict[str, torch.nn.Module]:
 
 @contextmanager
 def onnx_session(model: torch.nn.Module) -> Iterator[tuple[onnxruntime.InferenceSession, Exported]]:
-    """A model in ONNX Runtime, with as many threads as torch has, and what was exported."""
+    """Yield a session of ONNX Runtime with torch's number of threads, and the export's report."""
     with tempfile.TemporaryDirectory() as folder:
         done = export_onnx(model, folder)
         options = onnxruntime.SessionOptions()
@@ -77,7 +76,7 @@ def onnx_session(model: torch.nn.Module) -> Iterator[tuple[onnxruntime.Inference
 
 
 def rate(run: Callable[[Tensor], object], images: Tensor, seconds: float) -> float:
-    """Images per second of one turn."""
+    """Return the images per second of one turn."""
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < seconds or not count:
         run(images)
@@ -88,19 +87,17 @@ def rate(run: Callable[[Tensor], object], images: Tensor, seconds: float) -> flo
 def measure(
     name: str, model: torch.nn.Module, batch: int, rounds: int, seconds: float
 ) -> list[str]:
-    """A row of the table."""
+    """Return a row of the table."""
     size = model.config.image_size
     images = torch.randn(batch, 3, size, size)
     with onnx_session(model) as (session, done), torch.inference_mode():
         turns = []
         for _ in range(rounds + 1):  # the first warms up
-            ours = rate(model, images, seconds)
-            turns.append(
-                (
-                    ours,
-                    rate(lambda x: session.run(None, {"pixel_values": x.numpy()}), images, seconds),
-                )
+            in_torch = rate(model, images, seconds)
+            in_onnx = rate(
+                lambda x: session.run(None, {"pixel_values": x.numpy()}), images, seconds
             )
+            turns.append((in_torch, in_onnx))
     pytorch, onnx = zip(*turns[1:], strict=True)
     ratios = [b / a for a, b in turns[1:]]
     return [
@@ -116,12 +113,14 @@ def measure(
 
 
 def main() -> None:
-    """Prints one table for all shapes."""
+    """Print one table for all shapes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["deit_tiny", "swin_tiny"])
-    parser.add_argument("--share", type=float, default=0.5, help="MACs of the compressed models")
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="fraction of the MACs of the compressed models"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn")

@@ -1,16 +1,15 @@
-"""Does the search find what is useless? A ViT on digits with units that were useless before dense
-training.
+"""Check whether the search finds useless units: a ViT on digits with planted useless units.
 
-Some attentions and MLPs get a planted subset of useful units; the others are cut off from the
-network during dense training (their output weights are held at zero), so a search led by data must
-remove exactly them. The budget is just above what the useful units need.
+In some attentions and MLPs only a random subset of the units is useful; the others are cut off from
+the network during dense training (their output weights are held at zero), so a search that follows
+the data must remove exactly these. The budget is slightly above the cost of the useful units.
 
-    python benchmarks/planted_task.py --seeds 0 1 2 --presets ours paper
+    python benchmarks/planted_task.py --seeds 0 1 2 --presets default paper
 
 With `--task blocks` two whole blocks of six add nothing, and the search may leave attentions and
-MLPs out (`search_depth`): it must leave out both halves of these two, and no other.
+MLPs out (`search_depth`): it must leave out both halves of these two blocks and no others.
 
-    python benchmarks/planted_task.py --task blocks --seeds 0 1 2 3 4 --presets ours
+    python benchmarks/planted_task.py --task blocks --seeds 0 1 2 3 4 --presets default
 """
 
 import argparse
@@ -45,15 +44,16 @@ PLANTED = {
 }
 # The task with useless blocks: of how many, and which; counted from 0.
 BLOCKS, USELESS_BLOCKS = 6, (3, 5)
-# The budget, as a multiple of what the useful units cost. Useless units that do anything at all
-# fill what it leaves.
+# The budget as a multiple of the cost of the useful units. Useless units that have any effect fill
+# the rest of it.
 SLACK = 1.02
 SHARES = ("useless_removed", "useful_kept", "dense_top1", "top1_after_cut")
-LEARNING_RATE = {"ours": 5e-4, "paper": 1e-3}
+LEARNING_RATE = 5e-4
+PAPER_LEARNING_RATE = 1e-3
 
 
 def digits(train: bool) -> list[dict]:
-    """Handwritten digits, 8 x 8, one in five held out: {"pixel_values" (1, 8, 8), "labels"}."""
+    """Return handwritten digits, one in five held out: {"pixel_values": (1, 8, 8), "labels"}."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
     chosen = [i for i in range(len(labels)) if (i % 5 != 0) == train]
@@ -61,7 +61,7 @@ def digits(train: bool) -> list[dict]:
 
 
 def plant(seed: int) -> SubnetSpec:
-    """Which units of the planted submodules are useful."""
+    """Choose the useful units of the planted submodules."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(count: int, total: int) -> tuple[int, ...]:
@@ -77,7 +77,7 @@ def plant(seed: int) -> SubnetSpec:
 
 
 def plant_blocks() -> SubnetSpec:
-    """Nothing is useful in attention and MLP of the useless blocks."""
+    """Return a subnet without any unit in attention and MLP of the useless blocks."""
     halves = {"attention": {}, "mlp": ()}
     return SubnetSpec(
         {
@@ -89,7 +89,7 @@ def plant_blocks() -> SubnetSpec:
 
 
 def useful_units(planted: SubnetSpec, name: str) -> set[int]:
-    """Flat indices of the useful units of one planted submodule."""
+    """Return the flat indices of the useful units of one planted submodule."""
     kept = planted.kept[name]
     if isinstance(kept, dict):
         return {
@@ -99,12 +99,11 @@ def useful_units(planted: SubnetSpec, name: str) -> set[int]:
 
 
 class CutOff(TrainerCallback):
-    """Holds useless units at no effect while the dense model trains.
+    """Keep useless units without effect while the dense model trains.
 
     MLP channels: their output weights are zero. Attention channels: output and query weights are
     zero, so they reach neither the output nor the attention map. The other weights stay random, so
-    a search could bring a unit to life. Where all units are useless, the output bias is zero as
-    well.
+    a search could make a unit useful again. If all units are useless, the output bias is zero, too.
     """
 
     def __init__(self, model: ViTForImageClassification, planted: SubnetSpec):
@@ -113,14 +112,13 @@ class CutOff(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, *args, **kwargs):
-        """Sets the weights back to zero."""
+        """Set the weights back to zero."""
         self.disturb_(0.0)
 
     @torch.no_grad()
     def disturb_(self, share: float):
-        """Replaces the weights by noise, `share` times as strong as the weights of useful units; 0
-        = by zeros."""
-        # its own, so that training draws the same numbers with and without
+        """Replace the weights by noise, `share` times as strong as useful weights (0: zeros)."""
+        # A generator of its own, so that training draws the same numbers with and without noise.
         noise = torch.Generator().manual_seed(0)
         for name in self.planted.kept:
             _, layer, kind = name.split(".")
@@ -145,8 +143,7 @@ class CutOff(TrainerCallback):
 
 
 def augment(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Collates a batch; each image is turned, scaled and shifted a little, and gets a little
-    noise."""
+    """Collate a batch; each image is slightly rotated, scaled, shifted and made noisy."""
     batch = plain(rows)
     pixels = batch["pixel_values"]
     jitter = 0.1 * torch.randn(len(pixels), 2, 3)
@@ -158,7 +155,7 @@ def augment(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def plain(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Collates a batch as it is."""
+    """Collate a batch without augmentation."""
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
         "labels": torch.tensor([row["labels"] for row in rows]),
@@ -167,18 +164,14 @@ def plain(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, rows: list[dict]) -> float:
-    """Top-1 in percent."""
+    """Return top-1 accuracy in percent."""
     batch = plain(rows)
-    return (
-        100
-        * (model.eval()(batch["pixel_values"]).logits.argmax(-1) == batch["labels"])
-        .float()
-        .mean()
-        .item()
-    )
+    predicted = model.eval()(batch["pixel_values"]).logits.argmax(-1)  # (B,)
+    return 100 * (predicted == batch["labels"]).float().mean().item()
 
 
 def arguments(folder: str, steps: int, seed: int, learning_rate: float) -> OFBTrainingArguments:
+    """Return the training arguments of dense training and search."""
     return OFBTrainingArguments(
         folder,
         max_steps=steps,
@@ -200,8 +193,7 @@ def arguments(folder: str, steps: int, seed: int, learning_rate: float) -> OFBTr
 def train_dense(
     planted: SubnetSpec, seed: int, steps: int, layers: int = LAYERS, noise: float = 0.0
 ) -> ViTForImageClassification:
-    """The dense model; its useless units do nothing, or with `noise` a little that nobody has asked
-    for."""
+    """Train the dense model; with `noise` its useless units have a small random effect."""
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=HIDDEN,
@@ -237,8 +229,7 @@ def run(
     slack: float = SLACK,
     **overrides,
 ) -> dict:
-    """One search of a planted model; shares in percent, top-1 before the search and right after
-    it."""
+    """Run one search and return its report: percentages of units, top-1 before and after."""
     needed = count_macs(model, planted)
     settings = {
         "search_embedding": False,
@@ -248,7 +239,8 @@ def run(
     config = ViTBiMaskConfig(**({"preset": preset} | settings | overrides))
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        args = arguments(folder, steps, seed, LEARNING_RATE[preset])
+        rate = PAPER_LEARNING_RATE if preset == "paper" else LEARNING_RATE
+        args = arguments(folder, steps, seed, rate)
         trainer = OFBTrainer(
             model, args, config, train_dataset=digits(train=True), data_collator=augment
         )
@@ -265,7 +257,11 @@ def run(
 def report(
     trainer: OFBTrainer, model: torch.nn.Module, planted: SubnetSpec, test: list[dict]
 ) -> dict:
-    kept_useful = kept_useless = useful_total = useless_total = 0
+    """Count the useful and useless units that a search kept and measure the compressed model."""
+    kept_useful = 0
+    kept_useless = 0
+    useful_total = 0
+    useless_total = 0
     sizes = {}
     masks = trainer.supernet.named_masks
     for name in planted.kept:
@@ -291,11 +287,12 @@ def report(
 
 
 def main() -> None:
+    """Run all searches; print one line per search and one line of means per preset."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=["units", "blocks"], default="units")
-    parser.add_argument("--presets", nargs="+", default=["ours", "paper"])
+    parser.add_argument("--presets", nargs="+", default=["default", "paper"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--dense_steps", type=int, default=1800)
     parser.add_argument("--search_steps", type=int, default=900)
@@ -303,10 +300,10 @@ def main() -> None:
         "--noise",
         type=float,
         default=0.0,
-        help="of useless units, relative to the weights of others",
+        help="strength of useless units relative to useful weights",
     )
     parser.add_argument(
-        "--slack", type=float, default=SLACK, help="the budget over what the useful units cost"
+        "--slack", type=float, default=SLACK, help="budget divided by the cost of the useful units"
     )
     args = parser.parse_args()
     logging.set_verbosity_error()

@@ -1,14 +1,14 @@
-"""Whether two checkouts of this repository compute the same weights, bit for bit.
+"""Compare two checkouts of this repository: do they compute the same weights, bit for bit?
 
     python benchmarks/same_weights.py --against CHECKOUT [--cases vit swin] [--demo]
 
-Every case is a tiny training run with fixed seeds, in a process of its own on one thread: searches of
-a ViT and of a Swin with both presets, on one process and on two ranks, with depth, with tokens, with
-tied layers, cut at the end, and trained in micro-batches; a search for tokens alone; training from a
-teacher with an average of the weights. The hash covers every tensor of the resulting model and its
-config's widths. `--demo` adds the demonstration (`make demo`), which takes minutes.
+Every case is a tiny training run with fixed seeds, in its own process with one thread: searches of
+a ViT and of a Swin with both presets, on one process and on two ranks, with depth, with tokens,
+with tied layers, cut at the end, and with micro-batches; a search for tokens alone; training from
+a teacher with an average of the weights. The hash covers the name, shape and values of every tensor
+of the resulting model. `--demo` adds the demonstration (`make demo`), which takes minutes.
 
-A change that must not change what is computed is held against its parent commit:
+To show that a refactoring changes no result, compare it with its parent commit:
 
     git worktree add ../parent HEAD~1
     python benchmarks/same_weights.py --against ../parent
@@ -74,7 +74,7 @@ OTHERS = ("tokens alone", "teacher and average")
 
 
 def tiny_model(family: str):
-    """A stock classifier with random weights that are large enough to matter."""
+    """Return a stock classifier whose random weights are large enough that errors show."""
     import torch
     from transformers import (
         SwinConfig,
@@ -121,7 +121,7 @@ def tiny_model(family: str):
 
 
 def digest(model) -> str:
-    """One hash over all tensors of a model, by name."""
+    """Return one hash over names, shapes and values of all tensors of a model."""
     whole = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         whole.update(name.encode())
@@ -189,7 +189,7 @@ def run_case(name: str, output: Path) -> None:
 
 
 def run_in(checkout: Path, name: str) -> dict:
-    """The result of a case that is computed by the package of a checkout."""
+    """Run a case with the package of a checkout and return its result."""
     ranks = SEARCHES[name][3] if name in SEARCHES else 1
     command = [sys.executable]
     if ranks > 1:
@@ -211,11 +211,11 @@ def run_in(checkout: Path, name: str) -> dict:
 
 
 def run_demo(checkout: Path) -> dict:
-    """The hash of what the demonstration writes."""
+    """Run the demonstration of a checkout and return the hash of its weights."""
     with tempfile.TemporaryDirectory() as folder:
+        recipe = str(checkout / "recipes/search_deit.py")
         subprocess.run(
-            [sys.executable, str(checkout / "recipes/search_deit.py"), "--output_dir", folder]
-            + ["--overwrite_output_dir"],
+            [sys.executable, recipe, "--output_dir", folder, "--overwrite_output_dir"],
             env=os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
             check=True,
             capture_output=True,
@@ -226,7 +226,7 @@ def run_demo(checkout: Path) -> dict:
 
 
 def results_of(checkout: Path, names: list[str], demo: bool) -> Iterator[tuple[str, dict]]:
-    """Every case and what the package of a checkout computes for it."""
+    """Yield every case with the result that the package of a checkout computes."""
     for name in names:
         yield name, run_in(checkout, name)
     if demo:
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="the other checkout, or a file of --save")
     parser.add_argument("--save", type=Path, help="write the results of this checkout as JSON")
     parser.add_argument("--cases", nargs="*", default=[*SEARCHES, *OTHERS])
-    parser.add_argument("--demo", action="store_true", help="the demonstration as well")
+    parser.add_argument("--demo", action="store_true", help="also run the demonstration")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     wanted = parser.parse_args()
@@ -253,9 +253,10 @@ def main() -> None:
         others = json.loads(wanted.against.read_text(encoding="utf-8"))
     elif wanted.against is not None:
         others = dict(results_of(wanted.against.resolve(), wanted.cases, wanted.demo))
-    ours, different = {}, []
+    results = {}
+    different = []
     for name, here in results_of(ROOT, wanted.cases, wanted.demo):
-        ours[name] = here
+        results[name] = here
         verdict = ""
         if name in others:
             same = here["hash"] == others[name]["hash"]
@@ -263,7 +264,7 @@ def main() -> None:
             different += [] if same else [name]
         print(f"{name:34} {here['macs']:>10,} MACs  {here['hash'][:12]}  {verdict}", flush=True)
     if wanted.save:
-        wanted.save.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+        wanted.save.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     raise SystemExit(bool(different))
 
 

@@ -1,10 +1,10 @@
-"""How time and memory of a search step grow with depth, width, batch and ranks.
+"""Measure how time and memory of a search step grow with depth, width, batch size and ranks.
 
-Starts from one ViT (224 pixels, patches of 16, heads of 64, 1,000 labels) and changes one thing at
-a time. Every row is a process of its own, two for two ranks (DDP over gloo), so that the peak of
-memory belongs to it: what the process holds at most beyond what it held before there was a model.
-Seconds are processor time of a process, which waiting for others does not add to; medians of a few
-steps, before the choice and after it.
+The benchmark starts from one ViT (224 pixels, patches of 16, heads of 64 channels, 1,000 labels)
+and changes one thing at a time. Every row runs in its own process, or in two for two ranks (DDP
+over gloo), so that its memory peak is its own: the most that the process holds in addition to the
+memory before the model was built. Seconds are CPU time of a process, without the time it waits for
+others; the table gives medians of a few steps before and after the choice.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py
 """
@@ -32,7 +32,7 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a ViT, images per rank, ranks."""
+    """One row: depth and width of a ViT, images per rank, number of ranks."""
 
     depth: int = 12
     width: int = 192
@@ -49,7 +49,7 @@ CHANGES: dict[str, tuple[int, ...]] = {
 
 
 def cases() -> list[Case]:
-    """The first case, and what becomes of it when one thing changes."""
+    """Return the first case and the cases that differ from it in one value."""
     first = Case()
     return [first] + [
         replace(first, **{name: value}) for name, values in CHANGES.items() for value in values
@@ -57,7 +57,7 @@ def cases() -> list[Case]:
 
 
 def measure(case: Case) -> dict[str, float]:
-    """Takes steps in this process, which is a rank of the case."""
+    """Measure steps in this process, which is one rank of the case."""
     torch.manual_seed(0)
     sizes = {
         "hidden_size": case.width,
@@ -88,7 +88,7 @@ def measure(case: Case) -> dict[str, float]:
 
 
 def median_seconds(trial: TrialSearch, batch: dict[str, torch.Tensor]) -> float:
-    """Processor time of a step of this process, the first one left out."""
+    """Return the median CPU time of a step of this process, without the first step."""
     times = []
     for _ in range(STEPS + 1):
         began = time.process_time()
@@ -98,7 +98,7 @@ def median_seconds(trial: TrialSearch, batch: dict[str, torch.Tensor]) -> float:
 
 
 def run(case: Case) -> dict[str, float]:
-    """Measures a case in processes of its own; of several ranks, the first one."""
+    """Measure a case in separate processes; of several ranks, return the first one's result."""
     command = [sys.executable]
     if case.ranks > 1:
         command += [
@@ -118,7 +118,7 @@ def run(case: Case) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the table, or measures one case."""
+    """Print the table, or measure one case."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

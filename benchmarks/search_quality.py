@@ -1,23 +1,23 @@
-"""Does the search choose better than chance? One backbone, one data set, equal epochs, several
-seeds, many contestants.
+"""Compare the search with other methods: one checkpoint, one data set, equal epochs, many seeds.
 
-    ours, paper       a search with that preset: some epochs of search, the rest finetuning
-    depth             ours, and attentions and MLPs may be left out altogether
-    tokens            ours, and patch tokens may be merged or dropped (ViT)
-    uniform           the same share of every width, units by magnitude
-    random            random sizes and units (as many draws as --num_random)
-    l1, taylor        one-shot pruning by magnitude, and by first-order importance on the training data
-    torch_pruning     that library's own importance and pruner, if it is installed
+    search            a search with the default preset
+    paper             a search with the preset of the paper, then finetuning
+    depth             `search` with `search_depth`: it may leave out whole attentions and MLPs
+    tokens            `search` with `search_tokens`: it may merge or drop patch tokens (ViT)
+    uniform           the same fraction of every width, units by magnitude
+    random            random sizes and units, --num_random draws
+    l1, taylor        one-shot pruning by magnitude, and by first-order importance on training data
+    torch_pruning     torch-pruning's importance and pruner, if it is installed
     scratch           the sizes of `uniform`, trained from random weights
-    dense             the dense model itself, trained for the same extra epochs
+    dense             the dense model, trained for the same extra epochs
 
-All of them start from the same dense checkpoint (but for `scratch`), end under the same budget,
-train for the same number of epochs in all, and learn from the same teacher, the dense checkpoint.
-Every finished contestant is a line of results.jsonl; run the command again to go on after an
+All of them start from the same dense checkpoint (except `scratch`), end under the same budget,
+train for the same total number of epochs, and learn from the same teacher, the dense checkpoint.
+Every finished run is a line of results.jsonl; run the command again to continue after an
 interruption.
 
-    python benchmarks/search_quality.py --model vit-cifar10 --data_dir cifar10 --output_dir
-    runs/quality --quick
+    python benchmarks/search_quality.py --model vit-cifar10 --data_dir cifar10 \\
+        --output_dir runs/quality --quick
 """
 
 import argparse
@@ -55,7 +55,7 @@ SPEED_BATCH = 64
 
 @dataclass
 class Settings:
-    """What all contestants share; a results file belongs to one of these."""
+    """Settings that all contestants share; a results file belongs to one set of them."""
 
     model: str
     data_dir: str
@@ -72,13 +72,13 @@ class Settings:
 
     @property
     def epochs(self) -> float:
-        """Of training in all."""
+        """Return the total number of training epochs."""
         return self.search_epochs + self.finetune_epochs
 
 
 @dataclass
 class Job:
-    """One contestant's run."""
+    """One run of one contestant."""
 
     settings: Settings
     dense: PreTrainedModel
@@ -87,7 +87,7 @@ class Job:
     seed: int
 
     def arguments(self, folder: str, epochs: float, learning_rate: float) -> OFBTrainingArguments:
-        """Cosine schedule, 5 % warm-up, nothing saved."""
+        """Return training arguments: cosine schedule, 5 % warm-up, no checkpoints."""
         rows = len(self.inputs.train)
         steps = max(1, round(epochs * rows / self.settings.batch_size))
         return OFBTrainingArguments(
@@ -108,7 +108,7 @@ class Job:
         )
 
     def top1(self, model: PreTrainedModel) -> float:
-        """Accuracy on the evaluation images, in percent."""
+        """Return the accuracy on the evaluation images in percent."""
         with tempfile.TemporaryDirectory() as folder:
             return evaluate_classifier(model, self.inputs.eval, self.arguments(folder, 1, 0.0))[0][
                 "top1"
@@ -117,7 +117,7 @@ class Job:
     def finetune(
         self, model: PreTrainedModel, epochs: float, learning_rate: float | None = None
     ) -> None:
-        """Trains in place, with the dense checkpoint as teacher."""
+        """Train a model in place with the dense checkpoint as teacher."""
         with tempfile.TemporaryDirectory() as folder:
             args = self.arguments(folder, epochs, learning_rate or self.settings.learning_rate)
             teacher = {"teacher": self.dense, "distillation_weight": self.settings.teacher_share}
@@ -126,12 +126,12 @@ class Job:
             )
             trainer.train()
 
-    def ours(self) -> PreTrainedModel:
-        """The dense checkpoint in our own class, to be sliced."""
+    def flexible(self) -> PreTrainedModel:
+        """Return the dense checkpoint in the package's own class, which can be sliced."""
         return family_of(self.dense.config).from_dense(self.dense)
 
     def search(self, epochs: float) -> PreTrainedModel:
-        """A compressed model after so many epochs of search."""
+        """Return the compressed model after this many epochs of search."""
         with tempfile.TemporaryDirectory() as folder:
             args = self.arguments(folder, epochs, self.settings.learning_rate)
             trainer = OFBTrainer(self.dense, args, self.config, train_dataset=self.inputs.train)
@@ -139,30 +139,35 @@ class Job:
             return compress(trainer.supernet)
 
 
-def ours(job: Job) -> tuple[PreTrainedModel, float]:
-    """One run: the network is final early in the search, and is finetuned by what is left of it."""
+def search(job: Job) -> tuple[PreTrainedModel, float]:
+    """Search for all epochs: the choice is made early, and the remaining steps train the result."""
     return job.search(job.settings.epochs), 0
 
 
 def paper(job: Job) -> tuple[PreTrainedModel, float]:
-    """The network is final at the end of the search, and finetuned afterwards."""
+    """Search for a part of the epochs: the choice is made at the end, and finetuning follows."""
     return job.search(job.settings.search_epochs), job.settings.finetune_epochs
 
 
 def one_shot(
     choose: Callable[[Job], Any], looks_at: int = 0
 ) -> Callable[[Job], tuple[PreTrainedModel, float]]:
-    """A contestant that chooses first, and has the epochs left that looking at images to choose by
-    did not take."""
+    """Return a contestant that prunes first and trains for the remaining epochs.
+
+    Args:
+        choose: returns the subnet.
+        looks_at: number of images that the choice needs; they count as training.
+    """
 
     def prune(job: Job) -> tuple[PreTrainedModel, float]:
-        small = slice_model(job.ours(), choose(job))
+        small = slice_model(job.flexible(), choose(job))
         return small, job.settings.epochs - looks_at / len(job.inputs.train)
 
     return prune
 
 
 def taylor(job: Job) -> Any:
+    """Choose a subnet by first-order importance."""
     loader = DataLoader(job.inputs.train, TAYLOR_BATCH, shuffle=True)
     batches = (
         batch for batch, _ in zip(loader, range(TAYLOR_IMAGES // TAYLOR_BATCH), strict=False)
@@ -173,23 +178,26 @@ def taylor(job: Job) -> Any:
 
 
 def uniform(job: Job) -> Any:
+    """Choose the same fraction of every width."""
     return baselines.uniform_subnet(job.dense, job.config, baselines.magnitude_scores(job.dense))
 
 
 def scratch(job: Job) -> tuple[PreTrainedModel, float]:
+    """Return a uniform subnet with random weights."""
     small, epochs = one_shot(uniform)(job)
     set_seed(job.seed)
     return type(small)(small.config).to(small.device), epochs
 
 
 def torch_pruning(job: Job) -> tuple[PreTrainedModel, float]:
+    """Prune with torch-pruning."""
     from torch_pruning_contestant import prune
 
     return prune(job.dense, job.config), job.settings.epochs
 
 
 CONTESTANTS: dict[str, Callable[[Job], tuple[PreTrainedModel, float]]] = {
-    "ours": ours,
+    "search": search,
     "uniform": one_shot(uniform),
     "l1": one_shot(
         lambda job: baselines.pruned_subnet(
@@ -198,8 +206,8 @@ CONTESTANTS: dict[str, Callable[[Job], tuple[PreTrainedModel, float]]] = {
     ),
     "taylor": one_shot(taylor, TAYLOR_IMAGES),
     "random": one_shot(lambda job: baselines.random_subnet(job.dense, job.config, job.seed)),
-    "depth": ours,
-    "tokens": ours,
+    "depth": search,
+    "tokens": search,
     "paper": paper,
     "torch_pruning": torch_pruning,
     "scratch": scratch,
@@ -207,14 +215,15 @@ CONTESTANTS: dict[str, Callable[[Job], tuple[PreTrainedModel, float]]] = {
 
 
 def run(name: str, job: Job) -> dict[str, Any]:
-    """Trains one contestant and measures it."""
+    """Train one contestant and measure it."""
     began = time.time()
     set_seed(job.seed)
     if name == "dense":
-        small, epochs = job.ours(), job.settings.epochs
+        small = job.flexible()
+        epochs = job.settings.epochs
     else:
         small, epochs = CONTESTANTS[name](job)
-    cut = job.top1(small) if epochs else None  # else it was cut long ago
+    cut = job.top1(small) if epochs else None  # None: it was cut during its training
     if epochs:
         job.finetune(small, epochs, job.settings.dense_learning_rate if name == "scratch" else None)
     sizes = {
@@ -233,7 +242,7 @@ def run(name: str, job: Job) -> dict[str, Any]:
 
 
 def speeds(job: Job, small: PreTrainedModel) -> dict[str, float]:
-    """Images per second of a model and of the dense one, measured in turn."""
+    """Return images per second of a model and of the dense one, which take turns."""
     rows = job.inputs.eval
     images = torch.stack(
         [rows[index]["pixel_values"] for index in range(min(len(rows), SPEED_BATCH))]
@@ -244,8 +253,7 @@ def speeds(job: Job, small: PreTrainedModel) -> dict[str, float]:
 
 
 def available(names: list[str], dense: PreTrainedModel) -> list[str]:
-    """The contestants that can run: tokens are a matter of ViTs; torch-pruning prunes them, if it
-    is installed."""
+    """Return the contestants that can run with this model and the installed packages."""
     is_vit = dense.config.model_type == "vit"
     can_run = {"tokens": is_vit, "torch_pruning": is_vit and find_spec("torch_pruning") is not None}
     return [name for name in names if can_run.get(name, True)]
@@ -254,7 +262,7 @@ def available(names: list[str], dense: PreTrainedModel) -> list[str]:
 def plan(
     settings: Settings, budgets: list[float], seeds: list[int], names: list[str]
 ) -> list[tuple[str, float, int]]:
-    """Every (contestant, budget, seed), those that say most first."""
+    """Return every (contestant, budget, seed), the most informative runs first."""
     runs = [("dense", 1.0, seed) for seed in seeds if "dense" in names]
     for budget in budgets:
         for seed in seeds:
@@ -267,7 +275,7 @@ def plan(
 
 
 def dense_model(settings: Settings, folder: Path) -> tuple[PreTrainedModel, Inputs]:
-    """The checkpoint that all start from; trained on this data first if that is asked for, once."""
+    """Return the initial checkpoint; train it on this data first if --dense_epochs says so."""
     data = DataArguments(data_dir=settings.data_dir, max_train_samples=settings.max_train_samples)
     data.max_eval_samples = settings.max_eval_samples
     trained = folder / "dense"
@@ -277,6 +285,7 @@ def dense_model(settings: Settings, folder: Path) -> tuple[PreTrainedModel, Inpu
         with tempfile.TemporaryDirectory() as scratch:
             args = job.arguments(scratch, settings.dense_epochs, settings.dense_learning_rate)
             DistillationTrainer(model, args, train_dataset=inputs.train, **METRICS).train()
+        # Renamed when complete: an interrupted run must not leave half a checkpoint behind.
         aside = trained.with_name("dense.incomplete")
         model.save_pretrained(aside)
         inputs.processor.save_pretrained(aside)
@@ -285,7 +294,7 @@ def dense_model(settings: Settings, folder: Path) -> tuple[PreTrainedModel, Inpu
 
 
 def main() -> None:
-    """Runs what is missing and writes the report."""
+    """Run the missing contestants and write the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -296,14 +305,14 @@ def main() -> None:
         )
         parser.add_argument(f"--{name}", type=kind, required=required, default=None)
     parser.add_argument(
-        "--budgets", nargs="+", type=float, default=[0.5, 0.3], help="shares of the dense MACs"
+        "--budgets", nargs="+", type=float, default=[0.5, 0.3], help="fractions of the dense MACs"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--contestants", nargs="+", choices=["dense", *CONTESTANTS], default=["dense", *CONTESTANTS]
     )
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help=f"small enough for a CPU: {QUICK}")
+    parser.add_argument("--quick", action="store_true", help=f"settings for a CPU: {QUICK}")
     wanted = parser.parse_args()
     given = {
         name: getattr(wanted, name)
@@ -321,7 +330,7 @@ def main() -> None:
     about.write_text(json.dumps(asdict(settings), indent=2) + "\n")
     dense, inputs = dense_model(settings, wanted.output_dir)
     rows = read_history(results) if results.is_file() else []
-    if results.is_file():  # without a line that a kill cut short
+    if results.is_file():  # drops an incomplete last line of an interrupted run
         results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = {(row["contestant"], row["budget"], row["seed"]) for row in rows}
     for name, budget, seed in plan(
@@ -329,7 +338,7 @@ def main() -> None:
     ):
         if (name, budget, seed) in done:
             continue
-        preset = "paper" if name == "paper" else "ours"
+        preset = "paper" if name == "paper" else "default"
         fields = {"target_macs": budget, "preset": preset}
         fields |= {"search_depth": name == "depth", "search_tokens": name == "tokens"}
         job = Job(settings, dense, inputs, default_config(dense.config, **fields), seed)

@@ -1,8 +1,10 @@
-"""The table and the picture of `search_quality.py`, from its results.jsonl alone.
+"""Write the table and the plot of `search_quality.py` from its results.jsonl.
 
 python benchmarks/search_quality_report.py runs/quality
 """
 
+import argparse
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -27,7 +29,7 @@ HEAD = (
 
 
 def write_report(folder: Path) -> str:
-    """Writes table.md and quality.png; returns the table."""
+    """Write table.md and quality.png; return the table."""
     rows = read_history(folder / "results.jsonl")
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in table_rows(rows)) + "\n"
     (folder / "table.md").write_text(table)
@@ -36,7 +38,7 @@ def write_report(folder: Path) -> str:
 
 
 def grouped(rows: list[dict[str, Any]]) -> dict[tuple[float, str], list[dict[str, Any]]]:
-    """Runs by budget and contestant, the largest budget and the best contestant first."""
+    """Group runs by budget and contestant, the largest budget and the best contestant first."""
     groups: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["budget"], row["contestant"]].append(row)
@@ -44,67 +46,57 @@ def grouped(rows: list[dict[str, Any]]) -> dict[tuple[float, str], list[dict[str
 
 
 def mean(rows: list[dict[str, Any]], key: str) -> float:
-    """Over the runs of a contestant."""
+    """Return the mean of a figure over the runs of a contestant."""
     return statistics.fmean(row[key] for row in rows)
 
 
 def table_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Mean, spread (highest - lowest) and best of every contestant, and how much its widths differ
-    between seeds."""
+    """Return the table: mean, spread (highest - lowest), best, and how much widths differ."""
     lines: list[tuple[str, ...]] = [HEAD, ("---:", "---", *["---:"] * (len(HEAD) - 2))]
     for (budget, name), runs in grouped(rows).items():
         top1 = [row["top1"] for row in runs]
-        spreads = f"{max(top1) - min(top1):.2f}", f"{100 * width_spread(runs):.0f} %"
-        spread, widths = spreads if len(runs) > 1 else ("-", "-")
-        cells = [
+        several = len(runs) > 1
+        cells = (
             f"{budget:.2f}",
             name,
             str(len(runs)),
             f"{mean(runs, 'top1'):.2f}",
-            spread,
+            f"{max(top1) - min(top1):.2f}" if several else "-",
             f"{max(top1):.2f}",
-        ]
-        cells += [
             after_cut(runs),
             f"{mean(runs, 'share'):.3f}",
             f"{mean(runs, 'params') / 1e6:.3f}",
-        ]
-        lines.append((*cells, widths, speed(runs)))
+            f"{100 * width_spread(runs):.0f} %" if several else "-",
+            speed(runs),
+        )
+        lines.append(cells)
     return lines
 
 
 def after_cut(runs: list[dict[str, Any]]) -> str:
-    """Accuracy before the finetuning; "-" where one run was both."""
+    """Return the accuracy before finetuning; "-" if one run included both."""
     return "-" if runs[0]["top1_cut"] is None else f"{mean(runs, 'top1_cut'):.2f}"
 
 
 def speed(runs: list[dict[str, Any]]) -> str:
-    """Images per second as a multiple of the dense model's, measured beside it; "-" where they were
-    not."""
+    """Return images per second as a multiple of the dense model's; "-" if not measured."""
     if not all("images_per_second" in row for row in runs):
         return "-"
-    return f"{statistics.fmean(row['images_per_second'] / row['dense_images_per_second'] for row in runs):.2f} x"
+    ratios = [row["images_per_second"] / row["dense_images_per_second"] for row in runs]
+    return f"{statistics.fmean(ratios):.2f} x"
 
 
 def width_spread(runs: list[dict[str, Any]]) -> float:
-    """Mean over submodules of (largest - smallest kept number of units) / largest, between the
-    runs."""
+    """Return the mean over submodules of (largest - smallest number of kept units) / largest."""
     spreads = []
     for name in runs[0]["sizes"]:
-        units = [_product(row["sizes"][name]) for row in runs]
+        units = [math.prod(row["sizes"][name]) for row in runs]
         spreads.append((max(units) - min(units)) / max(*units, 1))
     return statistics.fmean(spreads)
 
 
-def _product(sizes: list[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
-
-
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Top-1 over MACs: every run a dot, the means of a contestant joined."""
+    """Plot top-1 over MACs: a dot for every run, a line through the means of a contestant."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,7 +119,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 color=line.get_color(),
             )
     axes.set(
-        xlabel="share of the dense model's MACs",
+        xlabel="fraction of the dense model's MACs",
         ylabel="top-1 %",
         title="Equal epochs, equal teacher",
     )
@@ -136,5 +128,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def main() -> None:
+    """Write the report of a folder and print its table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="output folder of search_quality.py")
+    sys.stdout.write(write_report(parser.parse_args().folder))
+
+
 if __name__ == "__main__":
-    sys.stdout.write(write_report(Path(sys.argv[1])))
+    main()

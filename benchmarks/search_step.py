@@ -1,14 +1,13 @@
-"""What a step of the search costs beside a step of dense training: time, calls, bytes kept for
-backward, memory.
+"""Compare a step of the search with a step of dense training: time, calls, saved bytes, memory.
 
-A step is forward, backward and optimizer, as the Trainer does them, on random images with random
-weights. `dense` is the stock model with sdpa, trained on labels; `search` is our supernet with all
-candidates in the race, patches hidden and all losses on, without a teacher. The other rows are
-`search` with one thing more, or without one part. Contestants take turns; medians over the rounds,
-ratios within a round.
+A step is forward, backward and optimizer, as the Trainer runs them, on random images with random
+weights. `dense` is the stock model with sdpa, trained on labels; `search` is the supernet with all
+candidates active, hidden patches and all losses, without a teacher. The other rows are `search`
+with one change. All steps take turns; the table gives medians over the rounds and ratios within a
+round.
 
     python benchmarks/search_step.py --shape deit_small --batch 8
-    python benchmarks/search_step.py --shape swin_tiny --batch 64 --bf16 --compile      # on a GPU
+    python benchmarks/search_step.py --shape swin_tiny --batch 64 --bf16 --compile    # on a GPU
 """
 
 import argparse
@@ -43,18 +42,18 @@ HEAD = (
 
 
 class Unread(dict):
-    """Gate values that losses see and gated modules do not."""
+    """Gate values that the losses read and the gated modules do not."""
 
     def __contains__(self, name: object) -> bool:
         return False
 
     def get(self, name: object, default: object = None) -> object:
-        """Nothing, whoever asks."""
+        """Return the default for every name."""
         return default
 
 
 class CountedCalls(TorchDispatchMode):
-    """Counts what reaches the kernels."""
+    """Count the operations that reach the kernels."""
 
     calls = 0
 
@@ -64,7 +63,7 @@ class CountedCalls(TorchDispatchMode):
 
 
 class DenseStep:
-    """A step of training the stock model on labels."""
+    """One step of training the stock model on labels."""
 
     def __init__(self, model: PreTrainedModel, args: OFBTrainingArguments):
         trainer = self.trainer = DistillationTrainer(model, args)
@@ -73,7 +72,7 @@ class DenseStep:
         trainer.current_gradient_accumulation_steps = 1
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
-        """As `TrialSearch.step`."""
+        """Take a step and return its loss, as `TrialSearch.step` does."""
         loss = self.trainer.training_step(self.trainer.model_wrapped, batch)
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
@@ -81,7 +80,7 @@ class DenseStep:
 
 
 def silence(*names: str) -> Callable[[Supernet], None]:
-    """Lets methods of a supernet return a zero."""
+    """Return a patch that makes methods of a supernet return zero."""
 
     def patch(supernet: Supernet) -> None:
         for name in names:
@@ -95,14 +94,14 @@ def silence(*names: str) -> Callable[[Supernet], None]:
 
 
 def fix_masks(supernet: Supernet) -> None:
-    """Computes the bi-masks once and for all."""
+    """Compute the bi-masks once and keep their values."""
     supernet.refresh_gates()
     values = {name: value.detach() for name, value in supernet._gate_store.values.items()}
     supernet.refresh_gates = lambda: supernet._gate_store.values.update(values)
 
 
 def ignore_masks(supernet: Supernet) -> None:
-    """Computes the bi-masks, and multiplies no weight by them."""
+    """Compute the bi-masks without multiplying any weight by them."""
     refresh = supernet.refresh_gates
 
     def refresh_unread() -> None:
@@ -113,26 +112,26 @@ def ignore_masks(supernet: Supernet) -> None:
 
 
 def go_back(trial: TrialSearch) -> None:
-    """To the importance phase, in which gradients are only observed."""
+    """Return to the importance phase, in which gradients are only observed."""
     trial.trainer.state.global_step = 0
     trial.trainer.supernet.importance_known.fill_(False)
     trial.trainer.begin_search()
 
 
-# Row -> what is done to the supernet.
+# Row -> change of the supernet.
 WITHOUT: dict[str, Callable[[Supernet], None]] = {
     "without the one-hot loss": silence("one_hot_loss"),
     "without the expected costs": silence("sizes", "expected_cost", "expected_macs"),
     "without the importance penalty": silence("importance_penalty"),
-    "with masks that rest": fix_masks,
-    "with masks that nobody reads": ignore_masks,
+    "with constant masks": fix_masks,
+    "with unread masks": ignore_masks,
 }
 
 
 def contestants(
     shape: str, share: float, args: OFBTrainingArguments
 ) -> dict[str, DenseStep | TrialSearch]:
-    """Every row of the table."""
+    """Build every row of the table."""
 
     def dense() -> PreTrainedModel:
         return load_classifier(shape, [str(label) for label in range(1000)], seed=0).train()
@@ -157,7 +156,7 @@ def contestants(
 
 
 def peak(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that a step holds beyond what was there when it began."""
+    """Return the peak bytes of tensors in a step, in addition to those at its start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -178,8 +177,10 @@ def peak(step: Callable[[], object], device: torch.device) -> int:
 
 
 def saved_bytes(step: Callable[[], object], module: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass, parameters and buffers aside, each storage
-    once."""
+    """Return the bytes that autograd saves for the backward pass.
+
+    Parameters and buffers do not count, and each storage counts once.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in module.state_dict().values()}
     kept: dict[int, int] = {}
 
@@ -195,15 +196,14 @@ def saved_bytes(step: Callable[[], object], module: nn.Module) -> int:
 
 
 def calls(step: Callable[[], object]) -> int:
-    """Operations of a step that reach the kernels."""
+    """Return the number of operations of a step that reach the kernels."""
     with CountedCalls() as counted:
         step()
     return counted.calls
 
 
 def seconds(step: Callable[[], Tensor], device: torch.device) -> float:
-    """Of one step, until the device is done; on a CPU of this process alone, whatever else the
-    machine does."""
+    """Return the seconds of one step until the device is done; on a CPU, CPU time."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     began = clock()
     float(step())
@@ -213,7 +213,7 @@ def seconds(step: Callable[[], Tensor], device: torch.device) -> float:
 def table(
     rows: dict[str, DenseStep | TrialSearch], batch: dict[str, Tensor], rounds: int, compiled: bool
 ) -> None:
-    """Measures and prints."""
+    """Measure all steps and print the table."""
     steps = {name: lambda row=row: row.step(batch) for name, row in rows.items()}
     device = batch["labels"].device
     turns = [
@@ -228,7 +228,7 @@ def table(
             f"{statistics.median(ratios):.3f}",
         ]
         cells.append(f"({min(ratios):.2f}, {max(ratios):.2f})")
-        # Modes and hooks would have everything compiled anew.
+        # Modes and hooks would compile everything again.
         cells.append("-" if compiled else f"{calls(step):,}")
         cells.append(
             "-" if compiled else f"{saved_bytes(step, rows[name].trainer.model) / 2**20:,.1f}"
@@ -239,17 +239,19 @@ def table(
 
 
 def main() -> None:
-    """Prints one table."""
+    """Print one table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="deit_small")
-    parser.add_argument("--share", type=float, default=0.5, help="MACs of the shrunk model")
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="fraction of the MACs of the shrunk model"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings = {

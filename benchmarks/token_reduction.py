@@ -1,27 +1,27 @@
-"""Fewer tokens, without any finetuning: learned counts against fixed rates, against chance, and
-against fewer widths.
+"""Compare ways to use fewer tokens without finetuning: learned counts, fixed rates, random tokens.
 
     dense             all tokens, all widths
-    learned           counts learned by TokenTrainer (ofb-hf search-tokens), weights untouched
-    fixed merging     as many tokens fewer in every layer, merged (ToMe's schedule, our ranking)
-    fixed dropping    the same by dropping the patches that the class token attends to least
-    ranked dropping   as many tokens in every layer as learned, by dropping those least attended to
-    random dropping   the same, but any
+    learned           counts learned by TokenTrainer (ofb-hf search-tokens), weights unchanged
+    fixed merging     the same reduction in every layer, by merging (ToMe's schedule, our ranking)
+    fixed dropping    the same reduction in every layer, by dropping the patches with least attention
+    ranked dropping   counts of `learned`; the patches with least attention are dropped
+    random dropping   counts of `learned`; random patches are dropped
     widths            one-shot first-order pruning of heads and MLP channels, all tokens
-    both              widths first, then learned counts
-    search            what a search for widths (ofb-hf search) settles on, its weights at rest, all tokens
+    both              `widths` first, then learned counts
+    search            the choice of a search for widths (ofb-hf search), weights unchanged, all tokens
     joint search      the same with --search_tokens: widths and tokens in one choice
 
-All are held to the same budgets and evaluated on the same images; `both` to a budget of its own.
-Speed is measured in turns, so read it as ratios to dense. With a table of `ofb-hf latency-table`
-budgets are shares of the milliseconds that it predicts for the dense model, and the result says
-what every model was predicted to take and takes, by the table's settings and clock.
+All models have the same budgets (`both` has its own) and are evaluated on the same images. They
+take turns when speed is measured, so compare ratios to dense only. With a table of
+`ofb-hf latency-table`, budgets are fractions of the milliseconds that the table predicts for the
+dense model, and the result lists predicted and measured latency under the table's settings.
 
-    python benchmarks/token_reduction.py --model vit-cifar10 --data_dir cifar10 --output_dir
-    runs/tokens --steps 100 ofb-hf latency-table vit-cifar10 --batch_size 32 --num_threads 1 --clock
-    cpu --output table.json python benchmarks/token_reduction.py --model vit-cifar10 --data_dir
-    cifar10 --output_dir runs/ms --steps 100 \\
-        --latency_table table.json --only learned "fixed merging" "joint search"
+    python benchmarks/token_reduction.py --model vit-cifar10 --data_dir cifar10 \\
+        --output_dir runs/tokens --steps 100
+    ofb-hf latency-table vit-cifar10 --batch_size 32 --num_threads 1 --clock cpu --output table.json
+    python benchmarks/token_reduction.py --model vit-cifar10 --data_dir cifar10 \\
+        --output_dir runs/ms --steps 100 --latency_table table.json \\
+        --only learned "fixed merging" "joint search"
 """
 
 import argparse
@@ -51,21 +51,21 @@ from ofb_hf.workflow.measure import images_per_second, provenance
 from ofb_hf.workflow.report import markdown_table
 
 TAYLOR_BATCHES, OBSERVED_IMAGES = 8, 512
-WIDTH_SHARE = 0.7  # of `both`, the rest is done by tokens
+WIDTH_SHARE = 0.7  # fraction that `both` leaves to widths; tokens do the rest
 
 
 class RandomReduction(TokenReduction):
-    """Keeps patches by chance."""
+    """Keep random patches."""
 
     def forward(
         self, tokens: Tensor, sizes: Tensor | None, importance: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """As `TokenReduction.forward`."""
+        """Reduce tokens as `TokenReduction.forward` does, with random importance."""
         return super().forward(tokens, sizes, torch.rand_like(importance))
 
 
 def budget(dense: PreTrainedModel, share: float, options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a search's config that hold it to a share of what the dense model costs."""
+    """Return the config fields of a budget: a fraction of the cost of the dense model."""
     if options.latency_table is None:
         return {"target_macs": int(share * count_macs(dense))}
     table = LatencyTable.load(options.latency_table)
@@ -76,7 +76,7 @@ def budget(dense: PreTrainedModel, share: float, options: argparse.Namespace) ->
 def learned(
     model: PreTrainedModel, inputs: Inputs, target: dict[str, Any], options: argparse.Namespace
 ) -> PreTrainedModel:
-    """The model with learned counts. `target` as `budget` gives it."""
+    """Return the model with learned counts; `target` comes from `budget`."""
     settings = {
         "max_steps": options.steps,
         "per_device_train_batch_size": options.batch_size,
@@ -97,7 +97,7 @@ def learned(
 def narrowed(
     model: PreTrainedModel, inputs: Inputs, target: dict[str, Any], options: argparse.Namespace
 ) -> PreTrainedModel:
-    """The model with fewer heads and MLP channels, pruned in one shot."""
+    """Return the model with fewer heads and MLP channels, pruned in one shot."""
     rows = torch.randperm(len(inputs.train), generator=torch.Generator().manual_seed(options.seed))
     loader = DataLoader(
         inputs.train,
@@ -116,7 +116,7 @@ def searched(
     tokens: bool,
     options: argparse.Namespace,
 ) -> PreTrainedModel:
-    """What a search settles on after it has observed; nothing is trained."""
+    """Return the choice of a search after its importance phase; nothing is trained."""
     steps = -(-OBSERVED_IMAGES // options.batch_size)
     settings = {
         "max_steps": steps + 2,
@@ -130,9 +130,9 @@ def searched(
         "settle_at": (steps + 1) / (steps + 2),
         "retire_begin": 1.0,
     }
-    rests = {"architecture_learning_rate": 0.0, "pmim": False}
+    unchanged = {"architecture_learning_rate": 0.0, "pmim": False}
     config = default_config(
-        model.config, **target, search_embedding=False, search_tokens=tokens, **phases, **rests
+        model.config, **target, search_embedding=False, search_tokens=tokens, **phases, **unchanged
     )
     trainer = OFBTrainer(model, args, config, train_dataset=inputs.train)
     trainer.train()
@@ -140,7 +140,7 @@ def searched(
 
 
 def at_fixed_rate(model: PreTrainedModel, target: dict[str, Any], merge: bool) -> PreTrainedModel:
-    """The model with as many tokens fewer in every layer."""
+    """Return the model with the same reduction in every layer."""
     config = TokenSearchConfig(**target)
     schedule = fixed_rate_schedule(
         model.config, config.target_for(model.config), merge, config.terms_of
@@ -149,7 +149,7 @@ def at_fixed_rate(model: PreTrainedModel, target: dict[str, Any], merge: bool) -
 
 
 def dropping(model: PreTrainedModel, by_chance: bool) -> PreTrainedModel:
-    """The model with as many tokens left in every layer, the others dropped."""
+    """Return the model with the same counts, by dropping tokens only."""
     schedule = [[merged, merged] for _, merged in model.config.token_schedule]
     model = OFBViTForImageClassification.from_dense(model, schedule)
     for layer in model.vit.layers:
@@ -160,7 +160,7 @@ def dropping(model: PreTrainedModel, by_chance: bool) -> PreTrainedModel:
 
 @torch.inference_mode()
 def top1(model: PreTrainedModel, images: DataLoader) -> float:
-    """Accuracy in percent."""
+    """Return top-1 accuracy in percent."""
     hits = [
         model(batch["pixel_values"].to(model.device)).logits.argmax(-1).cpu() == batch["labels"]
         for batch in images
@@ -171,7 +171,7 @@ def top1(model: PreTrainedModel, images: DataLoader) -> float:
 def contestants(
     dense: PreTrainedModel, inputs: Inputs, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Name -> (model, seconds that it took to make)."""
+    """Return name -> (model, seconds that it took to make)."""
     models: dict[str, Any] = {"dense": (dense, 0.0)}
 
     def add(name: str, make: Any) -> None:
@@ -216,7 +216,7 @@ def contestants(
 
 
 def add_latency(rows: list[dict[str, Any]], models: dict[str, PreTrainedModel], file: str) -> None:
-    """What the table predicts for every model, and what it takes, all of them in turns."""
+    """Add predicted and measured latency to every row; the models take turns."""
     table = LatencyTable.load(file)
     taken = measured_latency(models, table)
     for row in rows:
@@ -225,7 +225,7 @@ def add_latency(rows: list[dict[str, Any]], models: dict[str, PreTrainedModel], 
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against MACs."""
+    """Plot accuracy over MACs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -238,7 +238,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         share = [row["macs"] / dense["macs"] for row in points]
         axes.plot(share, [row["top1"] for row in points], marker="o", label=name)
     axes.set(
-        xlabel="MACs, share of dense", ylabel="top-1 % without finetuning", title="Fewer tokens"
+        xlabel="MACs, fraction of dense", ylabel="top-1 % without finetuning", title="Fewer tokens"
     )
     axes.legend()
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -246,7 +246,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -256,11 +256,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--both", type=float, default=0.35)
     parser.add_argument(
-        "--only", nargs="+", help="Names of contestants, as 'joint search'; all if not given."
+        "--only", nargs="+", help="Names of models, e.g. 'joint search'; default: all."
     )
     parser.add_argument(
         "--latency_table",
-        help="File of `ofb-hf latency-table`: budgets are shares of milliseconds.",
+        help="File of `ofb-hf latency-table`; budgets are then fractions of milliseconds.",
     )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -271,8 +271,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Makes, evaluates and times all contestants, and writes results.json, table.md and
-    plot.png."""
+    """Make, evaluate and time all models; write results.json, table.md and plot.png."""
     options = parse()
     data = DataArguments(data_dir=options.data_dir, augmentation="light")
     dense, inputs = load(options.model, data, options.seed)
@@ -301,7 +300,7 @@ def main() -> None:
         )
     table = [
         [
-            "model, share of the budget",
+            "model, fraction of the budget",
             "top-1 %",
             "MMACs",
             "of dense",

@@ -1,7 +1,6 @@
-"""What the published token schedules are worth in time: images per second of DeiT shapes with and
-without them.
+"""Measure images per second of DeiT shapes with and without published token schedules.
 
-Speed does not depend on the weights, which are random. Models take turns; read the ratios.
+Weights are random, because speed does not depend on them. Models take turns; compare ratios only.
 
     python benchmarks/token_throughput.py --shapes deit_tiny deit_small --batch 8
 """
@@ -20,7 +19,7 @@ from ofb_hf.workflow.report import markdown_table
 
 
 def rows(shape: str, batch: int, device: torch.device) -> list[list[str]]:
-    """The dense model of a shape, and every published schedule of it."""
+    """Return rows for the dense model of a shape and for each of its published schedules."""
     torch.manual_seed(0)
     config = SHAPES[shape].config([str(label) for label in range(1000)])
     dense = ViTForImageClassification(config).to(device).eval()
@@ -43,7 +42,7 @@ def rows(shape: str, batch: int, device: torch.device) -> list[list[str]]:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,14 @@
-"""torch-pruning as a contestant of `search_quality.py`: its own importance and pruner; ours only
-loads the result.
+"""Prune a ViT with the library torch-pruning, as a contestant of `search_quality.py`.
 
-What has to be worked around in 1.6 with transformers' ViT: attention must be eager (its graph does
-not follow sdpa); heads are declared layer by layer, and keep their number (with pruned heads,
-queries and values end up with different widths); and the pruned modules still reshape by the old
-head width, so the weights move to our class, which reads widths from its config. With
-`global_pruning` it leaves every attention alone, so each layer loses the same share.
+Importance and pruner are torch-pruning's; the result is loaded into our class. Version 1.6 needs
+these workarounds for transformers' ViT:
+
+- Attention must be eager, because the dependency graph does not follow sdpa.
+- Heads are declared layer by layer and keep their number; with pruned heads, queries and values
+  would end up with different widths.
+- The pruned modules still reshape by the old head width, so the weights move to our class, which
+  reads widths from its config.
+- `global_pruning` prunes no attention at all, so each layer loses the same fraction of its width.
 """
 
 import copy
@@ -21,15 +24,17 @@ MULTIPLE = 8
 
 
 def prune(dense: PreTrainedModel, config: BiMaskConfig) -> OFBViTForImageClassification:
-    """The largest network under the budget that the pruner makes, by bisection of its pruning
-    ratio.
+    """Return the largest network of the pruner under the budget, by bisection of its ratio.
 
     Raises:
         TypeError: for anything but a stock ViT.
     """
     if not isinstance(dense, ViTForImageClassification):
         raise TypeError(f"got a {type(dense).__name__}; this contestant prunes transformers' ViT.")
-    target, low, high, best = config.target(count_macs(dense)), 0.0, 1.0, None
+    target = config.target(count_macs(dense))
+    low = 0.0
+    high = 1.0
+    best = None
     for _ in range(12):
         ratio = (low + high) / 2
         candidate = _pruned(dense, ratio)
