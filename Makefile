@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test quick check format clean
 
 demo: $(VENV)/.installed  ## search, prune, finetune and evaluate a small ViT on handwritten digits; writes runs/demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -11,6 +11,9 @@ demo: $(VENV)/.installed  ## search, prune, finetune and evaluate a small ViT on
 
 test: $(VENV)/.installed  ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+quick: $(VENV)/.installed  ## every test that is not marked slow
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 check: $(VENV)/.installed  ## style
 	$(BIN)/ruff format --check .

@@ -3,12 +3,12 @@
     dense             all tokens, all widths
     learned           counts learned by TokenTrainer (ofb-hf search-tokens), weights unchanged
     fixed merging     the same reduction in every layer, by merging (ToMe's schedule, our ranking)
-    fixed dropping    the same reduction in every layer, by dropping the patches with least attention
+    fixed dropping    the same by dropping the patches with the least attention
     ranked dropping   counts of `learned`; the patches with least attention are dropped
     random dropping   counts of `learned`; random patches are dropped
     widths            one-shot first-order pruning of heads and MLP channels, all tokens
     both              `widths` first, then learned counts
-    search            the choice of a search for widths (ofb-hf search), weights unchanged, all tokens
+    search            the choice of a search for widths (ofb-hf search), weights unchanged
     joint search      the same with --search_tokens: widths and tokens in one choice
 
 All models have the same budgets (`both` has its own) and are evaluated on the same images. They

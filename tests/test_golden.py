@@ -1,7 +1,7 @@
-"""Our numbers against those of the published code, wherever we claim to compute the same thing.
+"""Compare our numbers with those of the published code where both compute the same thing.
 
-The fixtures under `golden/` say where they come from and how closely they have to be met. Where we
-deviate on purpose the test says why and asserts what ours does instead.
+The fixtures under `golden/` state their origin and their tolerance. Where this package deviates on
+purpose, the test says why and asserts its own behaviour.
 """
 
 import math
@@ -16,6 +16,7 @@ from ofb_hf.masks.bi_mask import BiMask
 from ofb_hf.masks.one_hot import SPREAD_MARGIN, one_hot_loss
 from ofb_hf.search.phases import importance_weight, keep_ratio
 from ofb_hf.search.pmim import mask_patches, normalize_target, reconstruction_loss
+from ofb_hf.space.presets import PRESETS
 from ofb_hf.space.search_space import SearchSpace, SubmoduleSpace
 from ofb_hf.training.losses import flops_loss
 
@@ -24,7 +25,7 @@ KINDS = {"embed": "embedding", "attn": "attention", "mlp": "mlp"}
 
 
 def deit_space(name: str) -> SearchSpace:
-    """The space of a DeiT with the paper's candidates."""
+    """Return the search space of a DeiT with the paper's candidates."""
     cfg = golden("search_space.json")["models"][name]["cfg"]
     config = ViTConfig(
         hidden_size=cfg["embed_dim"],
@@ -37,7 +38,7 @@ def deit_space(name: str) -> SearchSpace:
 
 
 def golden_space(kind: str, candidates: list) -> SubmoduleSpace:
-    """The space that a fixture's candidates describe; the largest candidates are the full sizes."""
+    """Return the space of a fixture's candidates; the largest candidates are the full sizes."""
     if kind in ("attn", "attention"):
         heads, dims = candidates
         return SubmoduleSpace("a", kind, None, (), heads[-1], dims[-1], tuple(heads), tuple(dims))
@@ -45,7 +46,7 @@ def golden_space(kind: str, candidates: list) -> SubmoduleSpace:
 
 
 def float64(values: list) -> torch.Tensor:
-    """A fixture's numbers."""
+    """Return a fixture's numbers as a float64 tensor."""
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -73,13 +74,12 @@ def test_the_papers_search_space(name, candidates, units):
 
 
 def test_the_full_number_of_heads_is_always_a_candidate():
-    """Deviation: the published list for 3 heads is [2], so that the dense model is not in its own
-    space."""
+    """The published list for 3 heads is [2], so the dense model is not in its own space there."""
     assert golden("search_space.json")["models"]["deit_t"]["heads"] == [2]
     assert deit_space("deit_t")["layers.0.attention"].head_candidates == (2, 3)
 
 
-@pytest.mark.parametrize("preset", ["ours", "paper"])
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("heads", range(1, 14))
 def test_every_dense_model_is_in_its_own_space(preset, heads):
     config = vit_config(hidden_size=heads * 8, num_attention_heads=heads)
@@ -94,7 +94,7 @@ def test_every_dense_model_is_in_its_own_space(preset, heads):
 
 
 def golden_mask(variant: str, kind: str) -> tuple[BiMask, dict]:
-    """A bi-mask with a fixture's scores, in float64, and what the published code made of them."""
+    """Return a float64 bi-mask with a fixture's scores, and the published code's results."""
     fixture = golden("masks.json")
     expected = fixture["variants"][variant][kind]
     mask = BiMask(golden_space(kind, fixture["spaces"][kind])).double()
@@ -131,16 +131,19 @@ def test_bi_masks(variant, kind):
     assert mask.alive.all()
 
 
-def test_candidates_retire_at_a_fifth_of_the_uniform_share():
-    """p = 0.2 / n itself is left out: which side of it a sum of exponentials lands on is the
-    rounding's business."""
+def test_candidates_retire_at_a_fifth_of_the_uniform_probability():
+    """Case names are "n=COUNT,delta=DISTANCE to the threshold 0.2 / n".
+
+    Distance 0 is skipped: rounding decides there on which side a sum of exponentials ends up.
+    """
     fixture = golden("threshold.json")
     checked = 0
     for name, case in fixture["cases"].items():
-        count, delta = (float(part.partition("=")[2]) for part in name.split(","))
-        if delta == 0:
+        fields = [field.partition("=")[2] for field in name.split(",")]
+        count = int(float(fields[0]))
+        if float(fields[1]) == 0:
             continue
-        count, checked = int(count), checked + 1
+        checked += 1
         mask = BiMask(SubmoduleSpace("a", "mlp", count, tuple(range(1, count + 1))))
         with torch.no_grad():
             mask.alpha[0] = case["alpha_low"]
@@ -153,28 +156,28 @@ def test_candidates_retire_at_a_fifth_of_the_uniform_share():
 
 
 def one_hot_modules(mode: str) -> list[dict]:
-    """Logits, liveness and (where finite) gradients of seven modules."""
+    """Return logits, active candidates and (where finite) gradients of seven modules."""
     return golden("one_hot_loss.json")["modes"][mode]["modules"]
 
 
 def spread_of(alpha: torch.Tensor, active: torch.Tensor) -> float:
-    """Variance of the living probabilities as a share of the largest possible one."""
+    """Return the variance of the active probabilities divided by its largest possible value."""
     p = alpha[active].softmax(0)
     return ((p - 1 / len(p)).square().sum() / (1 - 1 / len(p))).item()
 
 
 @pytest.mark.parametrize("mode", ["random", "dead", "peaked", "two"])
 def test_one_hot_loss(mode):
-    """The two terms are summed, as `L_ent + L_var` in the published loss; the L1 on importance is a
-    term of its own.
+    """Our loss is the sum of the published `L_ent + L_var`; the L1 on importance is separate.
 
-    One module of `dead` has a spread of 0.0010, just inside our clamp: its loss is that of the
-    margin, no gradient of 630 pulls at it, and the sum of its kind is compared up to that
-    difference.
+    One module of `dead` has a spread of 0.0010, just below our clamp: its loss is the value at the
+    margin, it does not get the published gradient of 630, and the sum of its kind is compared after
+    correcting for that difference.
     """
     tolerance = golden("one_hot_loss.json")["provenance"]["tolerance"]
     terms = golden("one_hot_loss.json")["modes"][mode]["loss"]
-    total, clamped = dict.fromkeys(KINDS, 0.0), 0
+    total = dict.fromkeys(KINDS, 0.0)
+    clamped = 0
     for module in one_hot_modules(mode):
         alpha, active = float64(module["alpha"]).requires_grad_(), torch.tensor(module["active"])
         loss = one_hot_loss(alpha, active)
@@ -182,19 +185,17 @@ def test_one_hot_loss(mode):
         spread = spread_of(alpha.detach(), active)
         if spread < SPREAD_MARGIN:
             clamped += 1
-            n = int(active.sum())
-            total[module["kind"]] += (
-                1 / math.tan(math.pi * spread) - 1 / math.tan(math.pi * SPREAD_MARGIN)
-            ) / n
+            published = 1 / math.tan(math.pi * spread)
+            at_margin = 1 / math.tan(math.pi * SPREAD_MARGIN)
+            total[module["kind"]] += (published - at_margin) / int(active.sum())
             continue
         (gradient,) = torch.autograd.grad(loss, alpha)
         close = tolerance["gradient"]
         torch.testing.assert_close(gradient, float64(module["grad_all"]), rtol=close, atol=close)
     assert clamped <= (mode == "dead")
     for kind, value in total.items():
-        assert value == pytest.approx(
-            terms["entropy"][kind] + terms["var"][kind], rel=tolerance["loss"]
-        )
+        expected = terms["entropy"][kind] + terms["var"][kind]
+        assert value == pytest.approx(expected, rel=tolerance["loss"])
 
 
 def test_one_hot_loss_is_zero_once_decided():
@@ -210,13 +211,12 @@ def test_one_hot_loss_is_zero_once_decided():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mode", POLES)
 def test_one_hot_loss_at_its_poles(mode, dtype):
-    """Deviation: the tangent has a pole at both ends, so the spread is clamped.
+    """The tangent has a pole at both ends, so this package clamps the spread.
 
-    The published numbers there are up to 1e16 in float64 and have the wrong sign in float32 (two
-    equal logits:
-    -1.1e7), entropy is infinite or NaN for gaps above 100, and an assertion fails for exact one-hot
-    vectors. Ours stays within ln n + cot(pi / 1000) / n, is positive near uniform and not positive
-    near one-hot.
+    The published numbers there reach 1e16 in float64 and have the wrong sign in float32 (two equal
+    logits: -1.1e7); its entropy is infinite or NaN for gaps above 100, and an assertion fails for
+    exact one-hot vectors. Our loss stays within ln n + 1 / (pi SPREAD_MARGIN n), is positive near
+    uniform and negative near one-hot.
     """
     for module in one_hot_modules(mode):
         active = torch.tensor(module["active"])
@@ -228,14 +228,13 @@ def test_one_hot_loss_at_its_poles(mode, dtype):
         assert gradient.isfinite().all()
         assert abs(loss.item()) <= math.log(count) + 1 / (math.pi * SPREAD_MARGIN * count)
         assert gradient.abs().max() <= 1000 * math.pi
-        assert (
-            loss.item() > 0 if mode in ("two_equal", "near_uniform", "uniform") else loss.item() < 0
-        )
+        near_uniform = mode in ("two_equal", "near_uniform", "uniform")
+        assert (loss.item() > 0) == near_uniform
+        assert loss.item() != 0
 
 
 def test_spread_at_the_threshold_is_the_same_for_every_count():
-    """All but one candidate at the threshold of 0.2 / n: spread 0.64, so that the cotangent is
-    below zero by 0.47."""
+    """All candidates but one at the threshold 0.2 / n: the spread is 0.64, its cotangent -0.47."""
     for count in (2, 3, 7, 17, 42):
         p = torch.full((count,), 0.2 / count, dtype=torch.float64)
         p[0] = 1 - p[1:].sum()
@@ -261,8 +260,7 @@ def test_schedules():
 
 
 def test_schedules_arrive_even_when_steps_jump_over_the_end():
-    """Deviation: the published code stops updating after the warm-up, so a jump over its end leaves
-    0.2335 for good."""
+    """The published code stops updating at the end of the warm-up: a jump over it keeps 0.2335."""
     for row in golden("schedules.json")["overshoot"]:
         inside = row["epoch"] <= 20
         assert importance_weight(row["epoch"], 20) == pytest.approx(row["w_p"] if inside else 0.10)
@@ -282,8 +280,8 @@ def test_normalized_target():
         atol=tolerance,
         rtol=tolerance,
     )
-    # A constant image is 0 for us; the published fp32 code leaves the rounding noise of E[x^2] -
-    # E[x]^2 in.
+    # A constant image normalises to 0 here; the published fp32 code keeps the rounding noise of
+    # E[x^2] - E[x]^2.
     assert fixture["constant_image_absmax"] > 1e-3
     assert normalize_target(torch.full((1, 3, 32, 32), 0.7), 47).abs().max() < 1e-6
 
@@ -296,13 +294,12 @@ def test_reconstruction_loss_counts_hidden_pixels_only():
     by_hand = 0.0
     for index in masked[0].nonzero()[:, 0].tolist():
         row, column = divmod(index, 32 // patch)
-        by_hand += (
-            target[0, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
-            .abs()
-            .sum()
-        )
+        rows = slice(row * patch, (row + 1) * patch)
+        columns = slice(column * patch, (column + 1) * patch)
+        by_hand += target[0, :, rows, columns].abs().sum()
     pixels = int(masked.sum()) * patch**2
-    grid, every = (32 // patch,) * 2, torch.arange(masked.shape[1])[None]
+    grid = (32 // patch, 32 // patch)
+    every = torch.arange(masked.shape[1])[None]  # (1, patches)
     painted = torch.zeros(1, masked.shape[1], 3 * patch**2)
     loss = reconstruction_loss(painted, target, masked, grid, patch, every)
     assert loss.item() == pytest.approx((by_hand / (pixels + 1e-5) / 3).item(), rel=1e-12)
@@ -318,9 +315,10 @@ def test_expected_sizes(name, mode):
     spaces, expected = fixture["spaces"][name], fixture["models"][name][mode]
     for position, kind in enumerate(("embedding", "attention", "mlp")):
         candidates = spaces[kind]
-        # the fixture's module has all heads, also where its candidates leave some out
+        # The fixture's module has all heads, even if the full number is not one of its candidates.
         if kind == "attention":
-            heads, dims = spaces["cfg"]["num_heads"], candidates[1]
+            heads = spaces["cfg"]["num_heads"]
+            dims = candidates[1]
             extra = [] if candidates[0][-1] == heads else [heads]
             mask = BiMask(golden_space(kind, [candidates[0] + extra, dims])).double()
             unknown = torch.zeros_like(mask.active_candidates)
@@ -328,7 +326,8 @@ def test_expected_sizes(name, mode):
             mask.retire_(unknown)
             rows = len(candidates[0])
         else:
-            mask, rows = BiMask(golden_space(kind, candidates)).double(), None
+            mask = BiMask(golden_space(kind, candidates)).double()
+            rows = None
         alpha = torch.zeros_like(mask.alpha)[:rows]
         if mode == "random":
             alpha = float64(expected["alpha"][position]).reshape(alpha.shape)
@@ -336,18 +335,14 @@ def test_expected_sizes(name, mode):
             alpha.view(-1)[0 if mode == "first12" else -1] = 12
         with torch.no_grad():
             mask.alpha[:rows] = alpha
-        size = expected["soft_units"][position]
-        assert mask.expected_size().item() == pytest.approx(
-            size, rel=fixture["provenance"]["tolerance"]["sizes"]
-        )
-        assert mask.sparsity().sum().item() == pytest.approx(
-            size, rel=fixture["provenance"]["tolerance"]["sizes"]
-        )
+        tolerance = fixture["provenance"]["tolerance"]["sizes"]
+        size = pytest.approx(expected["soft_units"][position], rel=tolerance)
+        assert mask.expected_size().item() == size
+        assert mask.sparsity().sum().item() == size
 
 
 def test_flops_loss():
-    """The formula is the published one. Its FLOPs are not: they leave out the class token and count
-    biases."""
+    """The formula is the published one; its FLOPs leave out the class token and count biases."""
     fixture = golden("sizes.json")
     tolerance = fixture["provenance"]["tolerance"]["loss"]
     compared = 0
@@ -357,7 +352,7 @@ def test_flops_loss():
                 loss = flops_loss(
                     torch.tensor(row["searched_gflops"]), float(target), row["total_gflops"]
                 )
-                # Near the target the loss is a difference of almost equal fp32 numbers.
+                # Close to the target the loss is a difference of almost equal fp32 numbers.
                 assert loss.item() == pytest.approx(expected, rel=tolerance, abs=1e-7)
                 compared += 1
     assert compared == 64
