@@ -4,8 +4,10 @@ from transformers import ViTConfig
 
 from .schedules import Schedule, num_tokens
 
-# compression_rate.json of github.com/OpenGVLab/DiffRate (commit b380acf): hidden size -> GMACs by
-# its own formula -> tokens kept after dropping, and after merging. For DeiT-T/S/B at 224 pixels.
+# From compression_rate.json of github.com/OpenGVLab/DiffRate (commit b380acf), for DeiT-T, S and B
+# at 224 pixels: hidden size -> GMACs by the published formula -> tokens kept after dropping, and
+# tokens left after merging, of every layer. A count may be larger than the number of tokens that
+# enter the layer; then it changes nothing.
 PUBLISHED: dict[int, dict[float, tuple[list[int], list[int]]]] = {
     192: {
         0.6: (
@@ -77,15 +79,15 @@ PUBLISHED: dict[int, dict[float, tuple[list[int], list[int]]]] = {
 
 
 def published_schedule(config: ViTConfig, gmacs: float) -> Schedule:
-    """A schedule that DiffRate's authors learned for DeiT-T/S/B, for use without any training.
+    """Return a token schedule that the authors of DiffRate learned, for use without any training.
 
     Args:
-        config: of a model with the shape of DeiT-T/S/B at 224 pixels (12 layers of 192, 384 or 768
-            channels, 197 tokens), stock or ours.
-        gmacs: which one, by its published cost.
+        config: of a stock ViT or an `OFBViTForImageClassification` with the shape of DeiT-T, S or B
+            at 224 pixels: 12 layers, 197 tokens, and 192, 384 or 768 channels.
+        gmacs: published cost of the schedule.
 
     Raises:
-        ValueError: for other shapes, and for a cost for which none was published.
+        ValueError: for other shapes, and for a cost without a published schedule.
 
     Example:
 
@@ -96,16 +98,19 @@ def published_schedule(config: ViTConfig, gmacs: float) -> Schedule:
     >>> published_schedule(SHAPES["deit_small"].config(["cat", "dog"]), 2.9)[:3]
     [[197, 197], [196, 194], [190, 176]]
     ```"""
-    shape = (config.num_hidden_layers, num_tokens(config), config.hidden_size)
-    if shape[:2] != (12, 197) or shape[2] not in PUBLISHED:
+    layers = config.num_hidden_layers
+    tokens = num_tokens(config)
+    channels = config.hidden_size
+    if (layers, tokens) != (12, 197) or channels not in PUBLISHED:
         raise ValueError(
-            f"(layers, tokens, channels) are {shape}; schedules were published for 12 layers, 197 "
-            f"tokens and "
-            f"{sorted(PUBLISHED)} channels. Learn one for this model: ofb-hf search-tokens."
+            f"(layers, tokens, channels) are {(layers, tokens, channels)}; schedules were "
+            f"published for 12 layers, 197 tokens and {sorted(PUBLISHED)} channels. Learn one for "
+            "this model with `ofb-hf search-tokens`."
         )
-    known = PUBLISHED[config.hidden_size]
+    known = PUBLISHED[channels]
     if gmacs not in known:
         raise ValueError(
-            f"gmacs is {gmacs}; for {config.hidden_size} channels there are {sorted(known)}."
+            f"gmacs is {gmacs}; for {channels} channels there are schedules of {sorted(known)}."
         )
-    return [[kept, merged] for kept, merged in zip(*known[gmacs], strict=True)]
+    kept, left = known[gmacs]
+    return [list(pair) for pair in zip(kept, left, strict=True)]
