@@ -57,6 +57,11 @@ AWKWARD = {
         "mlp_candidates": [11, 29, 36, 50, 72],
     },
 }
+CANDIDATES_OF = {
+    "search_embedding": ("embedding_candidates",),
+    "search_attention": ("head_candidates", "head_dim_candidates"),
+    "search_mlp": ("mlp_candidates",),
+}
 OURS = {"vit": OFBViTForImageClassification, "swin": OFBSwinForImageClassification}
 SEARCHES = {"vit": ViTBiMaskConfig, "swin": SwinBiMaskConfig}
 
@@ -165,8 +170,13 @@ def search_config(family: str = "vit", **overrides: Any) -> BiMaskConfig:
     config fields."""
     phases = {"importance_hold": 0.3, "warmup": 0.2, "one_hot_begin": 0.5, "one_hot_end": 0.75}
     phases |= {"retire_begin": 0.5, "settle_at": 0.75}
+    candidates = dict(AWKWARD[family])
+    for searched, names in CANDIDATES_OF.items():
+        if not overrides.get(searched, True):
+            for name in names:
+                del candidates[name]
     return SEARCHES[family](
-        **(AWKWARD[family] | (phases if "preset" not in overrides else {}) | overrides)
+        **(candidates | (phases if "preset" not in overrides else {}) | overrides)
     )
 
 

@@ -13,6 +13,7 @@ from ..cost.budget import Budget
 from ..families.description import Architecture, Submodule
 from ..families.registry import describe
 from ..families.vit import with_fewest_tokens
+from .idle_settings import require_effect
 from .presets import PRESETS
 from .search_space import SearchSpace, SubmoduleSpace
 
@@ -204,6 +205,7 @@ class BiMaskConfig(Budget):
                 setattr(self, name, value)
         self.check_budget()
         self._check_ranges()
+        require_effect(self)
 
     def _check_ranges(self) -> None:
         shares = (

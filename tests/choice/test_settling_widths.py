@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from factories import random_candidate, randomize_masks_, search_config, tiny_swin
+from factories import CANDIDATES_OF, random_candidate, randomize_masks_, search_config, tiny_swin
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import SwinConfig
@@ -299,6 +299,9 @@ def random_search(seed: int) -> tuple[Supernet, SwinConfig]:
         "search_attention": rng.random() < 0.8,
         "search_mlp": rng.random() < 0.8,
     }
+    for searched, names in CANDIDATES_OF.items():
+        if not candidates.get(searched, True):
+            candidates |= dict.fromkeys(names)
     budget = rng.choice(["target_macs", "target_params"])
     supernet = install_bi_masks(model, search_config("swin", **candidates, **{budget: 1.0}))
     sizes_of_all = supernet.dense_sizes | {

@@ -77,7 +77,6 @@ def test_what_is_observed_is_the_taylor_score_of_every_unit(family):
 def test_every_image_has_the_gradients_that_it_would_have_alone(family, changes):
     """Those of the importance logits, but for their slope, which is the same everywhere while
     importance rests."""
-    changes = changes | ({"embedding_candidates": None} if "search_embedding" in changes else {})
     model = tiny_model(family, dtype=torch.float64).eval()
     supernet = install_bi_masks(model, search_config(family, **changes))
     images, labels = (

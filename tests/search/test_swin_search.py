@@ -71,9 +71,9 @@ def swin_and_search(fields: dict, **search) -> tuple[OFBSwinForImageClassificati
     """A dense model in float64 and a supernet of it with random masks, both in training mode."""
     dense = ours("swin", dtype=torch.float64, **dense_fields(fields)).train()
     candidates = {name: fields.get(name) for name in CANDIDATES}
-    supernet = install_bi_masks(
-        dense, search_config("swin", **candidates, multiple_of=1, **search)
-    ).double()
+    if None in candidates.values():
+        candidates["multiple_of"] = 1
+    supernet = install_bi_masks(dense, search_config("swin", **candidates, **search)).double()
     randomize_masks_(supernet)
     return dense, supernet
 

@@ -2,6 +2,7 @@
 value."""
 
 import json
+import re
 
 import pytest
 from factories import (
@@ -425,9 +426,93 @@ def test_candidates_that_do_not_fit_the_model_are_refused(family, fields, names)
         assert name in str(error.value)
 
 
-def test_candidates_of_kinds_that_are_not_searched_need_not_fit():
-    config = SwinBiMaskConfig(search_mlp=False, mlp_candidates=[5000])
+def test_kinds_that_are_not_searched_have_no_candidates():
+    config = SwinBiMaskConfig(search_mlp=False)
     assert "mlp" not in {submodule.kind for submodule in config.search_space(swin_config())}
+
+
+LISTS = {
+    "embedding_candidates": [20, 40],
+    "head_dim_candidates": [4, 8],
+    "mlp_candidates": [36, 72],
+}
+NO_BLOCKS = {"search_attention": False, "search_mlp": False}
+# Settings that nothing would read, and what makes them so.
+IDLE = [
+    ("keep_ratio_start", 0.9, {"pmim": False}, "pmim is False"),
+    ("keep_ratio_end", 0.9, {"pmim": False}, "pmim is False"),
+    ("pmim_until_settled", False, {"pmim": False}, "pmim is False"),
+    ("pmim_window", 31, {"pmim": False}, "pmim is False"),
+    ("pmim_weight", 2.0, {"pmim": False}, "pmim is False"),
+    ("pmim_max_ratio", 2.0, {"pmim": False}, "pmim is False"),
+    ("embedding_candidates", [20, 40], {"search_embedding": False}, "search_embedding is False"),
+    ("smallest_share", 0.7, {"search_embedding": False}, "search_embedding is False"),
+    ("smallest_share", 0.7, {"embedding_candidates": [20, 40]}, "embedding_candidates lists"),
+    ("head_candidates", [2, 5], {"search_attention": False}, "search_attention is False"),
+    ("head_dim_candidates", [4, 8], {"search_attention": False}, "search_attention is False"),
+    ("mlp_candidates", [36, 72], {"search_mlp": False}, "search_mlp is False"),
+    ("multiple_of", 4, LISTS, "are listed"),
+    ("multiple_of", 4, NO_BLOCKS | {"embedding_candidates": [20, 40]}, "are listed"),
+    ("uniform_across_layers", True, NO_BLOCKS, "residual widths are never tied"),
+    ("retire_threshold", 0.3, {"retire_begin": 0.15}, "retire_begin is 0.15 and settle_at 0.15"),
+    ("retire_events", 10, {"retire_begin": 1.0}, "retire_begin is 1.0"),
+    ("one_hot_weight", 0.4, {"one_hot_begin": 0.15}, "one_hot_begin is 0.15 and settle_at 0.15"),
+    ("one_hot_end", 0.4, {"one_hot_begin": 0.3}, "one_hot_begin is 0.3"),
+    ("one_hot_begin", 0.09, {"one_hot_weight": 0.0}, "one_hot_weight is 0"),
+    ("one_hot_end", 0.4, {"one_hot_weight": 0.0}, "one_hot_weight is 0"),
+    (
+        "compensate",
+        True,
+        {"preset": "paper", "settle_at": 0.5, "prune_during_search": False},
+        "prune_during_search is False",
+    ),
+    ("importance_penalty", 1.0, {}, "importance_learning_rate is 0"),
+    ("architecture_weight_decay", 0.1, {"architecture_learning_rate": 0.0}, "moves alpha"),
+    ("flops_weight", 1.0, {"architecture_learning_rate": 0.0}, "moves alpha"),
+    ("one_hot_weight", 1.0, {"architecture_learning_rate": 0.0}, "moves alpha"),
+    (
+        "masks_follow_schedule",
+        True,
+        {"architecture_learning_rate": 0.0},
+        "importance_learning_rate and architecture_learning_rate are 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "others", "reason"), IDLE, ids=str)
+def test_a_setting_without_effect_is_refused_with_an_explanation(name, value, others, reason):
+    idle = rf"^{name} is {re.escape(str(value))}, but .*{re.escape(reason)}.*: it would have no"
+    with pytest.raises(ValueError, match=idle):
+        ViTBiMaskConfig(**others, **{name: value})
+
+
+@pytest.mark.parametrize("others", [others for _, _, others, _ in IDLE], ids=str)
+def test_values_of_the_preset_are_no_settings_without_effect(others, tmp_path):
+    """What makes others idle may be given, and survives its file, which holds all fields."""
+    config = ViTBiMaskConfig(**others)
+    assert ViTBiMaskConfig.from_dict(config.to_dict()) == config
+    config.save(tmp_path / "config.json")
+    assert ViTBiMaskConfig.load(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"compensate": False, "prune_during_search": False},  # what it asks for happens
+        {"compensate": True, "preset": "paper", "prune_during_search": False},
+        {"retire_begin": 1.0},
+        {"one_hot_begin": 1.0},
+        {"one_hot_begin": 0.0, "settle_at": 0.0, "importance_hold": 0.0, "one_hot_end": 0.0}
+        | {"importance_learning_rate": 0.001},
+        {"multiple_of": 4, "mlp_candidates": [36, 72]},
+        {"importance_penalty": 1.0, "importance_learning_rate": 0.001},
+        {"preset": "paper", "importance_learning_rate": 0.0, "importance_hold": 0.1},
+    ],
+    ids=str,
+)
+def test_settings_with_an_effect_are_accepted(fields):
+    config = ViTBiMaskConfig(**fields)
+    assert ViTBiMaskConfig.from_dict(config.to_dict()) == config
 
 
 def test_a_model_of_another_family_is_refused():
