@@ -1,1 +1,1 @@
-"""The search for token counts alone; the weights of the model rest."""
+"""Search for token counts alone, with all weights frozen: counts that learn, and their trainer."""

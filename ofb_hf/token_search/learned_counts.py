@@ -31,8 +31,8 @@ from ..tokens.schedules import (
     smallest_schedule,
 )
 
-# Size of a hidden token. Attention to a token is multiplied by its size; this is the constant of the
-# masked softmax in the published code.
+# Size of a hidden token, by which attention to it is multiplied: the constant of the masked softmax
+# in the published code.
 HIDDEN = 1e-6
 
 
