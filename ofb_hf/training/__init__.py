@@ -1,1 +1,1 @@
-"""A training run, whatever it is for: resumable, interruptible, on one process or many."""
+"""Training runs of any purpose: resumable, interruptible, on one process or on many."""

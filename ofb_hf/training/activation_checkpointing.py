@@ -1,13 +1,14 @@
-"""Activation checkpointing of models in which something reaches into several blocks."""
+"""Activation checkpointing of models in which one tensor is used inside several blocks."""
 
 from typing import Any
 
 
 def without_reentry(settings: dict[str, Any] | None, hindrance: str) -> dict[str, Any]:
-    """Arguments of activation checkpointing, in torch's newer way unless they say so themselves.
+    """Return arguments of `torch.utils.checkpoint` with `use_reentrant=False`.
 
     Args:
-        settings: as given, or None. hindrance: why the reentrant way does not work here.
+        settings: `gradient_checkpointing_kwargs` as the user gave them, or None.
+        hindrance: why the reentrant implementation does not work for this model.
 
     Raises:
         ValueError: for `use_reentrant=True`.

@@ -1,5 +1,4 @@
-"""How to train: transformers' arguments plus distillation, weight averaging and the pieces of a
-search."""
+"""Training arguments: transformers' own, plus distillation and weight averaging."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,54 +7,57 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+# The state of these two is one pair of moments per parameter, which can be sliced with it.
 SEARCH_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 
 @dataclass
 class OFBTrainingArguments(TrainingArguments):
-    """`TrainingArguments` for searching and finetuning classifiers.
+    """Store the arguments of a search or a finetuning.
 
-    What differs from transformers' defaults: no gradient clipping (DeiT uses none), columns are
-    left alone (the data pipeline knows what the model needs), `labels` are the only labels, and NaN
-    is never hidden from the logs. How the search decides is the business of `BiMaskConfig`.
+    Defaults that differ from `TrainingArguments`: gradients are not clipped (DeiT does not clip
+    them either), no column is removed (the data pipeline gives the model what it takes), `labels`
+    is the only label column, and NaN is not hidden from the logs. How a search decides is set in
+    `BiMaskConfig`.
 
     Raises:
-        ValueError: for a combination that cannot work, before anything is loaded or trained.
+        ValueError: for values out of range.
     """
 
     max_grad_norm: float = field(
-        default=0.0, metadata={"help": "Gradient clipping norm, 0 = none (as DeiT)."}
+        default=0.0, metadata={"help": "Largest norm of the gradients, 0 = no clipping (as DeiT)."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Drop columns the model does not take."}
+        default=False, metadata={"help": "Remove columns that the model does not take."}
     )
     label_names: list[str] | None = field(
-        default_factory=lambda: ["labels"], metadata={"help": "Label columns."}
+        default_factory=lambda: ["labels"], metadata={"help": "Columns with labels."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN losses; they stop our runs."}
+        default=False,
+        metadata={"help": "Leave NaN out of the logs; a NaN loss ends the run in any case."},
     )
 
     distillation_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Share of distillation in the classification loss, 0 = labels only, 1 = "
-            "teacher only. "
-            "By default 0.5 in a search (preset 'paper': 0, or 1 with a teacher), and 1 elsewhere "
-            "with a teacher."
+            "help": "Fraction of the classification loss that comes from the teacher: 0 = labels "
+            "only, 1 = teacher only. By default 0.5 in a search (preset 'paper': 0, or 1 with a "
+            "teacher), and 1 in other trainings with a teacher."
         },
     )
     distillation_type: str = field(
-        default="soft", metadata={"help": "'soft' (KL) or 'hard' (teacher's arg max)."}
+        default="soft",
+        metadata={"help": "'soft' (KL divergence) or 'hard' (the teacher's arg max)."},
     )
     distillation_temperature: float = field(
-        default=2.0, metadata={"help": "Softens both predictions (soft only)."}
+        default=2.0, metadata={"help": "Divides the logits of both models ('soft' only)."}
     )
     ema_decay: float | None = field(
         default=None,
         metadata={
-            "help": "Decay of a running average of the weights, which is what is kept in the end; "
-            "e.g. 0.999."
+            "help": "Decay of a running average of the weights, e.g. 0.999. The average is what is "
+            "evaluated, and the result."
         },
     )
 
@@ -63,7 +65,7 @@ class OFBTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.distillation_weight is not None and not 0 <= self.distillation_weight <= 1:
             raise ValueError(
-                f"distillation_weight is {self.distillation_weight}; it is a share between 0 and 1."
+                f"distillation_weight is {self.distillation_weight}; it is a fraction from 0 to 1."
             )
         if self.distillation_type not in ("soft", "hard"):
             raise ValueError(
@@ -80,71 +82,83 @@ class OFBTrainingArguments(TrainingArguments):
 
 
 def _sharding(args: OFBTrainingArguments) -> str | None:
-    """What splits parameters over processes in this run, asked for by a flag or by the launcher's
-    environment."""
+    """Return what splits parameters over processes in this run, None if nothing does."""
+    # `accelerate launch` asks for it by its environment, not by our arguments.
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return "FSDP"
+    if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return "DeepSpeed"
+    if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
+        return "Megatron-LM"
     parallelism = args.parallelism_config
-    asked = {
-        "FSDP": bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
-        "DeepSpeed": bool(args.deepspeed) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
-        "Megatron-LM": parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"),
-        "tensor or context parallelism (parallelism_config)": parse_flag_from_env(
-            "ACCELERATE_USE_PARALLELISM_CONFIG"
-        )
-        or (parallelism is not None and parallelism.total_size != parallelism.dp_replicate_size),
-    }
-    return next((name for name, wanted in asked.items() if wanted), None)
+    # Data-parallel replicas hold whole copies of the model; every other dimension splits it.
+    splits = parallelism is not None and parallelism.total_size != parallelism.dp_replicate_size
+    if splits or parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return "tensor or context parallelism (parallelism_config)"
+    return None
 
 
 def check_search_arguments(args: OFBTrainingArguments) -> None:
-    """Raises ValueError for settings that a shrinking search cannot work with, in words, before
-    anything happens."""
+    """Raise ValueError for settings that a search, which shrinks its network, cannot work with."""
+    _check_length(args)
+    _check_update(args)
+    _check_processes(args)
     if args.load_best_model_at_end:
         raise ValueError(
-            "load_best_model_at_end cannot go with a search: earlier checkpoints are larger "
-            "networks that miss the "
-            "budget. Leave it off for the search; finetuning may use it."
+            "load_best_model_at_end does not work in a search: earlier checkpoints hold larger "
+            "networks that miss the budget. Leave it off for the search; finetuning may use it."
         )
-    if args.optim not in SEARCH_OPTIMIZERS:
+    if args.push_to_hub:
         raise ValueError(
-            f"optim is {args.optim.value!r}; a search has one AdamW, whose state is cut with the "
-            f"network, so allowed "
-            f"are {', '.join(repr(name.value) for name in SEARCH_OPTIMIZERS)}. Finetuning "
-            f"afterwards may use any."
+            "push_to_hub: a search does not push; push the output folder when the search is done."
         )
+
+
+def _check_length(args: OFBTrainingArguments) -> None:
+    # The Trainer takes a max_steps below 0 for "not given".
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         raise ValueError(
             f"max_steps is {args.max_steps}, num_train_epochs {args.num_train_epochs}; a search "
-            f"needs a step."
+            "needs at least one step."
         )
     if args.per_device_train_batch_size < 1:
         raise ValueError(
             f"per_device_train_batch_size is {args.per_device_train_batch_size}; it must be at "
-            f"least 1."
-        )
-    if args.push_to_hub:
-        raise ValueError(
-            "push_to_hub: a search does not push; push the finished output folder when it is done."
+            "least 1."
         )
     if args.auto_find_batch_size:
         raise ValueError(
-            "auto_find_batch_size restarts training with a used supernet; set the batch size "
-            "yourself."
+            "auto_find_batch_size starts the training again with a supernet that has been trained "
+            "already; set per_device_train_batch_size yourself."
         )
-    if sharding := _sharding(args):
+
+
+def _check_update(args: OFBTrainingArguments) -> None:
+    if args.optim not in SEARCH_OPTIMIZERS:
+        allowed = ", ".join(repr(name.value) for name in SEARCH_OPTIMIZERS)
         raise ValueError(
-            f"{sharding} splits parameters that the search replaces while it runs; use DDP "
-            f"instead (accelerate launch "
-            "--multi_gpu, or recipes/accelerate/multi_gpu.yaml). Finetuning afterwards may use "
-            "any of them."
+            f"optim is {args.optim.value!r}; a search slices the state of its optimizer with the "
+            f"network, so allowed are {allowed}. Finetuning afterwards may use any."
         )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"this one process sees {args.n_gpu} GPUs and would copy the network to all of them "
-            f"in every step; start "
-            "one process per GPU (accelerate launch --multi_gpu), or show it one "
-            "(CUDA_VISIBLE_DEVICES=0)."
-        )
+    # Zero is allowed: a search may rank units without training.
     if not math.isfinite(args.learning_rate) or args.learning_rate < 0:
         raise ValueError(
             f"learning_rate is {args.learning_rate}; it must be finite and not negative."
+        )
+
+
+def _check_processes(args: OFBTrainingArguments) -> None:
+    if sharding := _sharding(args):
+        raise ValueError(
+            f"{sharding} splits parameters that the search replaces while it runs; use DDP instead "
+            "(accelerate launch --multi_gpu, or recipes/accelerate/multi_gpu.yaml). Finetuning "
+            "afterwards may use any of them."
+        )
+    # nn.DataParallel, which the Trainer would use, copies the model anew in every step; masks and
+    # counters that a step changes would be those of a copy.
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this one process sees {args.n_gpu} GPUs and would copy the network to all of them in "
+            "every step; start one process per GPU (accelerate launch --multi_gpu), or show it one "
+            "(CUDA_VISIBLE_DEVICES=0)."
         )

@@ -1,4 +1,4 @@
-"""A running average of the weights that survives when the network shrinks."""
+"""A running average of the weights that shrinks with the network."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from ..pruning.surgery import Plan, slice_tensor
 
 
 class WeightAverage:
-    """Exponential moving average of a module's trainable floating-point parameters, by name.
+    """Keep an exponential moving average of a module's parameters, by name.
 
     Args:
-        module: whose parameters to follow.
-        decay: share of the average that stays at each update; early updates use less, `(1 + n) /
-            (10 + n)`.
+        module: the module whose parameters are averaged.
+        decay: fraction of the average that remains at an update. The n-th update uses at most
+            `(1 + n) / (10 + n)`, so that the average soon forgets the first weights.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -28,33 +28,36 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Moves the average towards the current parameters."""
+        """Move the average towards the current parameters."""
         self.updates += 1
+        # The warm-up of tf.train.ExponentialMovingAverage with num_updates.
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, parameter in module.named_parameters():
+            # average <- decay * average + (1 - decay) * parameter
             self.average[name].lerp_(parameter.detach(), 1 - decay)
 
     def restart(self, module: nn.Module) -> None:
-        """Forgets everything but the current parameters."""
+        """Begin again with the current parameters."""
         self.updates = 0
-        self.average = {
-            name: parameter.detach().clone() for name, parameter in module.named_parameters()
-        }
+        self.average = _copies(module)
 
     def slice_(self, plan: Plan, names: Collection[str]) -> None:
-        """Follows the module through a shrink.
+        """Slice the average as the module was sliced.
 
         Args:
             plan: how parameters are sliced.
-            names: of the parameters that the module still has.
+            names: names of the parameters that the module still has; averages of others are
+                dropped.
         """
         self.average = {
             name: slice_tensor(self.average[name], plan.get(name, ())) for name in names
         }
 
     def part_of(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The averages themselves, to be changed in place, of parameters whose names begin like
-        this; without it."""
+        """Return the averages of parameters below a prefix, by their names without the prefix.
+
+        They are the tensors themselves, not copies: what changes them in place changes the average.
+        """
         return {
             name.removeprefix(prefix): tensor
             for name, tensor in self.average.items()
@@ -63,16 +66,15 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_to_(self, module: nn.Module) -> None:
-        """Overwrites the module's parameters with their average."""
+        """Overwrite the module's parameters with their average."""
         for name, parameter in module.named_parameters():
             parameter.copy_(self.average[name])
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
-        """Puts the average into the module's parameters for the time of a block."""
-        current = {
-            name: parameter.detach().clone() for name, parameter in module.named_parameters()
-        }
+        """Put the average into the module's parameters for the time of a block."""
+        # Values are exchanged, not tensors: the optimizer and DDP hold the parameters themselves.
+        current = _copies(module)
         self.copy_to_(module)
         try:
             yield
@@ -82,12 +84,15 @@ class WeightAverage:
                     parameter.copy_(current[name])
 
     def save(self, path: str | Path) -> None:
-        """Writes the average as safetensors."""
+        """Write the average as safetensors."""
         safetensors.torch.save_file(self.average, path, metadata={"updates": str(self.updates)})
 
     def load(self, path: str | Path) -> None:
-        """Reads what `save` wrote; names and shapes are taken from the file: the module may have
-        shrunk since."""
+        """Read what `save` wrote.
+
+        Names and shapes are those of the file: in a resumed search the network is still larger than
+        the one that was saved.
+        """
         with safetensors.safe_open(path, "pt") as file:
             self.updates = int(file.metadata()["updates"])
         saved = safetensors.torch.load_file(path)
@@ -95,20 +100,24 @@ class WeightAverage:
         self.average = {name: tensor.to(device) for name, tensor in saved.items()}
 
 
-class AverageCallback(TrainerCallback):
-    """Updates the weight average after every step and puts it into the model at the end."""
+def _copies(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
-    def __init__(self, average: "WeightAverage"):
+
+class AverageCallback(TrainerCallback):
+    """Update a weight average after every step, and put it into the model at the end."""
+
+    def __init__(self, average: WeightAverage):
         self.average = average
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ):
-        """Follows the weights."""
+        """Update the average."""
         self.average.update(kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ):
-        """The average is the result."""
+        """Make the average the result of the training."""
         self.average.copy_to_(kwargs["model"])

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, and of a classifier: complete or not there."""
+"""Checkpoints of a training that are either complete or do not exist."""
 
 import json
 import os
@@ -13,36 +13,37 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# where checkpoints and results are written before they are renamed to their place
+# Checkpoints and results are written into this folder before they are renamed to their place.
 ASIDE = ".incomplete"
 STATE_FILE = "trainer_state.json"
+# An older checkpoint of the same step gets this prefix while the new one takes its place.
 REPLACED = "replaced-"
-# What a Trainer needs to go on, as patterns: any match of a row will do. Sharded optimizers are
-# folders.
+# What a Trainer needs to resume, one row per thing: one match of one pattern is enough. The state
+# of a sharded optimizer is a folder.
 NEEDED = (
     (STATE_FILE,),
     ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model_fsdp*", "global_step*"),
     ("optimizer.pt", "optimizer_*", "global_step*"),
     ("scheduler.pt", "global_step*"),
     ("rng_state*.pth",),
+    # of a classifier, of a search, of a model with adapters
     ("config.json", "bi_mask_config.json", "adapter_config.json"),
 )
 
 
 def move_into_place(written: Path, place: Path) -> None:
-    """Renames a checkpoint that all processes have finished writing.
+    """Rename a checkpoint that all processes have finished writing.
 
-    Machines that share a disk may all call this: the first one does it.
+    Machines that share a disk may all call this: the first one renames, the others do nothing.
 
     Args:
-        written: where it was written.
-        place: where it belongs; an older checkpoint of the same step is replaced.
+        written: the folder in which it was written.
+        place: the folder that it is to become; an older checkpoint of the same step is replaced.
     """
-    claimed, old = (
-        written.with_name(f"moving-{written.name}"),
-        written.with_name(f"{REPLACED}{written.name}"),
-    )
+    claimed = written.with_name(f"moving-{written.name}")
+    old = written.with_name(f"{REPLACED}{written.name}")
     try:
+        # Renaming is atomic: it succeeds on one machine only.
         os.rename(written, claimed)
     except FileNotFoundError:
         return
@@ -54,20 +55,20 @@ def move_into_place(written: Path, place: Path) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a folder is a checkpoint to resume from: everything is there, and no file was cut
-    short."""
-    if not all(any(_matches(checkpoint, row)) for row in NEEDED):
+    """Tell whether a run can resume from a folder: all files exist, and none was cut short."""
+    if not all(_has_any(checkpoint, patterns) for patterns in NEEDED):
         return False
     return all(_is_whole(file) for file in checkpoint.iterdir() if file.is_file())
 
 
-def _matches(checkpoint: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return [path for pattern in patterns for path in checkpoint.glob(pattern)]
+def _has_any(checkpoint: Path, patterns: tuple[str, ...]) -> bool:
+    return any(any(checkpoint.glob(pattern)) for pattern in patterns)
 
 
 def _is_whole(file: Path) -> bool:
     if file.suffix in (".pt", ".pth"):
-        return zipfile.is_zipfile(file)  # the table of contents is at the end
+        # torch.save writes zip files, whose table of contents is at the end.
+        return zipfile.is_zipfile(file)
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt"):
@@ -83,29 +84,30 @@ def _is_whole(file: Path) -> bool:
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint of a phase, None if there is none. Says so when a later one was
-    cut short."""
+    """Return the last complete checkpoint of a phase, None if there is none.
+
+    Logs a warning if another checkpoint is incomplete.
+    """
     _restore_replaced(folder)
-    checkpoints = {
-        int(match[1]): child
-        for child in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", child.name))
-    }
+    checkpoints: dict[int, Path] = {}
+    for child in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", child.name)
+        if match is not None:
+            checkpoints[int(match[1])] = child
     complete = [step for step, child in checkpoints.items() if is_complete(child)]
     newest = checkpoints[max(complete)] if complete else None
-    unfinished = [step for step in checkpoints if step not in complete]
-    if unfinished or list((folder / ASIDE).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+    # A kill leaves what was being written in the other folder.
+    was_being_written = any((folder / ASIDE).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    if was_being_written or len(complete) < len(checkpoints):
         logger.warning(
-            f"{folder} holds a checkpoint that was not written to its end, or without an "
-            f"optimizer; resuming from "
+            f"{folder} holds a checkpoint that is cut short or has no optimizer; resuming from "
             f"{newest}."
         )
     return None if newest is None else str(newest)
 
 
 def _restore_replaced(folder: Path) -> None:
-    """Puts back what a kill between the two renames of `move_into_place` has left without its
-    name."""
+    """Put an old checkpoint back if a kill came between the two renames of `move_into_place`."""
     for old in (folder / ASIDE).glob(f"{REPLACED}{PREFIX_CHECKPOINT_DIR}-*"):
         place = folder / old.name.removeprefix(REPLACED)
         if not place.exists():

@@ -120,10 +120,11 @@ class ClassifierTrainer(ResumableTrainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         if not model.training:
+            # Without label smoothing, and without a teacher: numbers that any runs can compare.
             logits = model(**inputs).logits
             loss = classification_loss(logits, labels)
             return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
-        pixel_values = inputs["pixel_values"]
+        pixel_values = inputs["pixel_values"]  # (B, C, H, W)
         if self.batch_augmentation is not None:
             pixel_values, labels = self.batch_augmentation(
                 pixel_values, labels, self.device_generator
@@ -193,6 +194,7 @@ class ClassifierTrainer(ResumableTrainer):
         """
         if self.average is None or not self.is_in_train:
             return super().evaluate(*args, **kwargs)
+        # After a training the model holds the average itself.
         with self.average.applied_to(self.model):
             return super().evaluate(*args, **kwargs)
 

@@ -64,6 +64,7 @@ class DistillationTrainer(ClassifierTrainer):
         args = self.args
         weight = self.distillation_weight
         loss = logits.new_zeros(())
+        # A part without weight is not computed: no forward pass of the teacher, no log-softmax.
         if weight < 1:
             from_labels = classification_loss(logits, labels, args.label_smoothing_factor)
             loss = (1 - weight) * from_labels

@@ -1,5 +1,4 @@
-"""The history of a run: one JSON object per logging step, in a file that a resumed run
-continues."""
+"""The history of a run: a file with one JSON object per logging step."""
 
 import json
 import os
@@ -11,8 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .checkpoints import ASIDE
 
 HISTORY_FILE = "search_history.jsonl"
-
-
+# The columns of every row, in this order; null where a phase does not have them.
 HISTORY_FIELDS = [
     "step",
     "phase",
@@ -29,71 +27,81 @@ HISTORY_FIELDS = [
     "params",
     "active_candidates",
 ]
+# Columns of searches that predict the latency from a table.
+LATENCY_FIELDS = ["latency_ms", "expected_latency_ms"]
 
 
 class HistoryCallback(TrainerCallback):
-    """Writes one JSON object per logging step.
+    """Write one JSON object per logging step.
 
     Args:
-        path: the file, usually `search_history.jsonl`.
-        phase: goes into every row: `dense`, `search` or `finetune`.
+        path: the file, usually `search_history.jsonl`. Rows of other phases in it are kept.
+        phase: the phase that is named in every row: `dense`, `search` or `finetune`.
     """
 
     def __init__(self, path: str | Path, phase: str):
-        self.path, self.phase = Path(path), phase
+        self.path = Path(path)
+        self.phase = phase
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ):
-        """Drops rows that a resumed run is about to write again, and all rows of this phase when it
-        starts over."""
-        if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows = read_history(self.path) if self.path.exists() else []
-            kept = [
-                row
-                for row in rows
-                if row["phase"] != self.phase or row["step"] <= state.global_step
-            ]
-            aside = self.path.with_name(f"{ASIDE}-{self.path.name}")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(aside, self.path)
+        """Drop the rows of this phase that the run is about to write, again if it is resumed."""
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for row in read_history(self.path) if self.path.exists() else []:
+            if row["phase"] != self.phase or row["step"] <= state.global_step:
+                lines.append(json.dumps(row) + "\n")
+        # Written to another file and renamed: a kill leaves the whole old history or the new one.
+        aside = self.path.with_name(f"{ASIDE}-{self.path.name}")
+        aside.write_text("".join(lines), encoding="utf-8")
+        os.replace(aside, self.path)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ):
-        """Asks for a log after the last step: the end of every run is on record, however short it
-        is."""
+        """Ask for a log after the last step, so that the history has the end of every run."""
         control.should_log |= state.global_step >= state.max_steps
         return control
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ):
-        """Appends a row, once per logging step."""
+        """Append a row, once per logging step."""
         logs = kwargs.get("logs") or {}
+        # Evaluations and the summary at the end of a training log without a loss.
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        row = {"step": state.global_step, "phase": self.phase}
-        row |= {name: logs.get(name) for name in HISTORY_FIELDS if name not in row}
-        # Predicted, with a latency table.
-        row |= {name: logs[name] for name in ("latency_ms", "expected_latency_ms") if name in logs}
-        # Names, which loggers of numbers could not take: straight from the network as it is, and
-        # only if there are any.
-        architecture = getattr(kwargs.get("model"), "architecture", None)
-        if architecture is not None and architecture.left_out:
-            row["left_out"] = architecture.left_out
-        if schedule := getattr(
-            getattr(kwargs.get("model"), "config", None), "token_schedule", None
-        ):
-            row["tokens"] = [merged for _, merged in schedule]  # that leave each layer
+        row: dict[str, Any] = {"step": state.global_step, "phase": self.phase}
+        for name in HISTORY_FIELDS:
+            row.setdefault(name, logs.get(name))
+        for name in LATENCY_FIELDS:
+            if name in logs:
+                row[name] = logs[name]
+        row |= _lists_of(kwargs.get("model"))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
+def _lists_of(model: Any) -> dict[str, list]:
+    """Return what a row says about the network besides numbers, as far as there is any of it.
+
+    It is read from the network itself, because loggers such as TensorBoard take numbers only.
+    """
+    lists = {}
+    architecture = getattr(model, "architecture", None)
+    if architecture is not None and architecture.left_out:
+        lists["left_out"] = architecture.left_out
+    schedule = getattr(getattr(model, "config", None), "token_schedule", None)
+    if schedule:
+        lists["tokens"] = [merged for _, merged in schedule]  # tokens that leave each layer
+    return lists
+
+
 def left_out_at(history: list[dict[str, Any]]) -> dict[str, int]:
-    """The attentions and MLPs that a search left out -> the step by which they were gone, as far as
-    it was logged."""
+    """Return the removed attentions and MLPs -> the first logged step without them."""
     steps: dict[str, int] = {}
     for row in history:
         for name in row.get("left_out") or ():
@@ -102,8 +110,9 @@ def left_out_at(history: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a history file; a last line that a kill left incomplete is dropped."""
+    """Return the rows of a history file, without a last line that a kill left incomplete."""
     rows = []
+    # A row is complete if its line has an end: it is written last.
     for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             rows.append(json.loads(line))

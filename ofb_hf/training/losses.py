@@ -1,14 +1,17 @@
-"""The losses of a search as pure functions of tensors."""
+"""The losses of a training as pure functions of tensors."""
 
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def flops_loss(expected: Tensor, target: float | Tensor, dense: float) -> Tensor:
-    """Squared gap between expected and target cost, as a share of the dense cost (arXiv:2403.15835,
-    published code).
+    """Return the squared gap between expected and target cost, relative to the dense cost.
 
-    All three in the same unit (MACs); scalar out.
+    As in the published code of arXiv:2403.15835.
+
+    Args:
+        expected: expected cost, a scalar.
+        target: cost to reach. dense: cost of the dense model. All three in one unit, e.g. MACs.
     """
     return ((expected - target) / dense) ** 2
 
@@ -16,21 +19,30 @@ def flops_loss(expected: Tensor, target: float | Tensor, dense: float) -> Tensor
 def distillation_loss(
     logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0, hard: bool = False
 ) -> Tensor:
-    """How far a student's prediction is from its teacher's. Logits (B, classes) both -> scalar,
-    mean over the batch.
+    """Return how far a student's prediction is from its teacher's: a scalar, mean over the batch.
 
-    Soft: KL(teacher || student) at `temperature`, times temperature squared so that its gradient
-    does not fade (arXiv:1503.02531). Hard: cross-entropy with the teacher's arg max
-    (arXiv:2012.12877).
+    Args:
+        logits, teacher_logits: (B, classes).
+        temperature: divides both logits; not used if `hard`.
+        hard: cross-entropy with the teacher's arg max (arXiv:2012.12877) instead of the divergence
+            KL(teacher || student).
     """
     if hard:
         return F.cross_entropy(logits.float(), teacher_logits.argmax(-1))
     student = F.log_softmax(logits.float() / temperature, -1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, -1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    # The gradient of the divergence falls with the square of the temperature; the factor keeps its
+    # weight against the loss from labels (arXiv:1503.02531, section 2).
+    return divergence * temperature**2
 
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with class indices (B,) or class probabilities (B, classes), mean over the
-    batch."""
+    """Return the cross-entropy, a scalar, mean over the batch.
+
+    Args:
+        logits: (B, classes).
+        labels: class indices (B,) or class probabilities (B, classes).
+        label_smoothing: fraction of every label that is spread evenly over all classes.
+    """
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)

@@ -1,5 +1,4 @@
-"""A Trainer whose runs may be killed or stopped at any moment and end where they would have
-ended."""
+"""A Trainer whose runs may be killed at any moment, and resume to the same result."""
 
 import json
 import shutil
@@ -22,37 +21,37 @@ logger = logging.get_logger(__name__)
 
 
 def require_same_search(theirs: dict[str, Any], ours: dict[str, Any], checkpoint: Path) -> None:
-    """Raises ValueError, naming what differs, unless a checkpoint has the settings of this run.
+    """Raise ValueError, naming what differs, unless a checkpoint has the settings of this run.
 
     Args:
-        theirs: settings of the checkpoint. ours: of this run.
+        theirs: settings of the checkpoint.
+        ours: settings of this run.
+        checkpoint: its folder, for the message.
     """
-    names = [name for name, value in ours.items() if theirs.get(name) != value]
-    if names:
-        # Of a latency table, which is hundreds of numbers, it is enough to know that it is another
-        # one.
-        large = [
-            name
-            for name in names
-            if isinstance(ours[name], dict) or isinstance(theirs.get(name), dict)
-        ]
-        differing: dict[str, Any] = {
-            name: (theirs.get(name), ours[name]) for name in names if name not in large
-        }
-        said = " and ".join([*([str(differing)] if differing else []), *large])
+    values: dict[str, Any] = {}
+    tables: list[str] = []
+    for name, value in ours.items():
+        before = theirs.get(name)
+        if before == value:
+            continue
+        if isinstance(value, dict) or isinstance(before, dict):
+            tables.append(name)  # a latency table is hundreds of numbers: its name is enough
+        else:
+            values[name] = (before, value)
+    if values or tables:
+        differing = [str(values)] if values else []
         raise ValueError(
-            f"the checkpoint {checkpoint} belongs to another search; (checkpoint, this run) "
-            f"differ in {said}. "
-            "Resume with the same settings, or start over with another output_dir."
+            f"the checkpoint {checkpoint} belongs to another search; (checkpoint, this run) differ "
+            f"in {' and '.join(differing + tables)}. Resume with the same settings, or start again "
+            "with another output_dir."
         )
 
 
 class ResumableTrainer(Trainer):
-    """`transformers.Trainer` with atomic checkpoints, an orderly end after a signal, and an exact
-    way back.
+    """Train with atomic checkpoints, an orderly end after a signal, and an exact way to resume.
 
     Args:
-        kwargs: as for `transformers.Trainer`.
+        args, kwargs: as for `transformers.Trainer`.
 
     Raises:
         TrainingInterrupted: from `train`, after SIGTERM or Ctrl-C, when a checkpoint has been
@@ -63,7 +62,7 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.interruption = Interruption()
         self.add_callback(self.interruption)
-        # where checkpoints are written to at the moment, if not to their place
+        # The folder that checkpoints are written into while it is not `args.output_dir`.
         self._run_dir: Path | None = None
 
     def train(
@@ -72,23 +71,25 @@ class ResumableTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: Any = None,
     ) -> TrainOutput:
-        """As `Trainer.train`; SIGTERM and Ctrl-C end the step, save a checkpoint and raise
-        `TrainingInterrupted`.
+        """Train as `Trainer.train` does; stop with a checkpoint after SIGTERM and Ctrl-C.
 
         Args:
             resume_from_checkpoint: a checkpoint, or "auto" (or True) for the newest complete one,
                 if there is any.
+            trial, ignore_keys_for_eval: as for `Trainer.train`.
+
+        Raises:
+            TrainingInterrupted: after a signal, when the checkpoint has been saved.
         """
         if resume_from_checkpoint in ("auto", True):
             resume_from_checkpoint = self._newest_checkpoint()
         with self.interruption:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if (signal := self.interruption.stopped_by) is not None:
+            checkpoint = Path(self.args.output_dir) / self._checkpoint_name
             message = (
                 f"stopped by {signal.name} after step {self.state.global_step} of "
-                f"{self.state.max_steps}; the "
-                f"checkpoint is {Path(self.args.output_dir) / self._checkpoint_name}. Continue "
-                f"with "
+                f"{self.state.max_steps}; the checkpoint is {checkpoint}. Continue with "
                 "--resume_from_checkpoint auto."
             )
             logger.warning(message)
@@ -104,25 +105,25 @@ class ResumableTrainer(Trainer):
         found = decided_by_rank_0(lambda: newest_checkpoint(folder))
         if found is None:
             return None
-        ours = folder / Path(found).name  # machines without a shared disk may have it elsewhere
-        if not all(gather_object([is_complete(ours)])):
+        # Without a shared disk the folder may have another path on every machine.
+        checkpoint = folder / Path(found).name
+        if not all(gather_object([is_complete(checkpoint)])):
             raise ValueError(
-                f"not all machines see the complete checkpoint {found}; put --output_dir on a "
-                f"disk that all of them "
-                "share, or train with --save_on_each_node."
+                f"not all machines see the complete checkpoint {found}; put --output_dir on a disk "
+                "that all of them share, or train with --save_on_each_node."
             )
-        return str(ours)
+        return str(checkpoint)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's, with workers that survive a signal to the whole job."""
+        """Return the Trainer's loader, with workers that survive a signal to the whole job."""
         return shield_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The Trainer's, with workers that survive a signal to the whole job."""
+        """Return the Trainer's loader, with workers that survive a signal to the whole job."""
         return shield_workers(super().get_eval_dataloader(eval_dataset))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # resumed from its last step: the Trainer would do one more
+        # A run that is resumed from its last step has none to do; the Trainer would do one.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -130,12 +131,13 @@ class ResumableTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
         if self.interruption.stopped_by is not None or self.interruption.is_asked_for(self.args):
-            # nothing else could be resumed
-            wanted, self.args.save_only_model = self.args.save_only_model, False
+            # A run can only be resumed from a checkpoint with the optimizer's state.
+            save_only_model = self.args.save_only_model
+            self.args.save_only_model = False
             self._save_checkpoint(self.model_wrapped, trial)
-            self.args.save_only_model = wanted
-            # Not the end: the best model is not loaded yet, and with a limit of one it would be all
-            # that is kept.
+            self.args.save_only_model = save_only_model
+            # The run has not ended. If it knew a best model, the Trainer would load that one now,
+            # and with save_total_limit=1 delete the checkpoint that was just written.
             self.state.best_model_checkpoint = None
         return super()._finalize_training(trial, *args)
 
@@ -144,53 +146,59 @@ class ResumableTrainer(Trainer):
     ) -> Any:
         progress = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
         if checkpoint is not None and self.state.best_model_checkpoint is None:
-            # It is remembered by its path, which may have been relative to another folder, or moved
-            # with the others.
-            best = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))[
-                "best_model_checkpoint"
-            ]
-            if best is not None and (beside := Path(checkpoint).parent / Path(best).name).is_dir():
-                self.state.best_model_checkpoint = str(beside)
+            self.state.best_model_checkpoint = _best_next_to(Path(checkpoint))
         return progress
 
     def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._run_dir is None else str(self._run_dir)
+        if self._run_dir is not None:
+            return str(self._run_dir)
+        return super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the checkpoint aside and renames it once all ranks are done: a kill leaves the
-        previous one."""
-        args, state = self.args, self.state
-        folder, name = Path(self._get_output_dir(trial)), self._checkpoint_name
+        """Write the checkpoint into another folder, and rename it when all ranks have finished.
+
+        A kill at any moment leaves the previous checkpoint as it was.
+        """
+        args = self.args
+        state = self.state
+        folder = Path(self._get_output_dir(trial))
+        name = self._checkpoint_name
         aside = folder / ASIDE
         if args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        # The Trainer asks `_get_output_dir` where to write.
         self._run_dir = aside
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._run_dir = None
         if state.best_model_checkpoint == str(aside / name):
+            # The Trainer has noted the path that it wrote to.
             state.best_model_checkpoint = str(folder / name)
             if args.should_save:
                 state.save_to_json(str(aside / name / STATE_FILE))
         self.accelerator.wait_for_everyone()
+        # One process of every machine: without a shared disk each machine has files of its own.
         if args.local_process_index == 0:
             move_into_place(aside / name, folder / name)
         self.accelerator.wait_for_everyone()
         if args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
-            best = state.best_model_checkpoint
+            # The Trainer has rotated inside the other folder, where it found this checkpoint alone.
             rotate_checkpoints(
-                str(folder), args.save_total_limit, best_model_checkpoint=best, use_mtime=True
+                str(folder),
+                args.save_total_limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+                use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            # The Trainer pickles its arguments, hub token included; nothing of ours reads that
-            # file.
+            # The Trainer pickles its arguments, the access token for the Hub included. Nothing here
+            # reads that file, so the secret need not be on the disk.
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)
 
@@ -210,18 +218,31 @@ class ResumableTrainer(Trainer):
 
     @property
     def _is_sharded(self) -> bool:
-        """Whether the weights are in several hands, or are adapters; the Trainer knows how to load
-        those."""
+        """Whether the Trainer has to load the weights: they are sharded, or adapters of peft."""
         return (
             self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(self.model, "peft_config")
         )
 
     def _load_weights(self, checkpoint: Path) -> None:
-        """Loads all weights of a checkpoint, or raises."""
+        """Load all weights of a checkpoint, or raise."""
         if isinstance(self.model, PreTrainedModel):
-            # Not the file alone, as the Trainer does: stock ViT and Swin are saved under older
-            # names of their weights, of which it would load none and warn.
+            # The Trainer loads the file itself. But stock ViT and Swin are saved with older names
+            # of their weights, so it would load none of them and only warn.
             state = type(self.model).from_pretrained(checkpoint).state_dict()
         else:
             state = safetensors.torch.load_file(checkpoint / SAFE_WEIGHTS_NAME)
         self.model.load_state_dict(state)
+
+
+def _best_next_to(checkpoint: Path) -> str | None:
+    """Return the best checkpoint as a path next to this one, None if it does not exist there.
+
+    The state of a run has it by a path that may have been relative to another folder, or may have
+    been moved together with the other checkpoints.
+    """
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    best = state["best_model_checkpoint"]
+    if best is None:
+        return None
+    place = checkpoint.parent / Path(best).name
+    return str(place) if place.is_dir() else None
