@@ -1,10 +1,9 @@
-"""Tokens as a part of the search for widths: observed with the units, chosen with them, gone when
-they are cut.
+"""Tokens in the search for widths: observed with the units, chosen with them, reduced with the cut.
 
-While units are observed, every layer also asks, with the same gradients, what merging its tokens
-down to n would do to the loss: first order of the change, squared, as for a unit. So the choice
-can weigh units and tokens against each other. Nothing is merged before it has decided: hidden
-patches are repainted from all tokens.
+While units are observed, the same gradients also tell for every layer what merging its tokens down
+to n would do to the loss: the first-order change, squared, as for a unit. So the choice can weigh
+units against tokens. Until the model is cut no token is merged, because hidden patches are
+repainted from all tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,52 +31,65 @@ from ..models import OFBViTForImageClassification
 from ..models.modeling_ofb_vit import rank_tokens
 from ..tokens.schedules import Cost, Schedule, full_schedule, num_tokens
 
-# numbers of tokens to which merging is tried in each layer, about evenly apart on a scale of square
-# roots
+# Numbers of tokens to which merging is tried in each layer.
 TRIED = 16
-ROUNDS = 2
 
 
 def tried_counts(tokens: int) -> list[int]:
-    """Numbers of tokens, from 2 to one less than all, to which merging is tried."""
-    roots = np.linspace(SMALLEST_COUNT**0.5, (tokens - 1) ** 0.5, TRIED)
+    """Return the numbers of tokens to which merging is tried, from 2 to one less than all.
+
+    They are about evenly spaced on a scale of square roots.
+    """
+    smallest = SMALLEST_COUNT**0.5
+    largest = (tokens - 1) ** 0.5
+    roots = np.linspace(smallest, largest, TRIED)
     return sorted({round(float(root) ** 2) for root in roots})
 
 
 def merging_changes(
     tokens: Tensor, gradient: Tensor, importance: Tensor, counts: list[int]
 ) -> Tensor:
-    """First-order change of the loss if each image's tokens were merged down to n, all of them
-    staying in place.
+    """Return the first-order change of the loss if each image's tokens were merged down to n.
 
-    Tokens that meet get the mean of their features, as many times as there are of them: what
-    attention sees of a merged token that counts by its size.
+    All tokens stay in place. Those that are merged together all get the mean of their features:
+    that is what attention sees of a merged token that counts by its size.
 
     Args:
-        tokens: (B, N, C), class token first; gradient: of the loss, likewise.
+        tokens: (B, N, C), class token first.
+        gradient: of the loss with respect to them, (B, N, C).
         importance: of the patch tokens, (B, N - 1).
         counts: K values of n, 2 to N - 1.
 
     Returns:
-        (K, B), in float32 or the inputs' wider type.
+        (K, B), in float32 or the wider type of the inputs.
     """
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    order = rank_tokens(importance, tokens.shape[1])[..., None].expand_as(tokens)
-    tokens, gradient = (tensor.to(wide).gather(1, order) for tensor in (tokens, gradient))
+    order = rank_tokens(importance, tokens.shape[1])  # (B, N)
+    order = order[..., None].expand_as(tokens)  # (B, N, C)
+    tokens = tokens.to(wide).gather(1, order)  # (B, N, C), the most important first
+    gradient = gradient.to(wide).gather(1, order)  # (B, N, C)
     directions = F.normalize(tokens, dim=-1)
-    similarity, changes = directions @ directions.mT, []
+    similarity = directions @ directions.mT  # (B, N, N)
+    changes = []
     for count in counts:
-        match = similarity[:, count:, 1:count].argmax(-1) + 1
+        # The last N - n tokens join the most similar of the first n; the class token is no match.
+        first = tokens[:, :count]  # (B, n, C)
+        last = tokens[:, count:]  # (B, N - n, C)
+        match = similarity[:, count:, 1:count].argmax(-1) + 1  # (B, N - n)
         joins = F.one_hot(match, count).to(wide)  # (B, N - n, n)
-        first = tokens[:, :count]
-        means = (first + joins.mT @ tokens[:, count:]) / (1 + joins.sum(1))[..., None]
-        moved = torch.cat([means, joins @ means], 1) - tokens
-        changes.append((gradient * moved).sum((1, 2)))
+        members = 1 + joins.sum(1)  # (B, n)
+        means = (first + joins.mT @ last) / members[..., None]  # (B, n, C)
+        merged = torch.cat([means, joins @ means], 1)  # (B, N, C)
+        change = gradient * (merged - tokens)  # (B, N, C)
+        changes.append(change.sum((1, 2)))  # (B,)
     return torch.stack(changes)
 
 
 class TokenProbe(nn.Module):
-    """Stands in a layer's place for reduction while it is observed, and lets all tokens pass.
+    """Module in the place of a layer's `TokenReduction` that observes and lets all tokens pass.
+
+    Args:
+        counts: numbers of tokens to which merging is tried.
 
     Attributes:
         changes: `merging_changes` of the last backward pass, (K, B); None before it.
@@ -85,69 +97,84 @@ class TokenProbe(nn.Module):
 
     def __init__(self, counts: list[int]):
         super().__init__()
-        self.counts, self.changes = counts, None
+        self.counts = counts
+        self.changes: Tensor | None = None
 
     def forward(
         self, tokens: Tensor, sizes: Tensor | None, importance: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """As `TokenReduction.forward`, with all tokens."""
+        """Return what came in; arguments as for `TokenReduction.forward`."""
         if tokens.requires_grad:
-            seen, ranked = tokens.detach(), importance.detach()
+            # Detached, or the hook would keep the graph alive that it is called from.
+            values = tokens.detach()
+            ranking = importance.detach()
 
-            def note(gradient: Tensor) -> None:
-                self.changes = merging_changes(seen, gradient, ranked, self.counts)
+            def observe(gradient: Tensor) -> None:
+                self.changes = merging_changes(values, gradient, ranking, self.counts)
 
-            tokens.register_hook(note)
+            tokens.register_hook(observe)
         return tokens, sizes
 
 
 class SearchedTokens(nn.Module):
-    """What a search knows and has decided about the tokens of its model.
+    """Store what a search has observed of the tokens of its model, and what it has decided.
+
+    Args:
+        config: of the model.
 
     Attributes:
         first_order: buffer (layers, K), sums over images of squared `merging_changes`, one for each
             of `counts`; 0 in layers that cannot reduce their tokens.
         schedule: buffer (layers, 2), as `OFBViTConfig.token_schedule`; zeros while it is undecided.
-        acts: buffer, bool: whether the model has this schedule by now.
-        counts: what `first_order` is about.
+        acts: buffer, bool: whether the model has this token schedule by now.
+        num_tokens: N, tokens of one image, class token included.
+        counts: K numbers of tokens to which merging is tried.
+
+    Raises:
+        ValueError: for models with fewer than 3 patches.
     """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         layers = config.num_hidden_layers
-        if num_tokens(config) < 4:
+        tokens = num_tokens(config)
+        if tokens < 4:
             raise ValueError(
-                f"search_tokens is True, but an image has {num_tokens(config) - 1} patches, too "
-                f"few to merge any "
-                f"(image_size {config.image_size}, patch_size {config.patch_size}); turn it off."
+                f"search_tokens is True, but an image has {tokens - 1} patches (image_size "
+                f"{config.image_size}, patch_size {config.patch_size}), too few to merge any; turn "
+                "search_tokens off."
             )
-        self.num_tokens, self.counts = num_tokens(config), tried_counts(num_tokens(config))
+        self.num_tokens = tokens
+        self.counts = tried_counts(tokens)
         self.register_buffer("first_order", torch.zeros(layers, len(self.counts)))
         self.register_buffer("schedule", torch.zeros(layers, 2, dtype=torch.long))
         self.register_buffer("acts", torch.tensor(False))
 
     @property
     def decided(self) -> Schedule | None:
-        """The schedule that was chosen, if one was."""
+        """Return the token schedule that was decided on, None while there is none."""
         return self.schedule.tolist() if self.schedule.any() else None
 
     def decide_(self, schedule: Schedule) -> None:
-        """Chooses a schedule."""
+        """Decide on a token schedule."""
         self.schedule.copy_(torch.tensor(schedule))
 
     def watch_(self, model: OFBViTForImageClassification, on: bool = True) -> None:
-        """Puts probes into all layers that may reduce their tokens; or takes them out again."""
+        """Put probes into all layers that may reduce their tokens, or take them out again."""
         for number, layer in enumerate(model.vit.layers):
             if number and layer.attention.num_attention_heads:
                 layer.reduction = TokenProbe(self.counts) if on else None
 
     @torch.no_grad()
     def changes(self, model: OFBViTForImageClassification, images: int) -> Tensor:
-        """What the probes saw in the last backward pass, (B, layers, K); 0 in layers that have
-        none.
+        """Return what the probes observed in the last backward pass, and forget it there.
 
         Args:
-            images: B, how many entered it.
+            model: with probes.
+            images: B, the images of that pass.
+
+        Returns:
+            (B, layers, K), 0 in layers without a probe.
         """
         changes = self.first_order.new_zeros(images, *self.first_order.shape)
         for number, layer in enumerate(model.vit.layers):
@@ -157,30 +184,32 @@ class SearchedTokens(nn.Module):
         return changes
 
     def curves(self, total: float | None) -> np.ndarray:
-        """What each layer loses by going from all tokens to n, (layers, N + 1), in the unit of the
-        choice's scores.
+        """Return what each layer loses by merging all tokens down to n, (layers, N + 1).
+
+        It is in the unit of the scores of candidates, so that a choice can add both up.
 
         Args:
-            total: sum of the units' first order, which makes scores; None = nothing was observed.
-                Then each token is worth the same in a layer, and the more the more layers come
-                after it.
+            total: sum of the first order over all units, by which their scores are normalised; None
+                if nothing was observed. Then all tokens of a layer are worth the same, and more the
+                more layers come after it.
         """
-        layers, every = len(self.first_order), np.arange(self.num_tokens + 1)
+        layers = len(self.first_order)
+        counts = np.arange(self.num_tokens + 1)  # (N + 1,)
         if total is None:
-            lost = (self.num_tokens - every) / self.num_tokens
-            return IMPORTANCE_SCORE * np.stack(
-                [(1 - layer / layers) * lost for layer in range(layers)]
-            )
-        points = [*self.counts, self.num_tokens]
-        observed = F.pad(self.first_order.double().cpu(), (0, 1)).numpy()
-        # fewer tokens are never worth more
-        falling = np.maximum.accumulate(observed[:, ::-1], axis=1)[:, ::-1]
-        return (
-            IMPORTANCE_SCORE / total * np.stack([np.interp(every, points, row) for row in falling])
-        )
+            lost = (self.num_tokens - counts) / self.num_tokens  # (N + 1,)
+            rows = [(1 - layer / layers) * lost for layer in range(layers)]
+            return IMPORTANCE_SCORE * np.stack(rows)
+        observed_counts = [*self.counts, self.num_tokens]
+        observed = F.pad(self.first_order.double().cpu(), (0, 1))  # (layers, K + 1)
+        observed = observed.numpy()
+        # Observations are noisy, but fewer tokens are never worth more: the running maximum from
+        # all tokens downwards.
+        rising = np.maximum.accumulate(observed[:, ::-1], axis=1)
+        rows = [np.interp(counts, observed_counts, row[::-1]) for row in rising]
+        return IMPORTANCE_SCORE / total * np.stack(rows)
 
     def architecture(self, config: ViTConfig) -> Architecture:
-        """The model under the schedule that was decided, or with all tokens."""
+        """Return the model under the token schedule that was decided on, or with all tokens."""
         return scheduled(config, self.decided or full_schedule(config))
 
     def best_choice(
@@ -194,51 +223,66 @@ class SearchedTokens(nn.Module):
         solve: Callable[[Architecture, list[str]], Choice],
         choose: Callable[[list[Choice]], Choice] | None = None,
     ) -> Choice:
-        """The best widths and schedule under one budget; a schedule that was decided stays.
+        """Return the best widths and token schedule under one budget.
 
-        A layer that reduces its tokens needs an attention to rank them by. So, where attentions may
-        be left out, the family of schedules is made a second time, for those that would stay if
-        that were no condition.
+        A token schedule that was decided on stays, and only the widths are chosen.
 
         Args:
-            config: of the model. sizes: submodule name -> units, of the dense model.
-            target: the budget, in what `cost` counts. total: as for `curves`.
-            solve: (the model under a schedule, attentions that have to keep units) -> the best
-                widths.
-            choose: picks among choices that differ in how much of the budget tokens give up; by
-                default the one with the best score.
+            config: of the model.
+            sizes: submodule name -> units, of the dense model.
+            target: the budget, in what `cost` counts.
+            total: as for `curves`.
+            cost: what counts.
+            solve: (the model under a token schedule, attentions that have to keep units) -> the
+                best widths; raises UnreachableBudgetError if none fit.
+            choose: picks one of several choices that differ in how much of the budget tokens give
+                up; by default the one with the best score.
 
         Raises:
-            UnreachableBudgetError: naming the smallest possible cost.
+            UnreachableBudgetError: if no choice fits, with the smallest possible cost.
         """
 
-        def widths(schedule: Schedule) -> Choice:
-            needed = [*map(attention_of, reducing_layers(schedule, self.num_tokens))]
+        def best_widths(schedule: Schedule) -> Choice:
+            # A layer that reduces its tokens needs an attention to rank them by.
+            reducing = reducing_layers(schedule, self.num_tokens)
+            needed = [attention_of(layer) for layer in reducing]
             return solve(scheduled(config, schedule), needed)
 
-        if (decided := self.decided) is not None:
-            return widths(decided)
-        curves, best, amounts = self.curves(total), None, quantities(sizes)
-        for _ in range(ROUNDS):
-            reducing = [
-                layer
-                for layer in range(1, config.num_hidden_layers)
-                if amounts[attention_of(layer)]
-            ]
-            family = candidate_schedules(config, amounts, curves, reducing, cost)
-            try:
-                found = best_schedule(family, widths, curves, TIGHTNESS * target)
-            except UnreachableBudgetError:
-                if best is None:
-                    raise
-                break  # too few attentions to reduce tokens in; the family before had more
-            if best is None or (found.cost >= TIGHTNESS * target, found.score) > (
-                best.cost >= TIGHTNESS * target,
-                best.score,
-            ):
-                best, chosen_from = found, family
-            free = solve(scheduled(config, best.token_schedule), []).candidates
-            amounts = quantities(dict(sizes) | {name: option.size for name, option in free.items()})
+        if self.decided is not None:
+            return best_widths(self.decided)
+
+        curves = self.curves(total)
+        lowest = TIGHTNESS * target
+
+        def best_for(amounts: Mapping[str, int]) -> tuple[Choice, list[Schedule]]:
+            """Return the best choice, and the token schedules that it is one of."""
+            layers = range(1, config.num_hidden_layers)
+            reducing = [layer for layer in layers if amounts[attention_of(layer)]]
+            schedules = candidate_schedules(config, amounts, curves, reducing, cost)
+            return best_schedule(schedules, best_widths, curves, lowest), schedules
+
+        def rank(choice: Choice) -> tuple[bool, float]:
+            return choice.cost >= lowest, choice.score
+
+        # Which reductions pay depends on the widths, and, where attentions may be left out, so does
+        # which layers can reduce tokens at all. So the token schedule is chosen twice: for the
+        # dense widths, and for those that would be best under the first token schedule if no layer
+        # needed its attention to rank tokens.
+        best, schedules = best_for(quantities(sizes))
+        free = solve(scheduled(config, best.token_schedule), []).candidates
+        free_sizes = dict(sizes)
+        for name, candidate in free.items():
+            free_sizes[name] = candidate.size
+        try:
+            second, second_schedules = best_for(quantities(free_sizes))
+        except UnreachableBudgetError:
+            pass  # too few attentions are left to reduce tokens by; the first choice has more
+        else:
+            if rank(second) > rank(best):
+                best = second
+                schedules = second_schedules
+
         if choose is None:
             return best
-        return choose([best, *spread_choices(chosen_from, widths, curves, TIGHTNESS * target)])
+        others = spread_choices(schedules, best_widths, curves, lowest)
+        return choose([best, *others])
