@@ -124,15 +124,16 @@ def plot_finetuning(
     rows = [row for row in history if row["phase"] == "finetune"]
     steps = [row["step"] for row in rows]
     with drawing(path, 1, 2, figsize=(9, 4.2), width_ratios=[1.6, 1]) as (loss, accuracy):
-        loss.plot(steps, [row["loss"] for row in rows], color="tab:blue")
+        loss.plot(steps, [row["loss"] for row in rows], color="tab:blue", marker=".")
         loss.set(title="Training loss", xlabel="step of finetuning")
         for shift, stage, label in ((-0.2, "dense", "before"), (0.2, "finetuned", "after")):
             heights = [results[stage]["top1"], results[stage]["top5"]]
             bars = accuracy.bar([shift, 1 + shift], heights, width=0.38, label=label)
             accuracy.bar_label(bars, fmt="%.2f", fontsize=8)
-        accuracy.set(title="Accuracy (%)", ylim=(0, 110))
+        # room for the legend above the bars
+        accuracy.set(title="Accuracy (%)", ylim=(0, 125))
         accuracy.set_xticks([0, 1], ["top-1", "top-5"])
-        accuracy.legend(loc="lower right")
+        accuracy.legend(loc="upper center", ncols=2)
 
 
 def _draw_cost(axes: Any, rows: list[dict[str, Any]], target: float, budget: str) -> None:

@@ -161,6 +161,8 @@ def test_finetuning_a_stock_model_resumes_in_the_middle_of_an_epoch(
         with pytest.raises(TrainingInterrupted):
             finetune(checkpoint, images, cut)
     finetune(checkpoint, images, cut, "--resume_from_checkpoint", "auto")
+    assert [row["step"] for row in read_history(cut / "search_history.jsonl")] == [*range(1, 7)]
+    assert json.loads((cut / "eval_results.json").read_text())["steps"] == {"finetune": 6}
     assert (cut / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
 
 

@@ -144,6 +144,12 @@ def test_tokens_after_widths_keep_the_record_of_the_units(checkpoint, images, tm
     dense = OFBViTForImageClassification.from_dense(
         AutoModelForImageClassification.from_pretrained(checkpoint)
     )
+    longer = tmp_path / "longer"
+    places = ["--model_name_or_path", str(tmp_path / "both"), "--data_dir", str(images)]
+    cli.finetune([*places, "--output_dir", str(longer), *QUICK, "--max_steps", "1"])
+    assert SubnetSpec.from_json((longer / "subnet.json").read_text()) == after
+    kept, merged = results["token_schedule"][1]
+    assert f"| 1 | {kept} | {merged} |" in (longer / "README.md").read_text()
     assert slice_model(dense, after).config.token_schedule == results["token_schedule"]
     assert count_macs(dense, after) == results["searched"]["macs"]
 
