@@ -1,4 +1,4 @@
-"""What to do where the Hub refuses a data set: gated, private, or not there."""
+"""Explanations for data sets that the Hub refuses: gated, private, or missing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,15 @@ from ..hub_retries import causes_of, status_of
 
 
 class DatasetAccessError(ValueError):
-    """The Hub does not hand out a data set: it is gated, private or not there."""
+    """Report that the Hub refuses a data set: it is gated, private or missing."""
 
 
 @contextmanager
-def hub_refusals_in_words(name: str) -> Iterator[None]:
-    """Says what to do where the Hub refuses a data set.
+def explained_hub_refusals(name: str) -> Iterator[None]:
+    """Replace the errors of a Hub that refuses a data set by one that says what to do.
+
+    Args:
+        name: of the data set, for the message.
 
     Raises:
         DatasetAccessError: instead of the errors of `datasets` and `huggingface_hub`.
@@ -24,43 +27,55 @@ def hub_refusals_in_words(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = _refusal(error, name)
+        message = _explanation(list(causes_of(error)), name)
         if message is None:
             raise
         raise DatasetAccessError(message) from error
 
 
-def _refusal(error: Exception, name: str) -> str | None:
-    causes, page = list(causes_of(error)), f"{config.HF_ENDPOINT}/datasets/{name}"
-    login = (
+def _explanation(causes: list[BaseException], name: str) -> str | None:
+    """Return what to do, None if the errors are no refusal."""
+    page = f"{config.HF_ENDPOINT}/datasets/{name}"
+    log_in = (
         "log in with `hf auth login`, or set HF_TOKEN to a token that may read gated repositories"
     )
-    # `datasets` keeps the words of the Hub's answer, but not always its type and status.
-    gated = [
-        cause
-        for cause in causes
-        if isinstance(cause, GatedRepoError) or " is a gated dataset" in str(cause)
-    ]
-    if any(status_of(cause) == 403 or "to ask for access" in str(cause) for cause in gated):
+    gated = [cause for cause in causes if _is_gated(cause)]
+    if any(_is_not_admitted(cause) for cause in gated):
         return (
             f"{name} is gated, and your account has not been let in. Open {page}, accept the "
-            f"terms, and wait for the "
-            "approval if the owners ask for one; the token must belong to that account and may "
-            "read gated repositories."
+            "terms, and wait for the approval if the owners ask for one; the token must belong to "
+            "that account and be allowed to read gated repositories."
         )
     if gated:
         return (
-            f"{name} is gated, and you are not logged in. Accept the terms on {page}, then {login}."
+            f"{name} is gated, and you are not logged in. Accept the terms on {page}, then "
+            f"{log_in}."
         )
-    if any(
-        isinstance(cause, HfHubHTTPError) and "Invalid credentials" in str(cause)
-        for cause in causes
-    ):
+    if any(_is_bad_token(cause) for cause in causes):
         return (
             f"The Hub does not accept your token for {name}. Make a new one at "
-            f"{config.HF_ENDPOINT}/settings/tokens, "
-            "then run `hf auth login` again, or correct HF_TOKEN."
+            f"{config.HF_ENDPOINT}/settings/tokens, then run `hf auth login` again, or correct "
+            "HF_TOKEN."
         )
     if any(isinstance(cause, RepositoryNotFoundError | DatasetNotFoundError) for cause in causes):
-        return f"{name} is not on the Hub, or it is private. Check its name at {page}; if it is private, {login}."
+        return (
+            f"{name} is not on the Hub, or it is private. Check its name at {page}; if it is "
+            f"private, {log_in}."
+        )
     return None
+
+
+# `datasets` keeps the text of the Hub's answer, but not always its type and its status, so these
+# look at the text as well.
+
+
+def _is_gated(error: BaseException) -> bool:
+    return isinstance(error, GatedRepoError) or " is a gated dataset" in str(error)
+
+
+def _is_not_admitted(error: BaseException) -> bool:
+    return status_of(error) == 403 or "to ask for access" in str(error)
+
+
+def _is_bad_token(error: BaseException) -> bool:
+    return isinstance(error, HfHubHTTPError) and "Invalid credentials" in str(error)

@@ -1,18 +1,25 @@
-"""Which column holds the images and which the labels, and how labels become class indices."""
+"""Finding the columns with images and labels, and turning labels into class indices."""
 
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets.features.features import FeatureType
 
+# Usual names of columns, in order of preference.
 IMAGE_NAMES = ("image", "img")
+# Beginnings of the names of types whose values can be classes. A "null" column has no values: the
+# check for missing labels refuses it with a better message than the check of types would.
 DISCRETE = ("int", "uint", "bool", "string", "large_string", "null")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls")
 
 
 def find_image_column(features: Features, named: str | None) -> str:
-    """The column with images: the named one, or the only one that holds images (else `image` or
-    `img` among them).
+    """Return the column with images.
+
+    Args:
+        features: columns and their types.
+        named: the column that the user named. Without a name it is the only column of the type
+            `Image`; among several, `image` or `img`.
 
     Raises:
         ValueError: if there is no such column, if it holds no images, or if several do.
@@ -22,16 +29,15 @@ def find_image_column(features: Features, named: str | None) -> str:
         if not _holds_images(features[named]):
             raise ValueError(
                 f"image_column is {named!r}, whose type is {features[named]}; expected images or "
-                f"encoded bytes. "
-                f"Columns: {_describe(features)}."
+                f"encoded bytes. Columns: {_describe(features)}."
             )
         return named
     candidates = [name for name, feature in features.items() if isinstance(feature, Image)]
-    # Parquet files written without `datasets` keep images as plain bytes; only a telling name makes
-    # them images.
-    candidates = candidates or [
-        name for name in IMAGE_NAMES if name in features and _holds_images(features[name])
-    ]
+    if not candidates:
+        # Parquet files that were not written by `datasets` hold images as plain bytes. Other things
+        # are stored as bytes, too, so the column needs a usual name.
+        usual = [name for name in IMAGE_NAMES if name in features]
+        candidates = [name for name in usual if _holds_images(features[name])]
     if not candidates:
         raise ValueError(
             f"no column holds images. Columns: {_describe(features)}. Name one with --image_column."
@@ -40,8 +46,12 @@ def find_image_column(features: Features, named: str | None) -> str:
 
 
 def find_label_column(features: Features, named: str | None) -> str:
-    """The column with class labels: the named one, or the only `ClassLabel`, or one with a usual
-    name.
+    """Return the column with class labels.
+
+    Args:
+        features: columns and their types.
+        named: the column that the user named. Without a name it is the only column of the type
+            `ClassLabel`, or else one with a usual name.
 
     Raises:
         ValueError: if there is no such column, or if several qualify.
@@ -50,35 +60,36 @@ def find_label_column(features: Features, named: str | None) -> str:
         _check_present(features, named, "label_column")
         return named
     candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    candidates = candidates or [name for name in LABEL_NAMES if name in features][:1]
+    if not candidates:
+        candidates = [name for name in LABEL_NAMES if name in features][:1]
     if not candidates:
         raise ValueError(
             f"no column holds labels: none is a ClassLabel or called {', '.join(LABEL_NAMES)}. "
-            f"Columns: {_describe(features)}. Name one with --label_column; images in folders "
-            f"need one folder per "
-            "class, all at the same depth, and at least two of them."
+            f"Columns: {_describe(features)}. Name one with --label_column; images in folders need "
+            "one folder per class, all at the same depth, and at least two of them."
         )
     return _only(candidates, LABEL_NAMES, "hold class labels", "--label_column")
 
 
 def decode_images(dataset: Dataset, column: str) -> Dataset:
-    """The same rows, whose images come out as PIL images."""
+    """Return the same rows, whose images are read as PIL images."""
     feature = dataset.features[column]
-    is_decoded = isinstance(feature, Image) and feature.decode
-    return dataset if is_decoded else dataset.cast_column(column, Image())
+    if isinstance(feature, Image) and feature.decode:
+        return dataset
+    return dataset.cast_column(column, Image())
 
 
 def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
-    """All splits with class indices in `column`, and the class names in the order of these indices.
+    """Return all splits with class indices in `column`, and the class names in their order.
 
     Integers and strings become classes in their natural order, over all splits together: labels
-    0..n-1 stay what they are (`Dataset.class_encode_column` sorts them as text, 10 before 2, and
-    each split by itself).
+    0..n-1 remain what they are. (`Dataset.class_encode_column` sorts them as text, 10 before 2, and
+    each split by itself.)
 
     Raises:
-        ValueError: for labels that are no single class (lists, floating point numbers), rows
-            without a label (None or -1), fewer than two classes, and splits that disagree about
-            their classes.
+        ValueError: for labels that are not one class per image (lists, floating point numbers),
+            rows without a label (None or -1), fewer than two classes, and splits that disagree
+            about their classes.
     """
     for split, dataset in splits.items():
         _check_single_class(dataset.features[column], column, split)
@@ -89,22 +100,17 @@ def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Da
     if any(isinstance(feature, ClassLabel) for feature in features):
         names = _common_names(features, column, list(splits))
         for split, labels in values.items():
-            if not all(0 <= label < len(names) for label in labels):
-                raise ValueError(
-                    f"split {split!r} has labels beyond the {len(names)} classes of {column!r}; "
-                    f"fix it."
-                )
+            _check_known(labels, len(names), column, split)
         encoded = splits
     else:
         classes = sorted(set().union(*values.values()))
         names = [str(value) for value in classes]
-        index = {value: position for position, value in enumerate(classes)}
-        encoded = {
-            split: dataset.remove_columns(column).add_column(
-                column, [index[value] for value in values[split]], feature=ClassLabel(names=names)
-            )
-            for split, dataset in splits.items()
-        }
+        index_of = {value: index for index, value in enumerate(classes)}
+        encoded = {}
+        for split, dataset in splits.items():
+            indices = [index_of[value] for value in values[split]]
+            others = dataset.remove_columns(column)
+            encoded[split] = others.add_column(column, indices, feature=ClassLabel(names=names))
     if len(names) < 2:
         raise ValueError(
             f"column {column!r} knows only the class {names}; a classifier needs at least two."
@@ -113,8 +119,9 @@ def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Da
 
 
 def column_values(dataset: Dataset, column: str) -> list[Any]:
-    """The values of one column as stored; no image is decoded for it."""
-    return dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    """Return the values of one column as stored, without decoding an image."""
+    table = dataset.select_columns([column]).with_format("arrow")[:]
+    return table[column].to_pylist()
 
 
 def _check_present(features: Features, name: str, field: str) -> None:
@@ -125,15 +132,12 @@ def _check_present(features: Features, name: str, field: str) -> None:
 
 
 def _check_single_class(feature: FeatureType, column: str, split: str) -> None:
-    # "null" is a column without any value: it is refused with better words by the check for missing
-    # labels.
     is_discrete = isinstance(feature, Value) and feature.dtype.startswith(DISCRETE)
     if not (isinstance(feature, ClassLabel) or is_discrete):
         raise ValueError(
             f"column {column!r} of split {split!r} holds {feature}; expected one class per image, "
-            f"as an integer, a "
-            "string or a ClassLabel. Multi-label and regression data are not supported; name "
-            "another --label_column."
+            "as an integer, a string or a ClassLabel. Multi-label and regression data are not "
+            "supported; name another --label_column."
         )
 
 
@@ -142,25 +146,33 @@ def _check_labelled(labels: list[Any], column: str, split: str) -> None:
     if missing:
         raise ValueError(
             f"{missing} of {len(labels)} rows of split {split!r} have no label ({column!r} is -1 "
-            f"or empty there), as "
-            "is usual for a test split whose answers are kept back. Name a labelled split with "
-            "--eval_split; the name "
-            "of the training split holds a part of it out."
+            "or empty there), as is usual for a test split whose answers are kept back. Name a "
+            "labelled split with --eval_split; if it is the training split, a part of that one is "
+            "held out."
+        )
+
+
+def _check_known(labels: list[int], num_classes: int, column: str, split: str) -> None:
+    if not all(0 <= label < num_classes for label in labels):
+        raise ValueError(
+            f"split {split!r} has labels beyond the {num_classes} classes of {column!r}; correct "
+            "the labels or the classes."
         )
 
 
 def _common_names(features: list[FeatureType], column: str, splits: list[str]) -> list[str]:
-    named = [feature.names if isinstance(feature, ClassLabel) else None for feature in features]
-    if any(names != named[0] for names in named):
+    names_of = [feature.names if isinstance(feature, ClassLabel) else None for feature in features]
+    if any(names != names_of[0] for names in names_of):
+        beginnings = [str(names and names[:5]) for names in names_of]
         raise ValueError(
             f"the splits {splits} disagree about the classes in column {column!r}: "
-            f"{' against '.join(str(names and names[:5]) for names in named)} ...; they need the "
-            f"same ClassLabel."
+            f"{' against '.join(beginnings)} ...; they need the same ClassLabel."
         )
-    return list(named[0])
+    return list(names_of[0])
 
 
 def _holds_images(feature: FeatureType) -> bool:
+    # {"bytes": ..., "path": ...} is how `datasets` stores an image.
     if isinstance(feature, dict):
         return "bytes" in feature and _is_binary(feature["bytes"])
     return isinstance(feature, Image) or _is_binary(feature)
@@ -171,6 +183,7 @@ def _is_binary(feature: FeatureType) -> bool:
 
 
 def _only(candidates: list[str], preferred: tuple[str, ...], what: str, flag: str) -> str:
+    """Return the only candidate, or the first one that has a preferred name."""
     if len(candidates) == 1:
         return candidates[0]
     usual = [name for name in preferred if name in candidates]

@@ -1,5 +1,4 @@
-"""From the bytes of an image file to an RGB image, and a record of the files for which that
-fails."""
+"""Decoding image files to RGB, and counting those that cannot be decoded."""
 
 import io
 import math
@@ -11,26 +10,33 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# A share of few images says little, and of more it still varies. After every image a run of days is
-# judged millions of times, and must not stop by chance; a part of an epoch is judged once.
+# The fraction of bad images among few says little about all, and among more it still varies.
 ENOUGH_SEEN = 100
-AT_ANY_TIME, ONCE = 8.0, 4.0  # standard deviations above the limit
+# How far above the limit the number of bad images may be, in standard deviations. It is compared
+# after every image, millions of times in a run of days, which must not stop by chance...
+AT_ANY_TIME = 8.0
+# ...and once for a part of an epoch.
+ONCE = 4.0
+# How many bad images of an epoch are named in the log.
 NAMED = 5
 
 
 class TooManyBadImagesError(ValueError):
-    """So many images cannot be decoded that something else is wrong."""
+    """Report that more images cannot be decoded than `max_bad_share` allows."""
 
 
 def decode_image(content: bytes | None) -> Image.Image:
-    """The image in RGB, turned as its EXIF orientation says.
+    """Return the image in RGB, turned as its EXIF orientation says.
 
-    That is what `datasets` does when it decodes, and transformers' pipelines: a streamed image has
-    the pixels of a loaded one, and the model sees in use what it was trained on. (timm and
-    torchvision's ImageFolder ignore EXIF.)
+    `datasets` and the pipelines of transformers decode in the same way, so a streamed image has the
+    pixels of a loaded one, and a model in use sees what it was trained on. (timm and torchvision's
+    ImageFolder ignore EXIF.)
+
+    Args:
+        content: the bytes of an image file; None or empty if there is no such file.
 
     Raises:
-        Exception: of whatever type the decoder of the format has, for bytes that are no complete
+        Exception: of any type that the decoder of the format raises for bytes that are no complete
             image.
     """
     if not content:
@@ -43,34 +49,36 @@ def decode_image(content: bytes | None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB; of 16 bits the upper 8 count.
+    """Return an image of any mode in RGB; of 16 bits, the upper 8 remain.
 
     Raises:
         ValueError: for modes whose numbers have no known range (32-bit integers and floats), which
             would turn black or white.
     """
-    if image.mode == "RGB":  # which `convert` would copy
+    if image.mode == "RGB":  # `convert` would make a copy
         return image
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+        levels = np.asarray(image).astype(np.uint16)  # (H, W), in the byte order of this machine
+        image = Image.fromarray((levels >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(
             f"its mode is {image.mode}, numbers of no known range; save it with 8 or 16 bits per "
-            f"channel"
+            "channel"
         )
     return image.convert("RGB")
 
 
 class BadImages:
-    """Counts images that were seen, and those that could not be decoded, over all workers of a
-    process.
+    """Count images, and those that cannot be decoded, over all workers of a process.
 
     Args:
-        workers: how many count, each in a place of its own.
-        max_share: of an epoch's images that may be bad.
+        workers: how many workers count.
+        max_share: fraction of an epoch's images that may be bad.
     """
 
     def __init__(self, workers: int, max_share: float):
+        # (workers, 2): images seen and images that are bad. Every worker has a row of its own, so
+        # that none overwrites what another has counted.
         self.counts = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()
         self.max_share = max_share
         self.names: list[str] = []
@@ -79,26 +87,31 @@ class BadImages:
 
     @property
     def seen(self) -> int:
-        """Images seen in this epoch, good and bad."""
+        """The images seen in this epoch, good and bad."""
         return int(self.counts[:, 0].sum())
 
     @property
     def bad(self) -> int:
-        """Images of this epoch that could not be decoded."""
+        """The images of this epoch that could not be decoded."""
         return int(self.counts[:, 1].sum())
 
     def reset(self) -> None:
-        """Begins an epoch."""
+        """Begin an epoch."""
         self.counts.zero_()
 
     def saw(self, worker: int, epoch: int, name: str, error: Exception | None) -> None:
-        """Records one image and, if it is bad, why. The first few of an epoch are named.
+        """Count one image; log the first bad ones of an epoch.
+
+        Args:
+            worker: who counts. epoch: the number of the epoch.
+            name: of the image, for the log.
+            error: why it cannot be decoded, None if it can.
 
         Raises:
             TooManyBadImagesError: if clearly more than `max_share` are bad.
         """
         # Plain Python on the memory that the workers share: between two images the code of numpy
-        # has left the CPU's caches, and three calls of it take as long as a fortieth of an image.
+        # has left the CPU's caches, and three calls of it take 1/40 of the time of an image.
         if self._view is None:
             self._view = memoryview(self.counts.numpy())
         self._view[worker, 0] += 1
@@ -109,27 +122,25 @@ class BadImages:
             self.names.append(name)
             why = f"{type(error).__name__}: {error}"
             logger.warning(f"{name} cannot be decoded ({why}); another image takes its place.")
-        seen, bad = map(sum, zip(*self._view.tolist(), strict=True))
+        seen, bad = map(sum, zip(*self._view.tolist(), strict=True))  # over the workers
         if seen >= ENOUGH_SEEN:
             self.require_few(seen, bad, AT_ANY_TIME)
 
     def require_few(self, seen: int, bad: int, deviations: float = 0.0) -> None:
-        """Judges counts.
+        """Raise TooManyBadImagesError if too many images are bad.
 
         Args:
+            seen, bad: the counts.
             deviations: how much to allow for chance, in standard deviations; 0 where all images
                 were counted.
-
-        Raises:
-            TooManyBadImagesError: if too many are bad.
         """
+        # Rare events: the variance of their number is the number expected (Poisson).
         allowed = self.max_share * seen
         allowed += deviations * math.sqrt(allowed)
         if bad > allowed:
+            examples = ", ".join(self.names) or "see the warnings above"
             raise TooManyBadImagesError(
                 f"{bad} of {seen} images of this epoch cannot be decoded: {bad / seen:.1%}, and "
-                f"max_bad_share is "
-                f"{self.max_share:.1%}. For example: "
-                f"{', '.join(self.names) or 'see the warnings above'}. Repair the "
+                f"max_bad_share is {self.max_share:.1%}. For example: {examples}. Repair the "
                 "files, or raise --max_bad_share if a model may be trained without them."
             )

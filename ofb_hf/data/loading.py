@@ -19,7 +19,7 @@ from datasets import (
 from PIL import Image as PILImage
 
 from ..hub_retries import patiently
-from .access import hub_refusals_in_words
+from .access import explained_hub_refusals
 from .columns import (
     column_values,
     decode_images,
@@ -253,7 +253,7 @@ def load_image_data(args: DataArguments) -> ImageData:
     if args.dataset_name is None and args.data_dir is None:
         data = load_digits_data()
     else:
-        with hub_refusals_in_words(args.dataset_name or args.data_dir):
+        with explained_hub_refusals(args.dataset_name or args.data_dir):
             data = _load_streamed(args) if args.streaming else _load(args)
     train = data.train if args.streaming else limit(data.train, args.max_train_samples)
     return replace(data, train=train, eval=limit(data.eval, args.max_eval_samples))

@@ -1,8 +1,8 @@
-"""Where streamed rows come from: blocks of known length, each read from any row on.
+"""Sources of streamed rows: blocks of known length, each of which can be read from any row on.
 
-Exact epochs need the number of rows of every block. The footers of parquet files say it for their
-row groups, an image file is one row, and the shards of any other format are counted once (or taken
-to be equally long).
+Exact epochs need the number of rows of every block. Parquet files have it in their footers, for
+every row group. An image file is one row. The shards of any other format are counted once, or taken
+to be equally long.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,21 +29,22 @@ from ..hub_retries import WAITS_IN_A_RUN, patiently, wait_or_give_up
 
 logger = logging.get_logger(__name__)
 
-READERS = 16  # requests at a time, while nothing but their latency is waited for
+READERS = 16  # requests at a time, where only their latency is waited for
 ROWS_AT_A_TIME = 32
 FILES_AT_A_TIME = 1000
-# Every read is one request for exactly these bytes: what read-ahead would fetch belongs to another
+# Every read is one request for exactly these bytes: read-ahead would fetch the rows of another
 # worker.
 UNBUFFERED = {"cache_type": "none"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example as it is stored.
+    """Hold one example as it is stored.
 
     Args:
         image: content of the image file, None if that file is missing.
-        label: as stored; name: of the file, or of the table and the row in it.
+        label: the label as it is stored.
+        name: the name of the file, or of the table and the row in it.
     """
 
     image: bytes | None
@@ -51,17 +53,18 @@ class Row:
 
 
 class Source(Protocol):
-    """Rows in blocks. `rows` (blocks,) int64 says how many each holds."""
+    """Give rows in blocks."""
 
-    rows: np.ndarray
+    rows: np.ndarray  # (blocks,) int64: the number of rows of every block
 
     def read(self, block: int, start: int) -> Iterator[Row]:
-        """The rows of a block from the `start`-th on, always in the same order."""
+        """Yield the rows of a block from row `start` on, always in the same order."""
 
 
 def read_patiently(source: Source, block: int, start: int) -> Iterator[Row]:
-    """`source.read`, which goes on after network faults where it broke off: no row is lost, none
-    comes twice.
+    """Yield what `source.read` yields, and continue after network faults where it broke off.
+
+    No row is lost, and none comes twice.
 
     Raises:
         StreamBrokenError: if the network fails for longer than `WAITS_IN_A_RUN`.
@@ -70,53 +73,52 @@ def read_patiently(source: Source, block: int, start: int) -> Iterator[Row]:
     while True:
         try:
             for row in source.read(block, start):
-                start, attempt = start + 1, 0
+                start += 1
+                attempt = 0
                 yield row
             return
         except Exception as error:
-            attempt = wait_or_give_up(
-                error, attempt, f"reading row {start} of block {block}", WAITS_IN_A_RUN
-            )
+            what = f"reading row {start} of block {block}"
+            attempt = wait_or_give_up(error, attempt, what, WAITS_IN_A_RUN)
 
 
 def first_rows(source: Source, count: int) -> Source:
-    """The same blocks, of whose rows only the first `count` are used."""
+    """Return the same blocks, with the first `count` of their rows only."""
     before = np.cumsum(source.rows) - source.rows
     return replace(source, rows=np.clip(count - before, 0, source.rows))
 
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Parquet files, a block per row group: one request fetches it, and only these two of its
-    columns."""
+    """Read parquet files, a block per row group: one request fetches its two columns."""
 
-    rows: np.ndarray
+    rows: np.ndarray  # (blocks,)
     files: list[str]
-    groups: list[tuple[int, int]]
-    footers: list[pq.FileMetaData]
-    columns: tuple[str, str]
+    groups: list[tuple[int, int]]  # of every block: index of the file, row group in it
+    footers: list[pq.FileMetaData]  # of every file
+    columns: tuple[str, str]  # of images and labels
 
     @classmethod
     def of(cls, files: list[str], columns: tuple[str, str]) -> "RowGroups":
-        """Reads the footers of the files, all at once."""
+        """Read the footers of all files at a time."""
         stored = once_per_machine(
             "footers", files, len(files), lambda index: _read_footer(files[index])
         )
-        footers = [pq.read_metadata(io.BytesIO(footer)) for footer in stored]
-        groups = [
-            (file, group)
-            for file, footer in enumerate(footers)
-            for group in range(footer.num_row_groups)
-        ]
-        rows = np.array(
-            [footers[file].row_group(group).num_rows for file, group in groups], dtype=np.int64
-        )
-        return cls(rows, files, groups, footers, columns)
+        footers = [pq.read_metadata(io.BytesIO(content)) for content in stored]
+        groups = []
+        rows = []
+        for index, footer in enumerate(footers):
+            for group in range(footer.num_row_groups):
+                groups.append((index, group))
+                rows.append(footer.row_group(group).num_rows)
+        return cls(np.array(rows, dtype=np.int64), files, groups, footers, columns)
 
     def read(self, block: int, start: int) -> Iterator[Row]:
-        """See `Source`."""
+        """Yield the rows of a block, as `Source` describes."""
         index, group = self.groups[block]
-        url, footer = self.files[index], self.footers[index]
+        url = self.files[index]
+        footer = self.footers[index]
+        file_name = url.rpartition("/")[2]
         offset = sum(footer.row_group(earlier).num_rows for earlier in range(group))
         with _open(url) as file, pq.ParquetFile(file, metadata=footer, pre_buffer=True) as parquet:
             batches = parquet.iter_batches(
@@ -125,49 +127,50 @@ class RowGroups:
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in islice(enumerate(rows), start, None):
                 image, label = (row[column] for column in self.columns)
-                yield _row(image, label, f"row {offset + number} of {url.rpartition('/')[2]}")
+                yield _row(image, label, f"row {offset + number} of {file_name}")
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files that a list or a folder names, a block each: an epoch's order is a full
-    shuffle."""
+    """Read image files of a list or a folder, each a block: an epoch's order is a full shuffle."""
 
+    # All (files,). Arrow arrays, because a million Python strings would fill every worker.
     rows: np.ndarray
     paths: pa.ChunkedArray
     labels: pa.ChunkedArray
 
     @classmethod
     def of(cls, dataset: IterableDataset, columns: tuple[str, str]) -> "ImageFiles":
-        """Reads the list; the images themselves wait until they are needed."""
-        (image_column, label_column), paths, labels = columns, [], []
+        """Read the list of files, without the images."""
+        image_column, label_column = columns
+        paths = []
+        labels = []
         for rows in dataset.iter(FILES_AT_A_TIME):
-            paths.append(
-                pa.array([image and image["path"] for image in rows[image_column]], pa.string())
-            )
+            names = [image and image["path"] for image in rows[image_column]]
+            paths.append(pa.array(names, pa.string()))
             labels.append(pa.array(rows[label_column]))
+        count = sum(map(len, paths))
         return cls(
-            np.ones(sum(map(len, paths)), dtype=np.int64),
-            pa.chunked_array(paths),
-            pa.chunked_array(labels),
+            np.ones(count, dtype=np.int64), pa.chunked_array(paths), pa.chunked_array(labels)
         )
 
     def read(self, block: int, start: int) -> Iterator[Row]:
-        """See `Source`."""
+        """Yield the rows of a block, as `Source` describes."""
         if start == 0:
             yield _row(self.paths[block].as_py(), self.labels[block].as_py(), f"row {block}")
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Whatever else `datasets` streams, e.g. WebDataset archives, a block per shard.
+    """Read any other format that `datasets` streams, e.g. WebDataset archives, a block per shard.
 
-    With `equally_long`, `rows` is a guess: a longer shard is cut there, a shorter one starts over.
+    With `equally_long`, `rows` is a guess: a longer shard is cut there, a shorter one is read again
+    from its beginning.
     """
 
-    rows: np.ndarray
+    rows: np.ndarray  # (shards,)
     dataset: IterableDataset
-    columns: tuple[str, str]
+    columns: tuple[str, str]  # of images and labels
     equally_long: bool
 
     @classmethod
@@ -180,46 +183,49 @@ class Shards:
         wanted: int | None,
         described: int | None,
     ) -> "Shards":
-        """Counts the rows of the shards, unless `num_examples` says how many there are in all.
+        """Count the rows of the shards, unless `num_examples` says how many there are in all.
 
         Args:
-            files: what the shards are made of; the counts are kept under their names.
-            wanted: the first so many rows will do.
-            described: how many there are by the description of the data, to be mentioned.
+            dataset: the stream of the split.
+            files: the files of the shards; the counts are kept under their names.
+            columns: of images and labels.
+            num_examples: how many rows there are, None if unknown.
+            wanted: only the first `wanted` rows are needed, None for all.
+            described: how many rows there are by the description of the data, for the message.
         """
         count = dataset.num_shards
         if num_examples is not None:
-            rows = np.diff(np.arange(count + 1) * num_examples // count)
-            return cls(rows, dataset, columns, equally_long=True)
+            bounds = np.arange(count + 1) * num_examples // count
+            return cls(np.diff(bounds), dataset, columns, equally_long=True)
         if wanted is not None:
-            return cls(
-                _count_until(dataset, columns[1], wanted), dataset, columns, equally_long=False
-            )
+            rows = _count_until(dataset, columns[1], wanted)
+            return cls(rows, dataset, columns, equally_long=False)
         logger.warning(
             f"{count} shards have no index: they are all read once, to count their rows. "
             f"--num_train_examples {described or 'N'} would take that as the number, and the "
-            f"shards as equally long."
+            "shards as equally long."
         )
         counts = once_per_machine(
             "rows", files, count, lambda shard: b"%d" % _count(dataset, shard, columns[1])
         )
-        return cls(
-            np.array([int(number) for number in counts]), dataset, columns, equally_long=False
-        )
+        rows = np.array([int(number) for number in counts])
+        return cls(rows, dataset, columns, equally_long=False)
 
     def read(self, block: int, start: int) -> Iterator[Row]:
-        """See `Source`."""
-        # `iter`, because plain iteration in a loader's worker divides the shards among workers once
-        # more.
-        shard, passed = self.dataset.shard(self.dataset.num_shards, block), 0
+        """Yield the rows of a block, as `Source` describes."""
+        shard = self.dataset.shard(self.dataset.num_shards, block)
+        passed = 0
         while True:
             before = passed
+            # `iter`, because plain iteration in a loader's worker would divide the shards among
+            # the workers once more.
             for number, rows in enumerate(shard.iter(1)):
                 if passed >= start:
                     image, label = (rows[column][0] for column in self.columns)
                     yield _row(image, label, f"row {number} of shard {block}")
                 passed += 1
-            if not self.equally_long or passed == before:
+            is_empty = passed == before
+            if not self.equally_long or is_empty:
                 return
 
 
@@ -231,43 +237,43 @@ def open_source(
     num_examples: int | None = None,
     wanted: int | None = None,
 ) -> Source:
-    """The rows of a split, by the format of its files.
+    """Return the rows of a split, by the format of its files.
 
     Args:
-        builder: which knows the files; dataset: its stream of the split; columns: of images and of
-            labels.
+        builder: knows the format and the files of the data set.
+        split: the name of the split.
+        dataset: its stream.
+        columns: of images and labels.
         num_examples: how many rows there are, where the format does not say it.
-        wanted: only the first so many of them.
+        wanted: only the first `wanted` rows are used, None for all.
 
     Raises:
         ValueError: if the files say that there are not `num_examples` rows.
-        StreamBrokenError: if they cannot be read.
+        StreamBrokenError: if the files cannot be read.
     """
-    files, described = (
-        list(builder.config.data_files[split]),
-        (builder.info.splits or {}).get(split),
-    )
-    described = described.num_examples if described is not None else None
+    files = list(builder.config.data_files[split])
+    description = (builder.info.splits or {}).get(split)
+    described = description.num_examples if description is not None else None
+    # The images are decoded by us: `datasets` would stop at the first bad one.
     dataset = dataset.select_columns(list(columns)).cast_column(columns[0], Image(decode=False))
-    if builder.name not in ("parquet", "imagefolder"):
-        source = Shards.of(dataset, files, columns, num_examples, wanted, described)
-    elif builder.name == "parquet":
+    if builder.name == "parquet":
         source = RowGroups.of(files, columns)
-    else:
+    elif builder.name == "imagefolder":
         source = patiently(lambda: ImageFiles.of(dataset, columns), "listing the images")
+    else:
+        source = Shards.of(dataset, files, columns, num_examples, wanted, described)
     found = int(source.rows.sum())
     if num_examples not in (None, found):
         raise ValueError(
             f"num_train_examples is {num_examples}, but the files of split {split!r} say that "
-            f"there are {found}; leave "
-            "it out."
+            f"there are {found}; leave it out."
         )
     if wanted is not None:
         return first_rows(source, wanted)
     if described not in (None, found):
         logger.warning(
-            f"split {split!r} has {found} rows, though its description says {described}; {found} "
-            f"it is."
+            f"split {split!r} has {found} rows, though its description says {described}; all "
+            f"{found} are used."
         )
     return source
 
@@ -275,29 +281,37 @@ def open_source(
 def once_per_machine(
     kind: str, files: list[str], count: int, compute: Callable[[int], bytes]
 ) -> list[bytes]:
-    """`compute(0), ..., compute(count - 1)`, computed by one process of a machine and kept in the
-    cache of `datasets`.
+    """Compute one value per index, in one process of a machine, and keep the values on the disk.
 
-    The others wait for it, and later runs on the same files find it there. It is computed in
-    threads and repeated after network faults.
+    The other processes wait, and they and later runs read the values from the cache of `datasets`.
+
+    Args:
+        kind: what is computed, for the name of the cache file and for messages.
+        files: what the values are computed from; another content gives another cache file.
+        count: how many values there are.
+        compute: from an index to a value. It runs in threads, and again after network faults.
+
+    Returns:
+        `[compute(0), ..., compute(count - 1)]`
     """
+
+    def compute_one(index: int) -> bytes:
+        return patiently(lambda: compute(index), f"reading {kind}")
 
     def compute_all() -> list[bytes]:
         with ThreadPoolExecutor(READERS) as pool:
-            return list(
-                pool.map(
-                    lambda index: patiently(lambda: compute(index), f"reading {kind}"), range(count)
-                )
-            )
+            return list(pool.map(compute_one, range(count)))
 
     identities = [_identity(file) for file in files]
     if None in identities:
         return compute_all()
-    digest = hashlib.sha256("\n".join([kind, str(count), *identities]).encode()).hexdigest()[:32]
+    key = "\n".join([kind, str(count), *identities])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
     path = Path(config.HF_DATASETS_CACHE) / "ofb_hf" / f"{kind}-{digest}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():
+            # Renamed when it is complete: a kill leaves no half of a cache file.
             aside = path.with_suffix(".aside")
             pq.write_table(pa.table({kind: pa.array(compute_all(), pa.binary())}), aside)
             aside.replace(path)
@@ -305,8 +319,9 @@ def once_per_machine(
 
 
 def _identity(url: str) -> str | None:
-    """Names a file and its content; None if the content may change under this name."""
+    """Return a name of a file and its content; None if the content may change under that name."""
     if "://" in url:
+        # hf://datasets/NAME@REVISION/... names a commit.
         return url if url.startswith("hf://") and "@" in url else None
     stat = os.stat(url)
     return f"{url} {stat.st_size} {stat.st_mtime_ns}"
@@ -318,18 +333,18 @@ def _count(dataset: IterableDataset, shard: int, label_column: str) -> int:
 
 
 def _count_until(dataset: IterableDataset, label_column: str, enough: int) -> np.ndarray:
-    """Rows of the first shards that hold enough; 0 for the others."""
+    """Return the rows of the first shards that hold enough together, 0 for others: (shards,)."""
     rows = np.zeros(dataset.num_shards, dtype=np.int64)
     for shard in range(len(rows)):
         if rows.sum() >= enough:
             break
-        rows[shard] = patiently(
-            lambda shard=shard: _count(dataset, shard, label_column), f"counting shard {shard}"
-        )
+        count = partial(_count, dataset, shard, label_column)
+        rows[shard] = patiently(count, f"counting shard {shard}")
     return rows
 
 
 def _read_footer(url: str) -> bytes:
+    # Written again as bytes, because the threads' results are kept in a file.
     footer = io.BytesIO()
     with _open(url) as file:
         pq.read_metadata(file).write_metadata_file(footer)
@@ -342,17 +357,26 @@ def _open(url: str) -> Any:
 
 
 def _row(image: Any, label: Any, name: str) -> Row:
-    """A row from an image as it is stored: a dict of bytes and path, the bytes alone, or the path
-    alone."""
-    content, path = (
-        (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-    )
-    if isinstance(content, str):
-        content, path = None, content
+    """Return a row, and read the image's file if the table has only its path.
+
+    Args:
+        image: as it is stored: a dict of bytes and path, the bytes alone, or the path alone.
+        label: as it is stored.
+        name: of the row, where there is no path to name it.
+    """
+    content: bytes | None = None
+    path: str | None = None
+    if isinstance(image, dict):
+        content = image.get("bytes")
+        path = image.get("path")
+    elif isinstance(image, str):
+        path = image
+    else:
+        content = image
     if content is None and path is not None:
         try:
             with fsspec.open(path, "rb") as file:
                 content = file.read()
         except (FileNotFoundError, EntryNotFoundError):
-            content = None
+            content = None  # a bad image, which is counted and replaced
     return Row(content, label, path or name)

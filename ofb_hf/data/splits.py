@@ -1,4 +1,4 @@
-"""A classification data set with its two splits, and how splits are divided and cut."""
+"""A data set of labelled images with its two splits: dividing, limiting and checking them."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,17 +10,19 @@ from datasets import ClassLabel, Dataset, Image
 
 from .decoding import to_rgb
 
+# Not the seed of a run: all runs on the same data are to be evaluated on the same images.
 SPLIT_SEED = 0
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images to train and to evaluate on.
+    """Hold images to train on and to evaluate on.
 
     Attributes:
-        name: what the data is called in reports: a Hub name, a folder's name or `digits`.
-        train, eval: rows with an `Image` column and a `ClassLabel` column, no row without a label.
-            A streamed training split is a `StreamedSplit` instead.
+        name: the name of the data in reports: a Hub name, a folder's name or `digits`.
+        train, eval: rows with an `Image` column and a `ClassLabel` column; every row has a label. A
+            streamed training split is a `StreamedSplit` instead.
         image_column, label_column: the names of these columns.
         label_names: the classes, in the order of their indices.
     """
@@ -34,11 +36,14 @@ class ImageData:
 
 
 def hold_out(labels: list[int], num_held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows to keep and which to hold out: two arrays of row indices, every class in
-    proportion.
+    """Divide rows at random, every class in proportion; the same labels are always divided alike.
 
-    The same labels give the same answer on every machine: `RandomState` is the generator that numpy
-    froze.
+    Args:
+        labels: (N,) class indices.
+        num_held_out: how many rows to hold out.
+
+    Returns:
+        Indices of the rows to keep, and of the rows to hold out.
 
     Raises:
         ValueError: unless both parts get at least one row.
@@ -46,35 +51,42 @@ def hold_out(labels: list[int], num_held_out: int) -> tuple[np.ndarray, np.ndarr
     if not 0 < num_held_out < len(labels):
         raise ValueError(
             f"{num_held_out} of {len(labels)} rows cannot be held out for evaluation; both parts "
-            f"need at least one "
-            "row. Give more images, another --eval_share, or name an --eval_split."
+            "need at least one row. Give more images, another --eval_share, or name an "
+            "--eval_split."
         )
     classes = np.asarray(labels)
+    # RandomState is the generator that numpy froze: its numbers do not depend on the version.
     order = np.random.RandomState(SPLIT_SEED).permutation(len(classes))
+    # Members of every class are spread evenly over [0, 1), so that a piece of this interval holds
+    # the same fraction of each class.
     position = np.empty(len(classes))
     for label in np.unique(classes):
         members = order[classes[order] == label]
-        # Members of every class are spread evenly over [0, 1): any first part then holds its share
-        # of each class.
         position[members] = (np.arange(len(members)) + 0.5) / len(members)
     by_position = order[np.argsort(position[order], kind="stable")]
     return by_position[num_held_out:], by_position[:num_held_out]
 
 
 def limit(dataset: Dataset, num_samples: int | None) -> Dataset:
-    """A random subset, always the same; the data set itself when there is no limit or nothing to
-    cut."""
+    """Return a random subset, always the same one; the whole data set if it is not larger.
+
+    Args:
+        num_samples: rows of the subset, None for no limit.
+    """
     if num_samples is None or num_samples >= len(dataset):
         return dataset
-    return dataset.select(np.random.RandomState(SPLIT_SEED).permutation(len(dataset))[:num_samples])
+    order = np.random.RandomState(SPLIT_SEED).permutation(len(dataset))
+    return dataset.select(order[:num_samples])
 
 
 def align_labels(dataset: Dataset, label_names: list[str], label_column: str) -> Dataset:
-    """The same rows, their classes numbered in the order of `label_names`, which are those they
-    have.
+    """Return the same rows with their classes numbered in another order.
 
-    Not the method of `datasets` for this: it takes names that differ in case only for the same.
+    Args:
+        label_names: the classes of the data set, in the order of their new indices.
+        label_column: the column to renumber.
     """
+    # `Dataset.align_labels_with_mapping` takes names that differ in case only for the same class.
     index_of = {name: index for index, name in enumerate(label_names)}
     new_index = [index_of[name] for name in dataset.features[label_column].names]
     features = dataset.features.copy()
@@ -88,27 +100,33 @@ def align_labels(dataset: Dataset, label_names: list[str], label_column: str) ->
 
 
 def require_decodable(dataset: Dataset, image_column: str) -> None:
-    """Decodes every image of a split once, in threads: better now than after days of training.
+    """Decode every image of a split once, in threads; raise ValueError if any cannot be decoded.
 
-    Raises:
-        ValueError: naming images that cannot be decoded.
+    It is better to know before the days of training that come before the evaluation.
     """
     rows = dataset.with_format(None).select_columns([image_column])
 
     def problem(index: int) -> str | None:
         try:
             to_rgb(rows[index][image_column])
-        except Exception as error:  # decoders raise what they like; an empty row has no attributes
-            stored = rows.cast_column(image_column, Image(decode=False))[index][image_column] or {}
-            return f"row {index} ({Path(stored.get('path') or '').name}): {type(error).__name__}: {error}"
+        except Exception as error:  # decoders raise errors of any type, and an empty row is None
+            return _describe_problem(rows, image_column, index, error)
         return None
 
     with ThreadPoolExecutor() as pool:
         problems = [found for found in pool.map(problem, range(len(rows))) if found is not None]
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        named = "; ".join(problems[:MOST_NAMED])
+        num_others = len(problems) - MOST_NAMED
+        more = f" and {num_others} more" if num_others > 0 else ""
         raise ValueError(
             f"{len(problems)} of {len(rows)} images to evaluate on cannot be decoded: "
-            f"{'; '.join(problems[:5])}{more}. "
-            "Repair them or take them out: accuracy is measured on all of them or not at all."
+            f"{named}{more}. Repair them or take them out: accuracy is measured on all images."
         )
+
+
+def _describe_problem(rows: Dataset, image_column: str, index: int, error: Exception) -> str:
+    encoded = rows.cast_column(image_column, Image(decode=False))
+    stored = encoded[index][image_column] or {}
+    file = Path(stored.get("path") or "").name
+    return f"row {index} ({file}): {type(error).__name__}: {error}"

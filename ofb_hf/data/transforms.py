@@ -16,6 +16,7 @@ from .augmentation_args import AugmentationArguments
 from .decoding import to_rgb
 from .mixing import pixel_statistics
 from .randaugment import MIDDLE_GRAY, RESAMPLINGS, ColorJitter, RandAugment
+from .seeding import seed_example
 
 AUGMENTATIONS = ("auto", "none", "light", "standard", "deit")
 SMALL_IMAGE = 64
@@ -146,20 +147,18 @@ class SeededImages(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Several rows at once, as DataLoader asks for a batch."""
-        rows, state = self.rows[indices], torch.get_rng_state()
-        try:
+        rows = self.rows[indices]
+        # Without workers this is the process that trains: its random numbers are restored.
+        with torch.random.fork_rng(devices=[]):
             return [
                 self._transformed(rows, position, index) for position, index in enumerate(indices)
             ]
-        finally:
-            torch.set_rng_state(state)
 
     def _transformed(self, rows: dict[str, list], position: int, index: int) -> dict[str, Any]:
-        seed = (self.seed * 1_000_003 + int(self._epoch)) * 1_000_003 + index
-        torch.default_generator.manual_seed(seed % 2**63)
-        row = self.transform(
-            {name: values[position : position + 1] for name, values in rows.items()}
-        )
+        seed_example(self.seed, int(self._epoch), index)
+        # The transform takes and returns columns: lists, here of one entry.
+        columns = {name: values[position : position + 1] for name, values in rows.items()}
+        row = self.transform(columns)
         return {name: values[0] for name, values in row.items()}
 
 

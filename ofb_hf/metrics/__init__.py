@@ -1,6 +1,6 @@
-"""Accuracy of a classifier, computed from ranked classes so that no process ever holds all logits.
+"""Accuracy of a classifier, from ranked classes: no process ever holds the logits of a whole split.
 
-Trainer(..., compute_metrics=compute_topk, preprocess_logits_for_metrics=top5_indices)
+    Trainer(..., compute_metrics=compute_topk, preprocess_logits_for_metrics=top5_indices)
 """
 
 from torch import Tensor
@@ -12,21 +12,30 @@ MAX_RANK = 5
 
 
 def top5_indices(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None = None) -> Tensor:
-    """The best classes of each image, best first: (B, classes) -> (B, min(5, classes)) int64.
+    """Return the best classes of every image, best first.
 
-    Of a tuple (models that also return hidden states) the first element counts. The labels are not
-    looked at: the Trainer passes them.
+    Args:
+        logits: (B, classes), or a tuple that begins with them, of models that also return hidden
+            states.
+        labels: are not used; the Trainer passes them.
+
+    Returns:
+        (B, 5) int64, with fewer columns if there are fewer classes.
     """
     if isinstance(logits, tuple):
         logits = logits[0]
-    return logits.topk(min(MAX_RANK, logits.shape[-1]), dim=-1).indices
+    rank = min(MAX_RANK, logits.shape[-1])
+    return logits.topk(rank, dim=-1).indices
 
 
 def compute_topk(eval_prediction: EvalPrediction) -> dict[str, float]:
-    """{"top1", "top5"} in percent from ranked classes (N, k) and labels (N,), as `Trainer.evaluate`
-    collects them."""
-    # In memory: the ranks of one machine must not meet in a cache file. The class itself, not
-    # `evaluate.load`: that would copy the script into the user's cache first.
+    """Return {"top1", "top5"} in percent, of the whole evaluation split.
+
+    Args:
+        eval_prediction: ranked classes (N, k) as `predictions` and labels (N,) as `label_ids`.
+    """
+    # The class itself, because `evaluate.load` would first copy the file into the user's cache. In
+    # memory, because otherwise the ranks of one machine would share a cache file.
     metric = TopKAccuracy(keep_in_memory=True)
     return metric.compute(
         predictions=eval_prediction.predictions, references=eval_prediction.label_ids

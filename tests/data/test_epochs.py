@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ofb_hf.data.epochs import EpochPlan, Share
+from ofb_hf.data.epochs import Batching, EpochPlan
 
 
 @given(
@@ -28,8 +28,10 @@ def test_every_row_comes_once_and_ranks_get_equally_much(
         rows, total = [*rows, world_size], total + world_size
     seen, lengths = [], []
     for rank in range(world_size):
-        share = Share(batch_size, rank, world_size, workers)
-        plan = EpochPlan(np.array(rows), share, 3, epoch, shuffle_buffer)
+        batching = Batching(batch_size, rank, world_size, workers)
+        plan = EpochPlan(
+            np.array(rows), batching, seed=3, epoch=epoch, shuffle_buffer=shuffle_buffer
+        )
         first, last = total * rank // world_size, total * (rank + 1) // world_size
         orders = [plan.order(worker).tolist() for worker in range(workers)]
         assert [len(order) for order in orders] == [
@@ -66,13 +68,12 @@ def test_dropping_the_last_batch_repeats_nothing(rows, batch_size, world_size, w
         with pytest.raises(
             ValueError, match=f"{total} training examples are too few for {world_size} processes"
         ):
-            Share(batch_size, 0, world_size, workers, drop_last=True).num_batches(total)
+            Batching(batch_size, 0, world_size, workers, drop_last=True).num_batches(total)
         return
     given_out = []
     for rank in range(world_size):
-        plan = EpochPlan(
-            np.array(rows), Share(batch_size, rank, world_size, workers, drop_last=True), 3, 0, 4
-        )
+        batching = Batching(batch_size, rank, world_size, workers, drop_last=True)
+        plan = EpochPlan(np.array(rows), batching, seed=3, epoch=0, shuffle_buffer=4)
         assert plan.num_batches == total // world_size // batch_size
         given_out += [
             position for worker in range(workers) for position in plan.order(worker).tolist()
@@ -86,17 +87,22 @@ def test_dropping_the_last_batch_repeats_nothing(rows, batch_size, world_size, w
 
 @given(
     rows=st.lists(st.integers(1, 9), min_size=3, max_size=12),
-    share=st.builds(Share, st.integers(1, 7), workers=st.integers(1, 3)),
+    batching=st.builds(Batching, st.integers(1, 7), workers=st.integers(1, 3)),
     world_size=st.integers(1, 3),
     repeats=st.integers(2, 4),
 )
 def test_repeats_come_in_succession_and_as_many_epochs_have_every_row(
-    rows, share, world_size, repeats
+    rows, batching, world_size, repeats
 ):
     seen, total = Counter(), sum(rows)
-    for epoch, rank, worker in product(range(3 * repeats), range(world_size), range(share.workers)):
-        own = replace(share, rank=rank, world_size=world_size)
-        plan, plain = (EpochPlan(np.array(rows), own, 3, epoch, 8, times) for times in (repeats, 1))
+    for epoch, rank, worker in product(
+        range(3 * repeats), range(world_size), range(batching.workers)
+    ):
+        own = replace(batching, rank=rank, world_size=world_size)
+        plan, plain = (
+            EpochPlan(np.array(rows), own, seed=3, epoch=epoch, shuffle_buffer=8, repeats=times)
+            for times in (repeats, 1)
+        )
         order = plan.order(worker)
         assert len(order) == len(plain.order(worker))  # an epoch is no longer than without
         counts = plan.repetitions(order)
@@ -116,7 +122,9 @@ def test_repeats_come_in_succession_and_as_many_epochs_have_every_row(
 
 def test_one_block_is_shuffled_anew_in_every_epoch():
     orders = [
-        EpochPlan(np.array([40]), Share(4), 0, epoch, shuffle_buffer=8).order(0).tolist()
+        EpochPlan(np.array([40]), Batching(4), seed=0, epoch=epoch, shuffle_buffer=8)
+        .order(0)
+        .tolist()
         for epoch in range(3)
     ]
     assert len({tuple(order) for order in orders}) == 3
@@ -125,7 +133,8 @@ def test_one_block_is_shuffled_anew_in_every_epoch():
 def test_a_worker_holds_no_more_than_its_buffer():
     """A row may come late, but not before it can have arrived: at most `shuffle_buffer` rows wait
     at any time."""
-    order = EpochPlan(np.array([500]), Share(10), 0, 0, shuffle_buffer=16).order(0)
+    plan = EpochPlan(np.array([500]), Batching(10), seed=0, epoch=0, shuffle_buffer=16)
+    order = plan.order(0)
     assert (order - np.arange(500)).max() < 16
     assert np.corrcoef(order[:-1], order[1:])[0, 1] < 0.9999
     assert (np.diff(order) != 1).mean() > 0.8
@@ -135,7 +144,7 @@ def test_blocks_come_in_another_order_every_epoch():
     """Without a buffer, blocks stay whole, and it is their order alone that changes."""
     orders = []
     for epoch in range(3):
-        plan = EpochPlan(np.full(20, 3), Share(4), 0, epoch, shuffle_buffer=1)
+        plan = EpochPlan(np.full(20, 3), Batching(4), seed=0, epoch=epoch, shuffle_buffer=1)
         block, row, _ = plan.locate(plan.order(0))
         assert row.tolist() == [0, 1, 2] * 20
         orders.append(block[::3].tolist())
@@ -148,4 +157,4 @@ def test_too_few_examples_for_the_processes():
     with pytest.raises(
         ValueError, match="3 training examples are too few for 4 processes with batches of 2"
     ):
-        Share(2, 0, 4).num_batches(3)
+        Batching(2, 0, 4).num_batches(3)

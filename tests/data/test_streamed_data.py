@@ -34,7 +34,7 @@ from ofb_hf import DistillationTrainer
 from ofb_hf.data import DataArguments, ImageStream, TooManyBadImagesError
 from ofb_hf.data import row_blocks as blocks
 from ofb_hf.data.decoding import AT_ANY_TIME, ENOUGH_SEEN, ONCE, BadImages, decode_image
-from ofb_hf.data.epochs import EpochPlan, Share
+from ofb_hf.data.epochs import Batching, EpochPlan
 from ofb_hf.training import callbacks
 
 
@@ -214,7 +214,12 @@ def test_the_limit_is_that_of_an_epoch_over_all_ranks(world_size, repeats, share
         ranks = []
         for rank in range(world_size):
             plan = EpochPlan(
-                np.full(60, 100), Share(7, rank, world_size, workers=2), 0, epoch, 50, repeats
+                np.full(60, 100),
+                Batching(7, rank, world_size, workers=2),
+                seed=0,
+                epoch=epoch,
+                shuffle_buffer=50,
+                repeats=repeats,
             )
             images = BadImages(2, 0.01)
             for worker in range(2):

@@ -1,1 +1,1 @@
-"""The metric as a package, so that it is installed; `evaluate.load` takes this folder."""
+"""A folder for `evaluate.load`; a package, too, so that it is installed with the others."""
