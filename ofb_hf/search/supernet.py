@@ -462,8 +462,8 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
     teacher.
 
     Args:
-        model: a stock transformers classifier of a family in `ofb_hf/architectures.py`, or one of
-            ours.
+        model: a stock transformers classifier of a family in `families/registry.py`, or one of this
+            package.
         config: what to search; the default is half the MACs with the preset "ours".
 
     Returns:

@@ -1,1 +1,1 @@
-"""Run whole commands, from a checkpoint and data to an output folder."""
+"""The walk from a dense checkpoint to a small one, as the recipes and the command line run it."""
