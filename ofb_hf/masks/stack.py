@@ -1,7 +1,5 @@
-"""All bi-masks of a kind side by side: what a step needs of them is one computation, not one for
-each."""
+"""All bi-masks of a kind in one stack, so that a step computes them together and not one by one."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -9,7 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..families.description import heads_of, presence_of
-from .bi_mask import BiMask, bi_mask_values, importance_scores, probabilities, staircase, unit_ranks
+from .arithmetic import (
+    bi_mask_values,
+    expected_amounts,
+    importance_scores,
+    probabilities,
+    staircase,
+    unit_ranks,
+)
+from .bi_mask import BiMask
 from .one_hot import one_hot_losses
 
 # L1 on importance in the published code: 0.5 * 4e-4 per attention unit, 0.5 * 1e-4 per unit
@@ -18,12 +24,11 @@ IMPORTANCE_PENALTY = {"attention": 2e-4, "mlp": 5e-5, "embedding": 5e-5}
 
 
 class MaskStack(nn.Module):
-    """M bi-masks of one kind, filled up to a common shape with units that are dead and candidates
-    that are retired.
+    """M bi-masks of one kind, filled up to a common shape with dead units and retired candidates.
 
     Units are (M, H, D) and candidates (M, K_heads, K_dims); a plain axis is a grid of one head. A
-    stack has no parameters of its own, nothing to save, and fits the shapes of the moment: after a
-    shrink there has to be another.
+    stack has no parameters of its own and nothing to save. It fits the current shapes of its masks:
+    after a shrink a new one has to be made.
 
     Args:
         masks: of one kind.
@@ -31,83 +36,104 @@ class MaskStack(nn.Module):
 
     def __init__(self, masks: Sequence[BiMask]):
         super().__init__()
-        self.masks = tuple(masks)  # in a tuple: they are no part of this module
-        self.kind, self.may_vanish = masks[0].kind, masks[0].may_vanish
-        self.normalize, self.floor = masks[0].normalize_importance, masks[0].importance_floor
+        # In a tuple: they are parts of the supernet, and must not be registered here as well.
+        self.masks = tuple(masks)
+        first = masks[0]
+        self.kind = first.kind
+        self.may_vanish = first.may_vanish
+        self.normalize = first.normalize_importance
+        self.floor = first.importance_floor
         self.counts = [mask.alive.numel() for mask in masks]
-        units, self.unit_shape = _slots([mask.alive.shape for mask in masks])
-        candidates, self.candidate_shape = _slots([mask.alpha.shape for mask in masks])
-        indices = {
-            "units": units,
-            "candidates": candidates,
-            "positions": units.argsort()[: sum(self.counts)],
-        }
-        for axis, length in enumerate(self.candidate_shape[1:]):
-            sizes = [mask.grid_axes[axis].cpu() for mask in masks]
-            indices[f"sizes_{axis}"] = torch.stack(
-                [F.pad(own, (0, length - len(own))) for own in sizes]
-            )
-        for name, values in indices.items():
-            self.register_buffer(name, values, persistent=False)
 
-    def _stacked_units(self, name: str) -> Tensor:
-        return _side_by_side(
-            [getattr(mask, name) for mask in self.masks], self.units, self.unit_shape
-        )
+        unit_layout, self.unit_shape = _layout([mask.alive.shape for mask in masks])
+        candidate_layout, self.candidate_shape = _layout([mask.alpha.shape for mask in masks])
+        # Where the units of all masks, one after the other, stand in the flat grid: (units,). Cells
+        # without a unit have the largest entry of the layout, so that they sort behind all others.
+        positions = unit_layout.argsort()[: sum(self.counts)]
+        _, num_heads, num_channels = self.candidate_shape
+        heads = self._sizes(0, num_heads)
+        channels = self._sizes(1, num_channels)
+        # Buffers, so that they move with the model; not persistent: they are derived.
+        self.register_buffer("unit_layout", unit_layout, persistent=False)
+        self.register_buffer("candidate_layout", candidate_layout, persistent=False)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("head_sizes", heads, persistent=False)  # (M, K_heads)
+        self.register_buffer("channel_sizes", channels, persistent=False)  # (M, K_dims)
 
-    def _stacked_candidates(self, name: str) -> Tensor:
-        return _side_by_side(
-            [getattr(mask, name) for mask in self.masks], self.candidates, self.candidate_shape
+    def _sizes(
+        self,
+        axis: int,
+        length: int,
+    ) -> Tensor:
+        """Return the candidate sizes along an axis, filled up with 0: (M, length)."""
+        rows = []
+        for mask in self.masks:
+            sizes = mask.grid_axes[axis].cpu()
+            rows.append(F.pad(sizes, (0, length - len(sizes))))
+        return torch.stack(rows)
+
+    @property
+    def _grid_sizes(self) -> tuple[Tensor, Tensor]:
+        return self.head_sizes, self.channel_sizes
+
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """Return the importance logits of the masks and which units are alive: (M, H, D) each."""
+        logits = [mask.importance_logits for mask in self.masks]
+        alive = [mask.alive for mask in self.masks]
+        return self.together(logits), self.together(alive)
+
+    def _candidates(self) -> tuple[Tensor, Tensor]:
+        """Return the alphas of the masks and which are active: (M, K_heads, K_dims) each."""
+        alpha = [mask.alpha for mask in self.masks]
+        active = [mask.active_candidates for mask in self.masks]
+        return (
+            _arrange(alpha, self.candidate_layout, self.candidate_shape),
+            _arrange(active, self.candidate_layout, self.candidate_shape),
         )
 
     def probabilities(self) -> Tensor:
-        """As `BiMask.candidate_probs`: (M, K_heads, K_dims)."""
-        return probabilities(
-            self._stacked_candidates("alpha"), self._stacked_candidates("active_candidates")
-        )
+        """Return what `BiMask.candidate_probs` returns for each mask: (M, K_heads, K_dims)."""
+        alpha, active = self._candidates()
+        return probabilities(alpha, active)
 
     def importance(self) -> Tensor:
-        """As `BiMask.importance`: (M, H, D)."""
-        logits, alive = self._stacked_units("importance_logits"), self._stacked_units("alive")
+        """Return what `BiMask.importance` returns for each mask: (M, H, D)."""
+        logits, alive = self._units()
         return importance_scores(logits, alive, self.normalize, self.floor)
 
     def values(self, lam: Tensor) -> Tensor:
-        """As `BiMask.prunability`: (M, H, D)."""
-        logits, alive = self._stacked_units("importance_logits"), self._stacked_units("alive")
+        """Return what `BiMask.prunability` returns for each mask: (M, H, D)."""
+        logits, alive = self._units()
         importance = importance_scores(logits, alive, self.normalize, self.floor)
-        sparsity = staircase(
-            self.probabilities(), (self.sizes_0, self.sizes_1), unit_ranks(logits, alive)
-        )
+        ranks = unit_ranks(logits, alive)
+        sparsity = staircase(self.probabilities(), self._grid_sizes, ranks)
         return bi_mask_values(importance, sparsity, lam, alive)
 
     def apart(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Values of the stacked units (M, H, D) -> (U,) for each mask."""
+        """Split values of the stacked units (M, H, D) into those of each mask, (U,)."""
         return values.flatten().index_select(0, self.positions).split(self.counts)
 
     def together(self, values: list[Tensor]) -> Tensor:
-        """The way back from `apart`; 0 where there is no unit."""
-        return _side_by_side(values, self.units, self.unit_shape)
+        """Stack values of the units of each mask: (M, H, D), 0 where there is no unit."""
+        return _arrange(values, self.unit_layout, self.unit_shape)
 
     def expected_amounts(self) -> list[Tensor]:
-        """Units, heads and presence under `probabilities`, (M,) each."""
-        p, sizes = self.probabilities(), self.sizes_0[:, :, None] * self.sizes_1[:, None]
-        return [
-            (p * sizes).sum((1, 2)),
-            (p.sum(2) * self.sizes_0).sum(1),
-            (p * (sizes > 0)).sum((1, 2)),
-        ]
+        """Return the expected units, heads and presence under `probabilities`, (M,) each."""
+        return expected_amounts(self.probabilities(), self._grid_sizes)
 
     def amounts_of(self, values: Tensor) -> list[Tensor]:
-        """The same as sums of bi-mask values (M, H, D); a head is there as long as its best
-        channel."""
-        return [values.sum((1, 2)), values.amax(2).sum(1), values.amax((1, 2))]
+        """Return units, heads and presence as sums of bi-mask values (M, H, D): (M,) each.
+
+        A head is as present as its best channel, a submodule as its best unit.
+        """
+        units = values.sum((1, 2))
+        heads = values.amax(2).sum(1)
+        presence = values.amax((1, 2))
+        return [units, heads, presence]
 
     def one_hot_losses(self) -> Tensor:
-        """(M,)"""
-        alpha, active = (
-            self._stacked_candidates("alpha"),
-            self._stacked_candidates("active_candidates"),
-        )
+        """Return the adaptive one-hot loss of each mask: (M,)."""
+        alpha, active = self._candidates()
         return one_hot_losses(alpha.flatten(1), active.flatten(1))
 
 
@@ -115,81 +141,115 @@ class MaskStacks(nn.Module):
     """What a step needs of all bi-masks of a supernet.
 
     Args:
-        masks: in any order; they stay where they are.
-        dense: every quantity that cost terms multiply, and what it is in the dense network.
+        masks: in any order; they remain parts of the supernet.
+        dense: every quantity that cost terms multiply, and its value in the dense network.
     """
 
-    def __init__(self, masks: Iterable[BiMask], dense: dict[str, int]):
+    def __init__(
+        self,
+        masks: Iterable[BiMask],
+        dense: dict[str, int],
+    ):
         super().__init__()
         kinds: dict[tuple[str, bool], list[BiMask]] = {}
         for mask in masks:
             kinds.setdefault((mask.kind, mask.may_vanish), []).append(mask)
         self.stacks = nn.ModuleList(MaskStack(of_kind) for of_kind in kinds.values())
-        self.register_buffer("dense", torch.tensor(list(dense.values())), persistent=False)
-        # Amounts of each stack come as units, heads and presence, one after the other, and after
-        # them the dense ones.
-        names = [
-            name(mask.name)
-            for stack in self.stacks
-            for name in (str, heads_of, presence_of)
-            for mask in stack.masks
-        ]
-        searched = {name: place for place, name in enumerate(names) if name in dense}
-        places = [searched.get(name, len(names) + place) for place, name in enumerate(dense)]
-        self.register_buffer("places", torch.tensor(places), persistent=False)
+        dense_values = torch.tensor(list(dense.values()))
+        self.register_buffer("dense", dense_values, persistent=False)
+        places = torch.tensor(self._places(list(dense)))
+        self.register_buffer("places", places, persistent=False)
+
+    def _places(self, quantities: list[str]) -> list[int]:
+        """Return where `sizes` finds each quantity among the amounts that it lines up.
+
+        These are the units, the heads and the presence of all masks of a stack, stack by stack, and
+        behind them the dense values of all quantities, which serve what is not searched.
+        """
+        place_of: dict[str, int] = {}
+        length = 0
+        for stack in self.stacks:
+            for quantity_of in (str, heads_of, presence_of):
+                for mask in stack.masks:
+                    place_of[quantity_of(mask.name)] = length
+                    length += 1
+        return [place_of.get(quantity, length + index) for index, quantity in enumerate(quantities)]
 
     def gates(self, lam: Tensor) -> dict[str, Tensor]:
-        """The bi-mask values of every submodule (U,) by name, and where it may vanish those of its
-        presence (1,)."""
+        """Return the bi-mask values of every submodule (U,) by name.
+
+        A submodule that may vanish has a gate of its presence (1,) as well.
+        """
         gates: dict[str, Tensor] = {}
         for stack in self.stacks:
-            values, names = stack.values(lam), [mask.name for mask in stack.masks]
+            values = stack.values(lam)  # (M, H, D)
+            names = [mask.name for mask in stack.masks]
             gates |= zip(names, stack.apart(values), strict=True)
             if stack.may_vanish:
-                gates |= zip(map(presence_of, names), values.amax((1, 2)).split(1), strict=True)
+                presence = values.amax((1, 2)).split(1)  # M times (1,)
+                gates |= zip(map(presence_of, names), presence, strict=True)
         return gates
 
     def sizes(self, gates: dict[str, Tensor] | None = None) -> Tensor:
-        """Differentiable amounts of all quantities, in the order of `dense`: (Q,).
+        """Return the differentiable amounts of all quantities, in the order of `dense`: (Q,).
 
         Args:
-            gates: sums of these; otherwise expected ones under the candidates' probabilities.
+            gates: bi-mask values to sum up; by default, amounts are the expected ones under the
+                probabilities of the candidates.
         """
         amounts = []
         for stack in self.stacks:
             if gates is None:
                 amounts += stack.expected_amounts()
             else:
-                amounts += stack.amounts_of(
-                    stack.together([gates[mask.name] for mask in stack.masks])
-                )
+                values = stack.together([gates[mask.name] for mask in stack.masks])
+                amounts += stack.amounts_of(values)
         amounts.append(self.dense)
-        return torch.cat([amount.float() for amount in amounts]).index_select(0, self.places)
+        lined_up = torch.cat([amount.float() for amount in amounts])
+        return lined_up.index_select(0, self.places)
 
     def one_hot_loss(self) -> Tensor:
-        """Sum of the adaptive one-hot losses of all submodules."""
+        """Return the sum of the adaptive one-hot losses of all submodules."""
         return torch.cat([stack.one_hot_losses() for stack in self.stacks]).sum()
 
     def importance_penalty(self) -> Tensor:
-        """The published L1 penalty on importance scores (arXiv:2403.15835, its code)."""
-        return torch.stack(
-            [IMPORTANCE_PENALTY[stack.kind] * stack.importance().sum() for stack in self.stacks]
-        ).sum()
+        """Return the published L1 penalty on importance scores (arXiv:2403.15835, its code)."""
+        penalties = []
+        for stack in self.stacks:
+            penalties.append(IMPORTANCE_PENALTY[stack.kind] * stack.importance().sum())
+        return torch.stack(penalties).sum()
 
 
-def _slots(shapes: list[tuple[int, ...]]) -> tuple[Tensor, tuple[int, int, int]]:
-    """The common shape of some grids, and for each of its places the entry that stands there if all
-    entries are lined up; the one behind them where there is none."""
-    grids = [(1, *shape)[-2:] for shape in shapes]
-    height, width = (max(1, *sides) for sides in zip(*grids, strict=True))
-    total = sum(map(math.prod, grids))
-    slots, begin = torch.full((len(grids), height, width), total), 0
-    for slot, (rows, columns) in zip(slots, grids, strict=True):
-        slot[:rows, :columns] = torch.arange(begin, begin + rows * columns).view(rows, columns)
-        begin += rows * columns
-    return slots.flatten(), (len(grids), height, width)
+def _layout(shapes: list[tuple[int, ...]]) -> tuple[Tensor, tuple[int, int, int]]:
+    """Return where the entries of some grids stand in one stack of a common shape.
+
+    Args:
+        shapes: (D,) or (H, D) of each grid.
+
+    Returns:
+        For each cell of the stack, flattened, the index of its entry if the entries of all grids
+        are lined up one after the other; the number of entries for cells without one. And the shape
+        of the stack, (M, H, D), of at least one cell per grid.
+    """
+    grids = [shape if len(shape) == 2 else (1, *shape) for shape in shapes]
+    height = max(1, *(rows for rows, _ in grids))
+    width = max(1, *(columns for _, columns in grids))
+    counts = [rows * columns for rows, columns in grids]
+    layout = torch.full((len(grids), height, width), sum(counts))
+    begin = 0
+    for cells, (rows, columns), count in zip(layout, grids, counts, strict=True):
+        indices = torch.arange(begin, begin + count)
+        cells[:rows, :columns] = indices.view(rows, columns)
+        begin += count
+    return layout.flatten(), (len(grids), height, width)
 
 
-def _side_by_side(tensors: list[Tensor], slots: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def _arrange(
+    tensors: list[Tensor],
+    layout: Tensor,
+    shape: tuple[int, int, int],
+) -> Tensor:
+    """Return a stack of grids as `_layout` describes it; 0 or False in cells without an entry."""
     lined_up = torch.cat([tensor.flatten() for tensor in tensors])
-    return F.pad(lined_up, (0, 1)).index_select(0, slots).view(shape)
+    padded = F.pad(lined_up, (0, 1))  # the entry of all cells without one
+    return padded.index_select(0, layout).view(shape)

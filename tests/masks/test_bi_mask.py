@@ -5,10 +5,12 @@ import itertools
 import random
 
 import pytest
+import reference
 import torch
 from factories import grid_spaces, masks, plain_spaces, random_candidate, spaces
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from invariants import assert_close
 
 from ofb_hf.masks.bi_mask import BiMask
 from ofb_hf.pruning.surgery import slice_tensors_
@@ -48,6 +50,20 @@ def shrink_(mask: BiMask) -> None:
     slice_tensors_(mask, mask.shrink_plan())
 
 
+@given(masks(), st.floats(0, 1))
+def test_scores_are_those_of_their_definitions(mask, lam):
+    assume(not reference.heads_tie(mask))
+    for size, p in reference.probabilities(mask).items():
+        assert_close(mask.candidate_probs()[mask.index_of(size)], p)
+    assert_close(mask.importance(), reference.importance(mask))
+    assert_close(mask.sparsity(), reference.sparsity(mask))
+    assert_close(mask.prunability(lam), reference.prunability(mask, lam))
+    assert_close(mask.expected_size(), reference.expected_amounts(mask)[0])
+    ranks = reference.ranks(mask)
+    for unit, rank in ranks.items():
+        assert mask.importance_by_rank()[rank] == mask.importance()[unit]
+
+
 # ------------------------------------------------------------------------------------ probabilities
 
 
@@ -75,7 +91,8 @@ def test_grid_probabilities_are_one_softmax_over_heads_and_channels():
 @given(masks())
 def test_sparsity_is_a_staircase(mask):
     stairs = by_rank(mask, mask.sparsity())
-    assert stairs.flatten()[0].item() == pytest.approx(mask.expected_presence().item())
+    _, _, presence = reference.expected_amounts(mask)
+    assert stairs.flatten()[0].item() == pytest.approx(presence.item())
     assert mask.may_vanish or stairs.flatten()[0].item() == pytest.approx(1)
     for axis in range(stairs.ndim):
         assert (stairs.diff(dim=axis) <= 1e-15).all()

@@ -1,16 +1,20 @@
-"""Bi-masks side by side are what each of them is alone: values, amounts, losses and gradients."""
+"""A stack computes what each mask is by definition: values, amounts, losses and gradients."""
 
 import copy
 
 import pytest
+import reference
 import torch
-from factories import FAMILIES, retire_some_, tiny_supernet
+from factories import FAMILIES, masks, retire_some_, tiny_supernet
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from invariants import assert_close
 
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.families.description import heads_of, presence_of, quantities
-from ofb_hf.masks.one_hot import one_hot_loss
-from ofb_hf.masks.stack import IMPORTANCE_PENALTY
+from ofb_hf.masks.bi_mask import BiMask
+from ofb_hf.masks.stack import IMPORTANCE_PENALTY, MaskStack
+from ofb_hf.pruning.surgery import slice_tensors_
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -25,12 +29,39 @@ def mixed_supernet(family, seed, shrinks, depth=False):
     return supernet
 
 
-def expected_by_hand(mask):
-    """Units, heads and presence of one mask."""
-    amounts = {mask.name: mask.expected_size()}
-    if mask.is_grid:
-        amounts[heads_of(mask.name)] = mask.expected_heads()
-    return amounts | {presence_of(mask.name): mask.expected_presence()}
+@st.composite
+def stacks(draw: st.DrawFn) -> list[BiMask]:
+    """Masks that can be stacked: of one kind, and alike in what a stack has for all of them."""
+    first, *others = draw(st.lists(masks(), min_size=1, max_size=5))
+    alike = [
+        mask
+        for mask in others
+        if (mask.kind, mask.may_vanish, mask.normalize_importance)
+        == (first.kind, first.may_vanish, first.normalize_importance)
+    ]
+    assume(not any(reference.heads_tie(mask) for mask in (first, *alike)))
+    return [first, *alike]
+
+
+@given(stacks(), st.booleans(), st.floats(0, 1))
+def test_a_stack_of_any_shapes_follows_the_definitions(masks, shrinks, lam):
+    if shrinks:
+        for mask in masks:
+            slice_tensors_(mask, mask.shrink_plan())
+    stack = MaskStack(masks)
+    values, importance = stack.values(torch.tensor(lam, dtype=torch.float64)), stack.importance()
+    for mask, value, own in zip(masks, stack.apart(values), stack.apart(importance), strict=True):
+        assert_close(value, reference.prunability(mask, lam).flatten())
+        assert_close(own, reference.importance(mask).flatten())
+    assert_close(stack.together(list(stack.apart(values))), values)
+    expected = zip(*map(reference.expected_amounts, masks), strict=True)
+    for amounts, by_definition in zip(stack.expected_amounts(), expected, strict=True):
+        assert_close(amounts, torch.stack(by_definition))
+    one_hot = torch.stack([reference.one_hot_loss(mask) for mask in masks])
+    assert_close(stack.one_hot_losses(), one_hot)
+    for p, mask in zip(stack.probabilities(), masks, strict=True):
+        assert p.sum().item() == pytest.approx(1)
+        assert (p > 0).sum() == mask.active_candidates.sum()
 
 
 @both_families
@@ -39,8 +70,10 @@ def expected_by_hand(mask):
 @pytest.mark.parametrize("seed", range(4))
 def test_values_and_losses_are_those_of_each_mask(seed, shrinks, depth, family):
     supernet = mixed_supernet(family, seed, shrinks, depth)
+    lam = supernet.lam.item()
     gates = supernet._stacks.gates(supernet.lam)
     for mask in supernet.bi_masks:
+        assert_close(gates[mask.name], reference.prunability(mask, lam).flatten())
         assert_close(gates[mask.name], mask.prunability(supernet.lam).flatten())
         if mask.may_vanish:
             values = gates[mask.name]
@@ -50,10 +83,10 @@ def test_values_and_losses_are_those_of_each_mask(seed, shrinks, depth, family):
     assert gates.keys() - {mask.name for mask in supernet.bi_masks} == {
         presence_of(mask.name) for mask in supernet.bi_masks if mask.may_vanish
     }
-    one_hot = sum(one_hot_loss(mask.alpha, mask.active_candidates) for mask in supernet.bi_masks)
-    assert_close(supernet.one_hot_loss(), one_hot)
+    assert_close(supernet.one_hot_loss(), sum(map(reference.one_hot_loss, supernet.bi_masks)))
     penalty = sum(
-        IMPORTANCE_PENALTY[mask.kind] * mask.importance().sum() for mask in supernet.bi_masks
+        IMPORTANCE_PENALTY[mask.kind] * reference.importance(mask).sum()
+        for mask in supernet.bi_masks
     )
     assert_close(supernet.importance_penalty(), penalty)
 
@@ -64,11 +97,13 @@ def test_values_and_losses_are_those_of_each_mask(seed, shrinks, depth, family):
 def test_sizes_are_those_of_each_mask(seed, depth, family):
     supernet = mixed_supernet(family, seed, seed % 2 == 0, depth)
     names, sizes = list(quantities(supernet.dense_sizes)), supernet.sizes("sparsity")
-    by_hand = {
-        name: value for mask in supernet.bi_masks for name, value in expected_by_hand(mask).items()
-    }
+    by_definition = {}
+    for mask in supernet.bi_masks:
+        units, heads, presence = reference.expected_amounts(mask)
+        by_definition |= {mask.name: units, presence_of(mask.name): presence}
+        by_definition |= {heads_of(mask.name): heads} if mask.is_grid else {}
     for name, size in zip(names, sizes.tolist(), strict=True):
-        assert size == pytest.approx(by_hand[name].item(), rel=1e-5)
+        assert size == pytest.approx(by_definition[name].item(), rel=1e-5)
     gates = supernet._stacks.gates(supernet.lam)
     for name, size in zip(names, supernet._stacks.sizes(gates).tolist(), strict=True):
         if name in gates:
@@ -100,8 +135,9 @@ def test_gradients_are_those_of_each_mask(shrinks, family):
         )
 
     (loss_of(supernet._stacks.gates(supernet.lam).values()) + supernet.one_hot_loss()).backward()
-    values = {mask.name: mask.prunability(twin.lam).flatten() for mask in twin.bi_masks}
-    one_hot = sum(one_hot_loss(mask.alpha, mask.active_candidates) for mask in twin.bi_masks)
+    lam = twin.lam.item()
+    values = {mask.name: reference.prunability(mask, lam).flatten() for mask in twin.bi_masks}
+    one_hot = sum(map(reference.one_hot_loss, twin.bi_masks))
     (
         loss_of(values[mask.name] for stack in twin._stacks.stacks for mask in stack.masks)
         + one_hot
