@@ -1,10 +1,9 @@
-"""Which token schedules a search under one budget has to consider, and the best of them with the
-widths beside it.
+"""Token schedules that a search under one budget has to consider, and the best of them.
 
-Under a price on what they cost the best schedule is a shortest path through the layers. Falling
-prices give a family of schedules, from all tokens to the fewest; each leaves the widths a budget of
-their own. Which of them makes the cheapest network depends on the widths: a reduction has a price,
-and next to nothing to save where the layers behind it are narrow or gone.
+If cost has a price, the best schedule is a shortest path through the layers. Falling prices give a
+list of schedules, from all tokens to the fewest; each leaves another budget to the widths. Which of
+them makes the best network depends on the widths: a token reduction has a cost of its own, and
+saves next to nothing where the layers behind it are narrow or removed.
 """
 
 import functools
@@ -20,56 +19,77 @@ from ..cost.counting import evaluate_terms
 from ..families.description import macs_of
 from ..families.vit import vit_layer_parts
 from ..tokens.schedules import Cost, Schedule, num_tokens
-from .knapsack import Choice
+from .problem import Choice
 
 SMALLEST_COUNT = 2  # the class token and a patch
+# Prices for which a schedule is found, evenly spaced on a logarithmic scale.
 PRICES = 40
-# A family of more schedules than this is looked at in such steps first.
-SHORT, STRIDE = 24, 4
-# So many members of a family, at most, are held against each other where it can be measured what
-# they lose.
+LOWEST_PRICE, HIGHEST_PRICE = 1e-6, 1e2
+# A list of more schedules than SHORT is searched in steps of STRIDE first.
+SHORT = 24
+STRIDE = 4
+# Choices, at most, that are compared where their loss can be measured.
 ALTERNATIVES = 16
-# Neighbours in a family whose costs are further apart than this share of the dense cost get others
-# between them.
+# Neighbours in the list whose costs are further apart than this fraction of the dense cost get
+# other schedules between them.
 LARGEST_GAP = 0.02
 
 
 def attention_of(layer: int) -> str:
-    """The submodule by which a layer of a ViT ranks its tokens."""
+    """Return the name of the submodule by which a layer of a ViT ranks its tokens."""
     return f"layers.{layer}.attention"
 
 
-def schedule_of(left: list[int], tokens: int) -> Schedule:
-    """The schedule that merges down to these counts; the last layer drops, for nobody reads its
-    patches.
+def schedule_of(
+    leaving: list[int],
+    tokens: int,
+) -> Schedule:
+    """Return the schedule that merges tokens down to these counts.
+
+    The last layer drops them instead: its patches are not read any more.
 
     Args:
-        left: tokens that leave each layer, none more than before. tokens: that enter the first one.
+        leaving: tokens that leave each layer, none more than the one before.
+        tokens: tokens that enter the first layer.
     """
-    entering = [tokens, *left]
-    return [[before, after] for before, after in zip(entering[:-2], left[:-1], strict=True)] + [
-        [left[-1]] * 2
-    ]
+    schedule = []
+    entering = tokens
+    for left in leaving[:-1]:
+        schedule.append([entering, left])  # tokens after dropping and after merging
+        entering = left
+    return [*schedule, [leaving[-1], leaving[-1]]]
 
 
-def reducing_layers(schedule: Schedule, tokens: int) -> list[int]:
-    """The layers that hand on fewer tokens than they get."""
-    entering = [tokens, *(left for _, left in schedule)]
-    return [layer for layer, (_, left) in enumerate(schedule) if left < entering[layer]]
+def reducing_layers(
+    schedule: Schedule,
+    tokens: int,
+) -> list[int]:
+    """Return the layers that hand on fewer tokens than they get."""
+    reducing = []
+    entering = tokens
+    for layer, (_, leaving) in enumerate(schedule):
+        if leaving < entering:
+            reducing.append(layer)
+        entering = leaving
+    return reducing
 
 
-def schedule_loss(curves: np.ndarray, schedule: Schedule) -> float:
-    """What a schedule loses: in each layer, what going from the tokens that come in to those that
-    are left adds.
+def schedule_loss(
+    curves: np.ndarray,
+    schedule: Schedule,
+) -> float:
+    """Return what a schedule loses: the sum of what each layer adds by going from n to n' tokens.
 
     Args:
         curves: (layers, tokens + 1), what a layer loses by going from all tokens to n.
+        schedule: a token schedule of all layers.
     """
-    entering = [curves.shape[1] - 1, *(left for _, left in schedule)]
-    pairs = enumerate(zip(entering, schedule, strict=False))
-    return sum(
-        float(curves[layer, left] - curves[layer, before]) for layer, (before, (_, left)) in pairs
-    )
+    loss = 0.0
+    entering = curves.shape[1] - 1
+    for layer, (_, leaving) in enumerate(schedule):
+        loss += float(curves[layer, leaving] - curves[layer, entering])
+        entering = leaving
+    return loss
 
 
 def candidate_schedules(
@@ -79,8 +99,7 @@ def candidate_schedules(
     reducing: Collection[int],
     cost: Cost = macs_of,
 ) -> list[Schedule]:
-    """Schedules that are worth considering: from all tokens to the fewest, then single reductions
-    that are not among them.
+    """Return the schedules worth considering: from all tokens to the fewest, and single reductions.
 
     Whatever the widths, the cheapest schedule is one of these: that of all tokens, or one that goes
     down to one patch at once. (Merging into a single patch costs no more than merging into several,
@@ -91,161 +110,202 @@ def candidate_schedules(
         amounts: the quantities that cost terms multiply, for widths that the result may have.
         curves: as for `schedule_loss`, falling with n.
         reducing: layers that may reduce their tokens.
-        cost: what counts.
+        cost: returns the cost terms of forward parts.
     """
-    tokens, layers = num_tokens(config), range(config.num_hidden_layers)
-    counts = np.arange(SMALLEST_COUNT, tokens + 1)
-    costs = [_layer_costs(layer, config, amounts, counts, cost) for layer in layers]
-    tables = [
-        _layer_table(curves[layer], costs[layer], counts, layer in reducing) for layer in layers
-    ]
-    unit = sum(float(priced[-1, -1]) for _, priced in tables)  # all tokens everywhere
-    prices = np.geomspace(1e-6, 1e2, PRICES) * max(float(curves.max()), 1e-12) / unit
-    family = [[tokens] * len(layers)]
+    tokens = num_tokens(config)
+    num_layers = config.num_hidden_layers
+    counts = np.arange(SMALLEST_COUNT, tokens + 1)  # (N,)
+    losses = []  # of each layer, (N, N)
+    costs = []  # of each layer, (N, N)
+    for layer in range(num_layers):
+        impossible = _impossible(counts, reduces=layer in reducing)
+        loss = curves[layer][counts[None]] - curves[layer][counts[:, None]]
+        losses.append(np.where(impossible, np.inf, loss))
+        layer_costs = _layer_costs(layer, config, amounts, counts, cost)
+        costs.append(np.where(impossible, np.inf, layer_costs))
+    dense_cost = sum(float(layer_costs[-1, -1]) for layer_costs in costs)  # all tokens everywhere
+
+    def cost_fraction(leaving: list[int]) -> float:
+        """Return the cost of a schedule as a fraction of that of all tokens."""
+        at = [count - SMALLEST_COUNT for count in (tokens, *leaving)]
+        pairs = itertools.pairwise(at)
+        steps = zip(costs, pairs, strict=True)
+        return sum(float(layer_costs[pair]) for layer_costs, pair in steps) / dense_cost
+
+    # From "tokens cost nothing" to "tokens are worth nothing", in units of the losses.
+    prices = np.geomspace(LOWEST_PRICE, HIGHEST_PRICE, PRICES)
+    prices = prices * max(float(curves.max()), 1e-12) / dense_cost
+    found = [[tokens] * num_layers]
     for price in prices:
-        left = _shortest_path([loss + price * priced for loss, priced in tables], counts)
-        if left not in family:
-            family.append(left)
-    singles = [
-        [tokens] * layer + [SMALLEST_COUNT] * (len(layers) - layer) for layer in sorted(reducing)
-    ]
-    family += [left for left in singles[:1] if left not in family]
-
-    def share(left: list[int]) -> float:
-        at = [count - SMALLEST_COUNT for count in (tokens, *left)]
-        return (
-            sum(float(table[1][a, b]) for table, a, b in zip(tables, at, at[1:], strict=False))
-            / unit
-        )
-
-    family = _filled_in(family, share)
-    family += [left for left in singles if left not in family]
-    return [schedule_of(left, tokens) for left in family]
+        tables = [loss + price * priced for loss, priced in zip(losses, costs, strict=True)]
+        leaving = _shortest_path(tables, counts)
+        if leaving not in found:
+            found.append(leaving)
+    singles = []  # down to one patch at once, in one of the layers
+    for layer in sorted(reducing):
+        singles.append([tokens] * layer + [SMALLEST_COUNT] * (num_layers - layer))
+    found += [leaving for leaving in singles[:1] if leaving not in found]
+    found = _filled_in(found, cost_fraction)
+    found += [leaving for leaving in singles if leaving not in found]
+    return [schedule_of(leaving, tokens) for leaving in found]
 
 
 def _layer_costs(
-    layer: int, config: ViTConfig, amounts: Mapping[str, int], counts: np.ndarray, cost: Cost
+    layer: int,
+    config: ViTConfig,
+    amounts: Mapping[str, int],
+    counts: np.ndarray,
+    cost: Cost,
 ) -> np.ndarray:
-    """Of each pair of tokens that come in and that are left, (counts, counts)."""
-    before, after = counts[:, None], counts[None]
-    kept = before if layer < config.num_hidden_layers - 1 else after
-    weighs = before < num_tokens(config)  # whatever is gone was merged: only the last layer drops
-    found = evaluate_terms(cost(vit_layer_parts(layer, before, kept, after, weighs)), amounts)
+    """Return the cost of a layer for each pair of tokens that enter and leave it, (N, N)."""
+    entering = counts[:, None]
+    leaving = counts[None]
+    # Only the last layer drops tokens. Before it all tokens stay until they are merged, and those
+    # that have been merged carry weights in the attention.
+    is_last = layer == config.num_hidden_layers - 1
+    kept = leaving if is_last else entering
+    weighs = entering < num_tokens(config)
+    parts = vit_layer_parts(layer, entering, kept, leaving, weighs)
+    found = evaluate_terms(cost(parts), amounts)
     return np.broadcast_to(found, (len(counts), len(counts))).astype(float)
 
 
-def _layer_table(
-    curve: np.ndarray, costs: np.ndarray, counts: np.ndarray, reduces: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a layer loses and costs for each of these pairs, infinite for those that cannot be."""
-    before, after = counts[:, None], counts[None]
-    impossible = after > before if reduces else after != before
-    return np.where(impossible, np.inf, curve[after] - curve[before]), np.where(
-        impossible, np.inf, costs
-    )
+def _impossible(
+    counts: np.ndarray,
+    reduces: bool,
+) -> np.ndarray:
+    """Return which pairs of tokens that enter and leave a layer cannot be, bool (N, N)."""
+    entering = counts[:, None]
+    leaving = counts[None]
+    return leaving > entering if reduces else leaving != entering
 
 
-def _shortest_path(tables: list[np.ndarray], counts: np.ndarray) -> list[int]:
-    """The counts after each layer that cost least in all, coming from the last of the counts."""
-    best = np.full(len(counts), np.inf)
-    best[-1], origins = 0.0, []
+def _shortest_path(
+    tables: list[np.ndarray],
+    counts: np.ndarray,
+) -> list[int]:
+    """Return the counts after each layer that cost least in all, if all tokens enter the first.
+
+    Args:
+        tables: of each layer, the length of a step from one count to another, (N, N).
+        counts: ascending, (N,).
+    """
+    best = np.full(len(counts), np.inf)  # length of the shortest path to each count
+    best[-1] = 0.0
+    origins = []  # of each layer, the count that the shortest path comes from, (N,)
     for table in tables:
         total = best[:, None] + table
         origins.append(total.argmin(0))
         best = total.min(0)
-    at, left = int(best.argmin()), []
+    path = []
+    at = int(best.argmin())
     for origin in reversed(origins):
-        left.append(int(counts[at]))
+        path.append(int(counts[at]))
         at = int(origin[at])
-    return left[::-1]
+    return path[::-1]
 
 
-def _filled_in(family: list[list[int]], share: Callable[[list[int]], float]) -> list[list[int]]:
-    """The family with more members where two neighbours are far from each other."""
-    filled = family[:1]
-    for before, after in itertools.pairwise(family):
-        steps = int(abs(share(before) - share(after)) / LARGEST_GAP) + 1
+def _filled_in(
+    found: list[list[int]],
+    cost_fraction: Callable[[list[int]], float],
+) -> list[list[int]]:
+    """Return the counts of schedules with others between neighbours whose costs are far apart."""
+    filled = found[:1]
+    for before, after in itertools.pairwise(found):
+        gap = abs(cost_fraction(before) - cost_fraction(after))
+        steps = int(gap / LARGEST_GAP) + 1
         for step in range(1, steps + 1):
-            between = [
-                round(a + (b - a) * step / steps) for a, b in zip(before, after, strict=True)
-            ]
+            between = []
+            for start, end in zip(before, after, strict=True):
+                between.append(round(start + (end - start) * step / steps))
             if between not in filled:
                 filled.append(between)
     return filled
 
 
 def best_schedule(
-    family: list[Schedule],
+    schedules: list[Schedule],
     solve: Callable[[Schedule], Choice],
     curves: np.ndarray,
     lowest: float,
 ) -> Choice:
-    """The schedule that is worth most together with the widths that its budget allows.
+    """Return the schedule that is worth most together with the widths that its budget allows.
 
-    Of a long family looks at every fourth schedule, then closer around the best: worth rises and
-    falls once, or nearly.
+    Of a long list every fourth schedule is tried, then others closer and closer around the best
+    one: along the list the worth rises and falls once, or nearly so.
 
     Args:
-        solve: the best widths under a schedule; raises UnreachableBudgetError where none fit.
+        schedules: from all tokens to the fewest, at least one.
+        solve: returns the best widths under a schedule; raises UnreachableBudgetError if none fit.
         curves: as for `schedule_loss`, in the unit of the choices' scores.
         lowest: cost from which on the budget counts as used.
 
     Returns:
-        A choice with its `token_schedule`, and what the tokens lose taken off its score.
+        A choice with its `token_schedule`; what the tokens lose is subtracted from its score.
 
     Raises:
-        UnreachableBudgetError: if the widths fit under no schedule, naming what the smallest
-            network of all costs.
+        UnreachableBudgetError: if widths fit under no schedule, naming the cost of the smallest
+            network of all.
     """
 
     @functools.cache
-    def at(index: int) -> Choice | UnreachableBudgetError:
-        return _with_widths(family[index], solve, curves)
+    def solved(index: int) -> Choice | UnreachableBudgetError:
+        return _with_widths(schedules[index], solve, curves)
 
     def rank(index: int) -> tuple[bool, bool, float]:
-        found = at(index)
+        found = solved(index)
         if isinstance(found, UnreachableBudgetError):
             return False, False, -found.smallest
         within = found.cost >= lowest
         return True, within, found.score if within else found.cost
 
-    every = range(len(family))
-    stride = 1 if len(family) <= SHORT else STRIDE
+    every = range(len(schedules))
+    stride = 1 if len(schedules) <= SHORT else STRIDE
     best = max([*every[::stride], every[-1]], key=rank)
-    if not rank(best)[0]:  # few schedules let the widths fit, or none
+    if isinstance(solved(best), UnreachableBudgetError):
+        # Few schedules let the widths fit, or none: some may lie between those that were tried.
         best = max(every, key=rank)
-        if not rank(best)[0]:
-            raise at(best)
+        if isinstance(solved(best), UnreachableBudgetError):
+            raise solved(best)
     while stride > 1:
         stride //= 2
-        best = max(
-            (index for index in (best, best - stride, best + stride) if index in every), key=rank
-        )
-    return at(best)
+        nearby = [index for index in (best, best - stride, best + stride) if index in every]
+        best = max(nearby, key=rank)
+    return solved(best)
 
 
 def spread_choices(
-    family: list[Schedule],
+    schedules: list[Schedule],
     solve: Callable[[Schedule], Choice],
     curves: np.ndarray,
     lowest: float,
 ) -> list[Choice]:
-    """Settlements from all parts of a family, in its order, that use the budget; arguments as for
-    `best_schedule`."""
-    stride = -(-len(family) // ALTERNATIVES)
-    found = [_with_widths(schedule, solve, curves) for schedule in family[::stride]]
-    return [each for each in found if isinstance(each, Choice) and each.cost >= lowest]
+    """Return choices that use the budget, evenly from the whole list and in its order.
+
+    Args:
+        schedules, solve, curves, lowest: as for `best_schedule`.
+
+    Returns:
+        `ALTERNATIVES` choices at most.
+    """
+    stride = -(-len(schedules) // ALTERNATIVES)  # rounded up
+    choices = []
+    for schedule in schedules[::stride]:
+        found = _with_widths(schedule, solve, curves)
+        if isinstance(found, Choice) and found.cost >= lowest:
+            choices.append(found)
+    return choices
 
 
 def _with_widths(
-    schedule: Schedule, solve: Callable[[Schedule], Choice], curves: np.ndarray
+    schedule: Schedule,
+    solve: Callable[[Schedule], Choice],
+    curves: np.ndarray,
 ) -> Choice | UnreachableBudgetError:
-    """A schedule with the best widths beside it; or the refusal, if it leaves too many tokens for
-    any."""
+    """Return a schedule with the best widths, or the error if no widths fit next to its tokens."""
     try:
         widths = solve(schedule)
     except UnreachableBudgetError as refusal:
         return refusal
-    return replace(
-        widths, score=widths.score - schedule_loss(curves, schedule), token_schedule=schedule
-    )
+    score = widths.score - schedule_loss(curves, schedule)
+    return replace(widths, score=score, token_schedule=schedule)

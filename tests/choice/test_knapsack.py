@@ -21,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofb_hf import compress, count_macs, count_params, install_bi_masks, read_subnet
-from ofb_hf.choice.knapsack import BINS, Candidate, best_choice
+from ofb_hf.choice.knapsack import best_choice
+from ofb_hf.choice.picks import BINS
+from ofb_hf.choice.problem import Candidate
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.families.description import Term
 from ofb_hf.search.supernet import Supernet
@@ -45,15 +47,18 @@ def cost_of(terms: tuple[Term, ...], units: dict[str, int]) -> int:
 
 
 def brute_force(
-    options: dict[str, list[Candidate]], terms: tuple[Term, ...], fixed: dict[str, int], needed=()
+    candidates: dict[str, list[Candidate]],
+    terms: tuple[Term, ...],
+    fixed: dict[str, int],
+    needed=(),
 ):
     """Every choice that keeps units of something needed, with its cost and score."""
-    for picks in itertools.product(*options.values()):
-        choice = dict(zip(options, picks, strict=True))
+    for picks in itertools.product(*candidates.values()):
+        choice = dict(zip(candidates, picks, strict=True))
         if needed and not any(choice[name].units for name in needed):
             continue
-        units = fixed | {name: option.units for name, option in choice.items()}
-        yield cost_of(terms, units), sum(option.score for option in picks)
+        units = fixed | {name: candidate.units for name, candidate in choice.items()}
+        yield cost_of(terms, units), sum(candidate.score for candidate in picks)
 
 
 def reachable_costs(supernet: Supernet, config) -> set[int]:
@@ -108,7 +113,7 @@ def problems(draw: st.DrawFn, largest: int = 12) -> tuple:
     small integers. Last, the parts of which one has to stay."""
     parts = [f"part{index}" for index in range(draw(st.integers(0, 4)))]
     score = st.floats(-5, 5, allow_nan=False)
-    options = {
+    candidates = {
         name: [
             Candidate((units,), draw(score))
             for units in sorted(draw(st.sets(st.integers(low, 6), min_size=1)))
@@ -116,7 +121,9 @@ def problems(draw: st.DrawFn, largest: int = 12) -> tuple:
         for name, low in [("width", 1), *((part, 0) for part in parts)]
     }
     needed = [name for name in parts if draw(st.booleans())]
-    needed = needed if any(option.units for name in needed for option in options[name]) else []
+    needed = (
+        needed if any(candidate.units for name in needed for candidate in candidates[name]) else []
+    )
     coefficient = st.integers(1, largest)
     terms = [
         Term(draw(coefficient)),
@@ -127,7 +134,7 @@ def problems(draw: st.DrawFn, largest: int = 12) -> tuple:
         terms.append(Term(draw(coefficient), ("width", name)))
         terms.append(Term(draw(coefficient), (name,)))
     return (
-        options,
+        candidates,
         tuple(terms),
         {"fixed": draw(st.integers(1, 5))},
         draw(st.floats(0, 1.1)),
@@ -145,21 +152,23 @@ def target_of(problem: tuple, share: float) -> int:
 def test_small_problems_are_solved_exactly(problem):
     """Below as many cost units as there are bins nothing is rounded: the best choice of all, or the
     largest below."""
-    options, terms, fixed, share, needed = problem
-    target = target_of((options, terms, fixed, needed), share)
+    candidates, terms, fixed, share, needed = problem
+    target = target_of((candidates, terms, fixed, needed), share)
     everything = [
         (cost, score)
-        for cost, score in brute_force(options, terms, fixed, needed)
+        for cost, score in brute_force(candidates, terms, fixed, needed)
         if cost <= target
     ]
     inside = [score for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
-    choice = best_choice(options, terms, fixed, target, TIGHTNESS, needed)
+    choice = best_choice(candidates, terms, fixed, target, tightness=TIGHTNESS, needed=needed)
     assert not needed or any(choice.candidates[name].units for name in needed)
-    units = fixed | {name: option.units for name, option in choice.candidates.items()}
+    units = fixed | {name: candidate.units for name, candidate in choice.candidates.items()}
     assert target < BINS or target - min(cost for cost, _ in everything) < BINS
-    assert list(choice.candidates) == list(options)
+    assert list(choice.candidates) == list(candidates)
     assert choice.cost == cost_of(terms, units) <= target
-    assert choice.score == pytest.approx(sum(option.score for option in choice.candidates.values()))
+    assert choice.score == pytest.approx(
+        sum(candidate.score for candidate in choice.candidates.values())
+    )
     if inside:
         assert choice.cost >= TIGHTNESS * target
         assert choice.score == pytest.approx(max(inside))
@@ -172,21 +181,21 @@ def test_large_problems_are_solved_up_to_the_rounding_of_costs(problem):
     """Costs are rounded to 1 / BINS of the room, so the answer beats all that keep a bin per
     submodule away from both ends of the band, whatever it is allowed to do in between; feasibility
     is never given up for it."""
-    options, terms, fixed, share, needed = problem
-    target = target_of((options, terms, fixed, needed), share)
+    candidates, terms, fixed, share, needed = problem
+    target = target_of((candidates, terms, fixed, needed), share)
     everything = [
         (cost, score)
-        for cost, score in brute_force(options, terms, fixed, needed)
+        for cost, score in brute_force(candidates, terms, fixed, needed)
         if cost <= target
     ]
     inside = [(cost, score) for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
-    choice = best_choice(options, terms, fixed, target, TIGHTNESS, needed)
+    choice = best_choice(candidates, terms, fixed, target, tightness=TIGHTNESS, needed=needed)
     assert choice.cost <= target
     if not inside:
         assert choice.cost == max(cost for cost, _ in everything)
         return
     assert choice.cost >= TIGHTNESS * target
-    slack = len(options) * (target / BINS + 1)
+    slack = len(candidates) * (target / BINS + 1)
     clear = [
         score for cost, score in inside if TIGHTNESS * target + slack <= cost <= target - slack
     ]
@@ -195,16 +204,16 @@ def test_large_problems_are_solved_up_to_the_rounding_of_costs(problem):
 
 
 def test_a_budget_below_the_smallest_subnet_is_refused_with_the_smallest_value():
-    options = {
+    candidates = {
         "width": [Candidate((3,), 0.0), Candidate((5,), 9.0)],
         "mlp": [Candidate((2,), 0.0), Candidate((7,), 0.0)],
     }
     terms = (Term(1000), Term(10, ("width", "mlp")))
     with pytest.raises(UnreachableBudgetError, match=r"1,059.*1,060"):
-        best_choice(options, terms, {}, 1059)
-    choice = best_choice(options, terms, {}, 1060)
+        best_choice(candidates, terms, {}, 1059)
+    choice = best_choice(candidates, terms, {}, 1060)
     assert choice.cost == 1060
-    assert {name: option.size for name, option in choice.candidates.items()} == {
+    assert {name: candidate.size for name, candidate in choice.candidates.items()} == {
         "width": (3,),
         "mlp": (2,),
     }
@@ -224,7 +233,7 @@ def test_among_equal_costs_the_better_score_wins(target):
     ]
     grid += [Candidate((5, 6), 9.0)] if target == 1210 else []
     band = 0.98 if target != 1210 else 0.999
-    assert best_choice({"a": grid}, (Term(100, ("a",)),), {}, target, band).candidates[
+    assert best_choice({"a": grid}, (Term(100, ("a",)),), {}, target, tightness=band).candidates[
         "a"
     ].size == (4, 3)
 
@@ -233,12 +242,12 @@ def test_among_equal_costs_the_better_score_wins(target):
 def test_in_a_coarse_space_the_score_says_who_gets_what_is_left(favourite):
     """Three equal submodules, no choice within the band, room for one wide one: the one that needs
     it most gets it."""
-    options = {
+    candidates = {
         name: [Candidate((10,), 0.0), Candidate((20,), 3.0 if name == favourite else 1.0)]
         for name in "abc"
     }
     terms = tuple(Term(7, (name,)) for name in "abc")
-    choice = best_choice(options, terms, {}, 7 * 45)
+    choice = best_choice(candidates, terms, {}, 7 * 45)
     assert choice.cost == 7 * 40
     assert choice.candidates[favourite].size == (20,)
 
@@ -313,20 +322,22 @@ def test_the_choice_is_the_best_one_up_to_the_rounding_of_costs(seed):
         for name, s in supernet.dense_sizes.items()
         if name not in supernet.named_masks
     }
-    options = {name: rows[:: max(1, len(rows) // 3)] for name, rows in supernet.options().items()}
-    floor = min(cost for cost, _ in brute_force(options, supernet.terms, fixed))
+    candidates = {
+        name: rows[:: max(1, len(rows) // 3)] for name, rows in supernet.options().items()
+    }
+    floor = min(cost for cost, _ in brute_force(candidates, supernet.terms, fixed))
     target = max(supernet.target, floor)
-    choice = best_choice(options, supernet.terms, fixed, target, TIGHTNESS)
+    choice = best_choice(candidates, supernet.terms, fixed, target, tightness=TIGHTNESS)
     everything = [
         (cost, score)
-        for cost, score in brute_force(options, supernet.terms, fixed)
+        for cost, score in brute_force(candidates, supernet.terms, fixed)
         if cost <= target
     ]
     inside = [(cost, score) for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
     if not inside:
         assert choice.cost == max(cost for cost, _ in everything)
         return
-    slack = len(options) * (target / BINS + 1)
+    slack = len(candidates) * (target / BINS + 1)
     clear = [
         score for cost, score in inside if TIGHTNESS * target + slack <= cost <= target - slack
     ]

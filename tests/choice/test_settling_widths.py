@@ -26,7 +26,9 @@ from ofb_hf import (
     read_subnet,
 )
 from ofb_hf.choice import knapsack
-from ofb_hf.choice.knapsack import Candidate, Choice, _Problem, _Relaxation, best_choice
+from ofb_hf.choice.knapsack import best_choice
+from ofb_hf.choice.problem import Candidate, Choice, Problem
+from ofb_hf.choice.relaxation import Relaxation
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.families.description import Term, heads_of, presence_of, quantities
@@ -46,13 +48,13 @@ def _relaxed(monkeypatch):
 
 def everything(space: Space) -> tuple[np.ndarray, np.ndarray]:
     """Exact cost and score of every choice there is, in the order of `itertools.product`."""
-    options, terms, fixed = space
-    costs = np.zeros([len(row) for row in options.values()], dtype=np.int64)
+    candidates, terms, fixed = space
+    costs = np.zeros([len(row) for row in candidates.values()], dtype=np.int64)
     scores, amounts = costs.astype(float), dict(fixed)
-    for axis, (name, row) in enumerate(options.items()):
-        shape = [-1 if other == axis else 1 for other in range(len(options))]
-        scores = scores + np.array([option.score for option in row]).reshape(shape)
-        values = [quantities({name: option.size}) for option in row]
+    for axis, (name, row) in enumerate(candidates.items()):
+        shape = [-1 if other == axis else 1 for other in range(len(candidates))]
+        scores = scores + np.array([candidate.score for candidate in row]).reshape(shape)
+        values = [quantities({name: candidate.size}) for candidate in row]
         amounts |= {q: np.array([value[q] for value in values]).reshape(shape) for q in values[0]}
     for term in terms:
         costs = costs + term.coefficient * math.prod(amounts[factor] for factor in term.factors)
@@ -70,30 +72,30 @@ def worth(sizes: list[tuple[int, ...]], rng: random.Random) -> list[Candidate]:
     ]
 
 
-def caterpillar(seed: int, stages: int, candidates: int) -> Space:
+def caterpillar(seed: int, stages: int, most: int) -> Space:
     """A random problem with up to so many candidates of each width, and about as many of everything
     else."""
     rng = random.Random(seed)
 
     def sizes(largest: int) -> list[int]:
-        return sorted(rng.sample(range(1, largest + 1), rng.randint(2, candidates)))
+        return sorted(rng.sample(range(1, largest + 1), rng.randint(2, most)))
 
-    options, terms = {}, [Term(rng.randint(0, 500))]
+    candidates, terms = {}, [Term(rng.randint(0, 500))]
     for stage in range(stages):
         width, attention, mlp = f"{stage}.width", f"{stage}.attention", f"{stage}.mlp"
         heads, dims = (
             sorted(rng.sample(range(1, 7), 2)),
             sorted(rng.sample(range(1, 9), rng.randint(1, 2))),
         )
-        options[width] = worth([(size,) for size in sizes(40)], rng)
-        options[attention] = worth([(h, d) for h in heads for d in dims], rng)
-        options[mlp] = worth([(size,) for size in sizes(60)], rng)
+        candidates[width] = worth([(size,) for size in sizes(40)], rng)
+        candidates[attention] = worth([(h, d) for h in heads for d in dims], rng)
+        candidates[mlp] = worth([(size,) for size in sizes(60)], rng)
         pairs = [(width,), (width, "fixed"), (width, attention), (attention,), (width, mlp), (mlp,)]
         terms += [Term(rng.randint(1, 40), pair) for pair in pairs]
         terms.append(Term(rng.randint(1, 200), (heads_of(attention),)))
         if stage:
             terms.append(Term(rng.randint(1, 40), (f"{stage - 1}.width", width)))
-    return options, tuple(terms), {"fixed": rng.randint(1, 5)}
+    return candidates, tuple(terms), {"fixed": rng.randint(1, 5)}
 
 
 def settled_problems(
@@ -106,7 +108,7 @@ def settled_problems(
         costs, scores = everything(space)
         share = random.Random(-seed).random() ** 1.5
         target = int(costs.min() + share * (costs.max() - costs.min()))
-        yield best_choice(*space, target, TIGHTNESS), costs, scores, target
+        yield best_choice(*space, target, tightness=TIGHTNESS), costs, scores, target
 
 
 # ----------------------------------------------------------------------------------- the relaxation
@@ -117,46 +119,46 @@ def trees(draw: st.DrawFn) -> Space:
     """Up to six submodules tied together in a tree or in several, some of them grids whose heads
     cost something."""
     number, score, coefficient = st.integers(1, 9), st.floats(-50, 50), st.integers(1, 30)
-    options: dict[str, list[Candidate]] = {}
+    candidates: dict[str, list[Candidate]] = {}
     terms = [Term(draw(coefficient)), Term(draw(coefficient), ("fixed",))]
     for index in range(draw(st.integers(1, 6))):
         name = f"{draw(st.sampled_from('abc'))}{index}"
         size = st.tuples(number, number) if draw(st.booleans()) else st.tuples(number)
         sizes = draw(st.lists(size, min_size=1, max_size=3, unique=True))
         quantity = draw(st.sampled_from(list(quantities({name: sizes[0]}))))
-        if options and draw(st.booleans()):
-            parent = draw(st.sampled_from(sorted(options)))
-            other = draw(st.sampled_from(list(quantities({parent: options[parent][0].size}))))
+        if candidates and draw(st.booleans()):
+            parent = draw(st.sampled_from(sorted(candidates)))
+            other = draw(st.sampled_from(list(quantities({parent: candidates[parent][0].size}))))
             for pair in draw(st.lists(st.permutations([quantity, other]), min_size=1, max_size=2)):
                 terms.append(Term(draw(coefficient), tuple(pair)))
-        options[name] = [Candidate(size, draw(score)) for size in sizes]
+        candidates[name] = [Candidate(size, draw(score)) for size in sizes]
         terms += [
             Term(draw(coefficient), (quantity,)),
             Term(draw(coefficient), (quantity, "fixed")),
         ]
-    return options, tuple(terms), {"fixed": draw(number)}
+    return candidates, tuple(terms), {"fixed": draw(number)}
 
 
 @given(trees(), st.floats(0, 10) | st.floats(0, 0.01))
 def test_the_relaxation_is_exact_at_every_price(space, price):
     """No choice is worth more than score - price x cost of the one that it finds, and its cost is
     what it says."""
-    options, terms, fixed = space
-    choice, cost = _Relaxation(_Problem(*space, 0, 10**9)).solve(price)
-    chosen = {name: option.size for name, option in choice.items()}
+    candidates, terms, fixed = space
+    choice, cost = Relaxation(Problem(*space, 0, 10**9)).solve(price)
+    chosen = {name: candidate.size for name, candidate in choice.items()}
     assert cost == evaluate_terms(terms, fixed | quantities(chosen))
-    assert all(choice[name] in row for name, row in options.items())
+    assert all(choice[name] in row for name, row in candidates.items())
     costs, scores = everything(space)
-    value = sum(option.score for option in choice.values()) - price * cost
+    value = sum(candidate.score for candidate in choice.values()) - price * cost
     best = (scores - price * costs).max()
     assert value == pytest.approx(best, rel=1e-9, abs=1e-6)
 
 
 def test_costs_that_tie_submodules_in_a_circle_are_refused():
-    options = {name: [Candidate((1,), 0.0), Candidate((2,), 1.0)] for name in "abc"}
+    candidates = {name: [Candidate((1,), 0.0), Candidate((2,), 1.0)] for name in "abc"}
     terms = tuple(Term(1, pair) for pair in (("a", "b"), ("b", "c"), ("c", "a")))
     with pytest.raises(ValueError, match=r"\['a', 'b', 'c'\] together in a circle"):
-        _Relaxation(_Problem(options, terms, {}, 0, 100)).solve(1.0)
+        Relaxation(Problem(candidates, terms, {}, 0, 100)).solve(1.0)
 
 
 # ----------------------------------------------------------------------- settling what it points to
@@ -200,13 +202,13 @@ def test_the_choice_is_nearly_the_best_one_in_a_network_of_full_size():
     architecture, rng = describe(SwinConfig()), random.Random(0)
     dense = quantities(architecture.sizes)
     total = evaluate_terms(architecture.macs, dense)
-    options = {}
+    candidates = {}
     for space in SwinBiMaskConfig().search_space(SwinConfig()):
         touched = tuple(term for term in architecture.macs if space.name in term.factors)
         weight, power = 400 * evaluate_terms(touched, dense) / total, rng.uniform(0.3, 1)
         heads, dims = space.head_candidates or (1,), space.dim_candidates or space.candidate_sizes
         sizes = [(h, d) if space.is_grid else (d,) for h in heads for d in dims]
-        options[space.name] = [
+        candidates[space.name] = [
             Candidate(
                 size, weight * (math.prod(size) / space.num_units) ** power + rng.uniform(-3, 0)
             )
@@ -214,13 +216,15 @@ def test_the_choice_is_nearly_the_best_one_in_a_network_of_full_size():
         ]
     for share in (0.3, 0.5, 0.8):
         target = int(share * total)
-        answer = best_choice(options, architecture.macs, {}, target)
-        relaxation = _Relaxation(_Problem(options, architecture.macs, {}, 0, target))
+        answer = best_choice(candidates, architecture.macs, {}, target)
+        relaxation = Relaxation(Problem(candidates, architecture.macs, {}, 0, target))
         bounds, below, above = [], 0.0, 1e4 / total
         for _ in range(40):
             price = (below + above) / 2
             choice, cost = relaxation.solve(price)
-            bounds.append(sum(option.score for option in choice.values()) - price * (cost - target))
+            bounds.append(
+                sum(candidate.score for candidate in choice.values()) - price * (cost - target)
+            )
             below, above = (price, above) if cost > target else (below, price)
         assert TIGHTNESS * target <= answer.cost <= target
         assert 0.998 * min(bounds) <= answer.score <= min(bounds) + 1e-6
@@ -245,23 +249,23 @@ def test_many_widths_are_searched_one_at_a_time():
     """More combinations of widths than can be tried, after all: the budget still holds and is
     used."""
     rng = random.Random(0)
-    options, terms = {}, []
+    candidates, terms = {}, []
     for stage in range(4):
-        options[f"width{stage}"] = [Candidate((8 * k,), rng.random() * k) for k in range(1, 10)]
+        candidates[f"width{stage}"] = [Candidate((8 * k,), rng.random() * k) for k in range(1, 10)]
         for block in range(2):
             name = f"stage{stage}.block{block}"
-            options[name] = [Candidate((16 * k,), rng.random() * k) for k in range(1, 9)]
+            candidates[name] = [Candidate((16 * k,), rng.random() * k) for k in range(1, 9)]
             terms.append(Term(7 + stage, (f"width{stage}", name)))
         if stage:
             terms.append(Term(3, (f"width{stage - 1}", f"width{stage}")))
     assert knapsack.MAX_COMBINATIONS_BELOW < 9**4
     smallest, largest = (
-        evaluate_terms(tuple(terms), {name: rows[end].units for name, rows in options.items()})
+        evaluate_terms(tuple(terms), {name: rows[end].units for name, rows in candidates.items()})
         for end in (0, -1)
     )
     for share in (0.0, 0.05, 0.3, 0.8, 1.0):
         target = int(smallest + share * (largest - smallest))
-        answer = best_choice(options, tuple(terms), {}, target)
+        answer = best_choice(candidates, tuple(terms), {}, target)
         assert TIGHTNESS * target <= answer.cost <= target
 
 
@@ -305,7 +309,7 @@ def random_search(seed: int) -> tuple[Supernet, SwinConfig]:
     budget = rng.choice(["target_macs", "target_params"])
     supernet = install_bi_masks(model, search_config("swin", **candidates, **{budget: 1.0}))
     sizes_of_all = supernet.dense_sizes | {
-        name: min(row, key=lambda option: option.units).size
+        name: min(row, key=lambda candidate: candidate.units).size
         for name, row in supernet.options().items()
     }
     smallest = evaluate_terms(supernet.terms, quantities(sizes_of_all))
@@ -321,7 +325,9 @@ def largest_reachable_cost(supernet: Supernet) -> int:
     With the widths given, all other submodules contribute independent sums; bit c of a set means
     that sum c occurs.
     """
-    sizes = {name: [option.size for option in row] for name, row in supernet.options().items()}
+    sizes = {
+        name: [candidate.size for candidate in row] for name, row in supernet.options().items()
+    }
     for name, shape in supernet.dense_sizes.items():
         sizes.setdefault(name, [shape])
     widths = [name for name in sizes if name.endswith(".width")]
