@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from runs import QUICK
 
 from ofb_hf import OFBViTForImageClassification, cli, compress, install_bi_masks
-from ofb_hf.choice.knapsack import ROUNDED, Candidate, best_choice
+from ofb_hf.choice.knapsack import best_choice
+from ofb_hf.choice.picks import ROUNDED
+from ofb_hf.choice.problem import Candidate
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.cost.latency import PICOSECONDS, LatencyTable, count_latency, fit_coefficients
