@@ -1,1 +1,1 @@
-"""Pictures of a run and of what becomes of an image's tokens."""
+"""Pictures of runs, and of which patches of an image a token schedule drops and merges."""

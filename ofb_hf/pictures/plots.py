@@ -1,4 +1,4 @@
-"""Pictures of a search, for people who would rather look than read."""
+"""Plots of a run: cost and candidates during a search, kept widths, accuracy over cost."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,35 +7,54 @@ from typing import Any
 
 from ..families.subnet import SubnetSpec
 
+# A row of `search_history.jsonl`, or a part of `eval_results.json`.
+Row = dict[str, Any]
+
+
+def rows_of(history: list[Row], phase: str) -> list[Row]:
+    """Return the rows of one phase: `search`, `finetune`, ..."""
+    return [row for row in history if row["phase"] == phase]
+
+
+def column(rows: list[Row], name: str, scale: float = 1) -> list[float]:
+    """Return the entries of that name, divided by a scale."""
+    return [row[name] / scale for row in rows]
+
 
 @contextmanager
 def drawing(path: str | Path, *shape: int, **options: Any) -> Iterator[Any]:
-    """Yields the axes of a new figure, and writes it as PNG afterwards, without a display.
+    """Yield the axes of a new figure; write it to a PNG file at the end of the block.
+
+    No display is needed.
 
     Args:
-        path: file to write. shape, options: rows, columns and more, as for `pyplot.subplots`.
+        path: PNG file to write.
+        shape: rows and columns, as for `pyplot.subplots`.
+        options: more arguments of `pyplot.subplots`.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(*shape, layout="constrained", **options)
+    options["layout"] = "constrained"
+    figure, axes = pyplot.subplots(*shape, **options)
     yield axes
-    figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
+    # Without the version of matplotlib the same run gives the same file.
+    metadata = {"Software": None}
+    figure.savefig(path, dpi=110, format="png", metadata=metadata)
     pyplot.close(figure)
 
 
 def plot_search(
-    history: list[dict[str, Any]],
+    history: list[Row],
     subnet: SubnetSpec,
     dense_sizes: dict[str, tuple[int, ...]],
     target: float,
     budget: str,
     path: str | Path,
 ) -> None:
-    """Draws a search: cost against the budget, candidates in the race, what is left of every layer,
-    and of its tokens where these were searched.
+    """Draw a search: cost against the budget, active candidates, kept widths, kept tokens.
 
     Args:
         history: rows of `search_history.jsonl`.
@@ -43,77 +62,76 @@ def plot_search(
         dense_sizes: submodule name -> units of the dense model, (U,) or (heads, channels).
         target: the budget, in MACs, parameters or milliseconds.
         budget: `target_macs`, `target_params` or `target_latency_ms`.
-        path: PNG to write.
+        path: PNG file to write.
     """
-    rows = [row for row in history if row["phase"] == "search"]
-    tokens = [0.8] if subnet.token_schedule else []
-    with drawing(
-        path,
-        1,
-        3 + len(tokens),
-        figsize=(17 + 4 * len(tokens), 4.6),
-        width_ratios=[1, 0.8, 1.5, *tokens],
-    ) as (
-        cost,
-        race,
-        widths,
-        *counts,
-    ):
+    rows = rows_of(history, "search")
+    width = 17.0
+    ratios = [1, 0.8, 1.5]
+    if subnet.token_schedule:
+        width += 4
+        ratios.append(0.8)
+    options = {"figsize": (width, 4.6), "width_ratios": ratios}
+    with drawing(path, 1, len(ratios), **options) as (cost, candidates, widths, *tokens):
         _draw_cost(cost, rows, target, budget)
-        _draw_race(race, rows)
+        _draw_candidates(candidates, rows)
         _draw_widths(widths, subnet, dense_sizes)
-        for axes in counts:
+        for axes in tokens:  # one, or none
             draw_schedule(axes, subnet.token_schedule)
 
 
 def draw_schedule(axes: Any, schedule: list[list[int]]) -> None:
-    """Draws what is dropped, merged and left of the tokens of every layer.
+    """Draw how many tokens of every layer are dropped, merged, and remain.
 
     Args:
-        axes: of matplotlib. schedule: as in `OFBViTConfig.token_schedule`.
+        axes: of matplotlib.
+        schedule: token schedule, as in `OFBViTConfig.token_schedule`.
     """
-    layers, before = (
-        range(len(schedule)),
-        [schedule[0][0], *(merged for _, merged in schedule[:-1])],
-    )
-    axes.bar(layers, before, color="0.9", label="dropped")
-    axes.bar(layers, [kept for kept, _ in schedule], color="tab:purple", alpha=0.5, label="merged")
-    axes.bar(layers, [merged for _, merged in schedule], color="tab:blue", label="left")
+    layers = range(len(schedule))
+    kept = [kept for kept, _ in schedule]
+    left = [left for _, left in schedule]
+    entering = [kept[0], *left[:-1]]
+    # Each bar covers the lower part of the one before it.
+    axes.bar(layers, entering, color="0.9", label="dropped")
+    axes.bar(layers, kept, color="tab:purple", alpha=0.5, label="merged")
+    axes.bar(layers, left, color="tab:blue", label="remaining")
     axes.set(title="Tokens between attention and MLP", xlabel="layer", xticks=layers)
     axes.legend()
 
 
-def plot_accuracy_over_cost(results: dict[str, dict[str, Any]], path: str | Path) -> None:
-    """Draws accuracy over MACs of the models of a family, right after the search and finetuned, and
-    of the dense one.
+def plot_accuracy_over_cost(results: dict[str, Row], path: str | Path) -> None:
+    """Draw accuracy over MACs: the dense model, and those of several budgets.
 
     Args:
         results: budget -> content of its `eval_results.json`, the largest first.
-        path: PNG to write.
+        path: PNG file to write.
     """
-    members = list(results.values())
-    dense = members[0]["dense"]
+    of_budgets = list(results.values())
+    dense = of_budgets[0]["dense"]
     with drawing(path, figsize=(6.5, 4.6)) as axes:
-        for stage, color in (("searched", "tab:orange"), ("finetuned", "tab:blue")):
-            rows = [member[stage] for member in members if member.get(stage)]
+        for phase, color in (("searched", "tab:orange"), ("finetuned", "tab:blue")):
+            rows = [content[phase] for content in of_budgets if content.get(phase)]
             if rows:
-                macs, top1 = [row["macs"] / 1e6 for row in rows], [row["top1"] for row in rows]
-                axes.plot(macs, top1, marker="o", label=stage, color=color)
+                macs = column(rows, "macs", 1e6)
+                top1 = column(rows, "top1")
+                axes.plot(macs, top1, marker="o", label=phase, color=color)
         axes.plot(
-            dense["macs"] / 1e6, dense["top1"], marker="s", label="dense", color="0.3", linestyle=""
+            dense["macs"] / 1e6,
+            dense["top1"],
+            marker="s",
+            label="dense",
+            color="0.3",
+            linestyle="",
         )
         axes.set(
             title="Accuracy over cost",
-            xlabel="MMACs of one image",
+            xlabel="MACs of one image (M)",
             ylabel="top-1 (%)",
             xlim=(0, None),
         )
         axes.legend()
 
 
-def plot_finetuning(
-    history: list[dict[str, Any]], results: dict[str, Any], path: str | Path
-) -> None:
+def plot_finetuning(history: list[Row], results: Row, path: str | Path) -> None:
     """Draw the loss during finetuning, and accuracy before and after it.
 
     Args:
@@ -121,10 +139,11 @@ def plot_finetuning(
         results: content of `eval_results.json`, with `dense` (before) and `finetuned`.
         path: PNG to write.
     """
-    rows = [row for row in history if row["phase"] == "finetune"]
-    steps = [row["step"] for row in rows]
+    rows = rows_of(history, "finetune")
+    steps = column(rows, "step")
+    losses = column(rows, "loss")
     with drawing(path, 1, 2, figsize=(9, 4.2), width_ratios=[1.6, 1]) as (loss, accuracy):
-        loss.plot(steps, [row["loss"] for row in rows], color="tab:blue", marker=".")
+        loss.plot(steps, losses, color="tab:blue", marker=".")
         loss.set(title="Training loss", xlabel="step of finetuning")
         for shift, stage, label in ((-0.2, "dense", "before"), (0.2, "finetuned", "after")):
             heights = [results[stage]["top1"], results[stage]["top5"]]
@@ -136,52 +155,102 @@ def plot_finetuning(
         accuracy.legend(loc="upper center", ncols=2)
 
 
-def _draw_cost(axes: Any, rows: list[dict[str, Any]], target: float, budget: str) -> None:
-    steps = [row["step"] for row in rows]
-    name = budget.removeprefix("target_")
-    scale, unit = (1e9, "G ") if max([row[name] for row in rows], default=0) >= 1e9 else (1e6, "M ")
-    if name == "latency_ms":
-        scale, unit = 1, "predicted "
-    if name == "macs":
-        axes.plot(
-            steps,
-            [row["expected_macs"] / scale for row in rows],
-            label="expected",
-            color="tab:blue",
-        )
-    axes.step(
-        steps,
-        [row[name] / scale for row in rows],
-        where="post",
-        label="network as it is",
-        color="tab:orange",
+def cost_axis(budget: str, largest: float) -> tuple[float, str]:
+    """Return what to divide costs by, and the label of their axis.
+
+    Args:
+        budget: `target_macs`, `target_params` or `target_latency_ms`.
+        largest: cost on the axis.
+    """
+    if budget == "target_latency_ms":
+        return 1.0, "predicted latency (ms)"
+    name = "MACs" if budget == "target_macs" else "parameters"
+    if largest >= 1e9:
+        return 1e9, f"{name} (G)"
+    return 1e6, f"{name} (M)"
+
+
+def draw_budget(axes: Any, target: float, label: str) -> None:
+    """Draw the budget as a line, and finish a plot of cost over the steps of a search.
+
+    Args:
+        axes: of matplotlib.
+        target: the budget, in the unit of the axis.
+        label: of the axis.
+    """
+    axes.axhline(
+        target,
+        label="budget",
+        color="tab:red",
+        linestyle="--",
+        linewidth=1,
     )
-    axes.axhline(target / scale, label="budget", color="tab:red", linestyle="--", linewidth=1)
     axes.set(
-        title="Cost of the network", xlabel="search step", ylabel=f"{unit}{name}", ylim=(0, None)
+        title="Cost of the network",
+        xlabel="search step",
+        ylabel=label,
+        ylim=(0, None),
     )
     axes.legend()
 
 
-def _draw_race(axes: Any, rows: list[dict[str, Any]]) -> None:
-    steps = [row["step"] for row in rows]
-    axes.step(steps, [row["active_candidates"] for row in rows], where="post", color="tab:green")
-    axes.set(title="Candidates still in the race", xlabel="search step", ylim=(0, None))
+def _draw_cost(axes: Any, rows: list[Row], target: float, budget: str) -> None:
+    steps = column(rows, "step")
+    name = budget.removeprefix("target_")
+    largest = max(column(rows, name), default=0)
+    scale, label = cost_axis(budget, largest)
+    if name == "macs":  # the only cost whose expectation is in the history
+        expected = column(rows, "expected_macs", scale)
+        axes.plot(steps, expected, label="expected", color="tab:blue")
+    axes.step(
+        steps,
+        column(rows, name, scale),
+        where="post",
+        label="current network",
+        color="tab:orange",
+    )
+    draw_budget(axes, target / scale, label)
 
 
-def _draw_widths(axes: Any, subnet: SubnetSpec, dense_sizes: dict[str, tuple[int, ...]]) -> None:
+def _draw_candidates(axes: Any, rows: list[Row]) -> None:
+    steps = column(rows, "step")
+    active = column(rows, "active_candidates")
+    axes.step(steps, active, where="post", color="tab:green")
+    axes.set(
+        title="Active candidates",
+        xlabel="search step",
+        ylim=(0, None),
+    )
+
+
+def _draw_widths(
+    axes: Any,
+    subnet: SubnetSpec,
+    dense_sizes: dict[str, tuple[int, ...]],
+) -> None:
     names = list(dense_sizes)
     for position, name in enumerate(names):
-        size, dense = subnet.size(name), dense_sizes[name]
+        size = subnet.size(name)
         kept = size if isinstance(size, tuple) else (size,)
-        share = 1.0
-        for left, full in zip(kept, dense, strict=True):
-            share *= left / full if full else 0.0  # it may have been left out before this search
+        fraction = 1.0
+        for units, dense_units in zip(kept, dense_sizes[name], strict=True):
+            # 0 units if the submodule was removed before this search
+            fraction *= units / dense_units if dense_units else 0.0
+        color = "tab:blue" if len(dense_sizes[name]) == 1 else "tab:purple"
         axes.bar(position, 1, color="0.9")
-        axes.bar(position, share, color={1: "tab:blue", 2: "tab:purple"}[len(dense)])
-        label = " x ".join(map(str, kept)) if all(kept) else "left out"
-        axes.text(position, share + 0.01, label, rotation=90, ha="center", va="bottom", fontsize=7)
-    axes.set(
-        title="Kept units (share of the dense width; heads x channels in purple)", ylim=(0, 1.25)
-    )
+        axes.bar(position, fraction, color=color)
+        label = "removed"
+        if all(kept):
+            label = " x ".join(str(units) for units in kept)
+        axes.text(
+            position,
+            fraction + 0.01,
+            label,
+            rotation=90,
+            ha="center",
+            va="bottom",
+            fontsize=7,
+        )
+    title = "Kept units (fraction of the dense width; purple: heads x channels)"
+    axes.set(title=title, ylim=(0, 1.25))
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
