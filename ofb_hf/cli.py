@@ -24,7 +24,7 @@ from .workflow import latency_table as latency_table_workflow
 from .workflow import plan as plan_workflow
 from .workflow import search as search_workflow
 from .workflow import search_tokens as tokens_workflow
-from .workflow import several_budgets as family_workflow
+from .workflow import several_budgets as several_budgets_workflow
 from .workflow import verify as verify_workflow
 from .workflow.arguments import (
     ExportArguments,
@@ -38,6 +38,8 @@ from .workflow.arguments import (
 )
 from .workflow.command_line import parse
 from .workflow.report import text_table
+from .workflow.results import push
+from .workflow.run import Run
 
 T = TypeVar("T")
 
@@ -152,32 +154,29 @@ def search(argv: list[str] | None = None, **demo: Any) -> dict[str, Any]:
     """
     classes = [ModelArguments, DataArguments, AugmentationArguments]
     classes += [SearchArguments, FinetuneArguments, OFBTrainingArguments]
-    walk = _in_words(lambda: search_workflow.prepare(*parse(classes, argv, SEARCH, demo)))
-    run = search_workflow.run if len(walk.targets) == 1 else family_workflow.run
-    results = _closing_processes(lambda: run(walk))
-    if walk.args.push_to_hub:
-        _in_words(lambda: search_workflow.push(walk))
-    return results
+    run = _in_words(lambda: search_workflow.prepare(*parse(classes, argv, SEARCH, demo)))
+    if len(run.targets) == 1:
+        start = search_workflow.run_search
+    else:
+        start = several_budgets_workflow.run_several_budgets
+    return _finish(run, start)
 
 
 def search_tokens(argv: list[str] | None = None) -> dict[str, Any]:
     """Entry of `recipes/search_tokens.py` and `ofb-hf search-tokens`. Returns the results."""
     classes = [ModelArguments, DataArguments, AugmentationArguments]
     classes += [TokenSearchConfig, TokenPhaseArguments, OFBTrainingArguments]
-    walk = _in_words(
+    run = _in_words(
         lambda: tokens_workflow.prepare(*parse(classes, argv, SEARCH_TOKENS, TOKEN_DEMO))
     )
-    results = _closing_processes(lambda: tokens_workflow.run(walk))
-    if walk.args.push_to_hub:
-        _in_words(lambda: search_workflow.push(walk))
-    return results
+    return _finish(run, tokens_workflow.run_search_tokens)
 
 
 def finetune(argv: list[str] | None = None) -> dict[str, Any]:
     """Entry of `recipes/finetune.py` and `ofb-hf finetune`. Returns the results."""
     classes = [ModelArguments, DataArguments, AugmentationArguments, OFBTrainingArguments]
-    job = _in_words(lambda: finetune_workflow.prepare(*parse(classes, argv, FINETUNE)))
-    return _closing_processes(lambda: finetune_workflow.run(job))
+    run = _in_words(lambda: finetune_workflow.prepare(*parse(classes, argv, FINETUNE)))
+    return _finish(run, finetune_workflow.run_finetune)
 
 
 def evaluate(argv: list[str] | None = None) -> dict[str, Any]:
@@ -273,6 +272,14 @@ def _in_words(prepare: Callable[[], T]) -> T:
     except (ValueError, OSError, ImportError, hub.PublishError, ExportError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
+
+
+def _finish(run: Run, start: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+    """Start a run, publish its output folder if that is asked for, and return its results."""
+    results = _closing_processes(lambda: start(run))
+    if run.args.push_to_hub:
+        _in_words(lambda: push(run))
+    return results
 
 
 def _closing_processes(run: Callable[[], T]) -> T:

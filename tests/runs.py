@@ -1,5 +1,4 @@
-"""Small searches: in this process, or in processes of their own that can be watched, interrupted
-and killed."""
+"""Run small searches: in this process, or in processes that can be watched, stopped and killed."""
 
 import json
 import os
@@ -32,7 +31,7 @@ QUICK += ["--logging_steps", "1", "--per_device_train_batch_size", "8"]
 
 
 def rows(count: int = 32, seed: int = 0, classes: int = 3) -> list[dict[str, Any]]:
-    """Random images of 16 pixels with labels."""
+    """Return random images of 16 x 16 pixels with labels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, 16, 16, generator=generator)
     return [
@@ -41,7 +40,7 @@ def rows(count: int = 32, seed: int = 0, classes: int = 3) -> list[dict[str, Any
 
 
 def arguments(folder: str | Path, **changes: Any) -> OFBTrainingArguments:
-    """Training arguments of a short search on the CPU."""
+    """Return training arguments of a short search on the CPU."""
     settings = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 8,
@@ -59,7 +58,7 @@ def arguments(folder: str | Path, **changes: Any) -> OFBTrainingArguments:
 def searcher(
     folder, config=None, model=None, callbacks=None, family="vit", **changes
 ) -> OFBTrainer:
-    """A trainer for a tiny model under a budget of 0.6; changes are training arguments."""
+    """Return a trainer for a tiny model and a budget of 0.6; changes are training arguments."""
     return OFBTrainer(
         model if model is not None else tiny_model(family).train(),
         arguments(folder, **changes),
@@ -71,12 +70,12 @@ def searcher(
 
 
 def start_search(folder: Path, options: dict[str, Any], ranks: int = 1) -> subprocess.Popen:
-    """Starts search_process.py on one or two ranks; its lines and errors come through `stdout`."""
+    """Start search_process.py on one or two ranks; lines and errors come through `stdout`."""
     return start("search_process.py", str(folder), json.dumps(options), ranks=ranks)
 
 
 def start(script: str, *words: str, ranks: int = 1) -> subprocess.Popen:
-    """Starts a script of this folder on one or two ranks."""
+    """Start a script of this folder on one or two ranks."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
@@ -92,21 +91,21 @@ def start(script: str, *words: str, ranks: int = 1) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
-    """Waits for a process: (exit status, everything it said)."""
+    """Wait for a process and return its exit status and everything it said."""
     said, _ = process.communicate(timeout=timeout)
     return process.returncode, said
 
 
 def results(folder: Path, ranks: int = 1) -> list[dict[str, Any]]:
-    """What every rank of a finished search_process.py wrote down."""
+    """Return what every rank of a finished search_process.py wrote down."""
     return [
         json.loads((folder / f"result-{rank}.json").read_text(encoding="utf-8"))
         for rank in range(ranks)
     ]
 
 
-def walk(checkpoint: Path, images: Path, output: Path, *flags: str) -> dict[str, Any]:
-    """The search command on a checkpoint and a folder of images: 16 steps, and 3 of finetuning."""
+def run_search(checkpoint: Path, images: Path, output: Path, *flags: str) -> dict[str, Any]:
+    """Run the search command on a checkpoint and images: 16 steps, and 3 of finetuning."""
     settings = [
         "--model_name_or_path",
         str(checkpoint),
@@ -119,9 +118,9 @@ def walk(checkpoint: Path, images: Path, output: Path, *flags: str) -> dict[str,
 
 
 def refused(capsys, *arguments: Any) -> str:
-    """What `walk` says on its last line when it refuses to start."""
+    """Return the last line of what `run_search` says when it refuses to start."""
     with pytest.raises(SystemExit) as stop:
-        walk(*arguments)
+        run_search(*arguments)
     assert stop.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")

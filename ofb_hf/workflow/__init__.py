@@ -1,1 +1,1 @@
-"""The walk from a dense checkpoint to a small one, as the recipes and the command line run it."""
+"""Run whole commands, from a checkpoint and data to an output folder."""

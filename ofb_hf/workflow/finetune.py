@@ -1,43 +1,26 @@
-"""Finetune and evaluate a classifier that is already there, compressed or not."""
+"""Finetune a classifier, searched or not, and write it down; or only evaluate one."""
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from transformers import PreTrainedModel, set_seed
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from ..data import AugmentationArguments, DataArguments
+from ..families.subnet import SubnetSpec
+from ..models import REGISTERED
+from ..pictures.plots import plot_finetuning
+from ..release.card import render_finetuned_card
 from ..training.arguments import OFBTrainingArguments
-from ..training.distillation import DistillationTrainer
-from ..training.ranks import decided_by_rank_0
 from . import output
 from .arguments import ModelArguments
-from .inputs import Inputs, load, load_teacher
-from .measure import METRICS, measure, provenance
-from .report import results_rows, text_table
+from .inputs import load, load_subnet, load_teacher
+from .measure import measure
+from .report import markdown_table, results_rows
+from .results import measured, source_of, write_output
+from .run import Run, require_push
 from .settings import training_settings
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class Finetuning:
-    """A classifier, its data and its teacher, checked and ready to train."""
-
-    args: OFBTrainingArguments
-    settings: dict[str, Any]
-    before: PreTrainedModel
-    model: PreTrainedModel
-    teacher: PreTrainedModel | None
-    inputs: Inputs
-
-    @property
-    def folder(self) -> Path:
-        """The output folder."""
-        return Path(self.args.output_dir)
 
 
 def prepare(
@@ -45,68 +28,122 @@ def prepare(
     data_args: DataArguments,
     augmentation_args: AugmentationArguments,
     args: OFBTrainingArguments,
-) -> Finetuning:
-    """Loads and checks everything. Touches nothing; raises ValueError for whatever cannot work."""
-    name = _required(model_args)
+) -> Run:
+    """Load model, data and teacher and check that they go together. Write nothing.
+
+    Raises:
+        ValueError: for whatever cannot work, with an explanation.
+    """
+    name = _named_model(model_args)
+    _require_settings_of_finetuning(model_args, args)
+    require_push(args)
     settings = {"model_name_or_path": name, "teacher_name_or_path": model_args.teacher_name_or_path}
     settings |= asdict(data_args) | asdict(augmentation_args) | training_settings(args, data_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, phases=("",))
     model, inputs = load(name, data_args, args.seed, augmentation_args)
-    teacher = load_teacher(model_args.teacher_name_or_path, inputs)
-    return Finetuning(args, settings, copy.deepcopy(model), model, teacher, inputs)
+    if args.push_to_hub and is_stock(model):
+        raise ValueError(
+            f"push_to_hub publishes classifiers of this package, and {name} is a "
+            f"{type(model).__name__} of transformers; leave --push_to_hub out, and push the "
+            "finished folder with the model's own push_to_hub."
+        )
+    return Run(
+        args=args,
+        settings=settings,
+        model_args=model_args,
+        inputs=inputs,
+        source=source_of(name, model),
+        source_subnet=load_subnet(name, model),
+        dense=model,
+        teacher=load_teacher(model_args.teacher_name_or_path, inputs),
+    )
 
 
-def run(job: Finetuning) -> dict[str, Any]:
-    """Trains and writes the output folder.
-
-    Returns:
-        Content of `eval_results.json`: the model before (`dense`) and after (`finetuned`).
-    """
-    is_main = job.args.should_save
-    # all ranks have looked at the folder before one of them writes to it
-    PartialState().wait_for_everyone()
-    if is_main:
-        output.begin(job.args, job.settings)
-    with output.marked_if_failed(job.folder, is_main):
-        set_seed(job.args.seed)
-        datasets = {"train_dataset": job.inputs.train, "eval_dataset": job.inputs.eval, **METRICS}
-        augmented = {"batch_augmentation": job.inputs.batch_augmentation}
-        done, resuming = job.folder / output.RESULT, job.args.resume_from_checkpoint is not None
-        if resuming and decided_by_rank_0(done.is_dir):
-            job.model = type(job.model).from_pretrained(done)
-        else:
-            trainer = DistillationTrainer(
-                job.model, job.args, teacher=job.teacher, **augmented, **datasets
-            )
-            trainer.train(resume_from_checkpoint=job.args.resume_from_checkpoint)
-            if is_main:
-                output.write_aside(done, job.model.save_pretrained)
-        models = {"dense": job.before, "finetuned": job.model}
-        results, _ = measure(models, job.inputs.eval, job.args)
-        results |= provenance(job.args.seed, job.args.device)
-        if is_main:
-            job.model.save_pretrained(job.folder)
-            job.inputs.processor.save_pretrained(job.folder)
-            output.write_json(job.folder / "eval_results.json", results)
-            output.remove(done)
-            logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), job.folder)
-    return results
-
-
-def run_evaluate(
-    model_args: ModelArguments, data_args: DataArguments, args: OFBTrainingArguments
-) -> dict[str, Any]:
-    """Measures a classifier on the evaluation split: accuracy, cost, size, speed. Writes
-    nothing."""
-    name = _required(model_args)
-    model, inputs = load(name, data_args, args.seed)
-    results, _ = measure({"model": model}, inputs.eval, args)
-    return results["model"]
-
-
-def _required(model_args: ModelArguments) -> str:
+def _named_model(model_args: ModelArguments) -> str:
+    """Return the name of the model; raise ValueError if none is given."""
     if model_args.model_name_or_path is None:
         raise ValueError(
             "--model_name_or_path is missing; give a Hub name or a folder with an image classifier."
         )
     return model_args.model_name_or_path
+
+
+def _require_settings_of_finetuning(model_args: ModelArguments, args: OFBTrainingArguments) -> None:
+    """Raise ValueError for settings that finetuning would ignore or fail with."""
+    if model_args.dense_epochs:
+        raise ValueError(
+            f"dense_epochs is {model_args.dense_epochs}, which trains the dense model before a "
+            "search; finetuning takes --num_train_epochs."
+        )
+    if args.distillation_weight and model_args.teacher_name_or_path is None:
+        raise ValueError(
+            f"distillation_weight is {args.distillation_weight}, but there is no teacher; name "
+            "one with --teacher_name_or_path, or leave the weight out."
+        )
+
+
+def is_stock(model: PreTrainedModel) -> bool:
+    """Return whether a model is of a class of transformers, which needs no code of ours."""
+    return not any(type(model) in row for row in REGISTERED)
+
+
+def run_finetune(run: Run) -> dict[str, Any]:
+    """Finetune, measure before and after, and fill the output folder.
+
+    A failure leaves `FAILED.txt` there, and checkpoints to resume from.
+
+    Returns:
+        The content of `eval_results.json`: the model before (`dense`) and after (`finetuned`).
+    """
+    with run.unfinished():
+        # `dense` stays as it is: the model after finetuning is compared with it.
+        finetuned = run.finetune(copy.deepcopy(run.dense), run.teacher)
+        results = finish(run, {"dense": run.dense, "finetuned": finetuned})
+        if run.is_main:
+            # What is written twice, here and in the output folder itself, is not kept twice.
+            output.remove(run.result_folder("finetune"))
+    return results
+
+
+def finish(run: Run, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
+    """Measure the models, write the output folder and print the summary."""
+    results = measured(run, models)
+    final = models["finetuned"]
+    schedule = getattr(final.config, "token_schedule", None)
+    if schedule is not None:
+        results["token_schedule"] = schedule
+    card = render_finetuned_card(
+        results,
+        markdown_table(results_rows(results)),
+        subnet=run.source_subnet,
+        token_schedule=schedule,
+        is_stock=is_stock(final),
+    )
+
+    def draw(path: Path) -> None:
+        plot_finetuning(run.history(), results, path)
+
+    write_output(
+        run,
+        final,
+        results,
+        card=card,
+        subnet=_subnet(run.source_subnet, schedule),
+        pictures={output.FINETUNE_PICTURE: draw},
+    )
+    return results
+
+
+def _subnet(source: SubnetSpec | None, schedule: list[list[int]] | None) -> SubnetSpec | None:
+    """Return what the model keeps of the one that it was cut from: finetuning removes nothing."""
+    return None if source is None else replace(source, token_schedule=schedule)
+
+
+def run_evaluate(
+    model_args: ModelArguments, data_args: DataArguments, args: OFBTrainingArguments
+) -> dict[str, Any]:
+    """Measure a classifier on the evaluation split: accuracy, cost, size, speed. Write nothing."""
+    name = _named_model(model_args)
+    model, inputs = load(name, data_args, args.seed)
+    results, _ = measure({"model": model}, inputs.eval, args)
+    return results["model"]

@@ -1,10 +1,13 @@
-"""What a run starts from: classifiers, their image processors, and the data prepared for them."""
+"""Load what a run starts from: classifiers, their image processors, and data prepared for them."""
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import httpx
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -29,22 +32,27 @@ from ..data import (
     require_decodable,
     with_image_transform,
 )
+from ..families.description import image_sides
 from ..families.loading import load_complete_classifier
-from ..families.registry import require_classifier
+from ..families.registry import describe, require_classifier
+from ..families.subnet import SubnetSpec
 from ..models.shapes import SHAPES
 from ..training.ranks import decided_by_rank_0
+from .output import SUBNET
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
 class Inputs:
-    """A data set prepared for one image processor.
+    """Data prepared for one image processor.
 
     Args:
-        processor: the image processor; data: the splits as they were loaded.
-        train, eval: rows of {"pixel_values" (3, H, W), "labels"}, augmented and not.
-        batch_augmentation: what is left to do to whole batches of training images, if anything.
+        processor: the image processor.
+        data: the splits as they were loaded.
+        train: augmented rows of {"pixel_values" (3, H, W), "labels"}.
+        eval: rows of the same kind that are not augmented.
+        batch_augmentation: augments whole batches of training images, if anything does.
     """
 
     processor: Any
@@ -60,7 +68,14 @@ def load(
     seed: int,
     augmentation_args: AugmentationArguments | None = None,
 ) -> tuple[PreTrainedModel, Inputs]:
-    """A classifier and its data, prepared as its image processor says and labelled in its order.
+    """Load a classifier and its data.
+
+    The images are prepared as the image processor of the classifier says, and the labels are
+    numbered as the classifier numbers them.
+
+    Args:
+        name_or_path: key of `SHAPES`, a folder, or a Hub name.
+        seed: of the augmentation, and of random weights.
 
     Raises:
         ValueError: if one of them cannot be loaded, or they do not go together.
@@ -69,117 +84,135 @@ def load(
     if augmentation_args.repeated_augmentation > 1 and not data_args.streaming:
         raise ValueError(
             f"repeated_augmentation is {augmentation_args.repeated_augmentation}, which only a "
-            f"stream does; give "
-            "--streaming true as well (a folder can be streamed, too), or leave it out."
+            "stream does; give --streaming true as well (a folder can be streamed, too), or leave "
+            "it out."
         )
-    processor, data = load_image_processor(name_or_path), load_image_data(data_args)
+    processor = load_image_processor(name_or_path)
+    data = load_image_data(data_args)
     decided_by_rank_0(lambda: require_decodable(data.eval, data.image_column))
     model = load_classifier(name_or_path, data.label_names, seed)
     data = _in_the_models_order(data, model, name_or_path)
+    inputs = _prepared(processor, data, data_args, augmentation_args, seed)
+    _require_images(name_or_path, model, inputs)
+    return model.train(), inputs
+
+
+def _prepared(
+    processor: Any,
+    data: ImageData,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    seed: int,
+) -> Inputs:
+    """Return data that is prepared as an image processor says, augmented for training."""
     columns = (data.image_column, data.label_column)
     augmented = build_transform(
         processor, data_args.augmentation, train=True, augmentation_args=augmentation_args
     )
-    in_batches = None
-    if data_args.augmentation == "deit":
-        in_batches = BatchAugmentation.from_arguments(
-            processor, len(data.label_names), augmentation_args
-        )
     plain = build_transform(processor, "none", train=False, eval_crop_pct=data_args.eval_crop_pct)
     if isinstance(data.train, StreamedSplit):
         train = ImageStream(data.train, augmented, seed, augmentation_args.repeated_augmentation)
     else:
         train = SeededImages(data.train, augmented, *columns, seed)
+    batch_augmentation = None
+    if data_args.augmentation == "deit":
+        batch_augmentation = BatchAugmentation.from_arguments(
+            processor, len(data.label_names), augmentation_args
+        )
     if data_args.eval_crop_pct is not None:
-        # what is saved prepares images as for the accuracy
+        # The processor that is saved with the result prepares images as for its accuracy.
         processor = cropping(processor, data_args.eval_crop_pct)
-    inputs = Inputs(
-        processor,
-        data,
-        train,
-        with_image_transform(data.eval, plain, *columns),
-        in_batches,
-    )
-    pixel_values = inputs.eval[0]["pixel_values"][None]
-    require_same_size(name_or_path, model, tuple(pixel_values.shape[-2:]))
+    evaluation = with_image_transform(data.eval, plain, *columns)
+    return Inputs(processor, data, train, evaluation, batch_augmentation)
+
+
+def _require_images(name: str, model: PreTrainedModel, inputs: Inputs) -> None:
+    """Raise ValueError unless a model takes the images that are prepared for it.
+
+    Leaves the model in evaluation mode.
+    """
+    pixel_values = inputs.eval[0]["pixel_values"][None]  # (1, C, H, W)
+    require_same_size(name, model, tuple(pixel_values.shape[-2:]))
     try:
         with torch.no_grad():
             model.eval()(pixel_values=pixel_values)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{name_or_path} cannot take the images that its image processor makes: {error}. Size "
-            f"and channels of "
-            "preprocessor_config.json and config.json have to agree (images come as RGB)."
+            f"{name} cannot take the images that its image processor makes: {error}. Size and "
+            "channels of preprocessor_config.json and config.json have to agree (images come as "
+            "RGB)."
         ) from error
-    return model.train(), inputs
 
 
 def require_same_size(name: str, model: PreTrainedModel, shape: tuple[int, int]) -> None:
-    """Raises ValueError unless the images of an image processor, (height, width), have the size of
-    the model's."""
-    size = model.config.image_size
-    if list(shape) != ([size, size] if isinstance(size, int) else list(size)):
+    """Raise ValueError unless images have the size for which the cost of the model is counted.
+
+    Args:
+        name: of the model, for the message.
+        shape: (height, width) of what its image processor makes.
+    """
+    if tuple(shape) != tuple(image_sides(model.config)):
         raise ValueError(
             f"{name} cannot take the images that its image processor makes: they have "
-            f"{list(shape)} pixels, and "
-            f"image_size is {size}, for which its cost is counted. Make preprocessor_config.json "
-            f"and config.json agree."
+            f"{list(shape)} pixels, and image_size is {model.config.image_size}, for which its "
+            "cost is counted. Make preprocessor_config.json and config.json agree."
         )
 
 
 def _in_the_models_order(data: ImageData, model: PreTrainedModel, name: str) -> ImageData:
-    """The data with its labels numbered as the model numbers them, where the names are the same."""
+    """Return the data with its labels numbered as the model numbers them.
+
+    If the names are others, labels are matched by number, with a warning.
+    """
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     if names == data.label_names:
         return data
     if sorted(names) != sorted(data.label_names):
-        ours, theirs = next(
-            pair for pair in zip(names, data.label_names, strict=True) if pair[0] != pair[1]
-        )
+        pairs = zip(names, data.label_names, strict=True)
+        ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
         logger.warning(
             f"{name} names its labels otherwise than the data (for example {ours!r}, which is "
-            f"{theirs!r} there); they "
-            "are matched by number."
+            f"{theirs!r} there); they are matched by number."
         )
         return data
-    train, evaluation = (
-        split.aligned(names)
-        if isinstance(split, StreamedSplit)
-        else align_labels(split, names, data.label_column)
-        for split in (data.train, data.eval)
-    )
-    return replace(data, train=train, eval=evaluation, label_names=names)
+
+    def aligned(split: Any) -> Any:
+        if isinstance(split, StreamedSplit):
+            return split.aligned(names)
+        return align_labels(split, names, data.label_column)
+
+    return replace(data, train=aligned(data.train), eval=aligned(data.eval), label_names=names)
 
 
 def load_classifier(name_or_path: str, label_names: list[str], seed: int) -> PreTrainedModel:
-    """A classifier for these labels.
+    """Load a classifier for these labels.
 
     Args:
         name_or_path: key of `SHAPES` (random weights from `seed`), a folder, or a Hub name.
-        label_names: classes of the data, in order.
+        label_names: classes of the data, in the order of their numbers.
 
     Raises:
         ValueError: if a checkpoint has another number of labels than the data, or cannot be loaded.
-        UnsupportedArchitectureError: if it is no classifier that this package knows.
+        UnsupportedArchitectureError: if it is no classifier of a supported family.
     """
     if name_or_path in SHAPES:
         torch.manual_seed(seed)
-        return AutoModelForImageClassification.from_config(SHAPES[name_or_path].config(label_names))
+        config = SHAPES[name_or_path].config(label_names)
+        return AutoModelForImageClassification.from_config(config)
     model = load_complete_classifier(name_or_path)
     require_classifier(model)
     if model.config.num_labels != len(label_names):
+        more = "..." if len(label_names) > 8 else ""
         raise ValueError(
             f"{name_or_path} classifies {model.config.num_labels} labels, but the data has "
-            f"{len(label_names)}: "
-            f"{label_names[:8]}{'...' if len(label_names) > 8 else ''}. Finetune a dense model on "
-            f"this data first, "
-            "or give the data that the model was trained for."
+            f"{len(label_names)}: {label_names[:8]}{more}. Finetune a dense model on this data "
+            "first, or give the data that the model was trained for."
         )
     return model
 
 
 def load_for_counting(name_or_path: str, num_labels: int) -> PreTrainedModel:
-    """A classifier that no data is needed for.
+    """Load a classifier whose cost or speed is of interest, without any data.
 
     Args:
         name_or_path: key of `SHAPES` (random weights), a folder, or a Hub name.
@@ -187,7 +220,7 @@ def load_for_counting(name_or_path: str, num_labels: int) -> PreTrainedModel:
 
     Raises:
         ValueError: if a checkpoint cannot be loaded.
-        UnsupportedArchitectureError: if it is no classifier that this package knows.
+        UnsupportedArchitectureError: if it is no classifier of a supported family.
     """
     if name_or_path in SHAPES:
         return load_classifier(name_or_path, [str(label) for label in range(num_labels)], seed=0)
@@ -197,65 +230,109 @@ def load_for_counting(name_or_path: str, num_labels: int) -> PreTrainedModel:
 
 
 def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | None:
-    """Any image classifier for these inputs, whatever its architecture; None if none is named.
+    """Load an image classifier of any architecture as the teacher; return None if none is named.
 
     Raises:
-        ValueError: if it cannot be loaded, has another number of labels, or wants its pixels
-            prepared otherwise than the student (both see the same batch).
+        ValueError: if it cannot be loaded, has other labels, or wants its pixels prepared
+            otherwise than the student (both see the same batch).
     """
     if name_or_path is None:
         return None
-    model, processor = load_complete_classifier(name_or_path), inputs.processor
-    theirs, num_labels = load_image_processor(name_or_path), len(inputs.data.label_names)
-    names = [
-        model.config.id2label[index] for index in range(min(num_labels, model.config.num_labels))
-    ]
-    if names != inputs.data.label_names and sorted(names) == sorted(inputs.data.label_names):
-        raise ValueError(
-            f"the teacher {name_or_path} numbers the labels differently: {names[:5]}..."
-        )
-    for what, ours, wanted in zip(
-        ("mean", "std", "size"), _batch_of(processor), _batch_of(theirs), strict=True
-    ):
-        if ours != wanted:
-            raise ValueError(
-                f"the teacher {name_or_path} expects images of {what} {wanted}, but the model "
-                f"gets {ours}; student and "
-                "teacher see the same batch, so choose a teacher with the same preprocessing."
-            )
+    model = load_complete_classifier(name_or_path)
+    _require_same_preprocessing(name_or_path, inputs.processor)
+    num_labels = len(inputs.data.label_names)
     if model.config.num_labels != num_labels:
         raise ValueError(
             f"the teacher {name_or_path} classifies {model.config.num_labels} labels, but the "
-            f"data has {num_labels}."
+            f"data has {num_labels}; choose a teacher for this data."
+        )
+    names = [model.config.id2label[index] for index in range(num_labels)]
+    if names != inputs.data.label_names and sorted(names) == sorted(inputs.data.label_names):
+        raise ValueError(
+            f"the teacher {name_or_path} numbers the labels differently, {names[:5]}... instead "
+            f"of {inputs.data.label_names[:5]}...; choose a teacher that numbers them as the model."
         )
     return model
 
 
+def _require_same_preprocessing(name_or_path: str, processor: Any) -> None:
+    """Raise ValueError unless a teacher's images are made as the image processor makes them."""
+    theirs = load_image_processor(name_or_path)
+    compared = {
+        "mean": (list(processor.image_mean), list(theirs.image_mean)),
+        "std": (list(processor.image_std), list(theirs.image_std)),
+        "size": (image_shape(processor), image_shape(theirs)),
+    }
+    for what, (ours, wanted) in compared.items():
+        if ours != wanted:
+            raise ValueError(
+                f"the teacher {name_or_path} expects images of {what} {wanted}, but the model "
+                f"gets {ours}; student and teacher see the same batch, so choose a teacher with "
+                "the same preprocessing."
+            )
+
+
 def image_shape(processor: Any) -> tuple[int, int]:
-    """Height and width of what an image processor makes."""
+    """Return height and width of the images that an image processor makes."""
     transform = ImageTransform(processor)
     return transform.height, transform.width
 
 
-def _batch_of(processor: Any) -> tuple[list[float], list[float], tuple[int, int]]:
-    """What batches look like that are made as an image processor says: mean, standard deviation,
-    (height, width)."""
-    return list(processor.image_mean), list(processor.image_std), image_shape(processor)
-
-
 def load_image_processor(name_or_path: str) -> Any:
-    """The image processor that belongs to a checkpoint; for a shape, its own values."""
+    """Load the image processor of a checkpoint; make one for a shape.
+
+    Raises:
+        ValueError: if a checkpoint has none.
+    """
     if name_or_path in SHAPES:
         shape = SHAPES[name_or_path]
-        size = {"height": shape.fields["image_size"], "width": shape.fields["image_size"]}
+        side = shape.fields["image_size"]
         return ViTImageProcessorPil(
-            size=size, image_mean=list(shape.image_mean), image_std=list(shape.image_std)
+            size={"height": side, "width": side},
+            image_mean=list(shape.image_mean),
+            image_std=list(shape.image_std),
         )
     try:
         return AutoImageProcessor.from_pretrained(name_or_path)
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{name_or_path} has no image processor (preprocessor_config.json): {error}. Save one "
-            f"beside the model, so "
-            "that size, mean and standard deviation of its pixels are known."
+            "next to the model, so that size, mean and standard deviation of its pixels are known."
         ) from error
+
+
+def load_subnet(name_or_path: str, model: PreTrainedModel) -> SubnetSpec | None:
+    """Load the units that a pruned model keeps of the model it was cut from.
+
+    Args:
+        name_or_path: key of `SHAPES`, a folder, or a Hub name.
+        model: the model of that name.
+
+    Returns:
+        The `subnet.json` next to the model; None if there is none, or none that fits the model's
+        widths, with a warning.
+    """
+    if name_or_path in SHAPES:
+        return None
+    folder = Path(name_or_path)
+    try:
+        is_local = folder.is_dir()
+        file = folder / SUBNET if is_local else Path(hf_hub_download(name_or_path, SUBNET))
+        text = file.read_text(encoding="utf-8")
+    except (OSError, httpx.RequestError):  # there is none, or none that could be fetched
+        return None
+    try:
+        subnet = SubnetSpec.from_json(text)
+    except ValueError as error:
+        logger.warning(f"the {SUBNET} of {name_or_path} is not copied to the result: {error}")
+        return None
+    sizes = {}
+    for name, size in subnet.sizes.items():
+        sizes[name] = size if isinstance(size, tuple) else (size,)
+    if sizes != describe(model.config).sizes:
+        logger.warning(
+            f"the {SUBNET} of {name_or_path} does not fit the widths of the model, so it is not "
+            "copied to the result."
+        )
+        return None
+    return subnet

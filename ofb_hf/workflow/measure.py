@@ -1,4 +1,4 @@
-"""Measured facts about a classifier: accuracy, cost, size on disk, speed."""
+"""Measure a classifier: accuracy, cost, size on disk, speed; and say what measured it."""
 
 import platform
 import statistics
@@ -19,34 +19,45 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .._version import __version__
 from ..cost.counting import count_macs, count_params
 from ..families.description import image_sides
+from ..families.evaluation import evaluating
 from ..metrics import compute_topk, top5_indices
 from ..training.arguments import OFBTrainingArguments
-from ..training.distillation import DistillationTrainer
+from ..training.classifier import ClassifierTrainer
 from .arguments import changed
 from .command_line import command_line
 
 # What a Trainer needs to report top-1 and top-5.
 METRICS = {"compute_metrics": compute_topk, "preprocess_logits_for_metrics": top5_indices}
-LOST = 10.0  # points of top-1 that a class may lose before it is named
+# Points of top-1 that a class may lose before it is named.
+LOST = 10.0
+# Of each model in the comparison of speed; the median is reported.
 SPEED_ROUNDS = 7
 SECONDS_PER_ROUND = 0.3
+SPEED_BATCH = 32
 
 
 def measure(
     models: dict[str, PreTrainedModel], dataset: Any, args: OFBTrainingArguments
 ) -> tuple[dict[str, dict], dict[str, list[float]]]:
-    """Everything there is to know about each model: accuracy, size, and speed side by side in one
-    run.
+    """Measure accuracy, cost, size and speed of several models in one run.
+
+    Args:
+        models: by name.
+        dataset: rows of {"pixel_values" (3, H, W), "labels"}.
+        args: for the device and the batch size of the evaluation.
 
     Returns:
-        By model: the content of `eval_results.json`, and top-1 in percent of every class (NaN
-        without images of it).
+        Two dicts by name: what `eval_results.json` says of the model, and top-1 of every class in
+        percent (NaN for a class without images).
     """
-    results, by_class = {}, {}
+    results = {}
+    by_class = {}
     for name, model in models.items():
         accuracy, by_class[name] = evaluate_classifier(model, dataset, args)
         results[name] = accuracy | describe_size(model)
-    batch = torch.stack([dataset[index]["pixel_values"] for index in range(min(32, len(dataset)))])
+    count = min(SPEED_BATCH, len(dataset))
+    # (count, 3, H, W)
+    batch = torch.stack([dataset[index]["pixel_values"] for index in range(count)])
     for name, speed in images_per_second(models, batch).items():
         results[name]["images_per_second"] = speed
     return results, by_class
@@ -55,18 +66,24 @@ def measure(
 def lost_classes(
     before: list[float], after: list[float], names: list[str]
 ) -> dict[str, list[float]]:
-    """Classes whose top-1 fell by more than `LOST` points: name -> [before, after] in percent,
-    worst first."""
-    losses = {
-        name: [was, now]
-        for name, was, now in zip(names, before, after, strict=True)
-        if was - now > LOST
-    }
+    """Return the classes whose top-1 fell by more than `LOST` points, the worst first.
+
+    Args:
+        before, after: top-1 of every class in percent.
+        names: of the classes.
+
+    Returns:
+        Name -> [before, after] in percent.
+    """
+    losses = {}
+    for name, was, now in zip(names, before, after, strict=True):
+        if was - now > LOST:  # not so for NaN
+            losses[name] = [was, now]
     return dict(sorted(losses.items(), key=lambda item: item[1][1] - item[1][0]))
 
 
 def provenance(seed: int, device: torch.device) -> dict[str, Any]:
-    """What produced the numbers: {"seed", "versions", "command", "commit", "hardware"}."""
+    """Return what produced the numbers: {"seed", "versions", "command", "commit", "hardware"}."""
     return {
         "seed": seed,
         "versions": library_versions(),
@@ -77,52 +94,53 @@ def provenance(seed: int, device: torch.device) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Of Python, of this package, and of what speed and accuracy depend on."""
+    """Return the versions of Python, of this package and of its main requirements, by name."""
     versions = {"python": platform.python_version(), "ofb-hf": __version__}
-    return versions | {
-        name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")
-    }
+    for name in ("torch", "transformers", "accelerate", "datasets"):
+        versions[name] = version(name)
+    return versions
 
 
 def _commit() -> str | None:
-    """The commit of this package's source, "-dirty" if it was changed since; None where it is not
-    checked out."""
+    """Return the commit of this package's source, with "-dirty" if it was changed since.
+
+    None where the source is not checked out from its repository.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
-    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    is_tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     try:
-        # A virtual environment may lie in somebody else's repository.
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", Path(__file__).name],
-            capture_output=True,
-            check=True,
-        )
-        return subprocess.run(
-            [*git, *describe], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        # An installed package may lie in a virtual environment inside another repository.
+        subprocess.run(is_tracked, capture_output=True, check=True)
+        described = subprocess.run(describe, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return described.stdout.strip()
 
 
 def hardware(device: torch.device) -> str:
-    """What speed is measured on, in words."""
+    """Return what speed is measured on, for people to read."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def processor(device: torch.device) -> str:
-    """The GPU's name, or the CPU's as far as the system tells it."""
+    """Return the name of the GPU, or of the CPU as far as the system tells it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return " ".join([platform.machine(), "CPU", *names[:1]])
+    name = f"{platform.machine()} CPU"
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{name} {line.partition(':')[2].strip()}"
+    return name
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """PyTorch computes with so many threads inside the block, and as before after it."""
+    """Let PyTorch compute with this number of threads for the time of a block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -132,19 +150,21 @@ def threads(count: int) -> Iterator[None]:
 
 
 def random_images(config: PreTrainedConfig, count: int) -> Tensor:
-    """Images (B, C, H, W) as a model takes them, always the same."""
-    return torch.randn(
-        count, config.num_channels, *image_sides(config), generator=torch.Generator().manual_seed(0)
-    )
+    """Return random images (count, C, H, W) as a model takes them, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, config.num_channels, *image_sides(config), generator=generator)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory so far, in bytes: of tensors on a GPU (since the last reset), of the whole
-    process on a CPU."""
+    """Return the peak of memory in bytes.
+
+    On a GPU that of tensors since the last reset, on a CPU that of the whole process so far.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every system, and nothing else needs it
+    import resource  # not on every system, and only this function needs it
 
+    # in bytes on macOS, in KiB on Linux
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -152,26 +172,24 @@ def peak_bytes(device: torch.device) -> int:
 def evaluate_classifier(
     model: nn.Module, dataset: Any, args: OFBTrainingArguments
 ) -> tuple[dict[str, float], list[float]]:
-    """Accuracy on a dataset, over all processes.
+    """Measure accuracy on a dataset, over all processes.
 
     Returns:
-        {"top1", "top5", "num_examples"}, and top-1 of every class; all in percent.
+        {"top1", "top5", "num_examples"}, and top-1 of every class (NaN without images); accuracy
+        in percent.
     """
     with tempfile.TemporaryDirectory() as folder:
-        args = changed(
+        # what is about training would ask for more than an evaluation has
+        plain = changed(
             args, output_dir=folder, distillation_weight=None, ema_decay=None, eval_strategy="no"
         )
-        output = DistillationTrainer(model, args, **METRICS).predict(
-            dataset, metric_key_prefix="eval"
-        )
-    labels, hits = (
-        torch.as_tensor(output.label_ids),
-        torch.as_tensor(output.predictions[:, 0] == output.label_ids),
-    )
-    count, right = (
-        torch.bincount(x, minlength=model.config.num_labels).double()
-        for x in (labels, labels[hits])
-    )
+        trainer = ClassifierTrainer(model, plain, **METRICS)
+        output = trainer.predict(dataset, metric_key_prefix="eval")
+    labels = torch.as_tensor(output.label_ids)  # (N,)
+    best = torch.as_tensor(output.predictions[:, 0])  # (N,), the first of the top five
+    classes = model.config.num_labels
+    count = torch.bincount(labels, minlength=classes).double()
+    right = torch.bincount(labels[best == labels], minlength=classes).double()
     accuracy = {
         "top1": round(output.metrics["eval_top1"], 4),
         "top5": round(output.metrics["eval_top5"], 4),
@@ -181,7 +199,7 @@ def evaluate_classifier(
 
 
 def describe_size(model: PreTrainedModel) -> dict[str, int]:
-    """Exact cost of a classifier: {"macs", "params", "bytes"}, bytes of its safetensors file."""
+    """Return the exact cost of a classifier: {"macs", "params", "bytes" of its weights' file}."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
@@ -189,28 +207,31 @@ def describe_size(model: PreTrainedModel) -> dict[str, int]:
 
 
 def images_per_second(models: dict[str, PreTrainedModel], pixel_values: Tensor) -> dict[str, float]:
-    """Median throughput of several models in one run, taken in turn so that a noisy machine is fair
-    to all.
+    """Measure the median throughput of several models in one run.
+
+    They take turns, so that other work on the machine slows all of them down.
 
     Args:
         models: by name, on the device to measure.
         pixel_values: one batch (B, C, H, W).
+
+    Returns:
+        Images per second by name.
     """
-    timings: dict[str, list[float]] = {name: [] for name in models}
-    was_training = {name: model.training for name, model in models.items()}
-    with torch.inference_mode():
-        for round_ in range(SPEED_ROUNDS + 1):  # the first round warms up
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    with evaluating(*models.values()), torch.inference_mode():
+        for round_ in range(SPEED_ROUNDS + 1):
             for name, model in models.items():
-                rate = _rate(model.eval(), pixel_values.to(model.device))
-                if round_:
-                    timings[name].append(rate)
-    for name, model in models.items():
-        model.train(was_training[name])
-    return {name: round(statistics.median(rates), 1) for name, rates in timings.items()}
+                rate = _rate(model, pixel_values.to(model.device))
+                if round_ > 0:  # the first round warms up
+                    rates[name].append(rate)
+    return {name: round(statistics.median(values), 1) for name, values in rates.items()}
 
 
 def _rate(model: nn.Module, pixel_values: Tensor) -> float:
-    began, images = time.perf_counter(), 0
+    """Return images per second over `SECONDS_PER_ROUND`, and over one batch at least."""
+    images = 0
+    began = time.perf_counter()
     while time.perf_counter() - began < SECONDS_PER_ROUND or not images:
         model(pixel_values=pixel_values)
         images += len(pixel_values)

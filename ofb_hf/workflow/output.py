@@ -1,4 +1,4 @@
-"""The output folder: complete or marked as failed, never half-written."""
+"""Write to an output folder that is complete or marked as failed, never half-written."""
 
 import json
 import os
@@ -20,20 +20,30 @@ logger = logging.get_logger(__name__)
 
 FAILED_FILE = "FAILED.txt"
 SETTINGS_FILE = "run_settings.json"
+# The number of processes, and what changes with it if the total batch is to stay as it is.
 WORLD_SIZE = "num_processes"
-# How a total batch is spread, which may change together with the number of processes.
 SPREAD = (WORLD_SIZE, "per_device_train_batch_size", "gradient_accumulation_steps")
-SEARCH_PHASES = ("dense_training", "search", "finetune")
-FAMILY, FAMILY_PICTURE = "family.json", "family.png"  # of a run with several budgets
-TOKEN_PICTURE = "tokens.png"  # shows images of the data, so it is not published
-RESULT = "model"  # in the folder of a phase, once it is finished
+# Name of a phase in the history -> its subfolder, which holds its checkpoints and its result.
+PHASES = {"dense": "dense_training", "search": "search", "finetune": "finetune"}
+SEARCH_PHASES = tuple(PHASES.values())
+# Of the model that a finished phase leaves, in the folder of the phase.
+RESULT = "model"
+SUBNET = "subnet.json"
+SEARCH_PICTURE = "search.png"
+FINETUNE_PICTURE = "finetune.png"
+# Shows images of the data, so it is not published.
+TOKEN_PICTURE = "tokens.png"
+# Of a run with several budgets.
+FAMILY = "family.json"
+FAMILY_PICTURE = "family.png"
 PRODUCT = (
     "config.json",
     "model.safetensors",
     "preprocessor_config.json",
-    "subnet.json",
+    SUBNET,
     HISTORY_FILE,
-    "search.png",
+    SEARCH_PICTURE,
+    FINETUNE_PICTURE,
     TOKEN_PICTURE,
     "README.md",
     "eval_results.json",
@@ -42,7 +52,10 @@ PRODUCT = (
 
 
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` fill a file or folder beside its place, then renames it there."""
+    """Let `write` fill a file or folder next to its place, then rename it to its place.
+
+    A folder that is there already is replaced.
+    """
     aside = path.with_name(f"{ASIDE}-{path.name}")
     remove(aside)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,14 +66,17 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON aside, then renames."""
-    write_aside(
-        path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    )
+    """Write JSON next to its place, then rename it."""
+    text = json.dumps(content, indent=2) + "\n"
+
+    def write(aside: Path) -> None:
+        aside.write_text(text, encoding="utf-8")
+
+    write_aside(path, write)
 
 
 def remove(path: Path) -> None:
-    """Removes a file or folder if it is there."""
+    """Remove a file or folder if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -70,13 +86,13 @@ def remove(path: Path) -> None:
 def check_free(
     args: OFBTrainingArguments, settings: dict[str, Any], overwrite: bool, phases: tuple[str, ...]
 ) -> None:
-    """Refuses a folder that holds something else than this very run, unless a run there is to be
-    replaced.
+    """Refuse an output folder that holds other things than this run.
 
     Args:
         args: for `output_dir` and `resume_from_checkpoint`.
-        settings: what defines the run; resuming with other settings is refused.
-        overwrite: replace a run of ours. A folder with anything else in it is never touched.
+        settings: what decides the result; resuming with other settings is refused.
+        overwrite: whether a run of this package may be replaced. A folder with other files in it
+            is never written to.
         phases: subfolders that this kind of run writes checkpoints to, "" for the folder itself.
 
     Raises:
@@ -98,38 +114,35 @@ def check_free(
     elif is_ours and not overwrite:
         raise ValueError(
             f"output_dir {folder} holds a run; continue it with --resume_from_checkpoint auto, "
-            f"start over with "
-            "--overwrite_output_dir, or give another folder."
+            "start over with --overwrite_output_dir, or give another folder."
         )
 
 
 def _check_checkpoint(checkpoint: Path, folder: Path, phases: tuple[str, ...]) -> None:
-    """Refuses a checkpoint that this run could not continue from."""
+    """Refuse a checkpoint that this run could not continue from."""
     if not is_complete(checkpoint):
         raise ValueError(
             f"resume_from_checkpoint {checkpoint} is no complete checkpoint; give one, or 'auto'."
         )
     allowed = [folder / phase for phase in phases]
-    phase = next(
-        (phase for phase in allowed if checkpoint.resolve().parent == phase.resolve()), None
-    )
-    if phase is None:
+    parent = checkpoint.resolve().parent
+    if parent not in [phase.resolve() for phase in allowed]:
         raise ValueError(
             f"resume_from_checkpoint {checkpoint} is no checkpoint of this run, which writes them "
-            f"to "
-            f"{', '.join(map(str, allowed))}; give one of these, or 'auto', or the --output_dir "
-            f"it belongs to."
+            f"to {', '.join(map(str, allowed))}; give one of these, or 'auto', or the "
+            "--output_dir it belongs to."
         )
-    if (phase / RESULT).is_dir():
+    if (parent / RESULT).is_dir():
         raise ValueError(
-            f"resume_from_checkpoint {checkpoint} belongs to a part of the run that is finished; "
-            f"'auto' goes on after "
-            "it. To repeat it, take another --output_dir."
+            f"resume_from_checkpoint {checkpoint} belongs to a phase of the run that is finished; "
+            "'auto' goes on after it. To repeat it, give another --output_dir."
         )
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to resume with other settings; only warn of another number of processes."""
     saved = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    # what JSON makes of tuples and the like, as in the file
     settings = json.loads(json.dumps(settings))
     differing = {
         name: (saved.get(name), value)
@@ -140,48 +153,53 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         spread = {name: differing.pop(name) for name in SPREAD if name in differing}
         logger.warning(
             f"the run in {folder} goes on with another number of processes; (there, here) differ "
-            f"in {spread}. Each of "
-            "them sees other images than before, and the result is not that of an uninterrupted "
-            "run."
+            f"in {spread}. Each of them sees other images than before, and the result is not that "
+            "of an uninterrupted run."
         )
     if differing:
         raise ValueError(
             f"the run in {folder} has other settings; (there, here) differ in {differing}. Resume "
-            f"with the same "
-            "settings, or give another output_dir."
+            "with the same settings, or give another output_dir."
         )
 
 
 def begin(args: OFBTrainingArguments, settings: dict[str, Any]) -> None:
-    """Marks the folder as that of an unfinished run; a run that starts over first removes what the
-    last one left."""
-    folder, resuming = Path(args.output_dir), args.resume_from_checkpoint is not None
+    """Mark the folder as that of an unfinished run.
+
+    A run that starts over removes the files of the last run first.
+    """
+    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if not resuming and (folder / SETTINGS_FILE).is_file():
-        for name in ("dense", RESULT, *SEARCH_PHASES, *PRODUCT, FAMILY, FAMILY_PICTURE):
-            remove(folder / name)
-        for path in (
-            *folder.glob("checkpoint-*"),
-            *(file.parent for file in folder.glob(f"target_*/{SETTINGS_FILE}")),
-        ):
-            remove(path)
+    is_resuming = args.resume_from_checkpoint is not None
+    if not is_resuming and (folder / SETTINGS_FILE).is_file():
+        _remove_run(folder)
     write_json(folder / SETTINGS_FILE, settings)
     mark_failed(folder, "it is running, or it was killed.")
 
 
+def _remove_run(folder: Path) -> None:
+    """Remove everything that a run may have written, and nothing that it did not write."""
+    for name in ("dense", RESULT, *SEARCH_PHASES, *PRODUCT, FAMILY, FAMILY_PICTURE):
+        remove(folder / name)
+    for checkpoint in folder.glob("checkpoint-*"):
+        remove(checkpoint)
+    # a folder whose name only looks like that of a budget holds no settings
+    for settings in folder.glob(f"target_*/{SETTINGS_FILE}"):
+        remove(settings.parent)
+
+
 def mark_failed(folder: Path, reason: str) -> None:
-    """Writes `FAILED.txt`."""
+    """Write `FAILED.txt`, which says why and how to go on."""
     (folder / FAILED_FILE).write_text(
         f"This run has not finished: {reason}\nContinue with --resume_from_checkpoint auto, or "
-        f"start over with "
-        "--overwrite_output_dir.\n",
+        "start over with --overwrite_output_dir.\n",
         encoding="utf-8",
     )
 
 
 @contextmanager
 def marked_if_failed(folder: Path, is_main: bool) -> Iterator[None]:
-    """Leaves `FAILED.txt` with the error in `folder` if the block raises; removes it otherwise."""
+    """Leave `FAILED.txt` with the error in a folder if the block raises; remove it otherwise."""
     try:
         yield
     except BaseException as error:

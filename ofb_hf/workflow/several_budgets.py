@@ -1,83 +1,103 @@
-"""One run, several budgets: each model of the family is searched on from the one before it."""
+"""Search for several budgets in one run: each model is searched on from the next larger one."""
 
-import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from ..cost.counting import count_cost
 from ..pictures.plots import plot_accuracy_over_cost
-from . import output, search
+from ..space.configuration import BiMaskConfig
+from ..training.arguments import OFBTrainingArguments
+from . import output
 from .arguments import changed
-from .report import family_rows, text_table
+from .report import budget_rows, text_table
+from .results import save_dense
+from .run import Run
+from .search import meet_budget
 
 logger = logging.get_logger(__name__)
 
 
-def run(walk: search.Walk) -> dict[str, Any]:
-    """Fills one complete output folder per budget below the run's own, the largest budget first.
+def run_several_budgets(run: Run) -> dict[str, Any]:
+    """Fill one complete output folder per budget in the run's own, the largest budget first.
 
     A smaller model starts from the larger one as its search left it, learns from the dense model,
-    and keeps part of the units that one kept. The epochs of the search are shared out evenly, so
-    that a family costs no more than one search; finetuning, where it is wanted, is per model.
+    and keeps some of the units that the larger one kept. Each budget gets an equal part of the
+    epochs of the search, so that all of them together cost no more than one search; finetuning,
+    where it is wanted, is per model.
 
     Returns:
         The content of `family.json`: subfolder -> its `eval_results.json`.
     """
-    with search.output_of(walk):
-        search.train_dense(walk)
-        results, member = {}, walk
-        for name, target in walk.targets.items():
-            member = _member(walk, member, name, target)
-            with search.output_of(member):
-                results[name], member.start, member.start_subnet = search.meet_budget(member)
+    results: dict[str, Any] = {}
+    with run.unfinished():
+        run.train_dense()
+        before = run
+        for name in run.targets:
+            member = _run_for(run, before, name)
+            with member.unfinished():
+                results[name], member.start, member.start_subnet = meet_budget(member)
             member.steps_before = results[name]["steps"].get("search", 0)
-        if walk.is_main:
-            _write(walk, results)
+            before = member
+        if run.is_main:
+            _write(run, results)
     return results
 
 
-def _member(walk: search.Walk, before: search.Walk, name: str, target: int) -> search.Walk:
-    """The walk to one budget, from where the one before it ended."""
-    config, shares = walk.config.fitted_to(walk.dense.config), len(walk.targets)
-    if before.start is not None:
-        budget = walk.config.budget[0]
-        cost = walk.config.absolute(count_cost(before.start, walk.config.terms))
-        # The last search may have ended below this budget already; then there is nothing left to
-        # remove.
-        config = walk.config.fitted_to(before.start.config, **{budget: min(target, cost)})
-    args = changed(
-        walk.args,
-        output_dir=str(walk.folder / name),
-        num_train_epochs=walk.args.num_train_epochs / shares,
-    )
-    if args.max_steps > 0:
-        args.max_steps = max(1, round(args.max_steps / shares))
-    if args.warmup_steps >= 1:  # below 1 it is a share
-        args.warmup_steps = round(args.warmup_steps / shares)
+def _run_for(run: Run, before: Run, name: str) -> Run:
+    """Return the run for one budget, which starts where the run before it ended.
+
+    Args:
+        run: the run for all budgets. before: the one before, or `run` itself for the first.
+        name: subfolder of the budget.
+    """
+    target = run.targets[name]
     return replace(
-        walk,
-        args=args,
-        config=config,
-        settings=walk.settings | {"target": target},
+        run,
+        args=_part_of_the_epochs(run, name),
+        config=_config_for(run, before, target),
+        settings=run.settings | {"target": target},
         targets={name: target},
         start=before.start,
         start_subnet=before.start_subnet,
         steps_before=before.steps_before,
-        model_args=replace(walk.model_args, keep_dense=False),
+        # it is kept once, in the folder of all
+        model_args=replace(run.model_args, keep_dense=False),
     )
 
 
-def _write(walk: search.Walk, results: dict[str, Any]) -> None:
-    """The family as a whole: `family.json`, `family.png`, a table on the screen."""
-    if walk.model_args.keep_dense:
-        search.save_dense(walk)
-    output.write_aside(
-        walk.folder / output.FAMILY_PICTURE, lambda path: plot_accuracy_over_cost(results, path)
-    )
-    output.write_aside(
-        walk.folder / output.FAMILY,
-        lambda path: path.write_text(json.dumps(results, indent=2) + "\n", "utf-8"),
-    )
-    logger.warning("\n%s\n\nwritten to %s", text_table(family_rows(results)), walk.folder)
+def _config_for(run: Run, before: Run, target: int | float) -> BiMaskConfig:
+    """Return the config of the search for one budget, fitted to the model that it starts with."""
+    if before.start is None:
+        return run.config.fitted_to(run.dense.config)
+    cost = run.config.absolute(count_cost(before.start, run.config.terms))
+    # The search before may have ended below this budget already; then nothing is to be removed.
+    reachable = min(target, cost)
+    return run.config.fitted_to(before.start.config, **{run.config.budget[0]: reachable})
+
+
+def _part_of_the_epochs(run: Run, name: str) -> OFBTrainingArguments:
+    """Return the training arguments for one budget, in its subfolder."""
+    count = len(run.targets)
+    epochs = run.args.num_train_epochs / count
+    args = changed(run.args, output_dir=str(run.folder / name), num_train_epochs=epochs)
+    if args.max_steps > 0:
+        args.max_steps = max(1, round(args.max_steps / count))
+    if args.warmup_steps >= 1:  # below 1 it is a fraction of all steps, here as there
+        args.warmup_steps = round(args.warmup_steps / count)
+    return args
+
+
+def _write(run: Run, results: dict[str, Any]) -> None:
+    """Write what is about all budgets: `family.json`, `family.png`, a table on the screen."""
+
+    def draw(path: Path) -> None:
+        plot_accuracy_over_cost(results, path)
+
+    if run.model_args.keep_dense:
+        save_dense(run)
+    output.write_aside(run.folder / output.FAMILY_PICTURE, draw)
+    output.write_json(run.folder / output.FAMILY, results)
+    logger.warning("\n%s\n\nwritten to %s", text_table(budget_rows(results)), run.folder)

@@ -17,7 +17,7 @@ from factories import non_uniform_swin, non_uniform_vit, tiny_images
 from hub_server import HubServer, Repository, Token
 from hub_uploads import Commit
 from huggingface_hub import parse_eval_result_entries
-from runs import walk
+from runs import run_search
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
@@ -102,7 +102,7 @@ def digest(folder: Path) -> dict[str, str]:
 def output(checkpoint, images, tmp_path_factory):
     """The output folder of a search."""
     folder = tmp_path_factory.mktemp("publish") / "half"
-    walk(checkpoint, images, folder)
+    run_search(checkpoint, images, folder)
     return folder
 
 

@@ -10,16 +10,17 @@ import subprocess
 import sys
 
 import pytest
-from runs import QUICK, walk
+from runs import QUICK, run_search
 from transformers import TrainerCallback
 
 from ofb_hf import cli
-from ofb_hf.training.distillation import DistillationTrainer
+from ofb_hf.training.classifier import ClassifierTrainer
 from ofb_hf.training.history import read_history
 from ofb_hf.training.interruption import TrainingInterrupted
-from ofb_hf.workflow import finetune as finetune_workflow
 from ofb_hf.workflow import output as output_folder
+from ofb_hf.workflow import results as results_workflow
 from ofb_hf.workflow import search as workflow
+from ofb_hf.workflow.run import Run
 
 
 def test_failed_run_is_marked_and_can_be_resumed(checkpoint, images, tmp_path, monkeypatch):
@@ -30,14 +31,14 @@ def test_failed_run_is_marked_and_can_be_resumed(checkpoint, images, tmp_path, m
 
     flags = ["--save_strategy", "steps", "--save_steps", "4"]
     with monkeypatch.context() as patch:
-        patch.setattr(workflow, "finetune", interrupted)
+        patch.setattr(Run, "finetune", interrupted)
         with pytest.raises(RuntimeError, match="power"):
-            walk(checkpoint, images, output, *flags)
+            run_search(checkpoint, images, output, *flags)
     assert "the power went" in (output / "FAILED.txt").read_text()
     assert not (output / "model.safetensors").exists()
 
     searched = (output / "search" / "model" / "model.safetensors").read_bytes()
-    results = walk(checkpoint, images, output, *flags, "--resume_from_checkpoint", "auto")
+    results = run_search(checkpoint, images, output, *flags, "--resume_from_checkpoint", "auto")
     assert not (output / "FAILED.txt").exists()
     assert (output / "search" / "model" / "model.safetensors").read_bytes() == searched
     assert [row["phase"] for row in read_history(output / "search_history.jsonl")] == [
@@ -51,7 +52,7 @@ def test_killed_search_resumes_to_the_same_weights_with_random_augmentation(
 ):
     """Killed for real, in the middle of an epoch, while the loader has fetched ahead."""
     flags = ["--save_strategy", "steps", "--save_steps", "5", "--per_device_train_batch_size", "4"]
-    walk(checkpoint, images, tmp_path / "straight", *flags)
+    run_search(checkpoint, images, tmp_path / "straight", *flags)
     script = (
         "import os, sys; from transformers import TrainerCallback; from ofb_hf import cli, "
         "callbacks\n"
@@ -102,7 +103,7 @@ DENSE = ["--dense_epochs", "2", "--dense_learning_rate", "1e-3", "--save_strateg
 def straight_swin(swin_checkpoint, images, tmp_path_factory):
     """Output folder of a whole run that nothing disturbed."""
     output = tmp_path_factory.mktemp("straight") / "out"
-    walk(swin_checkpoint, images, output, *DENSE)
+    run_search(swin_checkpoint, images, output, *DENSE)
     return output
 
 
@@ -112,20 +113,20 @@ def straight_swin(swin_checkpoint, images, tmp_path_factory):
 def test_a_terminated_run_goes_on_in_the_phase_it_was_in(
     swin_checkpoint, images, straight_swin, tmp_path, monkeypatch, phase, step
 ):
-    cut, original = tmp_path / "cut", DistillationTrainer.__init__
+    cut, original = tmp_path / "cut", ClassifierTrainer.__init__
 
     def with_a_signal(self, *args, **kwargs):
         original(self, *args, **kwargs)
         self.add_callback(Terminates(phase, step))
 
     with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "__init__", with_a_signal)
+        patch.setattr(ClassifierTrainer, "__init__", with_a_signal)
         with pytest.raises(TrainingInterrupted) as stopped:
-            walk(swin_checkpoint, images, cut, *DENSE)
+            run_search(swin_checkpoint, images, cut, *DENSE)
     assert stopped.value.code == 143
     assert (cut / phase / f"checkpoint-{step}").is_dir()
     assert f"stopped by SIGTERM after step {step}" in (cut / "FAILED.txt").read_text()
-    walk(swin_checkpoint, images, cut, *DENSE, "--resume_from_checkpoint", "auto")
+    run_search(swin_checkpoint, images, cut, *DENSE, "--resume_from_checkpoint", "auto")
     for name in ("subnet.json", "search/model/model.safetensors", "model.safetensors"):
         assert (cut / name).read_bytes() == (straight_swin / name).read_bytes(), name
     assert not (cut / "FAILED.txt").exists()
@@ -149,14 +150,14 @@ def test_finetuning_a_stock_model_resumes_in_the_middle_of_an_epoch(
 ):
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     finetune(checkpoint, images, straight)
-    original = DistillationTrainer.__init__
+    original = ClassifierTrainer.__init__
 
     def with_a_signal(self, *args, **kwargs):
         original(self, *args, **kwargs)
         self.add_callback(Terminates("cut", 4))
 
     with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "__init__", with_a_signal)
+        patch.setattr(ClassifierTrainer, "__init__", with_a_signal)
         with pytest.raises(TrainingInterrupted):
             finetune(checkpoint, images, cut)
     finetune(checkpoint, images, cut, "--resume_from_checkpoint", "auto")
@@ -171,12 +172,12 @@ def stopped(checkpoint, images, tmp_path_factory):
     output = tmp_path_factory.mktemp("stopped") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            workflow,
+            Run,
             "finetune",
             lambda *args: (_ for _ in ()).throw(RuntimeError("the power went")),
         )
         with pytest.raises(RuntimeError, match="power"):
-            walk(checkpoint, images, output, "--save_strategy", "steps", "--save_steps", "8")
+            run_search(checkpoint, images, output, "--save_strategy", "steps", "--save_steps", "8")
     return output
 
 
@@ -208,7 +209,7 @@ def test_resuming_with_other_settings_is_refused_before_any_data_is_read(
 ):
     monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("data was read"))
     with pytest.raises(SystemExit) as refusal:
-        walk(checkpoint, images, stopped, "--resume_from_checkpoint", "auto", *flags)
+        run_search(checkpoint, images, stopped, "--resume_from_checkpoint", "auto", *flags)
     assert refusal.value.code == 2
     assert re.search(message, capsys.readouterr().err)
 
@@ -218,11 +219,11 @@ def test_resuming_from_a_checkpoint_of_elsewhere_is_refused(
 ):
     done = stopped / "search" / "checkpoint-8"
     for output, message in (
-        (stopped, "belongs to a part of the run that is finished"),
+        (stopped, "belongs to a phase of the run that is finished"),
         (tmp_path, "no checkpoint of"),
     ):
         with pytest.raises(SystemExit) as refusal:
-            walk(checkpoint, images, output, "--resume_from_checkpoint", str(done))
+            run_search(checkpoint, images, output, "--resume_from_checkpoint", str(done))
         assert refusal.value.code == 2
         assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
@@ -231,8 +232,8 @@ def test_resuming_from_a_checkpoint_of_elsewhere_is_refused(
 def test_a_checkpoint_may_be_named(checkpoint, images, stopped, tmp_path):
     copy, straight = shutil.copytree(stopped, tmp_path / "copy"), tmp_path / "straight"
     shutil.rmtree(copy / "search" / "model")
-    walk(checkpoint, images, straight)
-    walk(
+    run_search(checkpoint, images, straight)
+    run_search(
         checkpoint, images, copy, "--resume_from_checkpoint", str(copy / "search" / "checkpoint-8")
     )
     assert (copy / "model.safetensors").read_bytes() == (
@@ -257,7 +258,7 @@ def test_precision_that_a_launcher_sets_is_compared(
 ):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(SystemExit):
-        walk(checkpoint, images, stopped, "--resume_from_checkpoint", "auto")
+        run_search(checkpoint, images, stopped, "--resume_from_checkpoint", "auto")
     assert "mixed_precision': ('no', 'bf16')" in capsys.readouterr().err
 
 
@@ -265,17 +266,19 @@ def test_precision_that_a_launcher_sets_is_compared(
 def test_what_is_trained_is_kept_when_the_measuring_is_cut_short(
     checkpoint, images, tmp_path, monkeypatch, command
 ):
-    steps, module = [], workflow if command == "search" else finetune_workflow
-    run = walk if command == "search" else finetune
-    original = DistillationTrainer.training_step
+    steps = []
+    run = run_search if command == "search" else finetune
+    original = ClassifierTrainer.training_step
 
     def count(self, *args, **kwargs):
         steps.append(self.state.global_step)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(DistillationTrainer, "training_step", count)
+    monkeypatch.setattr(ClassifierTrainer, "training_step", count)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "measure", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            results_workflow, "measure", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             run(checkpoint, images, tmp_path / "cut", "--save_strategy", "no")
     trained = len(steps)

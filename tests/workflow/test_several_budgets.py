@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from runs import PRODUCT, refused, walk
+from runs import PRODUCT, refused, run_search
 from transformers import AutoModelForImageClassification
 
 from ofb_hf import SubnetSpec, cli, count_macs
@@ -16,6 +16,7 @@ from ofb_hf.models import OFBViTForImageClassification
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.training.history import read_history
 from ofb_hf.workflow import search as workflow
+from ofb_hf.workflow.run import Run
 
 BUDGETS = {"target_macs-0.8": 0.8, "target_macs-0.6": 0.6, "target_macs-0.4": 0.4}
 FLAGS = ["--target_macs", "0.6,0.8,0.4", "--keep_dense", "--max_steps", "48"]
@@ -24,7 +25,7 @@ FLAGS = ["--target_macs", "0.6,0.8,0.4", "--keep_dense", "--max_steps", "48"]
 @pytest.fixture(scope="module")
 def family(checkpoint, images, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "family"
-    return output, walk(checkpoint, images, output, *FLAGS)
+    return output, run_search(checkpoint, images, output, *FLAGS)
 
 
 def subnet_of(folder):
@@ -77,7 +78,7 @@ def test_each_member_keeps_some_of_the_units_of_the_one_before(family):
 
 def test_a_swin_has_a_family_too(swin_checkpoint, images, tmp_path):
     output = tmp_path / "family"
-    results = walk(
+    results = run_search(
         swin_checkpoint,
         images,
         output,
@@ -101,22 +102,22 @@ def test_a_swin_has_a_family_too(swin_checkpoint, images, tmp_path):
 
 def test_a_family_is_resumed_where_it_stopped(family, checkpoint, images, tmp_path, monkeypatch):
     """Stopped in the finetuning of the second member: what was done is not done again."""
-    output, finetune = tmp_path / "family", workflow.finetune
+    output, finetune = tmp_path / "family", Run.finetune
 
-    def interrupted(walk, searched):
-        if walk.folder.name == "target_macs-0.6":
+    def interrupted(run, *args):
+        if run.folder.name == "target_macs-0.6":
             raise RuntimeError("the power went")
-        return finetune(walk, searched)
+        return finetune(run, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(workflow, "finetune", interrupted)
+        patch.setattr(Run, "finetune", interrupted)
         with pytest.raises(RuntimeError, match="power"):
-            walk(checkpoint, images, output, *FLAGS)
+            run_search(checkpoint, images, output, *FLAGS)
     assert "the power went" in (output / "FAILED.txt").read_text()
     assert "the power went" in (output / "target_macs-0.6" / "FAILED.txt").read_text()
     done = output / "target_macs-0.6" / "search" / "model" / "model.safetensors"
     before = done.stat().st_mtime_ns
-    walk(checkpoint, images, output, *FLAGS, "--resume_from_checkpoint", "auto")
+    run_search(checkpoint, images, output, *FLAGS, "--resume_from_checkpoint", "auto")
     assert done.stat().st_mtime_ns == before
     assert not list(output.rglob("FAILED.txt"))
     for name in BUDGETS:
@@ -128,7 +129,7 @@ def test_a_family_is_resumed_where_it_stopped(family, checkpoint, images, tmp_pa
 
 def test_starting_over_removes_the_members_of_the_last_run(family, checkpoint, images, tmp_path):
     output = shutil.copytree(family[0], tmp_path / "copy")
-    walk(checkpoint, images, output, "--target_macs", "0.5", "--overwrite_output_dir")
+    run_search(checkpoint, images, output, "--target_macs", "0.5", "--overwrite_output_dir")
     assert not list(output.glob("target_*"))
     assert not (output / "family.json").exists()
 
@@ -146,7 +147,7 @@ def test_given_candidates_and_dense_training_go_with_a_family(checkpoint, images
         "--dense_epochs",
         "1",
     ]
-    results = walk(checkpoint, images, tmp_path / "out", *flags, "--finetune_max_steps", "0")
+    results = run_search(checkpoint, images, tmp_path / "out", *flags, "--finetune_max_steps", "0")
     assert list(results) == ["target_params-0.8", "target_params-0.5"]
     for name in results:
         sizes = subnet_of(tmp_path / "out" / name).sizes
@@ -168,7 +169,7 @@ def test_a_family_with_depth_leaves_out_what_an_earlier_member_left_out(
         "--finetune_max_steps",
         "0",
     ]
-    results = walk(checkpoint, images, tmp_path / "out", *flags)
+    results = run_search(checkpoint, images, tmp_path / "out", *flags)
     larger, smaller = (subnet_of(tmp_path / "out" / name) for name in results)
     assert any(not kept for kept in smaller.kept.values())
     assert all(not smaller.kept[name] for name, kept in larger.kept.items() if not kept)
@@ -247,15 +248,17 @@ def test_the_papers_preset_distils_in_no_member(checkpoint, images, tmp_path, mo
             shares.append((self.distillation_weight, self.teacher))
 
     monkeypatch.setattr(workflow, "OFBTrainer", Noted)
-    walk(checkpoint, images, tmp_path / "out", "--preset", "paper", "--target_macs", "0.8,0.6")
+    run_search(
+        checkpoint, images, tmp_path / "out", "--preset", "paper", "--target_macs", "0.8,0.6"
+    )
     assert shares == [(0.0, None)] * 2
 
 
 def test_only_folders_of_runs_are_removed_when_starting_over(checkpoint, images, tmp_path):
     (tmp_path / "out" / "target_practice").mkdir(parents=True)
-    walk(checkpoint, images, tmp_path / "first", "--finetune_max_steps", "0")
+    run_search(checkpoint, images, tmp_path / "first", "--finetune_max_steps", "0")
     shutil.copytree(tmp_path / "first", tmp_path / "out", dirs_exist_ok=True)
-    walk(
+    run_search(
         checkpoint, images, tmp_path / "out", "--finetune_max_steps", "0", "--overwrite_output_dir"
     )
     assert (tmp_path / "out" / "target_practice").is_dir()

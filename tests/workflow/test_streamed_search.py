@@ -4,7 +4,7 @@ not."""
 import pytest
 import torch
 from factories import tiny_vit
-from runs import PRODUCT, arguments, rows, walk
+from runs import PRODUCT, arguments, rows, run_search
 
 from ofb_hf import DistillationTrainer
 from ofb_hf.data import BatchAugmentation
@@ -19,7 +19,7 @@ def test_a_streamed_search_resumes_in_the_middle_of_an_epoch_to_the_same_weights
     checkpoint, images, tmp_path, monkeypatch
 ):
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    results = walk(checkpoint, images, straight, *STREAMED)
+    results = run_search(checkpoint, images, straight, *STREAMED)
     assert {path.name for path in straight.iterdir()} >= PRODUCT
     assert results["finetuned"]["macs"] <= results["target_macs"]
     original = Trainer.training_step
@@ -32,9 +32,9 @@ def test_a_streamed_search_resumes_in_the_middle_of_an_epoch_to_the_same_weights
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", interrupting)
         with pytest.raises(TrainingInterrupted):
-            walk(checkpoint, images, cut, *STREAMED)
+            run_search(checkpoint, images, cut, *STREAMED)
     assert (cut / "search" / "checkpoint-9").is_dir()
-    walk(checkpoint, images, cut, *STREAMED, "--resume_from_checkpoint", "auto")
+    run_search(checkpoint, images, cut, *STREAMED, "--resume_from_checkpoint", "auto")
     for name in ("subnet.json", "search/model/model.safetensors", "model.safetensors"):
         assert (cut / name).read_bytes() == (straight / name).read_bytes(), name
 

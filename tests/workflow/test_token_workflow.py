@@ -11,7 +11,7 @@ import pytest
 import torch
 from factories import scheduled_vit, tiny_images, tiny_vit
 from PIL import Image
-from runs import PRODUCT, QUICK, walk
+from runs import PRODUCT, QUICK, run_search
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from ofb_hf import OFBViTForImageClassification, SubnetSpec, cli, count_macs, publish
@@ -123,7 +123,7 @@ def test_a_second_search_is_measured_against_the_model_with_all_its_tokens(
 def test_tokens_after_widths_keep_the_record_of_the_units(checkpoint, images, tmp_path):
     """A search for widths and depth, and one for tokens of what it made."""
     narrow = tmp_path / "narrow"
-    walk(
+    run_search(
         checkpoint,
         images,
         narrow,
@@ -157,7 +157,7 @@ def test_tokens_after_widths_keep_the_record_of_the_units(checkpoint, images, tm
 def test_widths_and_tokens_in_one_run(checkpoint, images, tmp_path):
     """`ofb-hf search --search_tokens`: everything that a search writes, with the tokens in it."""
     folder, published = tmp_path / "out", tmp_path / "published"
-    results = walk(
+    results = run_search(
         checkpoint, images, folder, "--target_macs", "0.4", "--search_tokens", "--search_depth"
     )
     assert {path.name for path in folder.iterdir()} >= PRODUCT | {"tokens.png"}
@@ -243,7 +243,7 @@ def test_milliseconds_are_written_down_beside_macs_and_for_widths_and_tokens_tog
     results = search_tokens(checkpoint, images, tmp_path / "macs", *flags[:2])
     assert results["searched"]["macs"] <= results["target_macs"]
     assert results["searched"]["predicted_latency_ms"] > 0
-    together = walk(
+    together = run_search(
         checkpoint,
         images,
         tmp_path / "both",

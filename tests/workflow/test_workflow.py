@@ -1,5 +1,4 @@
-"""The walk as a user runs it: from a checkpoint and a folder of images to an output folder that
-loads anywhere."""
+"""Whole commands as a user runs them: from a checkpoint and images to an output folder."""
 
 import ast
 import json
@@ -18,7 +17,7 @@ import yaml
 from factories import non_uniform_vit, tiny_vit
 from huggingface_hub import ModelCard
 from PIL import Image
-from runs import PRODUCT, QUICK, refused, walk
+from runs import PRODUCT, QUICK, refused, run_search
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
@@ -31,7 +30,7 @@ from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments
 from ofb_hf.workflow.command_line import DEMO_CONFIG, command_line, parse
 from ofb_hf.workflow.inputs import load
 from ofb_hf.workflow.measure import images_per_second, lost_classes
-from ofb_hf.workflow.search import license_of
+from ofb_hf.workflow.results import license_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def finished(checkpoint, images, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "half"
-    return output, walk(checkpoint, images, output, "--target_macs", "0.5", "--keep_dense")
+    return output, run_search(checkpoint, images, output, "--target_macs", "0.5", "--keep_dense")
 
 
 def test_output_folder_is_complete_and_consistent(finished):
@@ -96,7 +95,9 @@ def test_card_repeats_the_measured_numbers(finished):
 
 @pytest.mark.slow
 def test_what_was_left_out_and_when_is_on_record(checkpoint, images, tmp_path):
-    results = walk(checkpoint, images, tmp_path / "out", "--target_macs", "0.15", "--search_depth")
+    results = run_search(
+        checkpoint, images, tmp_path / "out", "--target_macs", "0.15", "--search_depth"
+    )
     subnet = SubnetSpec.from_json((tmp_path / "out" / "subnet.json").read_text())
     gone = {name for name, kept in subnet.kept.items() if not kept}
     assert results["left_out"].keys() == gone != set()
@@ -249,7 +250,7 @@ def test_finetune_and_evaluate_take_the_result(finished, images, tmp_path, capsy
 
 
 def test_search_on_a_parameter_budget_without_finetuning(checkpoint, images, tmp_path):
-    results = walk(
+    results = run_search(
         checkpoint, images, tmp_path / "out", "--target_params", "0.6", "--finetune_max_steps", "0"
     )
     assert results["target_macs"] is None
@@ -301,7 +302,7 @@ def test_a_search_may_begin_where_halves_are_gone(images, tmp_path):
     source = tmp_path / "gone"
     non_uniform_vit().save_pretrained(source)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(source)
-    results = walk(
+    results = run_search(
         source, images, tmp_path / "out", "--target_macs", "0.6", "--finetune_max_steps", "0"
     )
     assert results["left_out"] == {}
@@ -543,7 +544,11 @@ def test_speed_of_several_models_is_measured_in_one_run():
 
 
 def test_submodules_are_reachable_from_the_package():
-    code = "import ofb_hf; ofb_hf.masks.bi_mask.BiMask; ofb_hf.search.phases.keep_ratio; ofb_hf.training.losses.flops_loss"
+    """Without importing them: rooms, and modules under the names that they had in version 0.1."""
+    code = (
+        "import ofb_hf; ofb_hf.tokens.published_schedule; ofb_hf.masks; ofb_hf.bi_mask.BiMask; "
+        "ofb_hf.losses.flops_loss"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'bimask'"):
         ofb_hf.bimask  # noqa: B018
