@@ -29,7 +29,7 @@ from ofb_hf import (
 )
 from ofb_hf.cost.latency import LatencyTable, frame_of
 from ofb_hf.families.registry import describe
-from ofb_hf.families.vit import scheduled
+from ofb_hf.families.token_reduction import scheduled
 from ofb_hf.masks.bi_mask import BiMask
 from ofb_hf.search.supernet import Supernet
 from ofb_hf.space.configuration import BiMaskConfig

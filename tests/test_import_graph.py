@@ -57,11 +57,22 @@ THIRD_PARTY = {
     "cost/latency.py": {"numpy", "transformers"},
     "models": {"torch", "transformers", "huggingface_hub"},
 }
-# Module and parameter paths of a model family, as they appear in strings.
-MODEL_PATHS = re.compile(
-    r"\b(vit|swin)\.(layers|embeddings|layernorm|encoder)|\b[qkvo]_proj\b|\bfc[12]\b|layernorm_(before|after)"
-    r"|patch_embeddings|relative_position_bias"
+# Names of modules and parameters of a model family that mean nothing else anywhere.
+MODULE_NAMES = (
+    r"[qkvo]_proj|fc[12]|layernorm_(before|after)|patch_embeddings|position_embeddings|cls_token"
+    r"|mask_token|relative_position_bias(_table)?|downsample"
 )
+# The same, and paths of common words, as they appear in strings and f-strings ({} = anything).
+PATHS_IN_TEXT = re.compile(
+    rf"(?<![\w-])({MODULE_NAMES})(?!\w)|\b(vit|swin|encoder)\.(layers|embeddings|layernorm|encoder|\{{)"
+)
+# The same, spelled as attributes: `model.vit.layers`, `layer.reduction`, `block.mlp.fc1`.
+PATHS_IN_CODE = re.compile(
+    rf"\.({MODULE_NAMES}|vit|swin|reduction|layernorm)$|\b(encoder|model)\.layers$"
+)
+# Names that functions look up as attributes of a module: `getattr(layer, "reduction")`.
+LOOK_UPS = ("getattr", "setattr", "hasattr", "get_submodule", "get_parameter")
+PATHS_LOOKED_UP = re.compile(rf"^({MODULE_NAMES}|vit|swin|reduction|layernorm|classifier)(\.|$)")
 MAY_SPELL_PATHS = ("families/", "models/")
 
 
@@ -200,36 +211,96 @@ def test_nothing_imports_the_package_root():
         assert "ofb_hf" not in imports(file), relative(file)
 
 
-def strings(file: Path):
-    """String constants that are no docstrings, with their lines."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+def docstrings(tree: ast.Module) -> set[int]:
+    """The ids of the nodes that are docstrings."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
-    }
+    found = set()
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Constant)
-            and isinstance(node.value, str)
-            and id(node) not in docstrings
-        ):
-            yield node.lineno, node.value
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            found.add(id(node.body[0].value))
+    return found
 
 
-def test_only_one_file_spells_module_paths():
-    spelled = {
-        f"{relative(file)}:{line}: {text!r}"
-        for file in FILES
-        for line, text in strings(file)
-        if MODEL_PATHS.search(text) and not relative(file).startswith(MAY_SPELL_PATHS)
-    }
+def text_of(node: ast.AST) -> str | None:
+    """The text of a string or an f-string, with {} where an f-string inserts values."""
+    if isinstance(node, ast.JoinedStr):
+        pieces = [piece.value if isinstance(piece, ast.Constant) else "{}" for piece in node.values]
+        return "".join(pieces)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    return None
+
+
+def looked_up(node: ast.AST) -> list[str]:
+    """The names that a call looks up as attributes of an object."""
+    if not isinstance(node, ast.Call):
+        return []
+    if ast.unparse(node.func).rpartition(".")[2] not in LOOK_UPS:
+        return []
+    return [text for argument in node.args if (text := text_of(argument)) is not None]
+
+
+def module_paths(source: str) -> list[tuple[int, str]]:
+    """The module paths of model families that a source text spells, with their lines."""
+    tree = ast.parse(source)
+    documentation = docstrings(tree)
+    found = []
+    for node in ast.walk(tree):
+        text = text_of(node)
+        if text is not None and id(node) not in documentation and PATHS_IN_TEXT.search(text):
+            found.append((node.lineno, text))
+        if isinstance(node, ast.Attribute) and PATHS_IN_CODE.search(ast.unparse(node)):
+            found.append((node.lineno, ast.unparse(node)))
+        found += [(node.lineno, name) for name in looked_up(node) if PATHS_LOOKED_UP.search(name)]
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'path = "vit.layers.3"',
+        'path = f"vit.{kind}.3"',
+        'path = f"{block}.q_proj.weight"',
+        'state.pop("swin.embeddings.mask_token")',
+        "for layer in model.vit.layers: pass",
+        "self.model.swin(pixels)",
+        "layer.attention.q_proj.weight",
+        "layer.reduction = None",
+        "embeddings.mask_token = None",
+        'getattr(layer, "reduction", None)',
+        "model.encoder.layers[0]",
+        "supernet.model.layers[0]",
+    ],
+)
+def test_module_paths_are_noticed(source):
+    assert module_paths(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""Slices vit.layers and q_proj."""',
+        'F.kl_div(student, teacher, reduction="batchmean")',
+        "self.layers = settling.layers",
+        'message = "only ViT can drop tokens: vit"',
+        "config.num_attention_heads_per_layer",
+        "family.tokens.layers",
+        "add_mask_token_(model)",
+    ],
+)
+def test_other_names_are_not_taken_for_module_paths(source):
+    assert not module_paths(source)
+
+
+def test_only_families_and_models_spell_module_paths():
+    spelled = []
+    for file in FILES:
+        if not relative(file).startswith(MAY_SPELL_PATHS):
+            paths = module_paths(file.read_text(encoding="utf-8"))
+            spelled += [f"{relative(file)}:{line}: {path!r}" for line, path in paths]
     assert not spelled
-    families = PACKAGE / "families"
-    assert any(
-        MODEL_PATHS.search(text) for file in families.rglob("*.py") for _, text in strings(file)
-    )
+    families = (PACKAGE / "families").glob("*.py")
+    assert any(module_paths(file.read_text(encoding="utf-8")) for file in families)
 
 
 # --------------------------------------------------------------------------------- what import does

@@ -17,7 +17,7 @@ from transformers import ViTConfig
 from ..cost.budget import UnreachableBudgetError
 from ..cost.counting import evaluate_terms
 from ..families.description import macs_of
-from ..families.vit import vit_layer_parts
+from ..families.token_reduction import layer_parts
 from ..tokens.schedules import Cost, Schedule, num_tokens
 from .problem import Choice
 
@@ -165,7 +165,7 @@ def _layer_costs(
     is_last = layer == config.num_hidden_layers - 1
     kept = leaving if is_last else entering
     weighs = entering < num_tokens(config)
-    parts = vit_layer_parts(layer, entering, kept, leaving, weighs)
+    parts = layer_parts(config, layer, entering, kept, leaving, weighs)
     found = evaluate_terms(cost(parts), amounts)
     return np.broadcast_to(found, (len(counts), len(counts))).astype(float)
 

@@ -1,1 +1,1 @@
-"""What a network costs: multiply-accumulates, parameters, and milliseconds of one machine."""
+"""What a network costs: MACs, parameters, predicted milliseconds, and the budget for them."""

@@ -1,1 +1,1 @@
-"""What a model is: submodules and coupled tensors of each family, described in one vocabulary."""
+"""What a model is: its units, the tensors that hold them, the parts of its forward pass."""

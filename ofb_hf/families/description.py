@@ -1,12 +1,11 @@
-"""The words in which a model family is described: unit groups, and costs as sums of products of
-their sizes.
+"""The data classes that describe a model family: unit groups, and costs as sums of products.
 
 A *submodule* owns units that are kept or removed. Removing one touches many tensors at once: all of
 them, each with its axis, form the submodule's unit group (`Slot`s). A slot that is *gated* is
 multiplied by the bi-mask where the unit's value is written, which switches the unit off everywhere;
-the others only read it. Slicing all slots of the group removes the unit for good. Costs are sums of
-products of submodule sizes (`Term`s), for integers and for tensors, over the `Part`s of the forward
-pass.
+the other slots only read it. Slicing all slots of the group removes the unit for good. Costs are
+sums of products of submodule sizes (`Term`s), for integers and for tensors, over the forward parts
+(`Part`s).
 """
 
 import math
@@ -15,11 +14,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class UnsupportedArchitectureError(ValueError):
+    """The model or config belongs to no family that can be searched."""
+
+
+# ------------------------------------------------------------------------------------------- units
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class Slot:
     """One axis of one tensor that runs over a submodule's units.
 
     Args:
-        parameter, axis: the tensor, and which of its axes.
+        parameter: name of the tensor.
+        axis: which of its axes.
         gated: whether the bi-mask scales it.
         tiles: how many copies of all units follow each other along the axis (patch merging
             concatenates 4).
-        per_head: the axis runs over the heads of a grid, not over its (head, channel) pairs.
+        per_head: whether the axis runs over the heads of a grid instead of its (head, channel)
+            pairs.
     """
 
     parameter: str
@@ -41,31 +46,37 @@ class Slot:
     per_head: bool = False
 
     def indices(self, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Positions along the axis that stay.
+        """Return the positions along the axis to keep.
 
         Args:
-            kept: flat indices of the units that stay.
+            kept: (K,) flat indices of the units to keep.
             shape: all units, (U,) or (heads, channels per head).
         """
         units = math.prod(shape)
         if self.per_head:
-            kept, units = torch.unique(kept // shape[1]), shape[0]
+            heads, channels = shape
+            kept = torch.unique(kept // channels)
+            units = heads
+        # (tiles * K,)
         return torch.cat([kept + tile * units for tile in range(self.tiles)])
 
 
 @dataclass(frozen=True)
 class Submodule:
-    """A place with units to choose from.
+    """A place that owns units to choose from.
 
     Args:
         name: as in `SubnetSpec.kept`.
         kind: `embedding`, `attention` or `mlp`.
         shape: current units, (U,) or (heads, channels per head).
         slots: every axis of every tensor that runs over the units.
-        norms: LayerNorms over the units, whose statistics must skip removed ones.
+        norms: paths of the LayerNorms over the units, whose statistics must skip removed units.
         constants: tensors that it adds whichever of its units are kept, and that go with the last
-            one of them.
-        variant: what it does besides, where not all of its kind in a stage do the same.
+            of them (biases of output projections).
+        variant: tells apart submodules of one kind and stage whose computation differs (shifted
+            windows).
+        block: path of the module that this attention or MLP is one half of; "" for residual widths.
+        entry: path of the module that this half of a block calls first, its norm.
     """
 
     name: str
@@ -75,13 +86,18 @@ class Submodule:
     norms: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     variant: str = ""
+    block: str = ""
+    entry: str = ""
 
     @property
     def gates(self) -> list[tuple[str, str, int]]:
-        """What its bi-mask scales: tensor, the quantity whose gate scales it, and along which
-        axis."""
-        units = [(slot.parameter, self.name, slot.axis) for slot in self.slots if slot.gated]
-        return units + [(tensor, presence_of(self.name), 0) for tensor in self.constants]
+        """What its bi-mask scales: (tensor, quantity whose gate scales it, axis)."""
+        gates = [(slot.parameter, self.name, slot.axis) for slot in self.slots if slot.gated]
+        gates += [(tensor, presence_of(self.name), 0) for tensor in self.constants]
+        return gates
+
+
+# ------------------------------------------------------------------------------------------- costs
 
 
 @dataclass(frozen=True)
@@ -93,38 +109,44 @@ class Term:
 
 
 def heads_of(name: str) -> str:
-    """The quantity that counts the heads of an attention, whose name alone counts (head, channel)
-    pairs."""
+    """Name the quantity that counts the heads of an attention.
+
+    The attention's own name counts its (head, channel) pairs.
+    """
     return f"{name}.heads"
 
 
 def presence_of(name: str) -> str:
-    """The quantity that is 1 as long as a submodule has any unit, and 0 afterwards."""
+    """Name the quantity that is 1 as long as a submodule has any unit, and 0 afterwards."""
     return f"{name}.presence"
 
 
 def quantities(sizes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """What cost terms multiply: the units of every submodule by its name, the heads of every
-    attention, and whether there is anything left of a submodule.
+    """Return everything that cost terms multiply.
 
     Args:
         sizes: submodule name -> (U,) or (heads, channels per head).
+
+    Returns:
+        The units of every submodule by its name, then the heads of every attention, then the
+        presence of every submodule.
     """
     units = {name: math.prod(shape) for name, shape in sizes.items()}
     heads = {heads_of(name): shape[0] for name, shape in sizes.items() if len(shape) == 2}
-    return units | heads | {presence_of(name): min(1, count) for name, count in units.items()}
+    presence = {presence_of(name): min(1, count) for name, count in units.items()}
+    return {**units, **heads, **presence}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of the forward pass that is timed as one.
+    """A forward part: a piece of the forward pass that is timed as one.
 
     Args:
         name: the submodule, or `layers.3.reduction`, `stem`, `stages.0.merging`, `head`.
         kind: parts of one kind share the coefficients of their time.
         macs: multiply-accumulates of one image.
-        products: what its time is a sum of, by name; before each stands a coefficient that is
-            measured (`latency.py`).
+        products: the terms that its time is a sum of, by name; each gets a measured coefficient
+            (`cost/latency.py`).
     """
 
     name: str
@@ -134,8 +156,11 @@ class Part:
 
 
 def macs_of(parts: Iterable[Part]) -> tuple[Term, ...]:
-    """MACs as a cost."""
+    """Return the MACs of some forward parts as a sum over terms."""
     return tuple(term for part in parts for term in part.macs)
+
+
+# ------------------------------------------------------------------------------- models and families
 
 
 @dataclass(frozen=True)
@@ -145,14 +170,17 @@ class Architecture:
     Args:
         submodules: in the order of the model.
         parts: in the order of the forward pass; together they are all of it.
-        params: size as a sum over terms.
-        patch_grid, patch_size: the patches that go in, (rows, columns), and pixels along a side of
-        one.
-        token_grid, token_size: the same for the patch tokens that come out.
+        params: number of parameters as a sum over terms.
+        patch_grid: patches of an image, (rows, columns).
+        patch_size: pixels along a side of a patch.
+        token_grid: final patch tokens of an image, (rows, columns).
+        token_size: pixels along a side of the square that a final token stands for.
         num_channels: colour channels.
-        first_width, last_width: submodules of the residual stream where patches enter and tokens
-        leave.
-        embeddings: path of the module that owns `mask_token`.
+        first_width: submodule of the residual stream where patches enter.
+        last_width: submodule of the residual stream where tokens leave.
+        mask_token: name of the parameter that stands in for hidden patches.
+        owns_mask_token: whether the classifier has that parameter anyway; otherwise a search adds
+            it and removes it again.
         activation: name of the MLP's activation function.
     """
 
@@ -166,12 +194,13 @@ class Architecture:
     num_channels: int
     first_width: str
     last_width: str
-    embeddings: str
+    mask_token: str
     activation: str
+    owns_mask_token: bool = False
 
     @property
     def macs(self) -> tuple[Term, ...]:
-        """Cost of one image as a sum over terms."""
+        """MACs of one image as a sum over terms."""
         return macs_of(self.parts)
 
     @property
@@ -181,57 +210,90 @@ class Architecture:
 
     @property
     def left_out(self) -> list[str]:
-        """The submodules that have no units."""
+        """Names of the submodules that have no units."""
         return [name for name, shape in self.sizes.items() if not math.prod(shape)]
 
     @property
     def attentions(self) -> list[str]:
-        """The submodules of which a network needs one: through them its tokens see each other."""
+        """Names of the attentions. A network needs one of them, or no token sees another."""
         return [submodule.name for submodule in self.submodules if submodule.kind == "attention"]
 
 
 @dataclass(frozen=True)
-class Family:
-    """The functions that connect one model family to everything else.
+class TokenReductions:
+    """What a family offers whose classifiers can follow a token schedule.
+
+    Its tokens begin with one class token, by whose attention patch tokens are ranked. Our config
+    class has `token_schedule`, `token_counts(layer)` and `meant_schedule(schedule)`, and its
+    attentions are called `layers.0.attention`, `layers.1.attention`, ...: see `OFBViTConfig`.
 
     Args:
-        describe: config -> architecture.
-        from_dense: stock classifier -> ours.
+        parts: (config, schedule) -> the forward parts of the classifier under a token schedule
+            whose counts do not rise; counts may be scalar tensors.
+        layer_parts: (config, layer, before, kept, merged, weighs) -> the forward parts of one
+            layer; counts as for `reducing_block`.
+        layers: classifier -> its layers in order; each holds its token reduction, or None, as the
+            attribute `reduction`.
+    """
+
+    parts: Callable[[Any, Any], tuple[Part, ...]]
+    layer_parts: Callable[..., tuple[Part, ...]]
+    layers: Callable[[PreTrainedModel], Iterable[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The functions that connect one model family to the rest of the package.
+
+    Args:
+        stock_class: the classifier of transformers.
+        model_class: our classifier, a subclass of it whose widths are read from its config. Its
+            `from_dense(stock classifier)` copies one.
+        describe: config, stock or ours, -> architecture.
         pin: writes into a config what it would otherwise derive from widths that are about to
             change.
         resize: writes submodule sizes into a config.
-        attributes: config -> {module path: {attribute: value}} of what modules keep beside their
-            weights: sizes, and what stands in for layers that have no width.
-        model_class: our classifier.
-        undecayed: how the names of parameters end that weight decay leaves alone, besides vectors.
+        attributes: config -> {module path: {attribute: value}} of what modules store next to their
+            weights: sizes, and what stands in for layers without width.
+        undecayed: endings of the names of parameters without weight decay, besides vectors.
+        tokens: None if the family's classifiers cannot follow a token schedule.
     """
 
+    stock_class: type[PreTrainedModel]
+    model_class: type[PreTrainedModel]
     describe: Callable[[Any], Architecture]
-    from_dense: Callable[[PreTrainedModel], PreTrainedModel]
     pin: Callable[[Any], None]
     resize: Callable[[Any, dict[str, tuple[int, ...]]], None]
     attributes: Callable[[Any], dict[str, dict[str, Any]]]
-    model_class: type[PreTrainedModel]
     undecayed: tuple[str, ...]
+    tokens: TokenReductions | None = None
+
+    def from_dense(self, model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
+        """Copy a stock classifier, or one of ours, into our class; see its `from_dense`."""
+        return self.model_class.from_dense(model, **changes)
 
 
-class UnsupportedArchitectureError(ValueError):
-    """The model or config belongs to no family that can be searched."""
-
-
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+# ------------------------------------------------------------------------------------------- images
 
 
 def image_sides(config: PreTrainedConfig) -> tuple[int, int]:
-    """Height and width of the images a model was made for, in pixels."""
+    """Return height and width, in pixels, of the images a model was made for."""
     return _pair(config.image_size)
 
 
 def square_patch(config: PreTrainedConfig) -> int:
+    """Return the pixels along a side of a model's patches.
+
+    Raises:
+        UnsupportedArchitectureError: for patches that are not square.
+    """
     height, width = _pair(config.patch_size)
     if height != width:
         raise UnsupportedArchitectureError(
             f"patch_size is {(height, width)}; only square patches are supported."
         )
     return height
+
+
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,18 +1,21 @@
-"""Load a classifier, stock or ours, from the Hub or a folder, and refuse one with missing
-weights."""
+"""Make classifiers: load a complete one from the Hub or a folder, or rebuild one of ours."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+
+from .registry import family_of
 
 
 def load_complete_classifier(name_or_path: str | Path) -> PreTrainedModel:
-    """An image classifier, stock or ours, from the Hub or a folder, with all of its weights.
+    """Load an image classifier, stock or ours, from the Hub or a folder, with all of its weights.
 
     Raises:
-        ValueError: if it cannot be loaded, or if weights are missing in the file, which
-            transformers would draw anew.
+        ValueError: if it cannot be loaded, or if the file lacks weights, which transformers would
+            initialise at random.
     """
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
@@ -21,13 +24,28 @@ def load_complete_classifier(name_or_path: str | Path) -> PreTrainedModel:
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"cannot load an image classifier from {str(name_or_path)!r}: {error} Give a Hub name "
-            f"or a folder written "
-            "by save_pretrained."
+            "or a folder written by save_pretrained."
         ) from error
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if missing:
         raise ValueError(
             f"{name_or_path} is no complete image classifier: {len(missing)} of its tensors are "
-            f"missing, such as "
-            f"{missing[0]}."
+            f"missing, such as {missing[0]}."
         )
     return model
+
+
+def rebuild_classifier(
+    like: PreTrainedModel, config: PreTrainedConfig, state: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """Build a classifier of ours from a config and tensors.
+
+    Args:
+        like: the classifier whose device, dtype and training mode it gets.
+        config: of ours, with the widths of the tensors. The new classifier keeps the object.
+        state: tensors by name; those that a classifier with this config does not have (a mask
+            token, learned token counts) are left out.
+    """
+    model = family_of(config).model_class(config).to(device=like.device, dtype=like.dtype)
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    return model.train(like.training)

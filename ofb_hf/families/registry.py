@@ -1,28 +1,20 @@
-"""Which model families there are, and which of them a config or a model belongs to."""
+"""The registered model families, and which of them a config or a model belongs to."""
 
 from torch import nn
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    SwinConfig,
-    SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import PreTrainedConfig
 
 from .description import Architecture, Family, UnsupportedArchitectureError
 from .swin import SWIN
 from .vit import VIT
 
-FAMILIES: dict[type[PreTrainedConfig], Family] = {ViTConfig: VIT, SwinConfig: SWIN}
-CLASSIFIERS: tuple[type[PreTrainedModel], ...] = (
-    ViTForImageClassification,
-    SwinForImageClassification,
-)
+# Stock config class -> family. A new family is one more entry, see docs/ADD_A_MODEL_FAMILY.md.
+FAMILIES: dict[type[PreTrainedConfig], Family] = {
+    family.stock_class.config_class: family for family in (VIT, SWIN)
+}
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family that a config belongs to.
+    """Return the family that a config belongs to.
 
     Raises:
         UnsupportedArchitectureError: naming the model type and the supported ones.
@@ -33,22 +25,20 @@ def family_of(config: PreTrainedConfig) -> Family:
     supported = sorted(config_class.model_type for config_class in FAMILIES)
     raise UnsupportedArchitectureError(
         f"model type {getattr(config, 'model_type', type(config).__name__)!r} cannot be searched; "
-        f"supported: "
-        f"{supported}. A new family is one entry in ofb_hf/architectures.py."
+        f"supported: {supported}. docs/ADD_A_MODEL_FAMILY.md says how to add a family."
     )
 
 
 def describe(config: PreTrainedConfig) -> Architecture:
-    """The architecture that a config, stock or ours, stands for."""
+    """Return the architecture that a config, stock or ours, stands for."""
     return family_of(config).describe(config)
 
 
 def require_classifier(model: nn.Module) -> None:
-    """Raises `UnsupportedArchitectureError` unless `model` is an image classifier of a supported
-    family."""
-    if not isinstance(model, CLASSIFIERS):
+    """Raise `UnsupportedArchitectureError` unless a model is a classifier of a family."""
+    classes = tuple(family.stock_class for family in FAMILIES.values())
+    if not isinstance(model, classes):
         raise UnsupportedArchitectureError(
             f"got a {type(model).__name__}; expected an image classifier: "
-            f"{[c.__name__ for c in CLASSIFIERS]} or our "
-            "classes of that kind."
+            f"{[each.__name__ for each in classes]} or our classes of that kind."
         )

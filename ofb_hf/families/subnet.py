@@ -1,20 +1,20 @@
-"""Which units of a dense model are kept: the outcome of a search, as data (standard library
+"""Which units of a dense model are kept: the outcome of a search as data (standard library
 only)."""
 
 import json
 from dataclasses import dataclass
 from typing import Any
 
+# Unit indices of a plain axis, or {head index: channel indices inside that head}.
 Kept = tuple[int, ...] | dict[int, tuple[int, ...]]
 
 
 def all_units(shape: tuple[int, ...]) -> Kept:
-    """Every unit of a submodule of this shape, (U,) or (heads, channels per head)."""
-    return (
-        tuple(range(shape[0]))
-        if len(shape) == 1
-        else {h: tuple(range(shape[1])) for h in range(shape[0])}
-    )
+    """Return every unit of a submodule of this shape, (U,) or (heads, channels per head)."""
+    if len(shape) == 1:
+        return tuple(range(shape[0]))
+    heads, channels = shape
+    return {head: tuple(range(channels)) for head in range(heads)}
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class SubnetSpec:
     Args:
         kept: submodule name -> sorted unit indices of the dense parent; for attention `{head index:
             sorted channel indices inside that head}`, equally many channels in every kept head.
-            Nothing at all, `()` or `{}`, is the attention or MLP left out.
-        token_schedule: tokens that are left in each layer, as in `OFBViTConfig`; None = as the
-            parent has them.
+            An empty `()` or `{}` leaves out the attention or MLP.
+        token_schedule: tokens that leave each layer, as in `OFBViTConfig`; None = that of the
+            parent.
 
     Raises:
-        ValueError: for indices that are negative, unsorted or repeated, and for heads that keep
-            none or different numbers of channels. The message names the submodule.
+        ValueError: for indices that are negative, unsorted or repeated, and for heads that keep no
+            channels or different numbers of them. The message names the submodule.
     """
 
     kept: dict[str, Kept]
@@ -38,82 +38,99 @@ class SubnetSpec:
 
     def __post_init__(self):
         for name, kept in self.kept.items():
-            is_grid = isinstance(kept, dict)
-            rows = [list(kept), *kept.values()] if is_grid else [kept]
-            for row in rows if kept else ():
-                if not row or list(row) != sorted(set(row)) or row[0] < 0:
-                    raise ValueError(
-                        f"kept[{name!r}] holds {list(row)}; expected at least one index, "
-                        f"ascending and distinct."
-                    )
-            if is_grid and len({len(channels) for channels in kept.values()}) > 1:
+            if not kept:
+                continue
+            if not isinstance(kept, dict):
+                _check_indices(name, kept)
+                continue
+            for indices in (list(kept), *kept.values()):
+                _check_indices(name, indices)
+            counts = [len(channels) for channels in kept.values()]
+            if len(set(counts)) > 1:
                 raise ValueError(
-                    f"kept[{name!r}] keeps {[len(channels) for channels in kept.values()]} "
-                    f"channels in its heads; "
-                    "the heads of one layer must keep equally many."
+                    f"kept[{name!r}] keeps {counts} channels in its heads; the heads of one layer "
+                    "must keep equally many."
                 )
 
     def size(self, name: str) -> int | tuple[int, int]:
-        """Kept units of one submodule: U, or (heads, channels per head) for attention; 0 or (0, 0)
-        for nothing."""
-        kept = self.kept[name]
-        return (
-            (len(kept), len(next(iter(kept.values()), ()))) if isinstance(kept, dict) else len(kept)
-        )
+        """Return how many units of one submodule are kept.
 
-    def within(self, parent: "SubnetSpec") -> "SubnetSpec":
-        """The same units, counted as those of the network that `parent` was cut from.
-
-        Args:
-            parent: the cut that came before; this subnet's indices count what it kept.
+        Returns:
+            U, or (heads, channels per head) for attention; 0 or (0, 0) if it is left out.
         """
-        kept: dict[str, Kept] = {}
-        for name, units in self.kept.items():
-            before = parent.kept[name]
-            if isinstance(units, dict):
-                heads = list(before)
-                kept[name] = {
-                    heads[head]: tuple(before[heads[head]][channel] for channel in channels)
-                    for head, channels in units.items()
-                }
-            else:
-                kept[name] = tuple(before[unit] for unit in units)
-        return SubnetSpec(kept, self.token_schedule or parent.token_schedule)
+        kept = self.kept[name]
+        if not isinstance(kept, dict):
+            return len(kept)
+        channels = next(iter(kept.values()), ())
+        return len(kept), len(channels)
 
     @property
     def sizes(self) -> dict[str, int | tuple[int, int]]:
         """`size` of every submodule."""
         return {name: self.size(name) for name in self.kept}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same in the form of `Architecture.sizes`: (U,) or (heads, channels per head)."""
+        sizes = self.sizes.items()
+        return {name: size if isinstance(size, tuple) else (size,) for name, size in sizes}
+
+    def within(self, parent: "SubnetSpec") -> "SubnetSpec":
+        """Return the same units, counted as those of the network that `parent` was cut from.
+
+        Args:
+            parent: the earlier cut; the indices of this subnet count the units that it kept.
+        """
+        kept: dict[str, Kept] = {}
+        for name, units in self.kept.items():
+            before = parent.kept[name]
+            if not isinstance(units, dict):
+                kept[name] = tuple(before[unit] for unit in units)
+                continue
+            heads = list(before)
+            grid: dict[int, tuple[int, ...]] = {}
+            for head, channels in units.items():
+                original = before[heads[head]]
+                grid[heads[head]] = tuple(original[channel] for channel in channels)
+            kept[name] = grid
+        return SubnetSpec(kept, self.token_schedule or parent.token_schedule)
+
     def to_json(self) -> str:
-        """The subnet as a JSON string with one line per submodule; `from_json` gives an equal one
-        back."""
-        rows = (f"    {json.dumps(name)}: {json.dumps(kept)}" for name, kept in self.kept.items())
-        tokens = (
-            f',\n  "token_schedule": {json.dumps(self.token_schedule)}'
-            if self.token_schedule
-            else ""
-        )
-        return '{\n  "kept": {\n' + ",\n".join(rows) + "\n  }" + tokens + "\n}\n"
+        """Return the subnet as JSON with one line per submodule; `from_json` reads it."""
+        rows = [f"    {json.dumps(name)}: {json.dumps(kept)}" for name, kept in self.kept.items()]
+        text = '{\n  "kept": {\n' + ",\n".join(rows) + "\n  }"
+        if self.token_schedule:
+            text += f',\n  "token_schedule": {json.dumps(self.token_schedule)}'
+        return text + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> "SubnetSpec":
-        """The subnet that `to_json` wrote.
+        """Return the subnet that `to_json` wrote.
 
         Raises:
             ValueError: if `text` is no such JSON.
         """
-
-        def read(kept: Any) -> Kept:
-            if isinstance(kept, dict):
-                return {int(head): tuple(channels) for head, channels in kept.items()}
-            return tuple(kept)
-
         try:
             content = json.loads(text)
-            kept = {name: read(indices) for name, indices in content["kept"].items()}
+            kept = {name: _read_kept(indices) for name, indices in content["kept"].items()}
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 'not a subnet: expected a JSON object {"kept": {submodule: indices}}.'
             ) from error
         return cls(kept, content.get("token_schedule"))
+
+
+def _check_indices(name: str, indices: Any) -> None:
+    """Raise ValueError unless indices are ascending, distinct, not negative, and at least one."""
+    indices = list(indices)
+    if not indices or indices != sorted(set(indices)) or indices[0] < 0:
+        raise ValueError(
+            f"kept[{name!r}] holds {indices}; expected at least one index, ascending and distinct."
+        )
+
+
+def _read_kept(kept: Any) -> Kept:
+    """Return the indices of one submodule; JSON has lists for tuples and text for head indices."""
+    if isinstance(kept, dict):
+        return {int(head): tuple(channels) for head, channels in kept.items()}
+    return tuple(kept)

@@ -4,13 +4,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from transformers import (
-    SwinConfig,
-)
+from transformers import SwinConfig, SwinForImageClassification
 
 from ..models.configuration_ofb_swin import OFBSwinConfig
 from ..models.modeling_ofb_swin import OFBSwinForImageClassification
 from .blocks import (
+    BlockNames,
     block_attributes,
     block_norms,
     block_params,
@@ -33,19 +32,64 @@ from .description import (
 )
 from .forward_parts import end_part, merging_part, windowed_block
 
+STAGES = "swin.encoder.layers"
+EMBEDDINGS = "swin.embeddings"
+PATCH_PROJECTION = f"{EMBEDDINGS}.patch_embeddings.projection"
+MASK_TOKEN = f"{EMBEDDINGS}.mask_token"
+NORM = "swin.layernorm"
+CLASSIFIER = "classifier"
+BIAS_TABLE = "attention.relative_position_bias.relative_position_bias_table"
+BLOCK_NAMES = BlockNames(attention_others=("attention.relative_position_bias",))
 
-def _swin_stage_width(config: SwinConfig, stage: int) -> int:
-    return (
-        config.stage_width(stage)
-        if isinstance(config, OFBSwinConfig)
-        else int(config.embed_dim * 2**stage)
-    )
+
+# ------------------------------------------------------------------------------------------- sizes
 
 
-def _swin_layer_sizes(config: SwinConfig, stage: int, block: int) -> dict[str, int]:
+def _path(stage: int, block: int) -> str:
+    """Return where a block is in the model."""
+    return f"{STAGES}.{stage}.blocks.{block}"
+
+
+def _name(stage: int, block: int) -> str:
+    """Return how the names of a block's submodules begin."""
+    return f"stages.{stage}.blocks.{block}"
+
+
+def _width(stage: int) -> str:
+    """Return the name of a stage's submodule of the residual stream."""
+    return f"stages.{stage}.width"
+
+
+def _last_width(config: SwinConfig) -> str:
+    return _width(len(config.depths) - 1)
+
+
+def _grids(config: SwinConfig) -> list[tuple[int, int]]:
+    """Return the tokens (rows, columns) of every stage.
+
+    Patch embedding and patch merging pad what they cannot divide.
+    """
+    patch = square_patch(config)
+    height, width = image_sides(config)
+    grids = [(math.ceil(height / patch), math.ceil(width / patch))]
+    for _ in config.depths[1:]:
+        rows, columns = grids[-1]
+        grids.append((math.ceil(rows / 2), math.ceil(columns / 2)))
+    return grids
+
+
+def _stage_width(config: SwinConfig, stage: int) -> int:
+    """Return the channels of a stage's residual stream, of a stock config as well."""
+    if isinstance(config, OFBSwinConfig):
+        return config.stage_width(stage)
+    return int(config.embed_dim * 2**stage)
+
+
+def _layer_sizes(config: SwinConfig, stage: int, block: int) -> dict[str, int]:
+    """Return heads, channels per head and MLP width of a block, of a stock config as well."""
     if isinstance(config, OFBSwinConfig):
         return config.layer_sizes(stage, block)
-    width, heads = _swin_stage_width(config, stage), config.num_heads[stage]
+    width, heads = _stage_width(config, stage), config.num_heads[stage]
     return {
         "num_attention_heads": heads,
         "head_dim": width // heads,
@@ -53,169 +97,187 @@ def _swin_layer_sizes(config: SwinConfig, stage: int, block: int) -> dict[str, i
     }
 
 
-def _swin_grids(config: SwinConfig) -> list[tuple[int, int]]:
-    """Tokens (rows, columns) of every stage; patch embedding and patch merging pad what they cannot
-    divide."""
-    patch = square_patch(config)
-    grids = [tuple(math.ceil(pixels / patch) for pixels in image_sides(config))]
-    for _ in config.depths[1:]:
-        grids.append(tuple(math.ceil(tokens / 2) for tokens in grids[-1]))
-    return grids
+# ------------------------------------------------------------------------------------- description
 
 
-def _describe_swin(config: SwinConfig) -> Architecture:
-    grids, patch, last = _swin_grids(config), square_patch(config), len(config.depths) - 1
+def _describe(config: SwinConfig) -> Architecture:
+    grids, patch = _grids(config), square_patch(config)
+    stages = range(len(config.depths))
     submodules: list[Submodule] = []
-    (stem, head), params = _swin_ends(config)
-    parts = [stem]
-    for stage, depth in enumerate(config.depths):
-        path, width = f"swin.encoder.layers.{stage}", f"stages.{stage}.width"
-        slots, norms = _swin_entry_slots(stage)
-        blocks: list[Submodule] = []
-        for block in range(depth):
-            at, name = f"{path}.blocks.{block}", f"stages.{stage}.blocks.{block}"
-            sizes = _swin_layer_sizes(config, stage, block)
-            table = Slot(
-                f"{at}.attention.relative_position_bias.relative_position_bias_table",
-                1,
-                per_head=True,
-            )
-            attention, mlp = block_submodules(at, name, sizes, table)
-            attention = replace(attention, variant="shifted" if block % 2 else "")
-            blocks += [attention, mlp]
-            slots += block_residual_slots(at)
-            norms += block_norms(at, sizes)
-            parts += windowed_block(
-                width, name, stage, attention.variant, *_swin_token_counts(config, grids[stage])
-            )
-            params += block_params(width, attention.name, mlp.name, config.qkv_bias)
-            params.append(Term((2 * config.window_size - 1) ** 2, (heads_of(attention.name),)))
-        if stage < last:
-            # Patch merging concatenates 2 x 2 neighbours: channel i stands at i, i + C, i + 2C and
-            # i + 3C.
-            norms.append(f"{path}.downsample.norm")
-            slots += [
-                *norm_slots(norms[-1], tiles=4),
-                Slot(f"{path}.downsample.reduction.weight", 1, tiles=4),
-            ]
-            parts.append(
-                merging_part(stage, width, f"stages.{stage + 1}.width", math.prod(grids[stage + 1]))
-            )
-            params += [Term(8, (width,)), Term(4, (width, f"stages.{stage + 1}.width"))]
-        else:
-            norms.append("swin.layernorm")
-            slots += [*norm_slots(norms[-1]), *linear_slots("classifier", 1)]
-        units = (_swin_stage_width(config, stage),)
-        submodules += [Submodule(width, "embedding", units, tuple(slots), tuple(norms)), *blocks]
+    for stage in stages:
+        submodules.append(_residual_width(config, stage))
+        for block in range(config.depths[stage]):
+            submodules += _block(config, stage, block)
     return Architecture(
         submodules=tuple(submodules),
-        parts=(*parts, head),
-        params=tuple(params),
+        parts=_parts(config),
+        params=_params(config),
         patch_grid=grids[0],
         patch_size=patch,
         token_grid=grids[-1],
-        token_size=patch * 2**last,
+        # Every patch merging doubles the side of the square that a token stands for.
+        token_size=patch * 2 ** (len(config.depths) - 1),
         num_channels=config.num_channels,
-        first_width="stages.0.width",
-        last_width=f"stages.{last}.width",
-        embeddings="swin.embeddings",
+        first_width=_width(0),
+        last_width=_last_width(config),
+        mask_token=MASK_TOKEN,
         activation=config.hidden_act,
     )
 
 
-def _swin_ends(config: SwinConfig) -> tuple[tuple[Part, Part], list[Term]]:
-    """What comes before and after the blocks (patch embedding, final LayerNorm and classifier), and
-    its parameters."""
-    first, last = "stages.0.width", f"stages.{len(config.depths) - 1}.width"
-    patch = square_patch(config)
-    pixels, patches = config.num_channels * patch**2, math.prod(_swin_grids(config)[0])
-    positions = math.prod(side // patch for side in image_sides(config)) * bool(
-        config.use_absolute_embeddings
+def _block(config: SwinConfig, stage: int, block: int) -> tuple[Submodule, Submodule]:
+    """Return attention and MLP of a block."""
+    path = _path(stage, block)
+    table = Slot(f"{path}.{BIAS_TABLE}", 1, per_head=True)
+    attention, mlp = block_submodules(
+        path, _name(stage, block), _layer_sizes(config, stage, block), (table,), BLOCK_NAMES
     )
-    parts = end_part("stem", first, patches * pixels), end_part("head", last, config.num_labels)
-    params = [
-        Term(pixels + 1 + 2 + positions, (first,)),
-        Term(2 + config.num_labels, (last,)),
-        Term(config.num_labels),
+    return replace(attention, variant=_variant(block)), mlp
+
+
+def _variant(block: int) -> str:
+    """Return what tells apart the attentions of a stage: every second one shifts its windows."""
+    return "shifted" if block % 2 else ""
+
+
+def _residual_width(config: SwinConfig, stage: int) -> Submodule:
+    """Return the submodule whose units are the channels of a stage's residual stream."""
+    slots, norms = _entry(stage)
+    for block in range(config.depths[stage]):
+        path = _path(stage, block)
+        slots += block_residual_slots(path, BLOCK_NAMES)
+        norms += block_norms(path, _layer_sizes(config, stage, block), BLOCK_NAMES)
+    if stage < len(config.depths) - 1:
+        # Patch merging concatenates 2 x 2 neighbours: channel i stands at i, i + C, i + 2C and
+        # i + 3C.
+        merging = f"{STAGES}.{stage}.downsample"
+        norms.append(f"{merging}.norm")
+        slots += norm_slots(norms[-1], tiles=4)
+        slots.append(Slot(f"{merging}.reduction.weight", 1, tiles=4))
+    else:
+        norms.append(NORM)
+        slots += norm_slots(NORM)
+        slots += linear_slots(CLASSIFIER, 1)
+    shape = (_stage_width(config, stage),)
+    return Submodule(_width(stage), "embedding", shape, tuple(slots), tuple(norms))
+
+
+def _entry(stage: int) -> tuple[list[Slot], list[str]]:
+    """Return slots and norms through which a stage's residual stream is first written."""
+    if stage > 0:
+        merging = f"{STAGES}.{stage - 1}.downsample.reduction"
+        return list(linear_slots(merging, 0, gated=True)), []
+    # The patch embedding is normalised before it becomes the residual stream, so the norm's output
+    # is what is gated.
+    norm = f"{EMBEDDINGS}.norm"
+    slots = [
+        *linear_slots(PATCH_PROJECTION, 0),
+        *norm_slots(norm, gated=True),
+        Slot(f"{EMBEDDINGS}.position_embeddings", 2, gated=True),
+        Slot(MASK_TOKEN, 2, gated=True),
     ]
-    return parts, params
+    return slots, [norm]
 
 
-def _swin_token_counts(config: SwinConfig, grid: tuple[int, int]) -> tuple[int, int, int]:
-    """Tokens of a stage, tokens after padding to whole windows, and tokens of one window."""
+def _parts(config: SwinConfig) -> tuple[Part, ...]:
+    grids = _grids(config)
+    pixels = config.num_channels * square_patch(config) ** 2
+    parts = [end_part("stem", _width(0), math.prod(grids[0]) * pixels)]
+    for stage, depth in enumerate(config.depths):
+        if stage > 0:
+            tokens = math.prod(grids[stage])
+            parts.append(merging_part(stage - 1, _width(stage - 1), _width(stage), tokens))
+        counts = _token_counts(config, grids[stage])
+        for block in range(depth):
+            name, variant = _name(stage, block), _variant(block)
+            parts += windowed_block(_width(stage), name, stage, variant, *counts)
+    parts.append(end_part("head", _last_width(config), config.num_labels))
+    return tuple(parts)
+
+
+def _token_counts(config: SwinConfig, grid: tuple[int, int]) -> tuple[int, int, int]:
+    """Return tokens of a stage, tokens padded to whole windows, and tokens of one window."""
     window = min(config.window_size, *grid)
     padded = math.prod(math.ceil(side / window) * window for side in grid)
     return math.prod(grid), padded, window**2
 
 
-def _swin_entry_slots(stage: int) -> tuple[list[Slot], list[str]]:
-    """Slots and norms through which a stage's residual stream is first written."""
-    if stage > 0:
-        return [
-            *linear_slots(f"swin.encoder.layers.{stage - 1}.downsample.reduction", 0, gated=True)
-        ], []
-    # The patch embedding is normalised before it becomes the residual stream, so the norm's output
-    # is what is gated.
-    slots = [
-        *linear_slots("swin.embeddings.patch_embeddings.projection", 0),
-        *norm_slots("swin.embeddings.norm", gated=True),
-        *(
-            Slot(f"swin.embeddings.{name}", 2, gated=True)
-            for name in ("position_embeddings", "mask_token")
-        ),
+def _params(config: SwinConfig) -> tuple[Term, ...]:
+    pixels = config.num_channels * square_patch(config) ** 2
+    positions = 0
+    if config.use_absolute_embeddings:
+        positions = math.prod(side // square_patch(config) for side in image_sides(config))
+    # Of each channel: patch projection with bias, LayerNorm, positions; LayerNorm, classifier.
+    params = [
+        Term((pixels + 1) + 2 + positions, (_width(0),)),
+        Term(2 + config.num_labels, (_last_width(config),)),
+        Term(config.num_labels),
     ]
-    return slots, ["swin.embeddings.norm"]
+    offsets = (2 * config.window_size - 1) ** 2  # relative positions of two tokens of a window
+    for stage, depth in enumerate(config.depths):
+        width = _width(stage)
+        for block in range(depth):
+            attention, mlp = f"{_name(stage, block)}.attention", f"{_name(stage, block)}.mlp"
+            params += block_params(width, attention, mlp, config.qkv_bias, BLOCK_NAMES)
+            params.append(Term(offsets, (heads_of(attention),)))
+        if stage < len(config.depths) - 1:
+            # LayerNorm and linear layer of the patch merging.
+            params += [Term(2 * 4, (width,)), Term(4, (width, _width(stage + 1)))]
+    return tuple(params)
 
 
-def _pin_swin(config: OFBSwinConfig) -> None:
-    """Writes down what the stock config derives from widths, so that it survives when widths
-    change."""
+# ---------------------------------------------------------------------------------------- resizing
+
+
+def _pin(config: OFBSwinConfig) -> None:
+    """Write into the config what it derives from widths that are about to change."""
     if config.attention_scale_per_stage is None:
-        config.attention_scale_per_stage = [
-            common_scale(
-                f"head_dim_per_block[{stage}]",
-                [config.layer_sizes(stage, block)["head_dim"] for block in range(depth)],
-                "attention_scale_per_stage",
-            )
-            for stage, depth in enumerate(config.depths)
-        ]
-    _resize_swin(config, _describe_swin(config).sizes)
+        scales = []
+        for stage, depth in enumerate(config.depths):
+            sizes = [config.layer_sizes(stage, block) for block in range(depth)]
+            head_dims = [size["head_dim"] for size in sizes]
+            field = f"head_dim_per_block[{stage}]"
+            scales.append(common_scale(field, head_dims, "attention_scale_per_stage"))
+        config.attention_scale_per_stage = scales
+    _resize(config, _describe(config).sizes)
 
 
-def _resize_swin(config: OFBSwinConfig, sizes: dict[str, tuple[int, ...]]) -> None:
-    def per_block(kind: str, axis: int) -> list[list[int]]:
-        return [
-            [sizes[f"stages.{stage}.blocks.{block}.{kind}"][axis] for block in range(depth)]
-            for stage, depth in enumerate(config.depths)
-        ]
+def _resize(config: OFBSwinConfig, sizes: dict[str, tuple[int, ...]]) -> None:
+    """Write submodule sizes into the config."""
+    widths: list[int] = []
+    heads: list[list[int]] = []
+    head_dims: list[list[int]] = []
+    intermediate_sizes: list[list[int]] = []
+    for stage, depth in enumerate(config.depths):
+        names = [_name(stage, block) for block in range(depth)]
+        widths.append(sizes[_width(stage)][0])
+        heads.append([sizes[f"{name}.attention"][0] for name in names])
+        head_dims.append([sizes[f"{name}.attention"][1] for name in names])
+        intermediate_sizes.append([sizes[f"{name}.mlp"][0] for name in names])
+    config.hidden_size_per_stage = widths
+    config.embed_dim = widths[0]
+    config.hidden_size = widths[-1]
+    config.num_heads_per_block = heads
+    config.head_dim_per_block = head_dims
+    config.intermediate_size_per_block = intermediate_sizes
 
-    config.hidden_size_per_stage = [
-        sizes[f"stages.{stage}.width"][0] for stage in range(len(config.depths))
-    ]
-    config.embed_dim, config.hidden_size = (
-        config.hidden_size_per_stage[0],
-        config.hidden_size_per_stage[-1],
-    )
-    config.num_heads_per_block = per_block("attention", 0)
-    config.head_dim_per_block = per_block("attention", 1)
-    config.intermediate_size_per_block = per_block("mlp", 0)
 
-
-def _swin_attributes(config: OFBSwinConfig) -> dict[str, dict[str, Any]]:
+def _attributes(config: OFBSwinConfig) -> dict[str, dict[str, Any]]:
+    """Return what modules store next to their weights."""
     attributes: dict[str, dict[str, Any]] = {"swin": {"num_features": config.hidden_size}}
     for stage, depth in enumerate(config.depths):
         for block in range(depth):
-            path = f"swin.encoder.layers.{stage}.blocks.{block}"
-            attributes |= block_attributes(path, config.layer_sizes(stage, block))
+            sizes = config.layer_sizes(stage, block)
+            attributes |= block_attributes(_path(stage, block), sizes, BLOCK_NAMES)
     return attributes
 
 
 SWIN = Family(
-    describe=_describe_swin,
-    from_dense=OFBSwinForImageClassification.from_dense,
-    pin=_pin_swin,
-    resize=_resize_swin,
-    attributes=_swin_attributes,
+    stock_class=SwinForImageClassification,
     model_class=OFBSwinForImageClassification,
+    describe=_describe,
+    pin=_pin,
+    resize=_resize,
+    attributes=_attributes,
     undecayed=("mask_token", "position_embeddings", "relative_position_bias_table"),
 )

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ViTForImageClassification
+from transformers import PreTrainedModel
 
-from ..models import OFBViTForImageClassification
+from ..families.description import square_patch
+from ..families.registry import family_of
+from ..families.token_reduction import token_layers, token_reductions
 from ..models.modeling_ofb_vit import TokenReduction, match_tokens, rank_tokens, take_tokens
 from ..tokens.schedules import Schedule, num_tokens, require_class_token
 from .plots import column, cost_axis, draw_budget, draw_schedule, drawing, rows_of
@@ -17,7 +19,7 @@ DIMMED = 0.25  # brightness of dropped patches
 
 
 @torch.no_grad()
-def trace_tokens(model: OFBViTForImageClassification, pixel_values: Tensor) -> list[Tensor]:
+def trace_tokens(model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
     """Return in which token each patch of some images is, layer by layer.
 
     Args:
@@ -34,10 +36,11 @@ def trace_tokens(model: OFBViTForImageClassification, pixel_values: Tensor) -> l
         ValueError: for a model without a token schedule.
     """
     require_class_token(model)
-    if not isinstance(model, ViTForImageClassification):
+    classifier = family_of(model.config).model_class
+    if not isinstance(model, classifier):
         raise TypeError(
             f"got a {type(model).__name__}; tokens are traced in a classifier, "
-            f"OFBViTForImageClassification."
+            f"{classifier.__name__}."
         )
     if getattr(model.config, "token_schedule", None) is None:
         raise ValueError(
@@ -45,11 +48,11 @@ def trace_tokens(model: OFBViTForImageClassification, pixel_values: Tensor) -> l
         )
     trace = _Trace(len(pixel_values), num_tokens(model.config))
     was_training = model.training
-    handles = [layer.register_forward_hook(trace.note) for layer in model.vit.layers]
+    handles = [layer.register_forward_hook(trace.note) for layer in token_layers(model)]
     handles += [
-        layer.reduction.register_forward_hook(trace.follow)
-        for layer in model.vit.layers
-        if layer.reduction is not None
+        reduction.register_forward_hook(trace.follow)
+        for reduction in token_reductions(model)
+        if reduction is not None
     ]
     try:
         model.eval()(pixel_values.to(model.device))
@@ -160,7 +163,7 @@ def paint_tokens(image: Tensor, places: Tensor, patch_size: int) -> Tensor:
 
 
 def draw_tokens(
-    model: OFBViTForImageClassification,
+    model: PreTrainedModel,
     pixel_values: Tensor,
     mean: list[float],
     std: list[float],
@@ -176,9 +179,9 @@ def draw_tokens(
         path: PNG file to write.
     """
     traced = trace_tokens(model, pixel_values)
-    layers = [layer for layer, block in enumerate(model.vit.layers) if block.reduction is not None]
-    patch = model.config.patch_size
-    side = patch if isinstance(patch, int) else patch[0]
+    reductions = token_reductions(model)
+    layers = [layer for layer, reduction in enumerate(reductions) if reduction is not None]
+    side = square_patch(model.config)
     scale = torch.tensor(std).view(-1, 1, 1)  # (C, 1, 1)
     shift = torch.tensor(mean).view(-1, 1, 1)  # (C, 1, 1)
     images = pixel_values.cpu().float() * scale + shift  # (B, C, H, W)

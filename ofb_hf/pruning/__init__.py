@@ -1,1 +1,1 @@
-"""How a model is cut: tensors sliced by one plan, and what stays fitted to what went."""
+"""How a model is cut: tensors sliced by one plan, and the remaining layers fitted anew."""

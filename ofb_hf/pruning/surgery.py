@@ -1,8 +1,8 @@
-"""Physical removal of units: the same plan applied to a model, its average and its optimizer.
+"""Remove units physically: the same plan applied to a model, its average and its optimizer.
 
 A plan says which entries of each tensor stay: {tensor name: ((axis, indices), ...)}. Parameters are
-replaced by new ones (the gradient machinery remembers the old shape), modules never are (hooks and
-references stay valid); those of an attention or MLP of which nothing is left are taken out.
+replaced by new ones (autograd remembers the old shape), modules never are, so that hooks and
+references stay valid. The layers of an attention or MLP without units are taken out.
 """
 
 import copy
@@ -13,61 +13,90 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from ..cost.counting import meant_schedule
 from ..families.description import Architecture, Submodule
+from ..families.loading import rebuild_classifier
 from ..families.registry import describe, family_of
-from ..families.subnet import SubnetSpec
+from ..families.subnet import Kept, SubnetSpec
+from ..families.token_reduction import meant_schedule
 
 Entries = tuple[tuple[int, Tensor], ...]
 Plan = dict[str, Entries]
 
 
+# ------------------------------------------------------------------------------------------- plans
+
+
 def slice_tensor(tensor: Tensor, entries: Entries) -> Tensor:
-    """The part of a tensor that stays.
+    """Return the part of a tensor that stays.
 
     Args:
-        entries: (axis, indices) in order; 1-D indices select along the axis, 2-D ones select within
-            every row.
+        tensor: any tensor.
+        entries: (axis, indices), applied in order; 1-D indices select along the axis, 2-D indices
+            select within every row.
     """
     for axis, indices in entries:
         indices = indices.to(tensor.device)
-        tensor = (
-            tensor.index_select(axis, indices)
-            if indices.ndim == 1
-            else tensor.take_along_dim(indices, dim=axis)
-        )
+        if indices.ndim == 1:
+            tensor = tensor.index_select(axis, indices)
+        else:
+            tensor = tensor.take_along_dim(indices, dim=axis)
     return tensor.contiguous()
 
 
 def unit_group_plan(
     submodules: Iterable[Submodule], kept: dict[str, Tensor], names: set[str]
 ) -> Plan:
-    """The plan that keeps some units of each submodule.
+    """Return the plan that keeps some units of each submodule.
 
     Args:
         submodules: with their slots and present shapes.
-        kept: submodule name -> flat indices of the units that stay; submodules not named keep all.
+        kept: submodule name -> (K,) flat indices of the units to keep; submodules that are not
+            named keep all.
         names: tensors that exist (a slot of an absent tensor, such as a bias, is skipped).
     """
-    plan: dict[str, list[tuple[int, Tensor]]] = {}
+    plan: dict[str, Entries] = {}
     for submodule in submodules:
-        if submodule.name in kept:
-            for slot in submodule.slots:
-                if slot.parameter in names:
-                    indices = slot.indices(kept[submodule.name], submodule.shape)
-                    plan.setdefault(slot.parameter, []).append((slot.axis, indices))
-    return {name: tuple(entries) for name, entries in plan.items()}
+        if submodule.name not in kept:
+            continue
+        for slot in submodule.slots:
+            if slot.parameter in names:
+                indices = slot.indices(kept[submodule.name], submodule.shape)
+                entries = plan.get(slot.parameter, ())
+                plan[slot.parameter] = (*entries, (slot.axis, indices))
+    return plan
+
+
+def flat_indices(subnet: SubnetSpec, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the kept units of one submodule as ascending flat indices (K,) into its units.
+
+    Args:
+        subnet: which units are kept.
+        name: of the submodule.
+        shape: its units, (U,) or (heads, channels per head).
+    """
+    kept = subnet.kept[name]
+    if not isinstance(kept, dict):
+        return torch.tensor(kept, dtype=torch.long)
+    indices: list[int] = []
+    for head in sorted(kept):
+        indices += [head * shape[1] + channel for channel in kept[head]]
+    return torch.tensor(indices, dtype=torch.long)
+
+
+# ------------------------------------------------------------------------------------ new classifiers
 
 
 def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
-    """A new, smaller classifier that holds only the units of `subnet`. `model` is left as it is.
+    """Return a new, smaller classifier that holds only the units of `subnet`.
 
     Args:
-        model: a classifier, stock or ours; its units are what the indices of `subnet` count.
+        model: a classifier, stock or ours; the indices of `subnet` count its units. It is left as
+            it is.
+        subnet: which units to keep.
 
     Raises:
         ValueError: for submodules or indices that `model` does not have, and for a token schedule
-            that it cannot have.
+            that it cannot follow.
     """
     family = family_of(model.config)
     if not isinstance(model, family.model_class):
@@ -75,77 +104,74 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     config = copy.deepcopy(model.config)
     architecture = describe(config)
     check_subnet(subnet, architecture)
-    kept = {
-        name: flat_indices(subnet, name, shape)
-        for name, shape in architecture.sizes.items()
-        if name in subnet.kept
-    }
+    kept: dict[str, Tensor] = {}
+    for name, shape in architecture.sizes.items():
+        if name in subnet.kept:
+            kept[name] = flat_indices(subnet, name, shape)
     state = model.state_dict()
     plan = unit_group_plan(architecture.submodules, kept, set(state))
-    sizes = {
-        name: size if isinstance(size, tuple) else (size,) for name, size in subnet.sizes.items()
-    }
     family.pin(config)
-    family.resize(config, architecture.sizes | sizes)
+    family.resize(config, architecture.sizes | subnet.shapes)
     if subnet.token_schedule is not None:
         schedule = meant_schedule(config, subnet.token_schedule)
         config.token_schedule = config.meant_schedule(schedule)
-    smaller = family.model_class(config).to(device=model.device, dtype=model.dtype)
-    smaller.load_state_dict(
-        {name: slice_tensor(state[name], plan.get(name, ())) for name in smaller.state_dict()}
-    )
-    return smaller.train(model.training)
+    # A half without units has no layers in the smaller model: its tensors are sliced for nothing,
+    # and not loaded.
+    sliced = {name: slice_tensor(tensor, plan.get(name, ())) for name, tensor in state.items()}
+    return rebuild_classifier(model, config, sliced)
 
 
 def check_subnet(subnet: SubnetSpec, architecture: Architecture) -> None:
-    """Raises ValueError, naming submodule and value, unless `subnet` fits a network of this
-    architecture."""
-    sizes, kinds = (
-        architecture.sizes,
-        {submodule.name: submodule.kind for submodule in architecture.submodules},
-    )
+    """Raise ValueError, naming submodule and value, unless `subnet` fits a network.
+
+    Args:
+        subnet: which units to keep.
+        architecture: of the network.
+    """
+    submodules = {submodule.name: submodule for submodule in architecture.submodules}
     for name, kept in subnet.kept.items():
-        if name not in sizes:
+        if name not in submodules:
             raise ValueError(
-                f"the subnet has a submodule {name!r}, but the model has {sorted(sizes)}."
+                f"the subnet has a submodule {name!r}, but the model has {sorted(submodules)}."
             )
-        shape = sizes[name]
-        if isinstance(kept, dict) != (len(shape) == 2):
-            raise ValueError(
-                f"kept[{name!r}] must be "
-                f"{'{head: channels}' if len(shape) == 2 else 'a list of units'}."
-            )
-        if not kept and kinds[name] == "embedding":
-            raise ValueError(
-                f"kept[{name!r}] is empty; the residual stream needs a channel, keep at least one."
-            )
-        if not kept:
-            continue
-        largest = (
-            [max(kept), max(max(c) for c in kept.values())]
-            if isinstance(kept, dict)
-            else [max(kept)]
+        _check_kept(submodules[name], kept)
+
+
+def _check_kept(submodule: Submodule, kept: Kept) -> None:
+    """Raise ValueError unless a submodule has these units and may be left with them."""
+    name, shape = submodule.name, submodule.shape
+    is_grid = len(shape) == 2
+    if isinstance(kept, dict) != is_grid:
+        expected = "{head: channels}" if is_grid else "a list of units"
+        raise ValueError(f"kept[{name!r}] must be {expected}.")
+    if not kept and submodule.kind == "embedding":
+        raise ValueError(
+            f"kept[{name!r}] is empty; the residual stream needs a channel, keep at least one."
         )
-        if any(index >= size for index, size in zip(largest, shape, strict=True)):
-            raise ValueError(
-                f"kept[{name!r}] reaches index {largest}, but the model's sizes there are "
-                f"{list(shape)}."
-            )
-
-
-def flat_indices(subnet: SubnetSpec, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Kept units of one submodule as ascending flat indices into its units."""
-    kept = subnet.kept[name]
+    if not kept:
+        return
+    largest = [max(kept)]
     if isinstance(kept, dict):
-        kept = [head * shape[1] + channel for head in sorted(kept) for channel in kept[head]]
-    return torch.tensor(kept, dtype=torch.long)
+        largest.append(max(map(max, kept.values())))
+    if any(index >= size for index, size in zip(largest, shape, strict=True)):
+        raise ValueError(
+            f"kept[{name!r}] reaches index {largest}, but the model's sizes there are "
+            f"{list(shape)}."
+        )
+
+
+# ------------------------------------------------------------------------------------------ in place
 
 
 def resize_(model: PreTrainedModel, sizes: dict[str, tuple[int, ...]]) -> None:
-    """Brings config and modules of a classifier to these sizes, but not their tensors.
+    """Bring config and modules of a classifier to some sizes, but not its tensors.
 
-    Attentions and MLPs of size 0 lose their layers and their norm. Hooks on the modules that remain
+    Attentions and MLPs of size 0 lose their layers and their norm. Hooks on the remaining modules
     stay.
+
+    Args:
+        model: a classifier of ours.
+        sizes: submodule name -> (U,) or (heads, channels per head), of all submodules.
     """
     family = family_of(model.config)
     family.resize(model.config, sizes)
@@ -155,12 +181,12 @@ def resize_(model: PreTrainedModel, sizes: dict[str, tuple[int, ...]]) -> None:
 
 
 def slice_tensors_(module: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
-    """Replaces the named parameters and buffers of a module by their slices.
+    """Replace the parameters and buffers of a module that a plan names by their slices.
 
     Returns:
         Old parameter -> new one, for `slice_optimizer_`.
     """
-    replaced = {}
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
     for name, entries in plan.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
@@ -176,12 +202,13 @@ def slice_tensors_(module: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Param
 
 
 def _refresh_sizes(layer: nn.Module) -> None:
-    """Brings the size attributes that torch layers keep beside their weight up to date."""
+    """Update the size attributes that torch layers store next to their weight."""
     weight = layer._parameters.get("weight")
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = weight.shape
     elif isinstance(layer, nn.Conv2d):
-        layer.out_channels, layer.in_channels = weight.shape[0], weight.shape[1] * layer.groups
+        layer.out_channels = weight.shape[0]
+        layer.in_channels = weight.shape[1] * layer.groups
     elif isinstance(layer, nn.LayerNorm):
         layer.normalized_shape = tuple(weight.shape)
 
@@ -191,39 +218,52 @@ def slice_optimizer_(
     replaced: dict[nn.Parameter, nn.Parameter | None],
     entries: dict[nn.Parameter, Entries],
 ) -> None:
-    """Hands an optimizer the new parameters and slices every state tensor that had the old
-    parameter's shape.
+    """Hand an optimizer the new parameters, and slice its state as they were sliced.
 
     Args:
+        optimizer: it holds the old parameters.
         replaced: old parameter -> new one, None if it is gone.
-        entries: old parameter -> how it was sliced; one that is absent starts with fresh state.
+        entries: old parameter -> how it was sliced; a parameter without entries starts with fresh
+            state.
     """
     for group in optimizer.param_groups:
-        present = (replaced.get(parameter, parameter) for parameter in group["params"])
+        present = [replaced.get(parameter, parameter) for parameter in group["params"]]
         group["params"] = [parameter for parameter in present if parameter is not None]
     for old, new in replaced.items():
         state = optimizer.state.pop(old, None)
-        if state and new is not None and old in entries:
-            optimizer.state[new] = {
-                key: slice_tensor(value, entries[old])
-                if isinstance(value, Tensor) and value.shape == old.shape
-                else value
-                for key, value in state.items()
-            }
+        if not state or new is None or old not in entries:
+            continue
+        sliced = {}
+        for key, value in state.items():
+            # Step counts are no tensors of the parameter's shape.
+            has_entries = isinstance(value, Tensor) and value.shape == old.shape
+            sliced[key] = slice_tensor(value, entries[old]) if has_entries else value
+        optimizer.state[new] = sliced
+
+
+# What DDP is made with and keeps under the same name.
+DDP_ARGUMENTS = (
+    "device_ids",
+    "output_device",
+    "dim",
+    "process_group",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "static_graph",
+)
 
 
 def rebuild_ddp_(wrapped: DistributedDataParallel) -> None:
-    """Makes DDP watch the parameters its module has now; without this, replaced ones silently stop
-    being averaged.
+    """Make DDP average the parameters that its module has now.
 
-    Rebuilt in place, so that every reference to the wrapper stays valid; shapes are checked across
-    ranks and rank 0's values are broadcast.
+    Without this, replaced parameters silently stop being averaged. DDP is rebuilt in place, so that
+    every reference to the wrapper stays valid; it checks shapes across ranks and broadcasts the
+    values of rank 0.
     """
-    keys = "device_ids output_device dim process_group find_unused_parameters gradient_as_bucket_view static_graph"
-    kwargs = {key: getattr(wrapped, key) for key in keys.split()}
+    arguments = {name: getattr(wrapped, name) for name in DDP_ARGUMENTS}
     if not wrapped.bucket_bytes_cap_default:
-        kwargs["bucket_cap_mb"] = wrapped.bucket_bytes_cap / 2**20
-    # the default, True, is not passed: newer torch warns about the name
+        arguments["bucket_cap_mb"] = wrapped.bucket_bytes_cap / 2**20
+    # The default, True, is not passed: newer torch warns about the name.
     if not wrapped.broadcast_buffers:
-        kwargs["broadcast_buffers"] = False
-    wrapped.__init__(wrapped.module, **kwargs)
+        arguments["broadcast_buffers"] = False
+    wrapped.__init__(wrapped.module, **arguments)

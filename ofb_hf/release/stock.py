@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
+from ..families.loading import rebuild_classifier
 from ..families.registry import describe
-from ..families.vit import vit_query_parameters, with_vit_layers
+from ..families.vit import query_parameters, with_layers
 from ..models import OFBViTForImageClassification
 from ..pruning.surgery import Entries, unit_group_plan
 
@@ -78,7 +79,7 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
             if config.attention_scale is None
             else config.attention_scale
         )
-        for name in vit_query_parameters(layer):
+        for name in query_parameters(layer):
             if name in state:  # the bias may not be
                 state[name] = state[name] * (scale * widest["head_dim"] ** 0.5)
     padded.load_state_dict(state)
@@ -101,9 +102,7 @@ def _without_empty_layers(model: OFBViTForImageClassification) -> OFBViTForImage
     for name in SIZES:
         setattr(config, f"{name}_per_layer", [sizes[layer][name] for layer in layers])
     config.num_hidden_layers = len(layers)
-    shorter = OFBViTForImageClassification(config).to(model.dtype)
-    shorter.load_state_dict(with_vit_layers(model.state_dict(), layers))
-    return shorter
+    return rebuild_classifier(model, config, with_layers(model.state_dict(), layers))
 
 
 def _scatter(model: PreTrainedModel, padded: PreTrainedModel) -> dict[str, Tensor]:

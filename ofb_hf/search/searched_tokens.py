@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTConfig
+from transformers import PreTrainedModel, ViTConfig
 
 from ..choice.knapsack import TIGHTNESS, Choice
 from ..choice.schedule_candidates import (
@@ -26,10 +26,9 @@ from ..choice.schedule_candidates import (
 from ..choice.scores import IMPORTANCE_SCORE
 from ..cost.budget import UnreachableBudgetError
 from ..families.description import Architecture, quantities
-from ..families.vit import scheduled
-from ..models import OFBViTForImageClassification
+from ..families.token_reduction import scheduled, set_token_reduction_, token_reductions
 from ..models.modeling_ofb_vit import rank_tokens
-from ..tokens.schedules import Cost, Schedule, full_schedule, num_tokens
+from ..tokens.schedules import Cost, Schedule, full_schedule, num_tokens, ranking_layers
 
 # Numbers of tokens to which merging is tried in each layer.
 TRIED = 16
@@ -159,14 +158,14 @@ class SearchedTokens(nn.Module):
         """Decide on a token schedule."""
         self.schedule.copy_(torch.tensor(schedule))
 
-    def watch_(self, model: OFBViTForImageClassification, on: bool = True) -> None:
+    def watch_(self, model: PreTrainedModel, on: bool = True) -> None:
         """Put probes into all layers that may reduce their tokens, or take them out again."""
-        for number, layer in enumerate(model.vit.layers):
-            if number and layer.attention.num_attention_heads:
-                layer.reduction = TokenProbe(self.counts) if on else None
+        for layer in ranking_layers(model.config):
+            if layer > 0:
+                set_token_reduction_(model, layer, TokenProbe(self.counts) if on else None)
 
     @torch.no_grad()
-    def changes(self, model: OFBViTForImageClassification, images: int) -> Tensor:
+    def changes(self, model: PreTrainedModel, images: int) -> Tensor:
         """Return what the probes observed in the last backward pass, and forget it there.
 
         Args:
@@ -177,10 +176,10 @@ class SearchedTokens(nn.Module):
             (B, layers, K), 0 in layers without a probe.
         """
         changes = self.first_order.new_zeros(images, *self.first_order.shape)
-        for number, layer in enumerate(model.vit.layers):
-            if isinstance(layer.reduction, TokenProbe) and layer.reduction.changes is not None:
-                changes[:, number] = layer.reduction.changes.mT
-                layer.reduction.changes = None
+        for layer, probe in enumerate(token_reductions(model)):
+            if isinstance(probe, TokenProbe) and probe.changes is not None:
+                changes[:, layer] = probe.changes.mT
+                probe.changes = None
         return changes
 
     def curves(self, total: float | None) -> np.ndarray:

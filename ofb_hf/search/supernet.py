@@ -21,6 +21,8 @@ from ..families.description import (
     image_sides,
     quantities,
 )
+from ..families.loading import rebuild_classifier
+from ..families.mask_token import add_mask_token_, drop_mask_token_, mask_token_of
 from ..families.registry import describe, family_of, require_classifier
 from ..families.subnet import SubnetSpec
 from ..masks.bi_mask import BiMask, TiedBiMask
@@ -84,15 +86,11 @@ class Supernet(Choices):
         self.pmim_decoder = None
         self.pmim_window = config.pmim_window or window_for_patch(architecture.token_size)
         if config.pmim:
-            first, last = (
-                architecture.sizes[name][0]
-                for name in (architecture.first_width, architecture.last_width)
-            )
+            last = architecture.sizes[architecture.last_width][0]
             self.pmim_decoder = PMIMDecoder(
                 last, architecture.token_size, architecture.num_channels
             ).to(model.dtype)
-            mask_token = torch.zeros(1, 1, first, dtype=model.dtype)
-            model.get_submodule(architecture.embeddings).mask_token = nn.Parameter(mask_token)
+            add_mask_token_(model)
         self.register_buffer("lam", torch.tensor(config.importance_start))
         self.register_buffer("importance_known", torch.tensor(False))
         self.register_buffer("folded", torch.tensor(False))
@@ -341,7 +339,7 @@ class Supernet(Choices):
         self.config.token_schedule = self.config.meant_schedule(self.token_schedule)
         if self.pmim_decoder is not None:
             self.pmim_decoder = None
-            self.model.get_submodule(self.dense_architecture.embeddings).mask_token = None
+            drop_mask_token_(self.model)
         resize_(self.model, self.architecture.sizes)
         return dict.fromkeys(before - set(self.parameters()))
 
@@ -429,7 +427,7 @@ class Supernet(Choices):
         if self.pmim_decoder is not None and not self.repaints:
             resting += [
                 *self.pmim_decoder.parameters(),
-                self.model.get_submodule(self.architecture.embeddings).mask_token,
+                mask_token_of(self.model),
             ]
         return {
             parameter.requires_grad_(False): None
@@ -444,15 +442,9 @@ class Supernet(Choices):
 
         Units that are not alive are left out. The supernet stays as it was.
         """
-        state = {
-            n: tensor.clone()
-            for n, tensor in self.model.state_dict().items()
-            if not n.endswith(".mask_token")
-        }
+        state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.scale_(state)
-        folded = family_of(self.config).model_class(copy.deepcopy(self.config))
-        folded.to(device=self.model.device, dtype=self.model.dtype)
-        folded.load_state_dict(state)
+        folded = rebuild_classifier(self.model, copy.deepcopy(self.config), state)
         living = {mask.name: mask.kept_now() for mask in self.bi_masks}
         return slice_model(folded, SubnetSpec(living, self.token_schedule)).train(self.training)
 
@@ -529,11 +521,5 @@ def compress(supernet: Supernet) -> PreTrainedModel:
 def dense_parent(supernet: Supernet) -> PreTrainedModel:
     """The classifier as it was before masks scaled it. Meant for a supernet that has not been
     trained yet."""
-    state = {
-        k: v.clone()
-        for k, v in supernet.model.state_dict().items()
-        if not k.endswith(".mask_token")
-    }
-    dense = family_of(supernet.config).model_class(copy.deepcopy(supernet.config))
-    dense.load_state_dict(state)
-    return dense.to(supernet.model.device, supernet.model.dtype).eval()
+    model = supernet.model
+    return rebuild_classifier(model, copy.deepcopy(model.config), model.state_dict()).eval()

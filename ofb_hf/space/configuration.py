@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, SwinConfig, ViTConfig
 from ..cost.budget import Budget
 from ..families.description import Architecture, Submodule
 from ..families.registry import describe
-from ..families.vit import with_fewest_tokens
+from ..families.token_reduction import supports_tokens, with_fewest_tokens
 from .idle_settings import require_effect
 from .presets import PRESETS
 from .search_space import SearchSpace, SubmoduleSpace
@@ -330,7 +330,7 @@ class BiMaskConfig(Budget):
                 f"{type(model_config).__name__}."
             )
         architecture: Architecture = describe(model_config)
-        if self.search_tokens and not isinstance(model_config, ViTConfig):
+        if self.search_tokens and not supports_tokens(model_config):
             raise ValueError(
                 f"search_tokens is True, but a {type(model_config).__name__} has no class token "
                 f"to rank tokens by (and "

@@ -16,8 +16,13 @@ from transformers import PreTrainedModel, ViTConfig
 
 from ..cost.budget import Budget, UnreachableBudgetError
 from ..families.description import macs_of
-from ..families.vit import scheduled, with_fewest_tokens
-from ..models import OFBViTForImageClassification
+from ..families.registry import family_of
+from ..families.token_reduction import (
+    scheduled,
+    set_token_reduction_,
+    token_reductions,
+    with_fewest_tokens,
+)
 from ..models.modeling_ofb_vit import TokenReduction, require_biased_attention, token_directions
 from ..tokens.schedules import (
     SMALLEST,
@@ -292,9 +297,7 @@ def _merge_in_place(
     return means.to(tokens.dtype), gained
 
 
-def install_learned_counts(
-    model: PreTrainedModel, granularity: int = 1
-) -> OFBViTForImageClassification:
+def install_learned_counts(model: PreTrainedModel, granularity: int = 1) -> PreTrainedModel:
     """Return a copy of a classifier in which all layers but two learn how many tokens to keep.
 
     Only the counts learn. The first layer keeps all tokens, because its class token has not seen
@@ -316,28 +319,25 @@ def install_learned_counts(
     *learning, last = learning_layers(model.config)
     require_biased_attention(model.config)
     _require_gap(granularity, num_tokens(model.config) - 1)
-    learner = OFBViTForImageClassification.from_dense(
-        model, token_schedule=full_schedule(model.config)
-    )
+    learner = family_of(model.config).from_dense(model, token_schedule=full_schedule(model.config))
     learner.requires_grad_(False)
     for layer in learning:
-        learner.vit.layers[layer].reduction = LearnedReduction(
-            num_tokens(model.config), granularity
-        ).to(model.device)
-    learner.vit.layers[last].reduction = TokenReduction(*SMALLEST)
+        reduction = LearnedReduction(num_tokens(model.config), granularity)
+        set_token_reduction_(learner, layer, reduction.to(model.device))
+    set_token_reduction_(learner, last, TokenReduction(*SMALLEST))
     return learner
 
 
-def learned_reductions(model: OFBViTForImageClassification) -> list[LearnedReduction]:
+def learned_reductions(model: PreTrainedModel) -> list[LearnedReduction]:
     """Return the modules with learned counts, from the first layer to the last."""
     return [
-        layer.reduction
-        for layer in model.vit.layers
-        if isinstance(layer.reduction, LearnedReduction)
+        reduction
+        for reduction in token_reductions(model)
+        if isinstance(reduction, LearnedReduction)
     ]
 
 
-def expected_cost(model: OFBViTForImageClassification, cost: Cost = macs_of) -> Tensor:
+def expected_cost(model: PreTrainedModel, cost: Cost = macs_of) -> Tensor:
     """Return the cost under the present counts, rounded up: a scalar to differentiate.
 
     As in the published code, a layer feels the price of its count even where an earlier layer left
@@ -351,7 +351,7 @@ def expected_cost(model: OFBViTForImageClassification, cost: Cost = macs_of) -> 
     """
     config = model.config
     tokens = num_tokens(config)
-    entering = model.classifier.weight.new_tensor(tokens, dtype=torch.float32)
+    entering = torch.tensor(tokens, dtype=torch.float32, device=model.device)
     learned = []
     for reduction in learned_reductions(model):
         own = torch.minimum(reduction.kept(), reduction.merged())
@@ -362,7 +362,7 @@ def expected_cost(model: OFBViTForImageClassification, cost: Cost = macs_of) -> 
     return schedule_cost(config, learned_schedule(config, learned), cost)
 
 
-def read_expected_counts(model: OFBViTForImageClassification) -> list[list[float]]:
+def read_expected_counts(model: PreTrainedModel) -> list[list[float]]:
     """Return [kept, left] of the layers that learn them, as expectations."""
     counts = []
     for reduction in learned_reductions(model):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..models import OFBViTForImageClassification
+from ..families.loading import rebuild_classifier
+from ..families.registry import family_of
 from ..tokens.schedules import Schedule, full_schedule, rounded_schedule, schedule_cost
 from ..training.activation_checkpointing import without_reentry
 from ..training.arguments import OFBTrainingArguments
@@ -82,7 +83,7 @@ class TokenTrainer(DistillationTrainer):
         self.target = self.token_config.target_for(learner.config)
         self.dense_cost = schedule_cost(learner.config, every, self.token_config.terms_of)
         if teacher is None and args.distillation_weight != 0:
-            teacher = OFBViTForImageClassification.from_dense(model, token_schedule=every)
+            teacher = family_of(model.config).from_dense(model, token_schedule=every)
         learner.train(model.training)
         super().__init__(learner, args, teacher, distillation_weight=0.5, **kwargs)
 
@@ -102,7 +103,7 @@ class TokenTrainer(DistillationTrainer):
         return outputs, parts, loss + self.token_config.token_macs_weight * gap
 
     @property
-    def learner(self) -> OFBViTForImageClassification:
+    def learner(self) -> PreTrainedModel:
         """Return the classifier whose counts learn."""
         return self.accelerator.unwrap_model(self.model)
 
@@ -112,17 +113,14 @@ class TokenTrainer(DistillationTrainer):
         expected = read_expected_counts(self.learner)
         return rounded_schedule(config, expected, self.target, self.token_config.terms_of)
 
-    def scheduled(self) -> OFBViTForImageClassification:
+    def scheduled(self) -> PreTrainedModel:
         """Return a classifier with the unchanged weights and the present token schedule."""
         learner = self.learner
         fields = learner.config.to_dict() | {"token_schedule": self.schedule()}
         config = type(learner.config).from_dict(fields)
         config._attn_implementation = learner.config._attn_implementation  # not in the dict
-        result = OFBViTForImageClassification(config).to(learner.device, learner.dtype)
-        state = learner.state_dict()
-        # Without the logits of the counts, which the result does not have.
-        result.load_state_dict({name: state[name] for name in result.state_dict()})
-        return result.train(learner.training)
+        # The result does not have the logits of the counts, and leaves them out.
+        return rebuild_classifier(learner, config, learner.state_dict())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create AdamW over the logits of the counts, without weight decay."""

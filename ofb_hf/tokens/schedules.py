@@ -10,14 +10,13 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig, ViTConfig
+from transformers import ViTConfig
 
 from ..cost.budget import UnreachableBudgetError
 from ..cost.counting import evaluate_terms
 from ..families.description import Part, Term, UnsupportedArchitectureError, macs_of, quantities
 from ..families.registry import describe
-from ..families.vit import vit_parts
+from ..families.token_reduction import require_class_token, schedule_parts
 
 # [[kept after dropping, left after merging], ...], one pair for each layer.
 Schedule = list[list[int]]
@@ -30,21 +29,6 @@ SMALLEST = [2, 2]  # the class token and one patch
 # A bisection brings a schedule this near to its budget, in tokens per layer; what rounding leaves
 # of the budget is then used up token by token.
 FINENESS = 1 / 64
-
-
-def require_class_token(model: nn.Module | PreTrainedConfig) -> None:
-    """Raise unless the class token of a model, or of a model with this config, can rank its tokens.
-
-    Raises:
-        UnsupportedArchitectureError: for every model type but ViT.
-    """
-    config = getattr(model, "config", model)
-    if getattr(config, "model_type", None) not in ("vit", "ofb_vit"):
-        raise UnsupportedArchitectureError(
-            f"got a {type(model).__name__}; tokens are ranked by the attention of a class token, "
-            "and of the supported families only ViT has one. (Swin has none, and its windows need "
-            "the whole grid of patches.)"
-        )
 
 
 def num_tokens(config: ViTConfig) -> int:
@@ -133,7 +117,7 @@ def _cost_under(config: ViTConfig, cost: Cost) -> Callable[[Counts], Any]:
     amounts = quantities(describe(config).sizes)
 
     def cost_of(schedule: Counts) -> Any:
-        terms = cost(vit_parts(config, schedule))
+        terms = cost(schedule_parts(config, schedule))
         return evaluate_terms(terms, amounts)
 
     return cost_of

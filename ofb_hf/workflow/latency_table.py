@@ -30,7 +30,7 @@ from ..cost.latency import (
 )
 from ..families.description import quantities
 from ..families.registry import describe, family_of
-from ..models import OFBViTConfig
+from ..families.token_reduction import supports_tokens
 from ..space.configuration import default_config
 from ..space.search_space import SearchSpace
 from ..tokens.schedules import Schedule, learned_schedule, num_tokens, ranking_layers
@@ -135,14 +135,10 @@ def sample_sizes(
 
 def may_reduce_tokens(config: PreTrainedConfig) -> bool:
     """Whether a network of this config, ours, may have a token schedule."""
-    return (
-        isinstance(config, OFBViTConfig)
-        and num_tokens(config) > 2
-        and len(ranking_layers(config)) > 1
-    )
+    return supports_tokens(config) and num_tokens(config) > 2 and len(ranking_layers(config)) > 1
 
 
-def sample_schedule(config: OFBViTConfig, rng: random.Random) -> Schedule:
+def sample_schedule(config: PreTrainedConfig, rng: random.Random) -> Schedule:
     """A random token schedule that might be learned: with layers that let all pass, only drop, only
     merge, or both."""
     left = num_tokens(config)

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 
 from ..data import AugmentationArguments, DataArguments
-from ..models import OFBViTForImageClassification
+from ..families.registry import family_of
 from ..pictures.token_maps import plot_token_search
 from ..release.card import render_token_card
 from ..token_search.learned_counts import TokenSearchConfig, install_learned_counts
@@ -46,7 +46,7 @@ def prepare(
     if getattr(loaded.config, "token_schedule", None):
         # The budget is a fraction of the cost with all tokens: that is the model to compare with.
         everything = full_schedule(loaded.config)
-        dense = OFBViTForImageClassification.from_dense(loaded, token_schedule=everything)
+        dense = family_of(loaded.config).from_dense(loaded, token_schedule=everything)
     targets = {"": config.absolute(config.target_for(dense.config))}
     warn_if_elsewhere(config.table, args.device)
     return Run(

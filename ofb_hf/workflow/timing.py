@@ -3,15 +3,13 @@
 import statistics
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..families.blocks import BLOCK_HALVES
-from ..families.forward_parts import REDUCTION
+from ..families.forward_parts import part_ends
 from ..families.registry import describe
 
 CALLS = 50  # of an empty module, to see what marks cost
@@ -31,37 +29,13 @@ class Timeline:
         self.model, self.clock, self._marks = model, clock, []
         self._is_cuda = model.device.type == "cuda"
         self._cost = 0.0 if self._is_cuda else _cost_of_a_hook(clock)
-        architecture = describe(model.config)
-        paths = {
-            submodule.name.rpartition(".")[0]: submodule.slots[0].parameter.partition(
-                f".{submodule.kind}."
-            )[0]
-            for submodule in architecture.submodules
-            if submodule.kind != "embedding"
-        }
-        between, blocks = "", {}
-        for part in architecture.parts[:-1]:  # the last one ends with the pass
-            block, _, kind = part.name.rpartition(".")
-            path = paths.get(block)
-            if path is None:
-                between = part.name
-                continue
-            if between:  # the stem, or a merging: it ends where the first block behind it begins
-                model.get_submodule(path).register_forward_pre_hook(self._marker(between))
-                between = ""
-            halves = blocks.setdefault(path, {})
-            if part.name not in architecture.left_out:
-                halves[kind] = part.name
-        for path, halves in blocks.items():
-            block = model.get_submodule(path)
-            begins = {
-                "mlp": block.get_submodule(BLOCK_HALVES["mlp"][0]),
-                REDUCTION: getattr(block, REDUCTION, None),
-            }
-            for before, after in pairwise(halves):
-                begins[after].register_forward_pre_hook(self._marker(halves[before]))
-            if halves:
-                block.register_forward_hook(self._marker([*halves.values()][-1]))
+        # The last part ends with the pass.
+        for end in part_ends(describe(model.config)):
+            module = model.get_submodule(end.module)
+            if end.is_entered:
+                module.register_forward_pre_hook(self._marker(end.part))
+            else:
+                module.register_forward_hook(self._marker(end.part))
 
     def _marker(self, name: str) -> Callable[..., None]:
         return lambda *_: self._mark(name)

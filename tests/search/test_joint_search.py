@@ -40,7 +40,7 @@ from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.families.description import macs_of, quantities
 from ofb_hf.families.registry import describe
-from ofb_hf.families.vit import scheduled
+from ofb_hf.families.token_reduction import scheduled
 from ofb_hf.models.modeling_ofb_vit import merge_tokens, rank_tokens
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.release.stock import pad_to_stock

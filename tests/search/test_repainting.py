@@ -168,7 +168,8 @@ def test_all_that_enters_the_residual_stream_is_scaled_by_the_mask(family, overr
 def first_hidden_state(supernet: Supernet) -> Tensor:
     """What the embeddings give for images with hidden patches: (B, N, C)."""
     captured = []
-    embeddings = supernet.model.get_submodule(supernet.architecture.embeddings)
+    owner, _, _ = supernet.architecture.mask_token.rpartition(".")
+    embeddings = supernet.model.get_submodule(owner)
     hook = embeddings.register_forward_hook(lambda module, args, output: captured.append(output))
     supernet(images_for(supernet), bool_masked_pos=masked_patches(supernet))
     hook.remove()

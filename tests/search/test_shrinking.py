@@ -28,6 +28,7 @@ from invariants import (
 )
 
 from ofb_hf import compress, count_macs, install_bi_masks, read_subnet
+from ofb_hf.families.mask_token import mask_token_of
 from ofb_hf.pruning.surgery import Plan, slice_optimizer_, slice_tensor
 from ofb_hf.search.supernet import Supernet
 from ofb_hf.training.averaging import WeightAverage
@@ -122,7 +123,8 @@ def test_a_shrunken_network_looks_like_one_that_was_built_small(family, depth):
     supernet = tiny_supernet(family=family, target_macs=0.5, search_depth=depth)
     if depth:
         leave_out_(supernet, 1)
-    supernet.model.get_submodule(supernet.architecture.embeddings).requires_grad_(False)
+    owner, _, _ = supernet.architecture.mask_token.rpartition(".")
+    supernet.model.get_submodule(owner).requires_grad_(False)
     frozen = [
         name for name, parameter in supernet.model.named_parameters() if not parameter.requires_grad
     ]
@@ -160,9 +162,8 @@ def test_mask_token_and_decoder_lose_the_channels_that_the_network_loses(family)
     """The token enters where the first width does, the decoder reads the last one."""
     supernet = tiny_supernet(family=family)
     architecture, masks = supernet.architecture, supernet.named_masks
-    embeddings = supernet.model.get_submodule(architecture.embeddings)
     token, decoder = (
-        embeddings.mask_token.detach(),
+        mask_token_of(supernet.model).detach(),
         supernet.pmim_decoder.projection.weight.detach(),
     )
     for name, size in {architecture.last_width: 31, architecture.first_width: 13}.items():
@@ -171,7 +172,7 @@ def test_mask_token_and_decoder_lose_the_channels_that_the_network_loses(family)
         list(masks[name].kept()) for name in (architecture.first_width, architecture.last_width)
     )
     supernet.shrink_()
-    assert torch.equal(embeddings.mask_token, token[..., first])
+    assert torch.equal(mask_token_of(supernet.model), token[..., first])
     assert torch.equal(supernet.pmim_decoder.projection.weight, decoder[:, last])
     assert supernet.pmim_decoder.projection.in_channels == len(last)
     assert len(first) == 13

@@ -38,7 +38,7 @@ from ofb_hf.cost.counting import count_macs, evaluate_terms
 from ofb_hf.cost.latency import PICOSECONDS, count_latency
 from ofb_hf.families.description import macs_of, quantities
 from ofb_hf.families.registry import describe, family_of
-from ofb_hf.families.vit import scheduled, vit_layer_parts
+from ofb_hf.families.token_reduction import layer_parts, scheduled
 from ofb_hf.token_search.learned_counts import TokenSearchConfig, expected_cost, learned_reductions
 from ofb_hf.token_search.trainer import TokenTrainer
 from ofb_hf.tokens.schedules import (
@@ -88,7 +88,7 @@ def test_layers_sum_to_the_whole(data, seed):
         merges = [left < kept for kept, left in schedule]
         layers = [
             evaluate_terms(
-                cost(vit_layer_parts(layer, before, *pair, any(merges[:layer]))), amounts
+                cost(layer_parts(config, layer, before, *pair, any(merges[:layer]))), amounts
             )
             for layer, (before, pair) in enumerate(zip(entering, schedule, strict=False))
         ]
