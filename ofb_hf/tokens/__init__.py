@@ -1,6 +1,6 @@
 """Token schedules as data: how many tokens leave each layer of a ViT, and what that costs."""
 
-from ..families.vit import with_fewest_tokens
+from ..families.token_reduction import with_fewest_tokens
 from .published import PUBLISHED, published_schedule
 from .schedules import (
     FINENESS,
