@@ -37,10 +37,12 @@ def prepare(
     name = _named_model(model_args)
     _require_settings_of_finetuning(model_args, args)
     require_push(args)
+    # what decides the result: a resumed run has to agree with it
     settings = {"model_name_or_path": name, "teacher_name_or_path": model_args.teacher_name_or_path}
     settings |= asdict(data_args) | asdict(augmentation_args) | training_settings(args, data_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, phases=("",))
     model, inputs = load(name, data_args, args.seed, augmentation_args)
+    # `publish` takes models of this package only; better to say so now than after the training.
     if args.push_to_hub and is_stock(model):
         raise ValueError(
             f"push_to_hub publishes classifiers of this package, and {name} is a "
@@ -100,7 +102,7 @@ def run_finetune(run: Run) -> dict[str, Any]:
         finetuned = run.finetune(copy.deepcopy(run.dense), run.teacher)
         results = finish(run, {"dense": run.dense, "finetuned": finetuned})
         if run.is_main:
-            # What is written twice, here and in the output folder itself, is not kept twice.
+            # The output folder holds the same weights now.
             output.remove(run.result_folder("finetune"))
     return results
 
@@ -109,6 +111,7 @@ def finish(run: Run, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     """Measure the models, write the output folder and print the summary."""
     results = measured(run, models)
     final = models["finetuned"]
+    # only our ViT has one
     schedule = getattr(final.config, "token_schedule", None)
     if schedule is not None:
         results["token_schedule"] = schedule

@@ -33,6 +33,7 @@ from ..data import (
     with_image_transform,
 )
 from ..families.description import image_sides
+from ..families.evaluation import evaluating
 from ..families.loading import load_complete_classifier
 from ..families.registry import describe, require_classifier
 from ..families.subnet import SubnetSpec
@@ -87,12 +88,16 @@ def load(
             "stream does; give --streaming true as well (a folder can be streamed, too), or leave "
             "it out."
         )
+    # The model is made, or checked, for the label names of the data; then the data follows the
+    # order in which the model has them.
     processor = load_image_processor(name_or_path)
     data = load_image_data(data_args)
+    # Rank 0 decides for all: a rank that went on alone would wait for the others for ever.
     decided_by_rank_0(lambda: require_decodable(data.eval, data.image_column))
     model = load_classifier(name_or_path, data.label_names, seed)
     data = _in_the_models_order(data, model, name_or_path)
     inputs = _prepared(processor, data, data_args, augmentation_args, seed)
+    # with a real image, before anything is written or trained
     _require_images(name_or_path, model, inputs)
     return model.train(), inputs
 
@@ -106,36 +111,37 @@ def _prepared(
 ) -> Inputs:
     """Return data that is prepared as an image processor says, augmented for training."""
     columns = (data.image_column, data.label_column)
+    # "plain" for evaluation: resized, cropped and normalised, and not augmented
     augmented = build_transform(
         processor, data_args.augmentation, train=True, augmentation_args=augmentation_args
     )
     plain = build_transform(processor, "none", train=False, eval_crop_pct=data_args.eval_crop_pct)
+    # A stream shuffles and deals out its images by itself; others are indexed by a sampler.
     if isinstance(data.train, StreamedSplit):
         train = ImageStream(data.train, augmented, seed, augmentation_args.repeated_augmentation)
     else:
         train = SeededImages(data.train, augmented, *columns, seed)
+    # Mixing and erasing need whole batches, on the device.
     batch_augmentation = None
     if data_args.augmentation == "deit":
         batch_augmentation = BatchAugmentation.from_arguments(
             processor, len(data.label_names), augmentation_args
         )
     if data_args.eval_crop_pct is not None:
-        # The processor that is saved with the result prepares images as for its accuracy.
+        # What is saved with the result prepares images as for the accuracy that is reported. The
+        # transforms above still crop by themselves.
         processor = cropping(processor, data_args.eval_crop_pct)
     evaluation = with_image_transform(data.eval, plain, *columns)
     return Inputs(processor, data, train, evaluation, batch_augmentation)
 
 
 def _require_images(name: str, model: PreTrainedModel, inputs: Inputs) -> None:
-    """Raise ValueError unless a model takes the images that are prepared for it.
-
-    Leaves the model in evaluation mode.
-    """
+    """Raise ValueError unless a model takes the images that are prepared for it."""
     pixel_values = inputs.eval[0]["pixel_values"][None]  # (1, C, H, W)
     require_same_size(name, model, tuple(pixel_values.shape[-2:]))
     try:
-        with torch.no_grad():
-            model.eval()(pixel_values=pixel_values)
+        with evaluating(model), torch.no_grad():
+            model(pixel_values=pixel_values)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name} cannot take the images that its image processor makes: {error}. Size and "
@@ -168,6 +174,7 @@ def _in_the_models_order(data: ImageData, model: PreTrainedModel, name: str) -> 
     if names == data.label_names:
         return data
     if sorted(names) != sorted(data.label_names):
+        # as of a checkpoint with "LABEL_0", or in another language
         pairs = zip(names, data.label_names, strict=True)
         ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
         logger.warning(
@@ -196,11 +203,13 @@ def load_classifier(name_or_path: str, label_names: list[str], seed: int) -> Pre
         UnsupportedArchitectureError: if it is no classifier of a supported family.
     """
     if name_or_path in SHAPES:
+        # on every rank the same weights
         torch.manual_seed(seed)
         config = SHAPES[name_or_path].config(label_names)
         return AutoModelForImageClassification.from_config(config)
     model = load_complete_classifier(name_or_path)
     require_classifier(model)
+    # Another number would need a new head, which a search would find untrained.
     if model.config.num_labels != len(label_names):
         more = "..." if len(label_names) > 8 else ""
         raise ValueError(
@@ -240,12 +249,14 @@ def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | 
         return None
     model = load_complete_classifier(name_or_path)
     _require_same_preprocessing(name_or_path, inputs.processor)
+    # As for the model itself, labels with other names are matched by their number.
     num_labels = len(inputs.data.label_names)
     if model.config.num_labels != num_labels:
         raise ValueError(
             f"the teacher {name_or_path} classifies {model.config.num_labels} labels, but the "
             f"data has {num_labels}; choose a teacher for this data."
         )
+    # The same names in another order are an error: its logits would mean other classes.
     names = [model.config.id2label[index] for index in range(num_labels)]
     if names != inputs.data.label_names and sorted(names) == sorted(inputs.data.label_names):
         raise ValueError(
@@ -326,6 +337,7 @@ def load_subnet(name_or_path: str, model: PreTrainedModel) -> SubnetSpec | None:
     except ValueError as error:
         logger.warning(f"the {SUBNET} of {name_or_path} is not copied to the result: {error}")
         return None
+    # A search may have been followed by another cut, or the file may be a copy from elsewhere.
     sizes = {}
     for name, size in subnet.sizes.items():
         sizes[name] = size if isinstance(size, tuple) else (size,)

@@ -57,9 +57,10 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     A folder that is there already is replaced.
     """
     aside = path.with_name(f"{ASIDE}-{path.name}")
-    remove(aside)
+    remove(aside)  # what a kill may have left there
     path.parent.mkdir(parents=True, exist_ok=True)
     write(aside)
+    # A file is replaced in one step; a folder can only be renamed to a free place.
     if path.is_dir():
         shutil.rmtree(path)
     os.replace(aside, path)
@@ -101,6 +102,7 @@ def check_free(
     folder = Path(args.output_dir)
     if folder.is_file():
         raise ValueError(f"output_dir {folder} is a file; give a folder.")
+    # every run writes its settings before anything else
     is_ours = (folder / SETTINGS_FILE).is_file()
     if not is_ours and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
@@ -202,7 +204,7 @@ def marked_if_failed(folder: Path, is_main: bool) -> Iterator[None]:
     """Leave `FAILED.txt` with the error in a folder if the block raises; remove it otherwise."""
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # also Ctrl-C and SystemExit
         if is_main:
             mark_failed(folder, "".join(traceback.format_exception_only(error)))
         raise

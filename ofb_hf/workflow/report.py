@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 
+# How the columns show their values, in the units that papers use.
 def _in_thousands(value: float) -> str:
     return f"{value:,.0f}"
 

@@ -52,9 +52,12 @@ def measured(run: Run, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     results["left_out"] = _left_out(run)
     results["source"] = run.source
     results["data"] = run.inputs.data.name
+    # the one that is kept, whose classes are compared with those of the dense model
     final = list(models)[-1]
     names = run.inputs.data.label_names
     results["lost_classes"] = lost_classes(by_class["dense"], by_class[final], names)
+    # With a latency table milliseconds are reported for every budget, not only for one in
+    # milliseconds.
     if run.config is not None and run.config.table is not None:
         _add_latency(results, models, run.config.table)
     return results
@@ -71,6 +74,7 @@ def _steps(run: Run) -> dict[str, int]:
 
 def _left_out(run: Run) -> dict[str, int]:
     """Return which attentions and MLPs this search left out, and by which step."""
+    # The history names everything that is missing, also what was missing before this search.
     start = run.dense if run.start is None else run.start
     gone_before = describe(start.config).left_out
     steps = {}
@@ -130,6 +134,7 @@ def write_output(
         draw(aside / name)
     if run.model_args.keep_dense:
         save_dense(run)
+    # A kill here leaves whole files of one run or the other, and FAILED.txt, which goes last.
     for path in aside.iterdir():
         path.replace(folder / path.name)
     aside.rmdir()
@@ -175,6 +180,7 @@ def push(run: Run) -> None:
         LeakError, PublishError: as `ofb_hf.publish`; the folder is complete, and `ofb-hf publish`
             takes it later.
     """
+    # One process of all machines, although each machine may have a folder of its own.
     if run.args.process_index != 0:
         return
     commit = publish(
@@ -198,7 +204,9 @@ def source_of(name_or_path: str, model: PreTrainedModel) -> dict[str, str | None
     """
     path = Path(name_or_path)
     return {
+        # of a folder only its name: the card is published
         "model": path.resolve().name if path.exists() else name_or_path,
+        # set by transformers for what it loaded from the Hub
         "revision": getattr(model.config, "_commit_hash", None),
         "license": license_of(name_or_path),
     }
@@ -224,4 +232,5 @@ def license_of(name_or_path: str) -> str | None:
             f"{error}"
         )
         return None
+    # a card may hold anything there, such as a mapping
     return stated if isinstance(stated, str) else None

@@ -162,12 +162,14 @@ class Run:
 
     def train(self, trainer: ClassifierTrainer, phase: str) -> None:
         """Train from the start, or from where an interrupted run was, and keep the history."""
+        # One history for all phases, in the output folder itself.
         trainer.add_callback(HistoryCallback(self.folder / HISTORY_FILE, phase))
         checkpoint = self.args.resume_from_checkpoint
         if checkpoint not in (None, "auto"):
             folder = Path(trainer.args.output_dir).resolve()
             if Path(checkpoint).resolve().parent != folder:
-                checkpoint = None  # that of an earlier phase
+                # It belongs to an earlier phase, which has gone on from it; this one starts.
+                checkpoint = None
         trainer.train(resume_from_checkpoint=checkpoint)
 
     def train_dense(self) -> None:
@@ -182,7 +184,8 @@ class Run:
             num_train_epochs=self.model_args.dense_epochs,
             max_steps=-1,
             learning_rate=self.model_args.dense_learning_rate,
-            distillation_weight=None,  # is about the search: the dense model has no teacher
+            # is about the search; the dense model itself has no teacher
+            distillation_weight=None,
         )
         self.train(ClassifierTrainer(self.dense, args, **self.datasets()), "dense")
         self.keep_result("dense", self.dense.save_pretrained)
@@ -196,8 +199,11 @@ class Run:
         """
         if self.is_done("finetune"):
             return self.load_result("finetune")
+        # A run that was resumed after its search has drawn other numbers so far than one that was
+        # not interrupted.
         set_seed(self.args.seed)
         args = self._finetune_arguments()
+        # `from_pretrained` returns models in evaluation mode.
         trainer = DistillationTrainer(model.train(), args, teacher=teacher, **self.datasets())
         self.train(trainer, "finetune")
         self.keep_result("finetune", model.save_pretrained)
@@ -259,6 +265,7 @@ def search_settings(
     Args:
         others: further argument classes, of which every field counts.
     """
+    # Names of fields are different in all of these classes, as they are all flags of one command.
     settings = asdict(data_args) | config.to_dict()
     # The other fields of ModelArguments are about the output folder.
     for name in (

@@ -42,10 +42,12 @@ def prepare(
             "publish)."
         )
     name = require_start(model_args, args)
+    # What decides the result is compared before model and data are loaded, which takes a while.
     settings = search_settings(
         model_args, data_args, config, args, augmentation_args, finetune_args
     )
     if len(config.budgets) > 1:
+        # the config holds the first of them only
         settings[config.budget[0]] = config.budgets
     output.check_free(args, settings, model_args.overwrite_output_dir, config.phases)
     dense, inputs = load(name, data_args, args.seed, augmentation_args)
@@ -57,6 +59,7 @@ def prepare(
         # refuses what cannot be searched and budgets that cannot be met, before anything starts
         supernet = install_bi_masks(dense, configs[folder])
         costs[folder] = configs[folder].absolute(supernet.target)
+    # Each model is searched on from the next larger one, so the largest budget comes first.
     targets = dict(sorted(costs.items(), key=lambda item: item[1], reverse=True))
     if len(set(targets.values())) < len(config.budgets):
         raise ValueError(
@@ -114,12 +117,14 @@ def search(run: Run) -> tuple[PreTrainedModel, SubnetSpec]:
     if run.is_done("search"):
         text = (run.result_folder("search") / output.SUBNET).read_text(encoding="utf-8")
         return run.load_result("search"), SubnetSpec.from_json(text)
+    # The same numbers whether or not this process has trained the dense model before.
     set_seed(run.args.seed)
     trainer = _trainer(run)
     run.train(trainer, "search")
     small = trainer.compress()
     subnet = trainer.read_subnet()
     if run.start_subnet is not None:
+        # The trainer counts the units of the model that it began with.
         subnet = subnet.within(run.start_subnet)
 
     def write(folder: Path) -> None:

@@ -40,13 +40,14 @@ def prepare(
     settings = search_settings(model_args, data_args, config, args, augmentation_args, phase_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, output.SEARCH_PHASES)
     loaded, inputs = load(name, data_args, args.seed, augmentation_args)
-    # refuses what cannot be searched, before anything starts
+    # Refuses what cannot be searched, before anything starts
     install_learned_counts(loaded, config.token_granularity)
     dense = loaded
     if getattr(loaded.config, "token_schedule", None):
         # The budget is a fraction of the cost with all tokens: that is the model to compare with.
         everything = full_schedule(loaded.config)
         dense = family_of(loaded.config).from_dense(loaded, token_schedule=everything)
+    # one budget, in the output folder itself
     targets = {"": config.absolute(config.target_for(dense.config))}
     warn_if_elsewhere(config.table, args.device)
     return Run(
@@ -89,6 +90,7 @@ def search_tokens(run: Run) -> PreTrainedModel:
     args = run.phase_arguments("search")
     trainer = TokenTrainer(run.dense, args, run.config, teacher=run.teacher, **run.datasets())
     run.train(trainer, "search")
+    # the weights of the dense model, with the counts that were learned
     scheduled = trainer.scheduled()
     run.keep_result("search", scheduled.save_pretrained)
     return scheduled
@@ -97,6 +99,7 @@ def search_tokens(run: Run) -> PreTrainedModel:
 def finish(run: Run, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     """Measure the models, write the output folder and print the summary."""
     results = measured(run, models)
+    # None in the config of a model that keeps all its tokens
     config = models["searched"].config
     schedule = config.token_schedule or full_schedule(config)
     results["token_schedule"] = schedule

@@ -39,6 +39,7 @@ def run_several_budgets(run: Run) -> dict[str, Any]:
             member = _run_for(run, before, name)
             with member.unfinished():
                 results[name], member.start, member.start_subnet = meet_budget(member)
+            # all the way from the dense model; none if the history is on another machine
             member.steps_before = results[name]["steps"].get("search", 0)
             before = member
         if run.is_main:
@@ -83,6 +84,7 @@ def _part_of_the_epochs(run: Run, name: str) -> OFBTrainingArguments:
     count = len(run.targets)
     epochs = run.args.num_train_epochs / count
     args = changed(run.args, output_dir=str(run.folder / name), num_train_epochs=epochs)
+    # it wins over the number of epochs, where it is given
     if args.max_steps > 0:
         args.max_steps = max(1, round(args.max_steps / count))
     if args.warmup_steps >= 1:  # below 1 it is a fraction of all steps, here as there

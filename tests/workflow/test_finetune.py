@@ -1,4 +1,4 @@
-"""`ofb-hf finetune` writes down what it did: history, picture, card, and the units that were kept."""
+"""`ofb-hf finetune` writes down what it did: history, picture, card, and the kept units."""
 
 import json
 

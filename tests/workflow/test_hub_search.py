@@ -136,8 +136,7 @@ def run(hub, checkpoint, tmp_path_factory) -> Callable[..., Search]:
 
 @pytest.fixture(scope="module")
 def straight(run, tmp_path_factory) -> Callable[[int, int], Search]:
-    """The search of 2 epochs and 3 steps on so many ranks with so many workers each, that nothing
-    happened to."""
+    """Return the search of 2 epochs and 3 steps that nothing happened to, by ranks and workers."""
 
     @functools.cache
     def search(ranks: int, workers: int) -> Search:

@@ -287,7 +287,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_swin_is_refused_in_words(swin_checkpoint, images, tmp_path, capsys):
+def test_a_swin_is_refused_with_an_explanation(swin_checkpoint, images, tmp_path, capsys):
     with pytest.raises(SystemExit):
         search_tokens(swin_checkpoint, images, tmp_path / "out")
     assert "class token" in capsys.readouterr().err
@@ -321,7 +321,7 @@ def test_patches_are_traced_to_where_they_are():
             # a token that is dropped takes along what was merged into it
             assert (place == DROPPED).sum() >= dropped
             alive = place >= 0
-            # whoever takes in others is where it was
+            # a token that takes in others is where it was
             assert (place[place[alive]] == place[alive]).all()
     for earlier, later in itertools.pairwise(traced):
         assert ((later == DROPPED) | (earlier != DROPPED)).all()

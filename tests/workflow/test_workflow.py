@@ -135,7 +135,7 @@ def test_classes_that_lost_much_are_named(finished):
         ("README.md", "^---\n", "---\na: b: c\n", "cannot be read"),
     ],
 )
-def test_cards_that_cannot_be_read_are_refused_in_words(
+def test_cards_that_cannot_be_read_are_refused_with_an_explanation(
     finished, images, tmp_path, capsys, name, old, new, message
 ):
     copy = shutil.copytree(finished[0], tmp_path / "copy")
