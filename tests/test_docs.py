@@ -211,10 +211,10 @@ def test_the_example_of_a_published_schedule_counts_what_it_executes():
 
 @functools.cache
 def flags_of(command: str) -> frozenset[str]:
-    """Return the flags that `ofb-hf COMMAND --help` lists."""
+    """Return the flags that `ofb-hf COMMAND --help all` lists."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
-        cli.main([command, "--help"])
+        cli.main([command, "--help", "all"])
     assert stopped.value.code == 0
     return frozenset(FLAG.findall(printed.getvalue()))
 

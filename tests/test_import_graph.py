@@ -31,7 +31,7 @@ FLOORS = (
     ("choice", "token_search"),
     ("search",),
     ("workflow",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 MAX_LEVELS = 11
 # Rooms that a room does without although they lie below it: what is best under a budget needs no

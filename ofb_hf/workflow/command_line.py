@@ -1,83 +1,98 @@
 """Read the command line and YAML files, and write a command line down without secrets."""
 
-import argparse
 import json
 import shlex
 import sys
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+
+from .flag_help import Command, CommandParser
+from .unused_settings import refuse_unused
 
 DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
+# One of these says what to work on; without them the demonstration runs, where there is one.
+INPUTS = ("dataset_name", "data_dir", "model_name_or_path")
 
 
 def parse(
-    classes: list[type],
-    argv: list[str] | None,
-    description: str,
-    demo: dict[str, Any] | None = None,
+    command: Command, argv: list[str] | None, demo: dict[str, Any] | None = None
 ) -> tuple[Any, ...]:
-    """Reads the command line into one instance of each class.
+    """Read the command line into one instance of each dataclass of a command.
 
     Args:
-        classes: dataclasses; their fields are the flags, their help texts the help.
+        command: whose settings are read.
         argv: words of the command line without the program, None for the process's own.
-        description: printed at the top of `--help`.
         demo: with the settings of the embedded demonstration, these apply when neither model nor
             data are named.
 
     Raises:
-        ValueError: for a config file that is missing, is no mapping or has unknown keys, and for
-            values that the classes refuse.
+        ValueError: for flags that do not exist, naming similar ones; for flags that would do
+            nothing; for a config file that is missing, is no mapping or has unknown keys; and for
+            values that the dataclasses refuse.
+        SystemExit: after `--help`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(
-        classes,
-        description=description,
-        usage="%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # by their full names `command_line` knows which flags take secrets
-    )
-    parser.add_argument(
-        "--config", help="YAML file with any of these settings; the command line wins."
-    )
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    known, rest = config_parser.parse_known_args(argv)
-    names = {f.name for c in classes for f in fields(c) if f.init}
-    words = [] if known.config is None else _words(_read(Path(known.config), names))
-    parsed = parser.parse_args_into_dataclasses(words + rest, look_for_args_file=False)
-    given = {name: value for part in parsed for name, value in vars(part).items()}
-    if demo is not None and not any(
-        given[name] for name in ("dataset_name", "data_dir", "model_name_or_path")
-    ):
-        words = _words(_read(DEMO_CONFIG, names) | demo) + words
-        parsed = parser.parse_args_into_dataclasses(words + rest, look_for_args_file=False)
-    return parsed[: len(classes)]
+    parser = CommandParser(command, prog=_program(command.name))
+    namespace = _parsed(parser, argv)
+    from_file = []
+    if namespace.config is not None:
+        from_file = _words(_read(Path(namespace.config), parser))
+    namespace = _parsed(parser, from_file + argv)
+    named = [getattr(namespace, name, None) for name in INPUTS]
+    if demo is not None and not any(named):
+        from_file = _words(_read(DEMO_CONFIG, parser) | demo) + from_file
+    parsed = parser.parse_args_into_dataclasses(from_file + argv, look_for_args_file=False)
+    parts = parsed[: len(command.classes)]  # the last one holds --config
+    refuse_unused(command.name, _given(parser, argv), parts)
+    return parts
 
 
-def _read(path: Path, names: set[str]) -> dict[str, Any]:
-    """The settings in a YAML file; all of them have to be among `names`."""
+def _parsed(parser: CommandParser, words: list[str]) -> Any:
+    """Return the values of all flags.
+
+    Raises:
+        ValueError: for words that are no flag and belong to none.
+    """
+    namespace, unknown = parser.parse_known_args(words)
+    # what follows "=" may be an access token
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    if flags:
+        raise ValueError(parser.suggest(flags))
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} follows no flag; write --SETTING VALUE.")
+    return namespace
+
+
+def _given(parser: CommandParser, words: list[str]) -> set[str]:
+    """Return the names of the settings that a command line names itself."""
+    settings = {parser.setting_of(word.partition("=")[0]) for word in words}
+    return settings - {None}
+
+
+def _read(path: Path, parser: CommandParser) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Raises:
+        ValueError: for a file that is missing or is no mapping, and for unknown settings in it.
+    """
     if not path.is_file():
         raise ValueError(f"--config {path} is no file; give a YAML file with settings.")
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(settings, dict):
-        raise ValueError(
-            f"--config {path} holds a {type(settings).__name__}; expected `name: value` lines."
-        )
-    if unknown := sorted(set(settings) - names):
-        raise ValueError(
-            f"--config {path} has unknown settings {unknown}; see --help for the known ones."
-        )
+        kind = type(settings).__name__
+        raise ValueError(f"--config {path} holds a {kind}; expected `name: value` lines.")
+    known = set(parser.flags()) - {"config"}
+    unknown = sorted(str(name) for name in set(settings) - known)
+    if unknown:
+        raise ValueError(f"--config {path}: {parser.suggest(unknown)}")
     return settings
 
 
 def _words(settings: dict[str, Any]) -> list[str]:
-    """Settings as command line words."""
+    """Return settings as words of a command line."""
     words: list[str] = []
     for name, value in settings.items():
         if value is None:
@@ -85,29 +100,55 @@ def _words(settings: dict[str, Any]) -> list[str]:
         words.append(f"--{name}")
         if isinstance(value, dict):
             words.append(json.dumps(value))
+        elif isinstance(value, list):
+            words += [str(item) for item in value]
         else:
-            words += [str(item) for item in (value if isinstance(value, list) else [value])]
+            words.append(str(value))
     return words
 
 
+def _is_recipe(program: Path) -> bool:
+    """Return whether a program is a script of the folder `recipes`."""
+    return program.suffix == ".py" and program.resolve().parent.name == "recipes"
+
+
+def _program(command: str) -> str:
+    """Return how a command was called, for its help: a recipe, or `ofb-hf COMMAND`."""
+    program = Path(sys.argv[0])
+    return f"recipes/{program.name}" if _is_recipe(program) else f"ofb-hf {command}"
+
+
 def command_line() -> str:
-    """The command that started this process, as one can type it again: without folders of this
-    machine, and secrets."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return shlex.join([words[0], *(_public(before, word) for before, word in pairwise(words))])
+    """Return the command that started this process, as one can type it again.
+
+    It names no folder of this machine and holds no secret.
+    """
+    program = Path(sys.argv[0])
+    if _is_recipe(program):
+        name = [f"recipes/{program.name}"]
+    elif program.name == "__main__.py":
+        # `python -m ofb_hf`, and any other package that is run this way
+        name = ["python", "-m", program.resolve().parent.name]
+    else:
+        name = [program.name]
+    public = [_public(before, word) for before, word in pairwise(sys.argv)]
+    return shlex.join([*name, *public])
 
 
 def _public(before: str, word: str) -> str:
-    """A word of a command line that others may read, given the one before it."""
+    """Return a word of a command line that others may read, given the one before it."""
     flag, equals, value = word.partition("=")
     if not (word.startswith("--") and equals):
-        flag, equals, value = "", "", word
+        flag = equals = ""
+        value = word
     if _takes_secret(flag or before):
         value = "HIDDEN"
-    return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
+    elif Path(value).is_absolute():
+        value = Path(value).name
+    return flag + equals + value
 
 
 def _takes_secret(flag: str) -> bool:
-    """Whether what follows a flag is an access token of the Hub; other flags are about an image's
+    """Return whether an access token of the Hub follows a flag; other flags are about an image's
     tokens."""
     return flag.startswith("--") and flag.lstrip("-").replace("-", "_").split("_")[-1] == "token"

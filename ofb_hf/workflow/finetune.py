@@ -14,7 +14,7 @@ from ..pictures.plots import plot_finetuning
 from ..release.card import render_finetuned_card
 from ..training.arguments import OFBTrainingArguments
 from . import output
-from .arguments import ModelArguments
+from .arguments import MeasuredModelArguments, TrainedModelArguments
 from .inputs import load, load_subnet, load_teacher
 from .measure import measure
 from .report import markdown_table, results_rows
@@ -24,7 +24,7 @@ from .settings import training_settings
 
 
 def prepare(
-    model_args: ModelArguments,
+    model_args: TrainedModelArguments,
     data_args: DataArguments,
     augmentation_args: AugmentationArguments,
     args: OFBTrainingArguments,
@@ -35,7 +35,7 @@ def prepare(
         ValueError: for whatever cannot work, with an explanation.
     """
     name = _named_model(model_args)
-    _require_settings_of_finetuning(model_args, args)
+    _require_teacher(model_args, args)
     require_push(args)
     # what decides the result: a resumed run has to agree with it
     settings = {"model_name_or_path": name, "teacher_name_or_path": model_args.teacher_name_or_path}
@@ -61,7 +61,7 @@ def prepare(
     )
 
 
-def _named_model(model_args: ModelArguments) -> str:
+def _named_model(model_args: MeasuredModelArguments) -> str:
     """Return the name of the model; raise ValueError if none is given."""
     if model_args.model_name_or_path is None:
         raise ValueError(
@@ -70,13 +70,8 @@ def _named_model(model_args: ModelArguments) -> str:
     return model_args.model_name_or_path
 
 
-def _require_settings_of_finetuning(model_args: ModelArguments, args: OFBTrainingArguments) -> None:
-    """Raise ValueError for settings that finetuning would ignore or fail with."""
-    if model_args.dense_epochs:
-        raise ValueError(
-            f"dense_epochs is {model_args.dense_epochs}, which trains the dense model before a "
-            "search; finetuning takes --num_train_epochs."
-        )
+def _require_teacher(model_args: TrainedModelArguments, args: OFBTrainingArguments) -> None:
+    """Raise ValueError if a teacher is to be learned from and none is named."""
     if args.distillation_weight and model_args.teacher_name_or_path is None:
         raise ValueError(
             f"distillation_weight is {args.distillation_weight}, but there is no teacher; name "
@@ -143,7 +138,7 @@ def _subnet(source: SubnetSpec | None, schedule: list[list[int]] | None) -> Subn
 
 
 def run_evaluate(
-    model_args: ModelArguments, data_args: DataArguments, args: OFBTrainingArguments
+    model_args: MeasuredModelArguments, data_args: DataArguments, args: OFBTrainingArguments
 ) -> dict[str, Any]:
     """Measure a classifier on the evaluation split: accuracy, cost, size, speed. Write nothing."""
     name = _named_model(model_args)

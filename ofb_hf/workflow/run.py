@@ -23,7 +23,7 @@ from ..training.distillation import DistillationTrainer
 from ..training.history import HISTORY_FILE, HistoryCallback, read_history
 from ..training.ranks import decided_by_rank_0
 from . import output
-from .arguments import FinetuneArguments, ModelArguments, changed
+from .arguments import FinetuneArguments, ModelArguments, TrainedModelArguments, changed
 from .inputs import Inputs
 from .measure import METRICS
 from .settings import training_settings
@@ -54,7 +54,7 @@ class Run:
 
     args: OFBTrainingArguments
     settings: dict[str, Any]
-    model_args: ModelArguments
+    model_args: TrainedModelArguments
     inputs: Inputs
     source: dict[str, str | None]
     dense: PreTrainedModel

@@ -12,13 +12,11 @@ from hub_server import HubServer, Repository
 from pictures import parquet, picture
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
-from ofb_hf import OFBTrainingArguments, install_bi_masks
+from ofb_hf import install_bi_masks
 from ofb_hf.cli import SEARCH
-from ofb_hf.data import AugmentationArguments, DataArguments
 from ofb_hf.models.shapes import SHAPES
 from ofb_hf.space.configuration import default_config
 from ofb_hf.training.history import read_history
-from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments, SearchArguments
 from ofb_hf.workflow.command_line import parse
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -28,14 +26,6 @@ SHAPE_OF = {
     "facebook/deit-base-patch16-224": "deit_base",
 }
 SHAPE_OF |= {"microsoft/swin-tiny-patch4-window7-224": "swin_tiny"}
-CLASSES = [
-    ModelArguments,
-    DataArguments,
-    AugmentationArguments,
-    SearchArguments,
-    FinetuneArguments,
-    OFBTrainingArguments,
-]
 IMAGENET = [f"class {number}" for number in range(1000)]
 
 
@@ -62,9 +52,8 @@ def test_there_is_a_file_and_a_twin_for_every_published_budget():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_settings_are_known_and_their_budget_is_within_reach(path):
-    model_args, data_args, augmentation, config, finetuning, args = parse(
-        CLASSES, ["--config", str(path), "--bf16", "false", "--use_cpu"], SEARCH
-    )
+    words = ["--config", str(path), "--bf16", "false", "--use_cpu"]
+    model_args, data_args, augmentation, config, finetuning, args = parse(SEARCH, words)
     assert (data_args.dataset_name, data_args.streaming) == ("ILSVRC/imagenet-1k", True)
     assert (data_args.augmentation, augmentation.repeated_augmentation) == ("deit", 3)
     assert finetuning.is_wanted

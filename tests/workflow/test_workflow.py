@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -22,11 +23,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
 import ofb_hf
-from ofb_hf import OFBTrainingArguments, SubnetSpec, ViTBiMaskConfig, cli, count_macs, count_params
+from ofb_hf import SubnetSpec, cli, count_macs, count_params
 from ofb_hf.data import DataArguments
 from ofb_hf.release.card import render_card
 from ofb_hf.training.history import HISTORY_FIELDS, read_history
-from ofb_hf.workflow.arguments import FinetuneArguments, ModelArguments
 from ofb_hf.workflow.command_line import DEMO_CONFIG, command_line, parse
 from ofb_hf.workflow.inputs import load
 from ofb_hf.workflow.measure import images_per_second, lost_classes
@@ -391,20 +391,12 @@ def test_labels_in_another_order_are_matched_by_name(images, tmp_path):
 
 @pytest.mark.parametrize("spelling", ["--data-dir", "--data_dir"])
 def test_demonstration_settings_never_reach_a_users_own_run(spelling):
-    classes = [
-        ModelArguments,
-        DataArguments,
-        ViTBiMaskConfig,
-        FinetuneArguments,
-        OFBTrainingArguments,
-    ]
-    model, _, _, _, args = parse(
-        classes, [spelling, "photos", "--output_dir", "o", "--use_cpu"], "", demo={}
-    )
+    words = [spelling, "photos", "--output_dir", "o", "--use_cpu"]
+    model, *_, args = parse(cli.SEARCH, words, demo={})
     assert model.dense_epochs == 0
     assert args.output_dir == "o"
     assert args.num_train_epochs == 3
-    model, *_ = parse(classes, ["--use_cpu"], "", demo={})
+    model, *_ = parse(cli.SEARCH, ["--use_cpu"], demo={})
     assert model.dense_epochs > 0
 
 
@@ -424,6 +416,7 @@ def test_wheel_holds_what_the_commands_need(tmp_path):
     tracked = [
         path for path in (ROOT / "ofb_hf").rglob("*") if path.suffix in (".py", ".md", ".yaml")
     ]
+    tracked.append(ROOT / "ofb_hf_command.py")
     for path in [
         *tracked,
         *(ROOT / name for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")),
@@ -435,7 +428,19 @@ def test_wheel_holds_what_the_commands_need(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        (points,) = [name for name in names if name.endswith("entry_points.txt")]
+        assert "ofb-hf = ofb_hf_command:main" in archive.read(points).decode()
+        archive.extractall(tmp_path / "installed")
     assert {str(path.relative_to(ROOT)) for path in tracked} <= names
+    says = subprocess.run(
+        [sys.executable, "-c", "from ofb_hf_command import main; main(['--version'])"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert says.stdout == f"ofb-hf {ofb_hf.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -571,7 +576,7 @@ def test_commands_in_cards_name_no_folder_of_the_machine(monkeypatch):
         ],
     )
     said = "--output_dir out --data_dir=in --seed 3 --hub_token HIDDEN --hub_token=HIDDEN --push_to_hub"
-    assert command_line() == f"search_deit.py {said}"
+    assert command_line() == f"recipes/search_deit.py {said}"
 
 
 @pytest.mark.parametrize(
@@ -596,7 +601,7 @@ def test_commands_in_cards_hide_secrets_and_nothing_else(typed, said, monkeypatc
 def test_flags_have_one_name():
     """A shortened one would show the secret behind it."""
     with pytest.raises(ValueError, match="--hub_tok"):
-        parse([OFBTrainingArguments], ["--hub_tok", "abc"], "")
+        parse(cli.FINETUNE, ["--hub_tok", "abc"])
 
 
 @pytest.mark.parametrize(
