@@ -180,6 +180,8 @@ def _entry(name: str, action: argparse.Action) -> str:
     """Return the lines of the help on one flag."""
     call = f"  --{name} {_metavar(action)}".rstrip()
     text = (action.help or "").strip() % {"default": action.default}
+    if action.choices is not None and action.metavar is None:
+        text += f" One of {', '.join(map(str, action.choices))}."
     default = _shown_default(action)
     if default and "default" not in text.lower():
         text += f" (default: {default})"
@@ -197,8 +199,6 @@ def _metavar(action: argparse.Action) -> str:
         return action.metavar
     if isinstance(action.const, bool):
         return "[false]" if action.default is True else ""
-    if action.choices is not None:
-        return "{" + ",".join(map(str, action.choices)) + "}"
     value = METAVARS.get(action.type, "VALUE")
     return f"{value} ..." if action.nargs == "+" else value
 

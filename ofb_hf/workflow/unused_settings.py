@@ -1,5 +1,8 @@
 """Refuse settings on the command line that would do nothing, before anything is loaded.
 
+A dataclass refuses on its own what it can tell from its own fields (`BiMaskConfig` does); here are
+the rules between settings of several dataclasses, and between settings and command.
+
 Only settings that the user typed are looked at: a YAML file may hold those of a phase that the
 command line turns off. A setting whose value is "off" (0, false, none) is never refused.
 """
@@ -179,39 +182,6 @@ RULES = (
         ("num_labels",),
         lambda settings: settings.model_name_or_path in SHAPES,
         f"a checkpoint has its own labels; it is for the named shapes ({', '.join(SHAPES)})",
-    ),
-    Rule(
-        ("embedding_candidates", "smallest_share"),
-        lambda settings: settings.search_embedding,
-        "--search_embedding is false; turn it on, or leave it out",
-    ),
-    Rule(
-        ("smallest_share",),
-        lambda settings: settings.embedding_candidates is None,
-        "--embedding_candidates lists the widths; give one of the two",
-    ),
-    Rule(
-        ("head_candidates", "head_dim_candidates"),
-        lambda settings: settings.search_attention,
-        "--search_attention is false; turn it on, or leave it out",
-    ),
-    Rule(
-        ("mlp_candidates",),
-        lambda settings: settings.search_mlp,
-        "--search_mlp is false; turn it on, or leave it out",
-    ),
-    Rule(
-        ("uniform_across_layers",),
-        lambda settings: settings.search_attention or settings.search_mlp,
-        "neither attentions nor MLPs are searched; leave it out",
-    ),
-    Rule(
-        (
-            *("keep_ratio_start", "keep_ratio_end", "pmim_until_settled", "pmim_window"),
-            *("pmim_weight", "pmim_max_ratio"),
-        ),
-        lambda settings: settings.pmim,
-        "--pmim is false; turn it on, or leave it out",
     ),
 )
 

@@ -646,7 +646,7 @@ def test_readme_is_true(tmp_path):
     assert set(ours) == {"OFBTrainer", "OFBTrainingArguments", "ViTBiMaskConfig", "count_macs"}
     help_text = ""
     for recipe in ("search_deit.py", "publish.py"):
-        command = [sys.executable, str(ROOT / "recipes" / recipe), "--help"]
+        command = [sys.executable, str(ROOT / "recipes" / recipe), "--help", "all"]
         help_text += subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for flag in re.findall(r"--(\w+)", readme):
         assert f"--{flag}" in help_text, flag

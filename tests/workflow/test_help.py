@@ -1,0 +1,294 @@
+"""Help of `ofb-hf`: at once, short, complete on request; what is mistyped or useless is told."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+import ofb_hf_command
+from ofb_hf import __version__, cli
+from ofb_hf.workflow.command_line import command_line, parse
+from ofb_hf.workflow.flag_help import TRANSFORMERS, Command, CommandParser
+from ofb_hf.workflow.unused_settings import RULES
+
+ROOT = Path(__file__).parents[2]
+DEFINED = [value for value in vars(cli).values() if isinstance(value, Command)]
+CPU = ["--use_cpu", "--report_to", "none"]
+# What runs where neither model nor data are named.
+DEMOS = {"search": {}, "search-tokens": cli.TOKEN_DEMO}
+
+
+def run(capsys, *words):
+    """What `ofb-hf` prints and the status that it ends with."""
+    with pytest.raises(SystemExit) as stop:
+        ofb_hf_command.main(list(words))
+    said = capsys.readouterr()
+    return said.out, said.err, stop.value.code
+
+
+# ----------------------------------------------------------------------------- the list of commands
+
+
+def test_help_lists_every_command_with_examples(capsys):
+    out, err, status = run(capsys, "--help")
+    assert (err, status) == ("", 0)
+    for name, command in ofb_hf_command.COMMANDS.items():
+        assert f"  {name} " in out
+        assert command.summary in out
+        assert len(command.summary) <= 80
+    assert out.count("\n  ofb-hf ") == 3
+    assert run(capsys, "-h") == (out, err, status)
+    assert run(capsys) == ("", out, 2)
+
+
+def test_every_command_is_a_function_and_has_a_help_of_its_own():
+    assert sorted(command.name for command in DEFINED) == sorted(ofb_hf_command.COMMANDS)
+    for name, command in ofb_hf_command.COMMANDS.items():
+        module, function = command.function.split(":")
+        assert module == "ofb_hf.cli"
+        assert callable(getattr(cli, function)), name
+    for command in DEFINED:
+        assert command.description.startswith(ofb_hf_command.COMMANDS[command.name].summary)
+        assert max(map(len, command.description.splitlines())) <= 100
+
+
+def test_help_imports_neither_the_package_nor_torch():
+    """Importing them takes seconds; benchmarks/help_time.py compares."""
+    code = "import sys, ofb_hf_command as c; print(c.help_text()); print(c.version())\n"
+    code += "print(*(m for m in ('ofb_hf', 'torch', 'transformers') if m in sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert said.stdout == f"{ofb_hf_command.help_text()}\n{__version__}\n\n", said.stderr
+
+
+def test_the_version_and_mistyped_commands(capsys):
+    assert run(capsys, "--version") == (f"ofb-hf {__version__}\n", "", 0)
+    out, err, status = run(capsys, "serch", "--target_macs", "0.5")
+    assert (out, status) == ("", 2)
+    assert err == "error: `ofb-hf` has no command 'serch'; did you mean `ofb-hf search`?\n"
+    assert "`ofb-hf search-tokens`" in run(capsys, "search_tokens")[1]
+    assert "the commands are plan, latency-table," in run(capsys, "zzz")[1]
+
+
+def test_the_package_runs_as_a_module():
+    said = subprocess.run(
+        [sys.executable, "-m", "ofb_hf", "--version"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert said.stdout == f"ofb-hf {__version__}\n", said.stderr
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+def test_the_help_of_a_search_is_short_and_says_where_the_rest_is(capsys):
+    out, _, status = run(capsys, "search", "--help")
+    assert status == 0
+    titles = ["model and data", "budget", "training", "finetuning", "output"]
+    places = [out.index(f"\n{title}:\n") for title in titles]
+    assert places == sorted(places)
+    shown = [line for line in out.splitlines() if line.startswith("  --")]
+    assert 10 <= len(shown) <= 15
+    assert "`ofb-hf search --help all` shows all" in out
+    assert "--pmim_weight" not in out
+    everything, _, status = run(capsys, "search", "--help", "all")
+    assert status == 0
+    for title in (*titles, "search space", "decision", "masked image modelling", TRANSFORMERS):
+        assert f"\n{title}" in everything
+    assert "--pmim_weight X" in everything
+    assert "default: true" in everything
+
+
+@pytest.mark.parametrize("command", DEFINED, ids=lambda command: command.name)
+def test_every_flag_stands_in_one_group_of_the_whole_help(command):
+    parser = CommandParser(command, "ofb-hf")
+    flags, groups = parser.flags(), parser.groups(everything=True)
+    grouped = [name for names in groups.values() for name in names]
+    assert sorted(grouped) == sorted(flags)
+    own = set(flags) - set(TrainingArguments.__dataclass_fields__)
+    assert not own & set(groups.get(TRANSFORMERS, ()))
+    for names in parser.groups(everything=False).values():
+        assert set(names) <= set(flags)
+    for everything in (False, True):
+        lines = parser.format_help(everything).splitlines()
+        assert max(map(len, lines)) <= 100
+    assert all(action.help for name, action in flags.items() if name in own)
+
+
+@pytest.mark.parametrize("name", sorted(ofb_hf_command.COMMANDS))
+def test_help_needs_neither_model_nor_data(name, capsys):
+    out, err, status = run(capsys, name, "--help")
+    assert (err, status) == ("", 0)
+    assert out.startswith(f"usage: ofb-hf {name} [--config FILE.yaml]")
+
+
+def test_a_recipe_says_its_own_name(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes/search_deit.py"), "--help"])
+    with pytest.raises(SystemExit):
+        cli.search()
+    assert capsys.readouterr().out.startswith("usage: recipes/search_deit.py [--config")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--targt_macs", "0.5"], "unknown setting --targt_macs (did you mean --target_macs?)"),
+        (["--target-mac=0.5"], "unknown setting --target_mac (did you mean --target_macs?)"),
+        (["--hub_tokn=hf_secret"], "unknown setting --hub_tokn (did you mean --hub_token?)"),
+        (["--qqqq", "1"], "unknown setting --qqqq; `ofb-hf search --help all`"),
+        (["photos"], "'photos' follows no flag"),
+    ],
+)
+def test_unknown_flags_are_refused_with_a_suggestion(words, message, capsys):
+    _, err, status = run(capsys, "search", *words)
+    assert status == 2
+    assert message in err
+    assert "hf_secret" not in err
+
+
+def test_unknown_settings_of_a_file_are_refused_with_a_suggestion(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("finetune_epoch: 3\n")
+    _, err, status = run(capsys, "search", "--config", str(tmp_path / "run.yaml"))
+    assert status == 2
+    assert "run.yaml: unknown setting --finetune_epoch (did you mean --finetune_epochs?)" in err
+
+
+# ------------------------------------------------------------------------ settings that do nothing
+
+NOTHING = [
+    ("search", "--data_dir photos --dense_learning_rate 1e-3", "--dense_epochs"),
+    ("search", "--finetune_epochs 0 --finetune_learning_rate 1e-3", "nothing is finetuned"),
+    ("search", "--finetune_max_steps 0 --finetune_distillation_weight 1", "nothing is finetuned"),
+    ("search-tokens", "--finetune_learning_rate 1e-3", "nothing is finetuned"),
+    ("search", "--finetune_epochs 3 --finetune_max_steps 5", "--finetune_max_steps takes its"),
+    ("search", "--token_pictures 3", "add --search_tokens"),
+    ("search", "--hub_model_id a/b", "add --push_to_hub"),
+    ("search", "--hub_token hf_secret", "add --push_to_hub"),
+    ("search", "--hub_private_repo true", "add --push_to_hub"),
+    ("search-tokens", "--hub_revision main", "add --push_to_hub"),
+    ("finetune", "--hub_always_push", "add --push_to_hub"),
+    ("search", "--push_to_hub --hub_strategy end", "finished folder once"),
+    ("search", "--mixup 0.8", "only --augmentation deit"),
+    ("finetune", "--random_erasing 0.5 --augmentation light", "only --augmentation deit"),
+    ("search", "--augmentation deit --color_jitter 0.4", "--auto_augment takes its place"),
+    ("search", "--augmentation deit --cutmix 0 --mixup_switch_prob 0.4", "mixup and cutmix"),
+    ("search", "--eval_share 0.2", "held out"),
+    ("search", "--data_dir photos --eval_split test --eval_share 0.2", "held out"),
+    ("search", "--overwrite_output_dir --resume_from_checkpoint auto", "give one of the two"),
+    ("search", "--distillation_type hard --distillation_temperature 3", "has no temperature"),
+    (
+        "search",
+        "--distillation_weight 0 --finetune_epochs 0 --teacher_name_or_path big",
+        "no phase learns from a teacher",
+    ),
+    (
+        "search",
+        "--preset paper --finetune_distillation_weight 0 --distillation_temperature 3",
+        "no phase learns from a teacher",
+    ),
+    ("finetune", "--distillation_temperature 3", "no phase learns from a teacher"),
+    ("finetune", "--distillation_weight 0.5", "there is no teacher"),
+    ("plan", "--model_name_or_path checkpoint --num_labels 10", "has its own labels"),
+    ("latency-table", "--model_name_or_path checkpoint --num_labels 10", "has its own labels"),
+    ("evaluate", "--augmentation light", "trains nothing"),
+    ("evaluate", "--learning_rate 1e-3", "trains nothing"),
+    ("verify", "--ema_decay 0.9", "trains nothing"),
+    ("verify", "--push_to_hub", "trains nothing"),
+    ("evaluate", "--distillation_type hard", "no phase learns from a teacher"),
+]
+
+
+def words_of(name, flags):
+    """The words of a command line, on the CPU where the command has that flag."""
+    return [*flags.split(), *([] if name == "latency-table" else CPU)]
+
+
+def command_of(name):
+    """The command of that name."""
+    (command,) = [command for command in DEFINED if command.name == name]
+    return command
+
+
+@pytest.mark.parametrize(("name", "flags", "reason"), NOTHING)
+def test_settings_that_do_nothing_are_refused(name, flags, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)) as refusal:
+        parse(command_of(name), words_of(name, flags), DEMOS.get(name))
+    message = str(refusal.value)
+    assert any(f"{word} is given, but " in message for word in flags.split() if word[:2] == "--")
+    assert "hf_secret" not in message
+
+
+def test_they_are_refused_before_anything_is_loaded(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--finetune_epochs", "0", "--finetune_learning_rate", "1e-3", "--mixup", "0.8"]
+    _, err, status = run(capsys, "search", "--model_name_or_path", "no/such-model", *flags, *CPU)
+    assert status == 2
+    assert err.count("is given, but ") == 2  # all at once, on one line
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_rule_is_tested():
+    refused = " ".join(f"{flags} {reason}" for _, flags, reason in NOTHING)
+    assert all(any(f"--{name}" in refused for name in rule.names) for rule in RULES)
+    known = {name for command in DEFINED for name in CommandParser(command, "").flags()}
+    assert {name for rule in RULES for name in rule.names} <= known
+
+
+SOMETHING = [
+    ("search", "--dense_epochs 3 --dense_learning_rate 1e-3"),
+    ("search", "--finetune_epochs 3 --finetune_learning_rate 1e-3"),
+    ("search", "--finetune_max_steps 3 --finetune_learning_rate 1e-3"),
+    ("search", "--finetune_epochs 0 --finetune_max_steps 3"),
+    ("search", "--search_tokens --token_pictures 3"),
+    ("search", "--token_pictures 0"),
+    ("search-tokens", "--token_pictures 3"),
+    ("search", "--push_to_hub --hub_model_id a/b --hub_private_repo true"),
+    ("search", "--augmentation deit --mixup 0.8 --auto_augment none --color_jitter 0.4"),
+    ("search", "--mixup 0 --random_erasing 0"),
+    ("search", "--data_dir photos --eval_share 0.2"),
+    ("search", "--data_dir photos --eval_split train --eval_share 0.2"),
+    ("search", "--distillation_weight 0 --teacher_name_or_path big"),
+    ("search", "--preset paper --teacher_name_or_path big --distillation_temperature 3"),
+    ("search-tokens", "--distillation_temperature 3"),
+    ("finetune", "--teacher_name_or_path big --distillation_temperature 3"),
+    ("plan", "--model_name_or_path digits_vit --num_labels 10 --learning_rate 1e-3"),
+    ("evaluate", "--per_device_train_batch_size 8 --logging_steps 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags"), SOMETHING)
+def test_settings_that_do_something_are_taken(name, flags):
+    command = command_of(name)
+    parts = parse(command, words_of(name, flags), DEMOS.get(name))
+    assert len(parts) == len(command.classes)
+
+
+def test_a_file_may_hold_settings_that_the_command_line_turns_off(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("finetune_epochs: 3\nfinetune_learning_rate: 1.0e-3\ndense_learning_rate: 1\n")
+    words = ["--config", str(file), "--finetune_epochs", "0", "--data_dir", "photos", *CPU]
+    *_, finetuning, _ = parse(cli.SEARCH, words)
+    assert (finetuning.is_wanted, finetuning.finetune_learning_rate) == (False, 1e-3)
+    # the demonstration's file holds such settings, too
+    *_, finetuning, _ = parse(cli.SEARCH, ["--finetune_epochs", "0", "--dense_epochs", "0"], {})
+    assert not finetuning.is_wanted
+
+
+# ----------------------------------------------------------------------------- the command in cards
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["/home/me/.venv/bin/ofb-hf", "search", "--seed", "3"], "ofb-hf search --seed 3"),
+        (["/home/me/recipes/search_deit.py", "--seed", "3"], "recipes/search_deit.py --seed 3"),
+        ([f"{ROOT}/ofb_hf/__main__.py", "plan", "x"], "python -m ofb_hf plan x"),
+        (["/home/me/mine.py", "--data_dir", "/home/me/photos"], "mine.py --data_dir photos"),
+        (["ofb-hf", "search", "--hub_token", "hf_secret"], "ofb-hf search --hub_token HIDDEN"),
+    ],
+)
+def test_the_command_in_a_card_names_the_program_and_no_folder(argv, shown, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert command_line() == shown
