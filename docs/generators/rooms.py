@@ -25,7 +25,7 @@ ROOMS = {
     "metrics": "top-k accuracy",
     "hub_retries": "patience with the Hub",
 }
-HIDDEN = ("_moved", "_version")  # the package's own bookkeeping
+HIDDEN = ("__main__", "_moved", "_version")  # the package's own bookkeeping
 
 WIDTH = 960
 ROOM_HEIGHT = 46

@@ -19,7 +19,7 @@ from ..space.presets import PRESETS
 # Commands that only measure a model: nothing learns, nothing is pushed.
 MEASURING = ("evaluate", "verify")
 # Commands that push the finished output folder once, and not the checkpoints on the way.
-PUSHING_ONCE = ("search", "search-tokens")
+PUSHING_ONCE = ("search", "search-tokens", "finetune")
 
 
 class Settings(SimpleNamespace):
@@ -91,7 +91,7 @@ AUGMENTATION = tuple(
 )
 NOTHING_IS_TRAINED = "this command trains nothing; leave it out"
 NOT_PUSHED = "the result is not pushed; add --push_to_hub, or leave it out"
-PUSHED_ONCE = "a search pushes its finished folder once; leave it out"
+PUSHED_ONCE = "the finished folder is pushed once; leave it out"
 
 RULES = (
     Rule(
@@ -123,11 +123,6 @@ RULES = (
         _learns_from_a_teacher,
         "no phase learns from a teacher; name one with --teacher_name_or_path (where the command "
         "has it) and give its weight (--distillation_weight), or leave it out",
-    ),
-    Rule(
-        ("distillation_weight",),
-        lambda settings: settings.command != "finetune" or settings.teacher_name_or_path,
-        "there is no teacher; name one with --teacher_name_or_path, or leave it out",
     ),
     Rule(
         ("distillation_temperature",),

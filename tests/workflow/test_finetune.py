@@ -128,7 +128,7 @@ def test_a_subnet_of_another_model_is_not_taken_over(searched, checkpoint, image
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dense_epochs", "1"], "dense_epochs is 1.0"),
+        (["--dense_epochs", "1"], "unknown setting --dense_epochs"),
         (["--distillation_weight", "0.5"], "distillation_weight is 0.5, but there is no teacher"),
         (["--push_to_hub"], "hub_model_id is None"),
     ],
