@@ -322,7 +322,7 @@ def table(summary: dict[str, Any]) -> str:
         spread = f"({row['lowest']:6.3f}, {row['highest']:7.3f})"
         ratios = f"{row['ratio']:8.3f}  {spread}  {row['cpu_ratio']:9.3f}"
         lines.append(f"{row['workers']:7d}  {row['of']:<17} {ratios}")
-    lines += ["", "CPU time of the stream       us/image   share"]
+    lines += ["", "CPU time of the stream       us/image  fraction"]
     whole = summary["seconds"]["all"]
     for name, seconds in summary["seconds"].items():
         note = "  (instead of RandAugment; not in `all`)" if name == NOT_INCLUDED else ""

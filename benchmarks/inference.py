@@ -52,9 +52,9 @@ def contestants(shape: str, budgets: list[float], multiples: list[int]) -> dict[
     """Return the dense model and a compressed one for every budget and `multiple_of`."""
     dense = dense_model(shape)
     rows: dict[str, nn.Module] = {f"{shape}, dense": dense}
-    for share in budgets:
+    for fraction in budgets:
         for multiple in multiples:
-            rows[f"{shape}, {share} by {multiple}"] = compressed_model(dense, share, multiple)
+            rows[f"{shape}, {fraction} by {multiple}"] = compressed_model(dense, fraction, multiple)
     return rows
 
 
@@ -90,7 +90,7 @@ def measured(
     dense_name, *_ = models
     for name, model in models.items():
         ratios = [turn[name] / turn[dense_name] for turn in turns[1:]]
-        share, speed_up = count_macs(model) / count_macs(first), statistics.median(ratios)
+        fraction, speed_up = count_macs(model) / count_macs(first), statistics.median(ratios)
         images_per_second = statistics.median(turn[name] for turn in turns[1:])
         fastest = max(turn[name] for turn in turns[1:])
         fastest_dense = max(turn[dense_name] for turn in turns[1:])
@@ -102,13 +102,13 @@ def measured(
             "device": wanted.device,
             "dtype": wanted.dtype,
             "hardware": processor(place[0]),
-            "macs_share": share,
+            "macs_share": fraction,
             "ms": 1e3 * batch / images_per_second,
             "images_per_second": images_per_second,
             "speed_up": speed_up,
             "lowest": min(ratios),
             "highest": max(ratios),
-            "efficiency": speed_up * share,
+            "efficiency": speed_up * fraction,
             "of_the_fastest": fastest / fastest_dense,
         }
 
@@ -160,8 +160,12 @@ def profile_table(models: dict[str, nn.Module], batch: int, wanted: argparse.Nam
         [
             "operation",
             f"{dense}: ms",
-            "share",
-            *(head for name in others for head in (f"{name}: ms", "share", "left")),
+            "fraction",
+            *(
+                head
+                for name in others
+                for head in (f"{name}: ms", "fraction", "compressed / dense")
+            ),
         ]
     )
     for operation in sorted(times[dense], key=times[dense].get, reverse=True)[:OPERATIONS]:

@@ -77,12 +77,12 @@ def main() -> None:
             return slice_model(dense, baselines.pruned_subnet(dense, config, scores)).eval()
 
         models = {"dense": dense}
-        for share in wanted.shares:
-            models[f"MACs {share}"] = small = pruned(target_macs=share)
+        for fraction in wanted.shares:
+            models[f"MACs {fraction}"] = small = pruned(target_macs=fraction)
             target = wanted.of_milliseconds * milliseconds(count_latency(small, table))
             for depth in (False, True):
                 suffix = ", with depth" if depth else ""
-                name = f"{wanted.of_milliseconds} of the ms of MACs {share}{suffix}"
+                name = f"{wanted.of_milliseconds} of the ms of MACs {fraction}{suffix}"
                 models[name] = pruned(
                     target_latency_ms=target,
                     latency_table=str(wanted.latency_table),
@@ -92,9 +92,15 @@ def main() -> None:
         for name, model in models.items():
             top1 = evaluate_classifier(model, inputs.eval, args)[0]["top1"]
             predicted = milliseconds(count_latency(model, table))
-            share = count_macs(model) / count_macs(dense)
+            fraction = count_macs(model) / count_macs(dense)
             rows.append(
-                [name, f"{share:.3f}", f"{predicted:.3f}", f"{measured[name]:.3f}", f"{top1:.2f}"]
+                [
+                    name,
+                    f"{fraction:.3f}",
+                    f"{predicted:.3f}",
+                    f"{measured[name]:.3f}",
+                    f"{top1:.2f}",
+                ]
             )
     sys.stdout.write(markdown_table(rows) + "\n")
 

@@ -24,7 +24,7 @@ from ofb_hf.space.configuration import default_config
 from ofb_hf.workflow.latency_table import measured_latency
 from ofb_hf.workflow.report import markdown_table
 
-HEAD = ["budget", "share of MACs", "predicted ms", "measured ms", "measured / predicted"]
+HEAD = ["budget", "fraction of MACs", "predicted ms", "measured ms", "measured / predicted"]
 
 
 def pruned(dense: PreTrainedModel, **budget: object) -> PreTrainedModel:
@@ -57,19 +57,21 @@ def main() -> None:
     table = LatencyTable.load(wanted.latency_table)
     dense = dense_model(wanted.shape)
     targets = [
-        round(share * milliseconds(count_latency(dense, table)), 1) for share in wanted.shares
+        round(fraction * milliseconds(count_latency(dense, table)), 1) for fraction in wanted.shares
     ]
     models = {"dense": dense}
     for target in targets:
         budget = {"target_latency_ms": target, "latency_table": str(wanted.latency_table)}
         models[f"target_latency_ms={target}"] = pruned(dense, **budget)
-    models |= {f"target_macs={share}": pruned(dense, target_macs=share) for share in wanted.macs}
+    models |= {
+        f"target_macs={fraction}": pruned(dense, target_macs=fraction) for fraction in wanted.macs
+    }
     for _ in range(wanted.repeat):
         rows, measured = [HEAD], measured_latency(models, table)
         for name, model in models.items():
             predicted = milliseconds(count_latency(model, table))
-            share = count_macs(model) / count_macs(dense)
-            rows.append([name, f"{share:.3f}", f"{predicted:.2f}", f"{measured[name]:.2f}"])
+            fraction = count_macs(model) / count_macs(dense)
+            rows.append([name, f"{fraction:.3f}", f"{predicted:.2f}", f"{measured[name]:.2f}"])
             rows[-1].append(f"{measured[name] / predicted:.3f}")
         sys.stdout.write(markdown_table(rows) + "\n\n")
 

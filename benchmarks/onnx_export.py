@@ -46,19 +46,19 @@ def dense_model(shape: str) -> PreTrainedModel:
 
 
 def compressed_model(
-    dense: PreTrainedModel, share: float, multiple_of: int = 16
+    dense: PreTrainedModel, fraction: float, multiple_of: int = 16
 ) -> PreTrainedModel:
     """Return the network that the search space offers at a fraction of the MACs."""
-    config = default_config(dense.config, target_macs=share, multiple_of=multiple_of)
+    config = default_config(dense.config, target_macs=fraction, multiple_of=multiple_of)
     return compress(install_bi_masks(dense, config)).eval()
 
 
-def contestants(shape: str, share: float) -> dict[str, torch.nn.Module]:
+def contestants(shape: str, fraction: float) -> dict[str, torch.nn.Module]:
     """Return the dense model of a shape and a compressed one at a fraction of its MACs."""
     dense = dense_model(shape)
     return {
         f"{shape}, dense": dense,
-        f"{shape}, {share} of the MACs": compressed_model(dense, share),
+        f"{shape}, {fraction} of the MACs": compressed_model(dense, fraction),
     }
 
 

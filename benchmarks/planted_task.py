@@ -47,7 +47,7 @@ BLOCKS, USELESS_BLOCKS = 6, (3, 5)
 # The budget as a multiple of the cost of the useful units. Useless units that have any effect fill
 # the rest of it.
 SLACK = 1.02
-SHARES = ("useless_removed", "useful_kept", "dense_top1", "top1_after_cut")
+FIGURES = ("useless_removed", "useful_kept", "dense_top1", "top1_after_cut")
 LEARNING_RATE = 5e-4
 PAPER_LEARNING_RATE = 1e-3
 
@@ -116,8 +116,8 @@ class CutOff(TrainerCallback):
         self.disturb_(0.0)
 
     @torch.no_grad()
-    def disturb_(self, share: float):
-        """Replace the weights by noise, `share` times as strong as useful weights (0: zeros)."""
+    def disturb_(self, fraction: float):
+        """Replace the weights by noise, `fraction` times as strong as useful weights (0: zeros)."""
         # A generator of its own, so that training draws the same numbers with and without noise.
         noise = torch.Generator().manual_seed(0)
         for name in self.planted.kept:
@@ -126,7 +126,7 @@ class CutOff(TrainerCallback):
             out = block.attention.o_proj if kind == "attention" else block.mlp.fc2
             useless = sorted(set(range(out.in_features)) - useful_units(self.planted, name))
             out.weight[:, useless] = (
-                share
+                fraction
                 * out.weight.std()
                 * torch.randn(len(out.weight), len(useless), generator=noise)
             )
@@ -135,7 +135,7 @@ class CutOff(TrainerCallback):
             if kind == "attention":
                 query = block.attention.q_proj
                 query.weight[useless] = (
-                    share
+                    fraction
                     * query.weight.std()
                     * torch.randn(len(useless), query.in_features, generator=noise)
                 )
@@ -332,7 +332,7 @@ def main() -> None:
             sys.stdout.flush()
     for preset in args.presets:
         mine = [row for row in rows if row["preset"] == preset]
-        means = {key: sum(row[key] for row in mine) / len(mine) for key in SHARES}
+        means = {key: sum(row[key] for row in mine) / len(mine) for key in FIGURES}
         sys.stdout.write(
             f"{preset}: " + ", ".join(f"{key} {value:.1f}" for key, value in means.items()) + "\n"
         )

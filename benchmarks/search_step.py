@@ -129,7 +129,7 @@ WITHOUT: dict[str, Callable[[Supernet], None]] = {
 
 
 def contestants(
-    shape: str, share: float, args: OFBTrainingArguments
+    shape: str, fraction: float, args: OFBTrainingArguments
 ) -> dict[str, DenseStep | TrialSearch]:
     """Build every row of the table."""
 
@@ -138,7 +138,9 @@ def contestants(
 
     def searching(**changes: object) -> TrialSearch:
         model = dense()
-        return TrialSearch(model, args, default_config(model.config, target_macs=share, **changes))
+        return TrialSearch(
+            model, args, default_config(model.config, target_macs=fraction, **changes)
+        )
 
     rows: dict[str, DenseStep | TrialSearch] = {
         "dense": DenseStep(dense(), args),

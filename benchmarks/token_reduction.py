@@ -51,7 +51,7 @@ from ofb_hf.workflow.measure import images_per_second, provenance
 from ofb_hf.workflow.report import markdown_table
 
 TAYLOR_BATCHES, OBSERVED_IMAGES = 8, 512
-WIDTH_SHARE = 0.7  # fraction that `both` leaves to widths; tokens do the rest
+WIDTH_FRACTION = 0.7  # fraction that `both` leaves to widths; tokens do the rest
 
 
 class RandomReduction(TokenReduction):
@@ -64,12 +64,12 @@ class RandomReduction(TokenReduction):
         return super().forward(tokens, sizes, torch.rand_like(importance))
 
 
-def budget(dense: PreTrainedModel, share: float, options: argparse.Namespace) -> dict[str, Any]:
+def budget(dense: PreTrainedModel, fraction: float, options: argparse.Namespace) -> dict[str, Any]:
     """Return the config fields of a budget: a fraction of the cost of the dense model."""
     if options.latency_table is None:
-        return {"target_macs": int(share * count_macs(dense))}
+        return {"target_macs": int(fraction * count_macs(dense))}
     table = LatencyTable.load(options.latency_table)
-    target = share * milliseconds(count_latency(dense, table))
+    target = fraction * milliseconds(count_latency(dense, table))
     return {"target_latency_ms": target, "latency_table": options.latency_table}
 
 
@@ -181,28 +181,30 @@ def contestants(
         began = time.perf_counter()
         models[name] = make().eval(), time.perf_counter() - began
 
-    for share in options.shares:
-        target = budget(dense, share, options)
-        add(f"learned, {share}", lambda target=target: learned(dense, inputs, target, options))
+    for fraction in options.shares:
+        target = budget(dense, fraction, options)
+        add(f"learned, {fraction}", lambda target=target: learned(dense, inputs, target, options))
         for name, merge in (("fixed merging", True), ("fixed dropping", False)):
             add(
-                f"{name}, {share}",
+                f"{name}, {fraction}",
                 lambda target=target, merge=merge: at_fixed_rate(dense, target, merge),
             )
-        if f"learned, {share}" in models:
-            found = models[f"learned, {share}"][0]
-            add(f"ranked dropping, {share}", lambda found=found: dropping(found, by_chance=False))
-            add(f"random dropping, {share}", lambda found=found: dropping(found, by_chance=True))
-        add(f"widths, {share}", lambda target=target: narrowed(dense, inputs, target, options))
+        if f"learned, {fraction}" in models:
+            found = models[f"learned, {fraction}"][0]
+            add(
+                f"ranked dropping, {fraction}", lambda found=found: dropping(found, by_chance=False)
+            )
+            add(f"random dropping, {fraction}", lambda found=found: dropping(found, by_chance=True))
+        add(f"widths, {fraction}", lambda target=target: narrowed(dense, inputs, target, options))
         add(
-            f"search, {share}",
+            f"search, {fraction}",
             lambda target=target: searched(dense, inputs, target, False, options),
         )
         add(
-            f"joint search, {share}",
+            f"joint search, {fraction}",
             lambda target=target: searched(dense, inputs, target, True, options),
         )
-    both, width = (budget(dense, share, options) for share in (options.both, WIDTH_SHARE))
+    both, width = (budget(dense, fraction, options) for fraction in (options.both, WIDTH_FRACTION))
     add(
         f"both, {options.both}",
         lambda: learned(narrowed(dense, inputs, width, options), inputs, both, options),
@@ -235,8 +237,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     dense = rows[0]
     for name in dict.fromkeys(row["name"].split(",")[0] for row in rows[1:]):
         points = [dense, *(row for row in rows if row["name"].split(",")[0] == name)]
-        share = [row["macs"] / dense["macs"] for row in points]
-        axes.plot(share, [row["top1"] for row in points], marker="o", label=name)
+        fraction = [row["macs"] / dense["macs"] for row in points]
+        axes.plot(fraction, [row["top1"] for row in points], marker="o", label=name)
     axes.set(
         xlabel="MACs, fraction of dense", ylabel="top-1 % without finetuning", title="Fewer tokens"
     )
@@ -310,11 +312,11 @@ def main() -> None:
     ]
     table[0] += ["predicted ms", "ms", "of dense"] if options.latency_table else []
     for row in rows:
-        share, ratio = (row[key] / rows[0][key] for key in ("macs", "images_per_second"))
+        fraction, ratio = (row[key] / rows[0][key] for key in ("macs", "images_per_second"))
         cells = [
             f"{row['top1']:.2f}",
             f"{row['macs'] / 1e6:.2f}",
-            f"{share:.3f}",
+            f"{fraction:.3f}",
             f"{ratio:.2f}",
             f"{row['seconds']}",
         ]
