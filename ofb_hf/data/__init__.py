@@ -1,8 +1,8 @@
-"""Images to train and to evaluate on: loading, checking, augmenting.
+"""Images to train on and to evaluate on: loading, checking, augmenting.
 
-`load_image_data(DataArguments(...))` gives both splits, `build_transform` what turns an image into
-the model's input, and `with_image_transform` joins the two into a data set that a Trainer takes as
-it is. With `streaming=True` the training split is a `StreamedSplit`, and `ImageStream` reads and
+`load_image_data(DataArguments(...))` returns both splits, `build_transform` returns the function
+from an image to the model's input, and `with_image_transform` joins the two to a data set for a
+Trainer. With `streaming=True` the training split is a `StreamedSplit`, and `ImageStream` reads and
 augments it while a model trains.
 """
 

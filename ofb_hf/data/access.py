@@ -57,6 +57,7 @@ def _explanation(causes: list[BaseException], name: str) -> str | None:
             f"{config.HF_ENDPOINT}/settings/tokens, then run `hf auth login` again, or correct "
             "HF_TOKEN."
         )
+    # The Hub has one answer for both, so as not to reveal private repositories.
     if any(isinstance(cause, RepositoryNotFoundError | DatasetNotFoundError) for cause in causes):
         return (
             f"{name} is not on the Hub, or it is private. Check its name at {page}; if it is "

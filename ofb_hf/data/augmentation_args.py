@@ -84,6 +84,6 @@ class AugmentationArguments:
                 raise ValueError(f"{name} is {value}; it must be 0 (off) or larger.")
         if self.repeated_augmentation < 1:
             raise ValueError(
-                f"repeated_augmentation is {self.repeated_augmentation}; it must be 1 (off) or "
-                "larger."
+                f"repeated_augmentation is {self.repeated_augmentation}; it must be at least 1 "
+                "(off)."
             )

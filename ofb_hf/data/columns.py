@@ -91,6 +91,7 @@ def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Da
             rows without a label (None or -1), fewer than two classes, and splits that disagree
             about their classes.
     """
+    # Types first: labels that are lists or floats cannot be compared with -1 below.
     for split, dataset in splits.items():
         _check_single_class(dataset.features[column], column, split)
     values = {split: column_values(dataset, column) for split, dataset in splits.items()}
@@ -103,6 +104,7 @@ def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Da
             _check_known(labels, len(names), column, split)
         encoded = splits
     else:
+        # Classes of all splits together: one may lack a class that the other has.
         classes = sorted(set().union(*values.values()))
         names = [str(value) for value in classes]
         index_of = {value: index for index, value in enumerate(classes)}
@@ -120,6 +122,7 @@ def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Da
 
 def column_values(dataset: Dataset, column: str) -> list[Any]:
     """Return the values of one column as stored, without decoding an image."""
+    # The other columns are dropped first: an access to a row would decode its image.
     table = dataset.select_columns([column]).with_format("arrow")[:]
     return table[column].to_pylist()
 
@@ -193,4 +196,7 @@ def _only(candidates: list[str], preferred: tuple[str, ...], what: str, flag: st
 
 
 def _describe(features: Features) -> str:
-    return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+    columns = []
+    for name, feature in features.items():
+        columns.append(f"{name} ({type(feature).__name__})")
+    return ", ".join(columns)

@@ -157,7 +157,9 @@ class ImageFiles:
     def read(self, block: int, start: int) -> Iterator[Row]:
         """Yield the rows of a block, as `Source` describes."""
         if start == 0:
-            yield _row(self.paths[block].as_py(), self.labels[block].as_py(), f"row {block}")
+            path = self.paths[block].as_py()
+            label = self.labels[block].as_py()
+            yield _row(path, label, f"row {block}")
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,8 @@ def open_source(
     description = (builder.info.splits or {}).get(split)
     described = description.num_examples if description is not None else None
     # The images are decoded by us: `datasets` would stop at the first bad one.
-    dataset = dataset.select_columns(list(columns)).cast_column(columns[0], Image(decode=False))
+    dataset = dataset.select_columns(list(columns))
+    dataset = dataset.cast_column(columns[0], Image(decode=False))
     if builder.name == "parquet":
         source = RowGroups.of(files, columns)
     elif builder.name == "imagefolder":
@@ -313,7 +316,8 @@ def once_per_machine(
         if not path.exists():
             # Renamed when it is complete: a kill leaves no half of a cache file.
             aside = path.with_suffix(".aside")
-            pq.write_table(pa.table({kind: pa.array(compute_all(), pa.binary())}), aside)
+            values = pa.array(compute_all(), pa.binary())
+            pq.write_table(pa.table({kind: values}), aside)
             aside.replace(path)
         return pq.read_table(path)[kind].to_pylist()
 

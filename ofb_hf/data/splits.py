@@ -114,7 +114,8 @@ def require_decodable(dataset: Dataset, image_column: str) -> None:
         return None
 
     with ThreadPoolExecutor() as pool:
-        problems = [found for found in pool.map(problem, range(len(rows))) if found is not None]
+        found = list(pool.map(problem, range(len(rows))))
+    problems = [text for text in found if text is not None]
     if problems:
         named = "; ".join(problems[:MOST_NAMED])
         num_others = len(problems) - MOST_NAMED

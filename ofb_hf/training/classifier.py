@@ -161,7 +161,9 @@ class ClassifierTrainer(ResumableTrainer):
             self._require_finite()
 
     def _require_finite(self) -> None:
-        values = {name: float(value) / self._num_parts for name, value in self._parts.items()}
+        values = {}
+        for name, total in self._parts.items():
+            values[name] = float(total) / self._num_parts
         if all(map(math.isfinite, values.values())):
             return
         del values[TOTAL]

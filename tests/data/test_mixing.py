@@ -14,9 +14,9 @@ from ofb_hf.data.mixing import (
     BatchAugmentation,
     mixup_cutmix,
     normalize,
-    pixel_statistics,
     random_erasing_,
 )
+from ofb_hf.data.processors import pixel_statistics
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIZE = {"height": 16, "width": 16}

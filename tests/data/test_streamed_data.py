@@ -510,7 +510,7 @@ def test_labels_without_names_are_those_of_the_evaluation_split(tmp_path):
         ({"max_bad_share": -0.1}, "max_bad_share is -0.1"),
         (
             {"streaming": False, "shuffle_buffer": 10},
-            "shuffle_buffer is 10, which means something for streams only",
+            "shuffle_buffer is 10, which has an effect on streams only",
         ),
         ({"data_dir": None}, "streaming is True, but no data is named"),
     ],
