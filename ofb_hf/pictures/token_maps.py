@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..families.description import square_patch
+from ..families.evaluation import evaluating
 from ..families.registry import family_of
 from ..families.token_reduction import token_layers, token_reductions
 from ..models.modeling_ofb_vit import TokenReduction, match_tokens, rank_tokens, take_tokens
@@ -47,7 +48,6 @@ def trace_tokens(model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
             "the model has no token_schedule, so it keeps all tokens; there is nothing to trace."
         )
     trace = _Trace(len(pixel_values), num_tokens(model.config))
-    was_training = model.training
     handles = [layer.register_forward_hook(trace.note) for layer in token_layers(model)]
     handles += [
         reduction.register_forward_hook(trace.follow)
@@ -55,9 +55,9 @@ def trace_tokens(model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
         if reduction is not None
     ]
     try:
-        model.eval()(pixel_values.to(model.device))
+        with evaluating(model):
+            model(pixel_values.to(model.device))
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return trace.traced
