@@ -37,15 +37,15 @@ def trace_tokens(model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
         ValueError: for a model without a token schedule.
     """
     require_class_token(model)
+    if getattr(model.config, "token_schedule", None) is None:
+        raise ValueError(
+            "the model has no token_schedule, so it keeps all tokens; there is nothing to trace."
+        )
     classifier = family_of(model.config).model_class
     if not isinstance(model, classifier):
         raise TypeError(
             f"got a {type(model).__name__}; tokens are traced in a classifier, "
             f"{classifier.__name__}."
-        )
-    if getattr(model.config, "token_schedule", None) is None:
-        raise ValueError(
-            "the model has no token_schedule, so it keeps all tokens; there is nothing to trace."
         )
     trace = _Trace(len(pixel_values), num_tokens(model.config))
     handles = [layer.register_forward_hook(trace.note) for layer in token_layers(model)]
