@@ -1,13 +1,13 @@
 """Every constant that the two presets of a search disagree about.
 
-"paper": the published code (arXiv:2403.15835 and its repository); "ours": led by data and budget,
-docs/ARCHITECTURE.md tells why. A field of `BiMaskConfig` that is None is taken from here.
+"default": led by data and budget, docs/ARCHITECTURE.md tells why; "paper": the published code
+(arXiv:2403.15835 and its repository). A field of `BiMaskConfig` that is None is taken from here.
 """
 
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "ours": {
+    "default": {
         "multiple_of": 8,
         "smallest_share": 0.25,
         "importance_init_mean": 1.5,
@@ -56,3 +56,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup": 0.2,
     },
 }
+# Names that presets had before: files that were written with them can still be read.
+ALIASES = {"ours": "default"}
