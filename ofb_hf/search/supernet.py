@@ -456,7 +456,7 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
     Args:
         model: a stock transformers classifier of a family in `families/registry.py`, or one of this
             package.
-        config: what to search; the default is half the MACs with the preset "ours".
+        config: what to search; the default is half the MACs with the default preset.
 
     Returns:
         A supernet that computes what `model` computes, each unit scaled by its bi-mask value.

@@ -30,7 +30,7 @@ def test_ours_removes_the_useless_and_keeps_the_useful(planted, noise, removed):
     units, model = planted[0], copy.deepcopy(planted[1])
     torch.manual_seed(0)
     planted_task.CutOff(model, units).disturb_(noise)
-    result = planted_task.run("ours", units, model, seed=4, steps=500)
+    result = planted_task.run("default", units, model, seed=4, steps=500)
     assert result["useless_removed"] >= removed
     assert result["useful_kept"] >= 95
     assert result["top1_after_cut"] >= result["dense_top1"] - 1.5
@@ -42,7 +42,7 @@ def test_ours_removes_the_useless_and_keeps_the_useful(planted, noise, removed):
 def test_blocks_that_add_nothing_are_left_out_and_no_others(seed):
     useless = planted_task.plant_blocks()
     model = planted_task.train_dense(useless, seed, steps=250, layers=planted_task.BLOCKS)
-    result = planted_task.run("ours", useless, model, seed, steps=150, search_depth=True)
+    result = planted_task.run("default", useless, model, seed, steps=150, search_depth=True)
     assert (
         set(result["left_out"])
         == set(useless.kept)

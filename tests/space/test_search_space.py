@@ -300,7 +300,7 @@ def test_default_candidates_of_swin_tiny():
         assert all(size % 8 == 0 for size in submodule.candidate_sizes)
 
 
-@given(st.integers(1, 700), st.sampled_from([1, 8, 16]), st.sampled_from(["ours", "paper"]))
+@given(st.integers(1, 700), st.sampled_from([1, 8, 16]), st.sampled_from(["default", "paper"]))
 def test_default_candidates_are_multiples_where_the_dense_size_allows(width, multiple, preset):
     config = ViTBiMaskConfig(preset=preset, multiple_of=multiple)
     space = config.search_space(
@@ -309,7 +309,7 @@ def test_default_candidates_are_multiples_where_the_dense_size_allows(width, mul
     for name in ("embeddings", "layers.0.mlp"):
         sizes = space[name].candidate_sizes
         assert sizes[-1] == width
-        smallest = {"ours": (1 / 4, 1 / 16), "paper": (1 / 2, 1 / 4)}[preset]
+        smallest = {"default": (1 / 4, 1 / 16), "paper": (1 / 2, 1 / 4)}[preset]
         assert sizes[0] >= int(width * smallest[name != "embeddings"])
         if width % multiple == 0:
             assert all(size % multiple == 0 for size in sizes)
@@ -319,7 +319,7 @@ def test_default_candidates_are_multiples_where_the_dense_size_allows(width, mul
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
-        ({"preset": "theirs"}, ["preset", "'theirs'", "ours", "paper"]),
+        ({"preset": "theirs"}, ["preset", "'theirs'", "default", "paper"]),
         ({"target_macs": 0.5, "target_params": 0.5}, ["target_macs", "target_params", "0.5"]),
         ({"target_macs": 0.0}, ["target_macs", "0.0"]),
         ({"target_macs": -3}, ["target_macs", "-3"]),
@@ -351,6 +351,16 @@ def test_impossible_configs_are_refused_by_name_and_value(fields, names):
         ViTBiMaskConfig(**fields)
     for name in names:
         assert name in str(error.value)
+
+
+def test_the_former_name_of_the_default_preset_is_accepted(tmp_path):
+    assert ViTBiMaskConfig(preset="ours") == ViTBiMaskConfig() == ViTBiMaskConfig(preset="default")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(ViTBiMaskConfig().to_dict() | {"preset": "ours"}), encoding="utf-8")
+    config = ViTBiMaskConfig.load(path)
+    assert config == ViTBiMaskConfig()
+    config.save(path)
+    assert json.loads(path.read_text(encoding="utf-8"))["preset"] == "default"
 
 
 def test_a_budget_without_weight_is_refused():

@@ -34,11 +34,11 @@ def test_there_is_a_file_and_a_twin_for_every_published_budget():
     wanted = {"deit_small_1.1g", "deit_base_8.7g", "swin_tiny_2.6g"}
     assert names == wanted | {f"{name}_paper" for name in wanted}
     for name in wanted:
-        ours, paper = (
+        default, paper = (
             yaml.safe_load((RECIPES / "configs" / f"{n}.yaml").read_text())
             for n in (name, f"{name}_paper")
         )
-        assert (ours["preset"], paper["preset"]) == ("ours", "paper")
+        assert (default["preset"], paper["preset"]) == ("default", "paper")
         same = (
             "model_name_or_path",
             "dataset_name",
@@ -47,7 +47,7 @@ def test_there_is_a_file_and_a_twin_for_every_published_budget():
             "per_device_train_batch_size",
             "bf16",
         )
-        assert {key: ours[key] for key in same} == {key: paper[key] for key in same}
+        assert {key: default[key] for key in same} == {key: paper[key] for key in same}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

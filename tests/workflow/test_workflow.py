@@ -450,7 +450,7 @@ def test_wheel_holds_what_the_commands_need(tmp_path):
             ["--target_macs", "0.01"],
             r"budget of [\d,]+ is below the smallest subnet .* costs [\d,]+",
         ),
-        (["--preset", "theirs"], r"preset is 'theirs'; known presets are \['ours', 'paper'\]"),
+        (["--preset", "theirs"], r"preset is 'theirs'; known presets are \['default', 'paper'\]"),
         (["--target_macs", "-1"], r"target_macs is -1"),
         (["--image_column", "photo"], "photo"),
         (["--finetune_distillation_weight", "2"], "finetune_distillation_weight is 2"),
