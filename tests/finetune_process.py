@@ -1,5 +1,7 @@
-"""Finetunes a stock model twice on every rank of torchrun: `finetune_process.py FOLDER`, writes
-`result-RANK.json`."""
+"""Finetune a stock model twice on every rank of torchrun.
+
+`finetune_process.py FOLDER` writes `result-RANK.json`.
+"""
 
 import json
 import os
@@ -30,18 +32,18 @@ SETTINGS |= {
 
 
 class Watching(ClassifierTrainer):
-    """Remembers which images it trains on: each has a value of its own in its corner."""
+    """Record which images it trains on: each has a value of its own in its corner."""
 
     seen: list[int]
 
     def training_losses(self, model: Any, pixel_values: torch.Tensor, labels: torch.Tensor):
-        """As the finetuning does."""
+        """Record the images of a micro-batch."""
         self.seen += pixel_values[:, 0, 0, 0].round().int().tolist()
         return super().training_losses(model, pixel_values, labels)
 
 
 def main(folder: Path) -> None:
-    """Trains, and writes down what each rank saw and holds."""
+    """Train, and write which images this rank saw and which weights it has."""
     data = rows()
     for number, row in enumerate(data):
         row["pixel_values"][0, 0, 0] = number

@@ -1,9 +1,8 @@
-"""Streams in processes of their own: from the Hub that HF_ENDPOINT names, or in a Trainer on
-several ranks.
+"""Stream in processes of their own: from the Hub that HF_ENDPOINT names, or on several ranks.
 
-`stream_process.py epochs NAME:WORKERS ...` prints what became of each data set as a line of JSON.
-`stream_process.py train SHARDS OUTPUT`, on every rank, writes down what a Trainer saw, straight and
-resumed.
+`stream_process.py epochs NAME:WORKERS ...` prints a line of JSON for each data set: its images, or
+the error. `stream_process.py train SHARDS OUTPUT`, started on every rank, writes which images a
+Trainer saw in a run without interruption and in a resumed one.
 """
 
 import json
@@ -24,7 +23,7 @@ BATCH_SIZE = 5
 
 
 class Recorder(Trainer):
-    """A stock Trainer with the one override that streams need; writes down what it sees."""
+    """A stock Trainer with the one method that streams need; it records its images."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -32,7 +31,7 @@ class Recorder(Trainer):
         self.add_callback(EpochCallback(self.train_dataset))
 
     def get_train_dataloader(self):
-        """A plain loader, which accelerate must not prepare."""
+        """Return the stream's loader, which accelerate must not prepare."""
         args = self.args
         return self.train_dataset.loader(
             self._train_batch_size,
@@ -46,7 +45,7 @@ class Recorder(Trainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Something to descend on."""
+        """Record the images, and return any loss that depends on the model."""
         self.seen.append(inputs["pixel_values"].clone())
         loss = model(inputs["pixel_values"].float()).square().mean()
         return (loss, {}) if return_outputs else loss
@@ -55,8 +54,7 @@ class Recorder(Trainer):
 def train(
     folder: Path, shards: Path, resume: str | None = None, **changes: Any
 ) -> list[torch.Tensor]:
-    """What a Trainer sees in three epochs of noisy numbers, two batches per step, a checkpoint
-    every five steps."""
+    """Return the images of three epochs: two batches a step, a checkpoint every five steps."""
     data = load_image_data(DataArguments(data_dir=str(shards), streaming=True, shuffle_buffer=8))
     settings = {
         "num_train_epochs": 3,
@@ -73,7 +71,7 @@ def train(
 
 
 def epoch(name: str, workers: int) -> dict[str, Any]:
-    """Numbers of the images of one epoch, or the error that came instead."""
+    """Return the numbers of the images of one epoch, or the error."""
     try:
         data = load_image_data(DataArguments(dataset_name=name, streaming=True, shuffle_buffer=8))
         stream = ImageStream(data.train, number_of, seed=1)

@@ -1,4 +1,4 @@
-"""A search in processes of its own that is watched, interrupted and killed."""
+"""Searches in processes of their own that tests watch, interrupt and kill."""
 
 import signal
 import threading
@@ -16,7 +16,7 @@ OPTIONS = {
 
 
 class Watched:
-    """A search in its own processes, whose lines are collected while it runs."""
+    """Run a search in processes of its own, and collect its output while it runs."""
 
     def __init__(self, folder: Path, options: dict, ranks: int):
         self.process = start_search(folder, options, ranks)
@@ -27,7 +27,7 @@ class Watched:
         self.reader.start()
 
     def wait_for(self, happened, timeout: float = 120) -> bool:
-        """Waits until `happened()`; False if the process ends before."""
+        """Wait until `happened()`; return False if the process ends before."""
         end = time.monotonic() + timeout
         while not happened():
             if self.process.poll() is not None:
@@ -37,12 +37,11 @@ class Watched:
         return True
 
     def said(self, start: str) -> bool:
-        """Whether some line begins like this."""
+        """Return whether some line of the output begins with `start`."""
         return any(line.startswith(start) for line in self.lines)
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
-        """Sends a signal to all its processes, as clusters do, and waits: (exit status, everything
-        it said)."""
+        """Send a signal to all processes, as clusters do; return exit status and output."""
         launcher = psutil.Process(self.process.pid)
         for process in [launcher, *launcher.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
@@ -52,7 +51,7 @@ class Watched:
         return self.process.returncode, "".join(self.lines)
 
     def kill(self) -> None:
-        """Kills the process and all it started, at once."""
+        """Kill the process and all processes that it has started."""
         launcher = psutil.Process(self.process.pid)
         for process in [launcher, *launcher.children(recursive=True)]:
             process.kill()

@@ -122,7 +122,7 @@ class EpochPlan:
         """Return for every position the block, the row in it, and the row's number in the data.
 
         Args:
-            positions: (N,); so are the three results.
+            positions: (N,). The three results have the same shape.
         """
         index = np.searchsorted(self.ends, positions, side="right")
         starts = self.ends - self.rows

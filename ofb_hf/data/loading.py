@@ -481,7 +481,8 @@ def _choose_streamed_splits(available: list[str], args: DataArguments) -> tuple[
     return names[0], names[1]
 
 
-def _hold_out_eval(train: Dataset, label_column: str, share: float) -> tuple[Dataset, Dataset]:
+def _hold_out_eval(train: Dataset, label_column: str, fraction: float) -> tuple[Dataset, Dataset]:
     labels = column_values(train, label_column)
-    kept, held_out = hold_out(labels, max(1, round(share * len(labels))))
+    num_held_out = max(1, round(fraction * len(labels)))
+    kept, held_out = hold_out(labels, num_held_out)
     return train.select(kept), train.select(held_out)

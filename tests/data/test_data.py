@@ -1,5 +1,4 @@
-"""Data comes from folders, parquet files and the embedded digits; what cannot work is refused in
-words."""
+"""Data from folders, parquet files and the embedded digits; errors with an explanation."""
 
 import builtins
 import sys
@@ -444,7 +443,7 @@ def test_arguments_are_checked(kwargs, message):
         DataArguments(**kwargs)
 
 
-def test_arguments_parse_beside_the_trainers(tmp_path):
+def test_arguments_parse_next_to_those_of_the_trainer(tmp_path):
     parser = HfArgumentParser([DataArguments, OFBTrainingArguments])
     words = [
         "--data_dir",

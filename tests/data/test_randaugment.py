@@ -452,7 +452,7 @@ def test_a_factor_of_one_leaves_every_pixel():
     assert np.array_equal(ColorJitter(0.0)(image), image)
 
 
-# -------------------------------------------------------------------------------------- beside timm
+# ---------------------------------------------------------------------------------- next to timm
 
 
 def timm_module():

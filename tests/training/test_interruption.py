@@ -1,5 +1,4 @@
-"""Terminated or interrupted, a search saves a checkpoint, says so, and goes on from it as if
-nothing had happened."""
+"""A search that is terminated or interrupted saves a checkpoint and resumes to the same result."""
 
 import os
 import signal

@@ -1,5 +1,4 @@
-"""Trainings that stop and go on: stock models, last steps, best models, averages, and what a
-checkpoint must hold."""
+"""Trainings that stop and resume: stock models, last steps, best models, averages, checkpoints."""
 
 import shutil
 import signal
@@ -116,7 +115,7 @@ class Sends(TrainerCallback):
 
 
 @pytest.mark.parametrize("step", [5, 6])
-def test_a_stopped_training_keeps_its_last_checkpoint_beside_the_best_one(tmp_path, step):
+def test_a_stopped_training_keeps_its_last_checkpoint_and_the_best_one(tmp_path, step):
     """However few are to be kept; and it is the best of all that remains in the end."""
     settings = BEST | {"save_total_limit": 1}
     straight = finetuning(tmp_path / "straight", tiny_model("vit"), **settings)
