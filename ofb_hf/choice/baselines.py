@@ -75,6 +75,7 @@ def taylor_scores(
         logits = model(pixel_values=batch["pixel_values"].to(model.device)).logits
         F.cross_entropy(logits, batch["labels"].to(model.device)).backward()
         changes = _unit_sums(model, lambda parameter: parameter.detach() * parameter.grad)
+        # Squared per batch: gradients of different batches must not cancel out.
         for name, change in changes.items():
             total[name] = total.get(name, 0) + change.square()
     return total
@@ -139,7 +140,7 @@ def uniform_subnet(
     def cost(fraction: float) -> float:
         scaled = {}
         for name, size in sizes.items():
-            # Along each axis of a grid the root, so that the units are this fraction.
+            # Along each axis of a grid the square root, so that its units are this fraction.
             factor = fraction ** (1 / len(size)) if name in searched else 1
             scaled[name] = tuple(factor * units for units in size)
         return evaluate_terms(terms, quantities(scaled))
@@ -176,6 +177,7 @@ def random_subnet(
     """
     generator = torch.Generator().manual_seed(seed)
 
+    # -log(-log(u)) of a uniform u has a Gumbel distribution.
     def gumbel(
         space: SubmoduleSpace,
         size: tuple[int, ...],
@@ -242,8 +244,8 @@ def _best_units(
     Args:
         score: (U,) or (H, D). size: (U',) or (H', D').
     """
-    best = score.argsort(dim=-1, descending=True)[..., : size[-1]]
-    best = best.sort(-1).values  # (U',) or (H, D')
+    order = score.argsort(dim=-1, descending=True)
+    best = order[..., : size[-1]].sort(-1).values  # (U',) or (H, D')
     if len(size) == 1:
         return tuple(best.tolist())
     sums = score.gather(1, best).sum(1)  # (H,)

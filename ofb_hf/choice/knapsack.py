@@ -68,6 +68,8 @@ def best_choice(
             f"costs {show(floor)}; raise the target to at least that, or allow smaller candidates.",
             floor,
         )
+    # Usually the best choice keeps some needed submodule anyway. Where it does not, it is the best
+    # of those that must keep a certain one.
     best = _solve(free)
     chosen = [best.candidates[name] for name in needed if name in best.candidates]
     if not restricted or any(candidate.units for candidate in chosen):
@@ -101,14 +103,17 @@ def _that_keep_one(
 
 def _solve(problem: Problem) -> Choice:
     """Return the best choice of a problem that has one."""
+    # Without widths there is one combination, the empty one.
     candidates_of_widths = [problem.candidates[name] for name in problem.widths]
     combinations = math.prod(map(len, candidates_of_widths))
     if combinations > MAX_COMBINATIONS:
         best = _climb(problem, [problem.smallest, *promising_widths(problem)])
         if best.cost >= problem.lowest or combinations > MAX_COMBINATIONS_BELOW:
             return best
-    every = itertools.product(*candidates_of_widths)
-    return _best_of(problem, (dict(zip(problem.widths, each, strict=True)) for each in every))
+    every = []
+    for combination in itertools.product(*candidates_of_widths):
+        every.append(dict(zip(problem.widths, combination, strict=True)))
+    return _best_of(problem, every)
 
 
 def _best_of(
@@ -134,6 +139,7 @@ def _climb(
     while improved:
         improved = False
         for name in problem.widths:
+            # Both neighbours start from the same widths, also if the first one is an improvement.
             widths = {width: best.candidates[width] for width in problem.widths}
             for neighbour in _neighbours(problem.candidates[name], widths[name]):
                 choice = problem.solve(widths | {name: neighbour})
@@ -150,4 +156,6 @@ def _neighbours(
     """Return the next smaller and the next larger candidate, as far as there are such."""
     ordered = sorted(candidates, key=attrgetter("units"))
     at = ordered.index(current)
-    return ordered[max(0, at - 1) : at] + ordered[at + 1 : at + 2]
+    smaller = ordered[max(0, at - 1) : at]
+    larger = ordered[at + 1 : at + 2]
+    return smaller + larger

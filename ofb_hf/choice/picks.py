@@ -70,9 +70,10 @@ def best_picks(
     history = []  # for each group, the candidate behind every entry of `best`, (length,)
     for group_steps, group_scores in zip(steps, scores, strict=True):
         table = np.full((len(group_steps), length), -np.inf)  # (K, length)
-        for index, (step, score) in enumerate(zip(group_steps, group_scores, strict=True)):
+        candidates = zip(table, group_steps, group_scores, strict=True)
+        for row, step, score in candidates:
             if step < length:
-                table[index, step:] = best[: length - step] + score
+                row[step:] = best[: length - step] + score
         picked = table.argmax(0)
         history.append(picked)
         best = table[picked, np.arange(length)]
@@ -151,7 +152,8 @@ def largest_picks(
             before = total - step
             if before >= 0 and reachable[groups - 1] >> before & 1:
                 score, picks = best(groups - 1, before)
-                found.append((score + scores[groups - 1][index], (*picks, index)))
+                score += scores[groups - 1][index]
+                found.append((score, (*picks, index)))
         return max(found)
 
     largest = reachable[-1].bit_length() - 1

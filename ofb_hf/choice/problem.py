@@ -83,10 +83,12 @@ class Problem:
         self.owners: dict[str, str] = {}
         self.amounts: dict[str, np.ndarray] = {}
         for name, row in candidates.items():
+            # Quantities of a submodule are its units, its heads and its presence.
             rows = [quantities({name: candidate.size}) for candidate in row]
             for quantity in rows[0]:
+                values = [amounts[quantity] for amounts in rows]
                 self.owners[quantity] = name
-                self.amounts[quantity] = np.array([amounts[quantity] for amounts in rows])
+                self.amounts[quantity] = np.array(values)  # (K,)
         self.widths = self._coupling_submodules()
         self.smallest: Sizes = {
             name: min(candidates[name], key=attrgetter("units")) for name in self.widths
@@ -108,7 +110,12 @@ class Problem:
                 pairs.append(tuple(names))
                 for name in names:
                     degree[name] = degree.get(name, 0) + 1
-        pairs.sort(key=lambda pair: -max(degree[name] for name in pair))
+
+        def largest_degree(pair: tuple[str, str]) -> int:
+            return max(degree[name] for name in pair)
+
+        # `reverse` keeps the order of equal ones, as sorting does.
+        pairs.sort(key=largest_degree, reverse=True)
         widths: list[str] = []
         for first, second in pairs:
             if first not in widths and second not in widths:
@@ -123,6 +130,8 @@ class Problem:
     def solve(self, widths: Sizes) -> Choice | None:
         """Return the best choice with these widths, None if none of them is within the budget."""
         constant, costs = self._linear_costs(widths)
+        # What is left of the budget when everything else has its cheapest candidate is the room of
+        # the knapsack, whose costs count from there.
         base = constant + sum(map(min, costs.values()))
         if base > self.target:
             return None
@@ -139,10 +148,15 @@ class Problem:
             room=self.target - base,
         )
         picks = dict(zip(costs, picked, strict=True))
-        chosen: Sizes = {}
+        chosen: Sizes = {}  # in the order of the candidates
         for name, row in self.candidates.items():
-            chosen[name] = row[picks[name]] if name in picks else widths[name]
-        cost = constant + sum(costs[name][pick] for name, pick in picks.items())
+            if name in picks:
+                chosen[name] = row[picks[name]]
+            else:
+                chosen[name] = widths[name]
+        cost = constant
+        for name, pick in picks.items():
+            cost += costs[name][pick]
         score = sum(candidate.score for candidate in chosen.values())
         return Choice(chosen, cost, score)
 
@@ -168,7 +182,8 @@ class Problem:
                 constant += value
             else:
                 rates[unknown] = rates.get(unknown, 0) + value
-        costs = {}
+        # Whole numbers, in arithmetic that is exact up to 9.2e18.
+        costs = {}  # (K,) each
         for name, row in self.candidates.items():
             if name not in widths:
                 costs[name] = np.zeros(len(row), dtype=np.int64)

@@ -27,6 +27,9 @@ from .problem import Problem, Sizes
 # Bisection steps; each one is a price at which the relaxation is solved.
 STEPS = 40
 
+# Two submodules that a term of the cost ties together.
+Pair = tuple[str, str]
+
 
 def promising_widths(problem: Problem) -> list[Sizes]:
     """Return the widths of the best choices at prices around the one that meets the budget."""
@@ -78,7 +81,7 @@ class Relaxation:
             self.scores[name] = np.array([candidate.score for candidate in row])
             self.costs[name] = np.zeros(len(row))
         self.constant = 0.0
-        self.pairs: dict[tuple[str, str], np.ndarray] = {}
+        self.pairs: dict[Pair, np.ndarray] = {}
         self._add_terms(problem)
         self.order = self._leaves_first()
 
@@ -107,11 +110,14 @@ class Relaxation:
         table: np.ndarray,
     ) -> None:
         """Add costs (K_first, K_second) of two submodules to those of other terms."""
-        self.pairs[first, second] = self.pairs.get((first, second), 0.0) + table
+        costs = self.pairs.get((first, second), 0.0)
+        self.pairs[first, second] = costs + table
 
     def _leaves_first(self) -> list[tuple[str, str | None]]:
         """Return the order of elimination: each submodule and its only remaining neighbour."""
-        neighbours: dict[str, set[str]] = {name: set() for name in self.candidates}
+        neighbours: dict[str, set[str]] = {}
+        for name in self.candidates:
+            neighbours[name] = set()
         for first, second in self.pairs:
             neighbours[first].add(second)
         order: list[tuple[str, str | None]] = []
@@ -140,14 +146,27 @@ class Relaxation:
             if parent is None:
                 responses[name] = gains[name].argmax()
                 continue
-            gain = gains[name][:, None] - price * self.pairs[name, parent]  # (K, K_parent)
+            pair_costs = self.pairs[name, parent]  # (K, K_parent)
+            gain = gains[name][:, None] - price * pair_costs
             responses[name] = gain.argmax(0)
             gains[parent] = gains[parent] + gain.max(0)
+        # Back from the last eliminated one, so that the parent's pick is known.
         picks: dict[str, int] = {}
         for name, parent in reversed(self.order):
             response = responses[name]
-            picks[name] = int(response if parent is None else response[picks[parent]])
-        cost = self.constant + sum(self.costs[name][pick] for name, pick in picks.items())
-        in_pairs = sum(table[picks[a], picks[b]] for (a, b), table in self.pairs.items())
-        cost += in_pairs / 2  # every pair is stored both ways
-        return {name: self.candidates[name][pick] for name, pick in picks.items()}, cost
+            if parent is not None:
+                response = response[picks[parent]]
+            picks[name] = int(response)
+        choice = {name: self.candidates[name][pick] for name, pick in picks.items()}
+        return choice, self._cost_of(picks)
+
+    def _cost_of(self, picks: dict[str, int]) -> float:
+        """Return the cost of one candidate of each submodule, given by its index."""
+        own_costs = []
+        for name, pick in picks.items():
+            own_costs.append(self.costs[name][pick])
+        pair_costs = []
+        for (first, second), table in self.pairs.items():
+            pair_costs.append(table[picks[first], picks[second]])
+        # Every pair is stored both ways.
+        return self.constant + sum(own_costs) + sum(pair_costs) / 2

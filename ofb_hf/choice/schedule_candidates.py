@@ -119,11 +119,13 @@ def candidate_schedules(
     costs = []  # of each layer, (N, N)
     for layer in range(num_layers):
         impossible = _impossible(counts, reduces=layer in reducing)
-        loss = curves[layer][counts[None]] - curves[layer][counts[:, None]]
+        curve = curves[layer][counts]  # (N,)
+        loss = curve[None] - curve[:, None]  # (N, N), rows: tokens that enter
         losses.append(np.where(impossible, np.inf, loss))
         layer_costs = _layer_costs(layer, config, amounts, counts, cost)
         costs.append(np.where(impossible, np.inf, layer_costs))
-    dense_cost = sum(float(layer_costs[-1, -1]) for layer_costs in costs)  # all tokens everywhere
+    # All tokens everywhere: the last entry of each table.
+    dense_cost = sum(float(layer_costs[-1, -1]) for layer_costs in costs)
 
     def cost_fraction(leaving: list[int]) -> float:
         """Return the cost of a schedule as a fraction of that of all tokens."""
@@ -134,7 +136,8 @@ def candidate_schedules(
 
     # From "tokens cost nothing" to "tokens are worth nothing", in units of the losses.
     prices = np.geomspace(LOWEST_PRICE, HIGHEST_PRICE, PRICES)
-    prices = prices * max(float(curves.max()), 1e-12) / dense_cost
+    largest_loss = max(float(curves.max()), 1e-12)
+    prices = prices * largest_loss / dense_cost
     found = [[tokens] * num_layers]
     for price in prices:
         tables = [loss + price * priced for loss, priced in zip(losses, costs, strict=True)]
@@ -217,7 +220,8 @@ def _filled_in(
         for step in range(1, steps + 1):
             between = []
             for start, end in zip(before, after, strict=True):
-                between.append(round(start + (end - start) * step / steps))
+                change = (end - start) * step / steps
+                between.append(round(start + change))
             if between not in filled:
                 filled.append(between)
     return filled

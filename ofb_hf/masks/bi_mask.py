@@ -20,6 +20,9 @@ from .arithmetic import (
     unit_ranks,
 )
 
+# How tensors are sliced: {name: ((axis, indices), ...)}.
+Slices = dict[str, tuple[tuple[int, Tensor], ...]]
+
 # Importance above which a unit is worth its place (`BiMask.estimate_importance_`).
 EVEN_IMPORTANCE = 0.5
 # Importance is estimated between sigmoid(-4) = 0.02 and sigmoid(4) = 0.98, so that training can
@@ -73,7 +76,8 @@ class BiMask(nn.Module):
         self._add_choice(space)
         self.register_buffer("alive", torch.ones(space.unit_shape, dtype=torch.bool))
         self.register_buffer("first_order", torch.zeros(space.unit_shape))
-        self.register_buffer("unit_ids", torch.arange(space.num_units).reshape(space.unit_shape))
+        unit_ids = torch.arange(space.num_units)
+        self.register_buffer("unit_ids", unit_ids.reshape(space.unit_shape))
         axes = [space.candidate_sizes]
         if self.is_grid:
             axes = [space.head_candidates, space.dim_candidates]
@@ -105,7 +109,11 @@ class BiMask(nn.Module):
         """Draw the importance logits, and alpha if it is to be "uniform" instead of zeros."""
         # Noise breaks the ties between units; with std 0 the order of the channels would decide.
         nn.init.trunc_normal_(
-            self.importance_logits, mean, max(std, 1e-8), mean - 2 * std, mean + 2 * std
+            self.importance_logits,
+            mean=mean,
+            std=max(std, 1e-8),
+            a=mean - 2 * std,
+            b=mean + 2 * std,
         )
         if alpha == "uniform":
             nn.init.uniform_(self.alpha)
@@ -138,6 +146,14 @@ class BiMask(nn.Module):
         """Return units or candidates in the shape that `arithmetic` takes: a stack of one grid."""
         return tensor[None] if self.is_grid else tensor[None, None]
 
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """Return the importance logits and which units are alive, (1, H, D) each."""
+        return self._as_grid(self.importance_logits), self._as_grid(self.alive)
+
+    def _candidates(self) -> tuple[Tensor, Tensor]:
+        """Return alpha and which candidates are active, (1, K_heads, K_dims) each."""
+        return self._as_grid(self.alpha), self._as_grid(self.active_candidates)
+
     def _grid_sizes(self) -> tuple[Tensor, Tensor]:
         """Return `grid_axes` in the shape that `arithmetic` takes, (1, K_heads) and (1, K_dims)."""
         heads, channels = self.grid_axes
@@ -145,14 +161,15 @@ class BiMask(nn.Module):
 
     def _grid_ranks(self) -> tuple[Tensor, Tensor]:
         """Return the ranks of heads (1, H) and of channels (1, H, D)."""
-        return unit_ranks(self._as_grid(self.importance_logits), self._as_grid(self.alive))
+        logits, alive = self._units()
+        return unit_ranks(logits, alive)
 
     # -------------------------------------------------------------------------------------- scores
 
     def candidate_probs(self) -> Tensor:
         """Return the softmax over all active candidates, 0 for retired ones; shaped like alpha."""
-        p = probabilities(self._as_grid(self.alpha), self._as_grid(self.active_candidates))
-        return p.view_as(self.alpha)
+        alpha, active = self._candidates()
+        return probabilities(alpha, active).view_as(self.alpha)
 
     def expected_size(self) -> Tensor:
         """Return the expected number of kept units under `candidate_probs`: scalar."""
@@ -167,9 +184,14 @@ class BiMask(nn.Module):
 
     def importance(self) -> Tensor:
         """Return how much each unit matters, in (0, 1], 0 for dead units; shaped like the units."""
-        logits, alive = self._as_grid(self.importance_logits), self._as_grid(self.alive)
+        logits, alive = self._units()
         normalize = self.normalize_importance and alive.numel() > 0  # no units have no maximum
-        importance = importance_scores(logits, alive, normalize, self.importance_floor)
+        importance = importance_scores(
+            logits,
+            alive,
+            normalize=normalize,
+            floor=self.importance_floor,
+        )
         return importance.view_as(self.alive)
 
     def unit_rank(self) -> tuple[Tensor, ...]:
@@ -180,7 +202,9 @@ class BiMask(nn.Module):
             within each head (H, D).
         """
         heads, channels = self._grid_ranks()
-        return (heads[0], channels[0]) if self.is_grid else (channels[0, 0],)
+        if self.is_grid:
+            return heads[0], channels[0]
+        return (channels[0, 0],)
 
     def sparsity(self) -> Tensor:
         """Return how many units there is room for, as a value for each unit by its importance rank.
@@ -193,7 +217,8 @@ class BiMask(nn.Module):
             In [0, 1], shaped like the units.
         """
         p = self._as_grid(self.candidate_probs())
-        return staircase(p, self._grid_sizes(), self._grid_ranks()).view_as(self.alive)
+        sparsity = staircase(p, self._grid_sizes(), self._grid_ranks())
+        return sparsity.view_as(self.alive)
 
     def prunability(self, lam: float | Tensor) -> Tensor:
         """Return the bi-mask value of every unit, in [0, 1]: high = kept, exactly 0 = dead.
@@ -201,7 +226,12 @@ class BiMask(nn.Module):
         Args:
             lam: weight of the importance score, 1 = importance only, 0 = sparsity only.
         """
-        return bi_mask_values(self.importance(), self.sparsity(), lam, self.alive)
+        return bi_mask_values(
+            self.importance(),
+            self.sparsity(),
+            lam,
+            self.alive,
+        )
 
     def importance_by_rank(self) -> Tensor:
         """Return the importance sorted by rank along each axis, shaped like the units."""
@@ -225,8 +255,9 @@ class BiMask(nn.Module):
         if not self.first_order.numel():
             return
         scores = self.first_order.double()
-        smallest = max(scores.max().item() * SMALLEST_SCORE, torch.finfo(scores.dtype).tiny)
-        scores = scores.clamp(min=smallest).log()
+        smallest = scores.max().item() * SMALLEST_SCORE
+        tiny = torch.finfo(scores.dtype).tiny
+        scores = scores.clamp(min=max(smallest, tiny)).log()
         ordered = scores.flatten().sort(descending=True).values
         # Half way between the last kept unit and the first removed one. Where there is none of
         # them, far enough away that every unit reaches the limit on its side.
@@ -274,7 +305,8 @@ class BiMask(nn.Module):
             beyond_last = torch.zeros_like(p.narrow(axis, 0, 1))
             p = -p.diff(dim=axis, append=beyond_last)
         p = p.clamp(min=0) * self.active_candidates
-        p = (1 - floor) * p / p.sum() + floor / self.active_candidates.sum()
+        even = floor / self.active_candidates.sum()
+        p = (1 - floor) * p / p.sum() + even
         self.alpha.copy_(p.log())
 
     def _stair_heights(self, curve: Tensor) -> Tensor:
@@ -291,7 +323,8 @@ class BiMask(nn.Module):
             if self.may_vanish and len(sizes) > 1:
                 # The stair of candidate 0 is as high as the next one, so that "no heads of some
                 # width", which is no candidate, gets no probability.
-                heights.narrow(axis, 0, 1).copy_(heights.narrow(axis, 1, 1))
+                following = heights.narrow(axis, 1, 1)
+                heights.narrow(axis, 0, 1).copy_(following)
         # The first candidate's height is 1. Where that is candidate 0, the drop behind it is the
         # probability of keeping nothing.
         heights.view(-1)[0] = 1
@@ -309,7 +342,8 @@ class BiMask(nn.Module):
             bool, shaped like alpha.
         """
         p = self.candidate_probs()
-        weak = self.active_candidates & (p <= threshold / self.active_candidates.sum())
+        limit = threshold / self.active_candidates.sum()
+        weak = self.active_candidates & (p <= limit)
         weak.view(-1)[p.argmax()] = False
         return weak
 
@@ -417,14 +451,11 @@ class BiMask(nn.Module):
         heads, channels = units
         return {head: tuple(row) for head, row in zip(heads, channels, strict=True)}
 
-    def shrink_plan(self) -> dict[str, tuple[tuple[int, Tensor], ...]]:
-        """Return how each tensor of this mask is sliced when the dead units are removed.
+    def shrink_plan(self) -> Slices:
+        """Return how each parameter and buffer is sliced when the dead units are removed.
 
         Candidates beyond the largest active one are removed with their units; retired ones in
         between stay, inactive.
-
-        Returns:
-            {name of a parameter or buffer: ((axis, indices), ...)}.
         """
         units = tuple(enumerate(self.alive_units()))
         candidates = []
@@ -479,7 +510,7 @@ class TiedBiMask(BiMask):
         """The leader's, bool, shaped like alpha."""
         return self._leader[0].active_candidates
 
-    def shrink_plan(self) -> dict[str, tuple[tuple[int, Tensor], ...]]:
+    def shrink_plan(self) -> Slices:
         """Return the same as for any bi-mask, without the tensors that the leader owns."""
         plan = super().shrink_plan()
         del plan["alpha"]

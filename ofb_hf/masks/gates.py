@@ -88,7 +88,8 @@ class GateStore:
         self._versions[name] = version
         # An evaluation may be the first to see the change, and training then uses the tensor too.
         with torch.inference_mode(False):
-            self.alive[name] = None if alive.all() else alive.flatten().clone()
+            everything = bool(alive.all())
+            self.alive[name] = None if everything else alive.flatten().clone()
 
 
 def apply_gate(
@@ -231,7 +232,8 @@ class ScaledFunction(torch.autograd.Function):
         # The sum of grad * x, with x = out / gate.
         products = grad.to(gate.dtype) * out
         grad_gate = products.sum_to_size(gate.shape) / gate
-        return grad * gate.to(grad.dtype), grad_gate.masked_fill(gate == 0, 0.0)
+        grad_gate = grad_gate.masked_fill(gate == 0, 0.0)
+        return grad * gate.to(grad.dtype), grad_gate
 
 
 class ImageGated:
@@ -262,7 +264,8 @@ class ImageGated:
         for gate in store.image_gates(self._present_with):
             # The bias is in `out` already, so it is added `gate - 1` times.
             missing = (gate[:, None] - 1).to(out.dtype)  # (B, 1, 1)
-            rows = rows + self._parameters["bias"].to(out.dtype) * missing  # (U,) * (B, 1, 1)
+            bias = self._parameters["bias"].to(out.dtype)
+            rows = rows + bias * missing  # (U,) * (B, 1, 1)
         for gate in store.image_gates(self._scaled_by):
             rows = ScaledFunction.apply(rows, gate[:, None])  # gate (B, 1, U)
         if is_map:
@@ -309,7 +312,8 @@ class _LivingLayerNorm(nn.LayerNorm):
         mean = (x * alive).sum(-1, keepdim=True) / count
         centered = (x - mean) * alive
         variance = centered.square().sum(-1, keepdim=True) / count
-        normalized = centered * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        normalized = centered * torch.rsqrt(variance + self.eps)
+        normalized = normalized * self.weight + self.bias
         return (normalized * alive).to(dtype)
 
 

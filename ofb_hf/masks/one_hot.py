@@ -32,7 +32,11 @@ def one_hot_loss(
         finite gradients for every alpha, uniform and one-hot included (deviation from the paper:
         sigma is clamped, see `SPREAD_MARGIN`).
     """
-    return one_hot_losses(alpha.reshape(1, -1), active.reshape(1, -1))[0]
+    losses = one_hot_losses(
+        alpha.reshape(1, -1),
+        active.reshape(1, -1),
+    )
+    return losses[0]
 
 
 def one_hot_losses(
@@ -57,7 +61,8 @@ def one_hot_losses(
         entropy = -(p * log_p).sum(1)
 
         n = active.sum(1, dtype=logits.dtype)  # (M,)
-        squares = (p - 1 / n[:, None]).square() * active
+        deviation = p - 1 / n[:, None]
+        squares = deviation.square() * active
         # n = 1 would divide by 0; the last line answers it.
         largest_variance = (1 - 1 / n).clamp(min=0.5)
         sigma = squares.sum(1) / largest_variance

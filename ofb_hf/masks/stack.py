@@ -23,6 +23,10 @@ from .one_hot import one_hot_losses
 IMPORTANCE_PENALTY = {"attention": 2e-4, "mlp": 5e-5, "embedding": 5e-5}
 
 
+# The shape of a stack of grids: masks, rows (heads), columns (channels).
+StackShape = tuple[int, int, int]
+
+
 class MaskStack(nn.Module):
     """M bi-masks of one kind, filled up to a common shape with dead units and retired candidates.
 
@@ -51,14 +55,16 @@ class MaskStack(nn.Module):
         # without a unit have the largest entry of the layout, so that they sort behind all others.
         positions = unit_layout.argsort()[: sum(self.counts)]
         _, num_heads, num_channels = self.candidate_shape
-        heads = self._sizes(0, num_heads)
-        channels = self._sizes(1, num_channels)
-        # Buffers, so that they move with the model; not persistent: they are derived.
-        self.register_buffer("unit_layout", unit_layout, persistent=False)
-        self.register_buffer("candidate_layout", candidate_layout, persistent=False)
-        self.register_buffer("positions", positions, persistent=False)
-        self.register_buffer("head_sizes", heads, persistent=False)  # (M, K_heads)
-        self.register_buffer("channel_sizes", channels, persistent=False)  # (M, K_dims)
+        buffers = {
+            "unit_layout": unit_layout,  # (M * H * D,)
+            "candidate_layout": candidate_layout,  # (M * K_heads * K_dims,)
+            "positions": positions,
+            "head_sizes": self._sizes(0, num_heads),  # (M, K_heads)
+            "channel_sizes": self._sizes(1, num_channels),  # (M, K_dims)
+        }
+        # Buffers move with the model. Not persistent: they follow from the masks.
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def _sizes(
         self,
@@ -69,7 +75,8 @@ class MaskStack(nn.Module):
         rows = []
         for mask in self.masks:
             sizes = mask.grid_axes[axis].cpu()
-            rows.append(F.pad(sizes, (0, length - len(sizes))))
+            missing = length - len(sizes)
+            rows.append(F.pad(sizes, (0, missing)))
         return torch.stack(rows)
 
     @property
@@ -99,14 +106,27 @@ class MaskStack(nn.Module):
     def importance(self) -> Tensor:
         """Return what `BiMask.importance` returns for each mask: (M, H, D)."""
         logits, alive = self._units()
-        return importance_scores(logits, alive, self.normalize, self.floor)
+        return importance_scores(
+            logits,
+            alive,
+            normalize=self.normalize,
+            floor=self.floor,
+        )
 
     def values(self, lam: Tensor) -> Tensor:
         """Return what `BiMask.prunability` returns for each mask: (M, H, D)."""
         logits, alive = self._units()
-        importance = importance_scores(logits, alive, self.normalize, self.floor)
-        ranks = unit_ranks(logits, alive)
-        sparsity = staircase(self.probabilities(), self._grid_sizes, ranks)
+        importance = importance_scores(
+            logits,
+            alive,
+            normalize=self.normalize,
+            floor=self.floor,
+        )
+        sparsity = staircase(
+            self.probabilities(),
+            self._grid_sizes,
+            unit_ranks(logits, alive),
+        )
         return bi_mask_values(importance, sparsity, lam, alive)
 
     def apart(self, values: Tensor) -> tuple[Tensor, ...]:
@@ -153,8 +173,9 @@ class MaskStacks(nn.Module):
         super().__init__()
         kinds: dict[tuple[str, bool], list[BiMask]] = {}
         for mask in masks:
-            kinds.setdefault((mask.kind, mask.may_vanish), []).append(mask)
-        self.stacks = nn.ModuleList(MaskStack(of_kind) for of_kind in kinds.values())
+            kind = (mask.kind, mask.may_vanish)
+            kinds.setdefault(kind, []).append(mask)
+        self.stacks = nn.ModuleList(map(MaskStack, kinds.values()))
         dense_values = torch.tensor(list(dense.values()))
         self.register_buffer("dense", dense_values, persistent=False)
         places = torch.tensor(self._places(list(dense)))
@@ -173,7 +194,11 @@ class MaskStacks(nn.Module):
                 for mask in stack.masks:
                     place_of[quantity_of(mask.name)] = length
                     length += 1
-        return [place_of.get(quantity, length + index) for index, quantity in enumerate(quantities)]
+        places = []
+        for index, quantity in enumerate(quantities):
+            dense_place = length + index
+            places.append(place_of.get(quantity, dense_place))
+        return places
 
     def gates(self, lam: Tensor) -> dict[str, Tensor]:
         """Return the bi-mask values of every submodule (U,) by name.
@@ -202,9 +227,11 @@ class MaskStacks(nn.Module):
             if gates is None:
                 amounts += stack.expected_amounts()
             else:
-                values = stack.together([gates[mask.name] for mask in stack.masks])
+                of_masks = [gates[mask.name] for mask in stack.masks]
+                values = stack.together(of_masks)  # (M, H, D)
                 amounts += stack.amounts_of(values)
         amounts.append(self.dense)
+        # As `_places` expects them: all (M,), and last (Q,).
         lined_up = torch.cat([amount.float() for amount in amounts])
         return lined_up.index_select(0, self.places)
 
@@ -216,11 +243,12 @@ class MaskStacks(nn.Module):
         """Return the published L1 penalty on importance scores (arXiv:2403.15835, its code)."""
         penalties = []
         for stack in self.stacks:
-            penalties.append(IMPORTANCE_PENALTY[stack.kind] * stack.importance().sum())
+            weight = IMPORTANCE_PENALTY[stack.kind]
+            penalties.append(weight * stack.importance().sum())
         return torch.stack(penalties).sum()
 
 
-def _layout(shapes: list[tuple[int, ...]]) -> tuple[Tensor, tuple[int, int, int]]:
+def _layout(shapes: list[torch.Size]) -> tuple[Tensor, StackShape]:
     """Return where the entries of some grids stand in one stack of a common shape.
 
     Args:
@@ -235,19 +263,20 @@ def _layout(shapes: list[tuple[int, ...]]) -> tuple[Tensor, tuple[int, int, int]
     height = max(1, *(rows for rows, _ in grids))
     width = max(1, *(columns for _, columns in grids))
     counts = [rows * columns for rows, columns in grids]
-    layout = torch.full((len(grids), height, width), sum(counts))
+    shape = (len(grids), height, width)
+    layout = torch.full(shape, sum(counts))
     begin = 0
     for cells, (rows, columns), count in zip(layout, grids, counts, strict=True):
         indices = torch.arange(begin, begin + count)
         cells[:rows, :columns] = indices.view(rows, columns)
         begin += count
-    return layout.flatten(), (len(grids), height, width)
+    return layout.flatten(), shape
 
 
 def _arrange(
     tensors: list[Tensor],
     layout: Tensor,
-    shape: tuple[int, int, int],
+    shape: StackShape,
 ) -> Tensor:
     """Return a stack of grids as `_layout` describes it; 0 or False in cells without an entry."""
     lined_up = torch.cat([tensor.flatten() for tensor in tensors])

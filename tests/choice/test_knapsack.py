@@ -142,18 +142,18 @@ def problems(draw: st.DrawFn, largest: int = 12) -> tuple:
     )
 
 
-def target_of(problem: tuple, share: float) -> int:
+def target_of(problem: tuple, fraction: float) -> int:
     """A budget between the smallest and the largest cost of a problem (or a bit above)."""
     costs = [cost for cost, _ in brute_force(*problem)]
-    return int(min(costs) + share * (max(costs) - min(costs)))
+    return int(min(costs) + fraction * (max(costs) - min(costs)))
 
 
 @given(problems())
 def test_small_problems_are_solved_exactly(problem):
-    """Below as many cost units as there are bins nothing is rounded: the best choice of all, or the
+    """Nothing is rounded where there are fewer cost units than bins: the best choice of all, or the
     largest below."""
-    candidates, terms, fixed, share, needed = problem
-    target = target_of((candidates, terms, fixed, needed), share)
+    candidates, terms, fixed, fraction, needed = problem
+    target = target_of((candidates, terms, fixed, needed), fraction)
     everything = [
         (cost, score)
         for cost, score in brute_force(candidates, terms, fixed, needed)
@@ -181,8 +181,8 @@ def test_large_problems_are_solved_up_to_the_rounding_of_costs(problem):
     """Costs are rounded to 1 / BINS of the room, so the answer beats all that keep a bin per
     submodule away from both ends of the band, whatever it is allowed to do in between; feasibility
     is never given up for it."""
-    candidates, terms, fixed, share, needed = problem
-    target = target_of((candidates, terms, fixed, needed), share)
+    candidates, terms, fixed, fraction, needed = problem
+    target = target_of((candidates, terms, fixed, needed), fraction)
     everything = [
         (cost, score)
         for cost, score in brute_force(candidates, terms, fixed, needed)
@@ -297,8 +297,8 @@ def random_search(seed: int) -> tuple[Supernet, object]:
 
 @pytest.mark.parametrize("seed", range(MACS_SEEDS + 10))
 def test_the_budget_holds_and_is_used(seed):
-    """Within [0.98, 1] of the target; where not, no subnet of the space lies between ours and the
-    target."""
+    """Within [0.98, 1] of the target; where not, no subnet of the space lies between the chosen one
+    and the target."""
     supernet, config = random_search(seed)
     by_params = supernet.bi_mask_config.budget[0] == "target_params"
     count = count_params if by_params else count_macs
@@ -370,16 +370,16 @@ def test_an_unreachable_budget_is_refused_before_training_and_names_the_smallest
 
 @pytest.mark.parametrize("budget", ["target_macs", "target_params"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shares_and_absolute_targets_mean_the_same(family, budget):
+def test_fractions_and_absolute_targets_mean_the_same(family, budget):
     model = tiny_model(family)
     dense = (count_macs if budget == "target_macs" else count_params)(model)
-    by_share = install_bi_masks(model, search_config(family, **{budget: 0.4}))
+    by_fraction = install_bi_masks(model, search_config(family, **{budget: 0.4}))
     absolute = install_bi_masks(model, search_config(family, **{budget: int(0.4 * dense)}))
-    assert by_share.target == absolute.target == int(0.4 * dense)
-    assert by_share.dense_cost == dense
-    for supernet in (by_share, absolute):
+    assert by_fraction.target == absolute.target == int(0.4 * dense)
+    assert by_fraction.dense_cost == dense
+    for supernet in (by_fraction, absolute):
         randomize_masks_(supernet, 3)
-    assert read_subnet(by_share) == read_subnet(absolute)
+    assert read_subnet(by_fraction) == read_subnet(absolute)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -73,8 +73,8 @@ def worth(sizes: list[tuple[int, ...]], rng: random.Random) -> list[Candidate]:
 
 
 def caterpillar(seed: int, stages: int, most: int) -> Space:
-    """A random problem with up to so many candidates of each width, and about as many of everything
-    else."""
+    """A random problem with `most` candidates of each width at most, and about the same number of
+    all others."""
     rng = random.Random(seed)
 
     def sizes(largest: int) -> list[int]:
@@ -106,8 +106,8 @@ def settled_problems(
     for seed in seeds:
         space = caterpillar(seed, *shape)
         costs, scores = everything(space)
-        share = random.Random(-seed).random() ** 1.5
-        target = int(costs.min() + share * (costs.max() - costs.min()))
+        fraction = random.Random(-seed).random() ** 1.5
+        target = int(costs.min() + fraction * (costs.max() - costs.min()))
         yield best_choice(*space, target, tightness=TIGHTNESS), costs, scores, target
 
 
@@ -198,7 +198,7 @@ def test_the_choice_is_seldom_far_from_the_best_one(shape):
 def test_the_choice_is_nearly_the_best_one_in_a_network_of_full_size():
     """Swin-T with its default candidates, 90,250 combinations of widths: no choice within the
     budget can be worth more than score - price x (cost - budget) of the relaxation at any price,
-    and that is less than 0.2 % above ours."""
+    and that is less than 0.2 % above the answer."""
     architecture, rng = describe(SwinConfig()), random.Random(0)
     dense = quantities(architecture.sizes)
     total = evaluate_terms(architecture.macs, dense)
@@ -214,8 +214,8 @@ def test_the_choice_is_nearly_the_best_one_in_a_network_of_full_size():
             )
             for size in sizes
         ]
-    for share in (0.3, 0.5, 0.8):
-        target = int(share * total)
+    for fraction in (0.3, 0.5, 0.8):
+        target = int(fraction * total)
         answer = best_choice(candidates, architecture.macs, {}, target)
         relaxation = Relaxation(Problem(candidates, architecture.macs, {}, 0, target))
         bounds, below, above = [], 0.0, 1e4 / total
@@ -263,8 +263,8 @@ def test_many_widths_are_searched_one_at_a_time():
         evaluate_terms(tuple(terms), {name: rows[end].units for name, rows in candidates.items()})
         for end in (0, -1)
     )
-    for share in (0.0, 0.05, 0.3, 0.8, 1.0):
-        target = int(smallest + share * (largest - smallest))
+    for fraction in (0.0, 0.05, 0.3, 0.8, 1.0):
+        target = int(smallest + fraction * (largest - smallest))
         answer = best_choice(candidates, tuple(terms), {}, target)
         assert TIGHTNESS * target <= answer.cost <= target
 
@@ -362,8 +362,8 @@ def sum_of_sets(reachable: int, costs: set[int]) -> int:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_budget_of_a_swin_holds_and_is_used(seed, monkeypatch):
-    """Within [0.98, 1] of the target; where not, no subnet of the space lies between ours and the
-    target."""
+    """Within [0.98, 1] of the target; where not, no subnet of the space lies between the chosen one
+    and the target."""
     if seed >= 20:
         monkeypatch.setattr(knapsack, "MAX_COMBINATIONS", 0)
     supernet, dense = random_search(seed)

@@ -97,7 +97,7 @@ def test_a_layer_may_be_used_twice():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_second_derivative_is_refused_in_words():
+def test_a_second_derivative_is_refused_with_an_explanation():
     tensors = inputs_of()
     (gradient,) = torch.autograd.grad(
         gated_linear(*tensors).square().sum(), tensors[:1], create_graph=True
@@ -131,7 +131,7 @@ def test_a_search_keeps_no_copy_of_a_weight_for_the_backward_pass(family):
 
 
 STAGES = {
-    "everything in the race": lambda supernet: None,
+    "all candidates active": lambda supernet: None,
     "candidates retired": lambda supernet: retire_some_(supernet, 0),
     "shrunk": lambda supernet: (retire_some_(supernet, 0), supernet.shrink_()),
     "settled and folded": lambda supernet: (

@@ -53,7 +53,7 @@ both_families = pytest.mark.parametrize("family", FAMILIES)
     ],
 )
 @given(st.data(), st.integers(0, 2**31))
-def test_masked_units_might_as_well_not_be_there(what, family, data, seed):
+def test_masked_units_act_as_if_they_were_not_there(what, family, data, seed):
     """In float64: shapes this small can have channels so alike that a norm magnifies what float32
     rounds."""
     overrides, _ = data.draw(SHAPES[family]())
@@ -107,7 +107,7 @@ def test_random_masks_over_random_candidates_fold_shrink_and_compress_alike(fami
     [(family, name) for family in FAMILIES for name in describe(tiny_model(family).config).sizes],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_single_submodule_might_as_well_be_sliced(dtype, family, name):
+def test_a_single_submodule_acts_as_if_it_were_sliced(dtype, family, name):
     dense, images = ours(family, dtype=dtype), tiny_images(dtype=dtype)
     supernet, logits = (
         install_bi_masks(dense, search_config(family, search_depth=True)),
@@ -131,8 +131,8 @@ def test_a_single_submodule_might_as_well_be_sliced(dtype, family, name):
 @pytest.mark.parametrize("lam", [0.0, 0.4])
 @pytest.mark.parametrize("seed", range(2))
 def test_all_outputs_of_the_masked_model_hold_those_of_the_small_one(seed, lam, dtype, family):
-    """Hidden states and attentions of the living units are equal, and nothing else is in the
-    residual stream."""
+    """Hidden states and attentions of the living units are equal, and there is nothing in the
+    residual stream besides."""
     dense = ours(family, seed, dtype)
     supernet = install_bi_masks(dense, search_config(family)).to(dtype)
     randomize_masks_(supernet, seed, lam=lam)
@@ -158,8 +158,8 @@ def assert_streams_agree(masked, sliced, subnet: SubnetSpec, widths: list[str]) 
             channels = list(subnet.kept[widths[min(index, len(widths) - 1)]])
             state = masked[field][index].movedim(axis, -1)
             assert_close(state[..., channels], theirs.movedim(axis, -1))
-            gone = [channel for channel in range(state.shape[-1]) if channel not in channels]
-            assert (state[..., gone] == 0).all()
+            dead = [channel for channel in range(state.shape[-1]) if channel not in channels]
+            assert (state[..., dead] == 0).all()
 
 
 def attentions_with_maps(config) -> list[str]:
