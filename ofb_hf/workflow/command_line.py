@@ -36,10 +36,12 @@ def parse(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = CommandParser(command, prog=_program(command.name))
+    # `--help` ends here; unknown flags are refused before a file is read
     namespace = _parsed(parser, argv)
-    from_file = []
+    from_file: list[str] = []
     if namespace.config is not None:
         from_file = _words(_read(Path(namespace.config), parser))
+    # of two flags of one name the last one wins, so the command line comes last
     namespace = _parsed(parser, from_file + argv)
     named = [getattr(namespace, name, None) for name in INPUTS]
     if demo is not None and not any(named):
@@ -95,10 +97,10 @@ def _words(settings: dict[str, Any]) -> list[str]:
     """Return settings as words of a command line."""
     words: list[str] = []
     for name, value in settings.items():
-        if value is None:
+        if value is None:  # a file may leave a setting to its default
             continue
         words.append(f"--{name}")
-        if isinstance(value, dict):
+        if isinstance(value, dict):  # as lr_scheduler_kwargs
             words.append(json.dumps(value))
         elif isinstance(value, list):
             words += [str(item) for item in value]
@@ -131,6 +133,7 @@ def command_line() -> str:
         name = ["python", "-m", program.resolve().parent.name]
     else:
         name = [program.name]
+    # each word after the program with the one before it, which may be a flag that takes a secret
     public = [_public(before, word) for before, word in pairwise(sys.argv)]
     return shlex.join([*name, *public])
 
@@ -139,6 +142,7 @@ def _public(before: str, word: str) -> str:
     """Return a word of a command line that others may read, given the one before it."""
     flag, equals, value = word.partition("=")
     if not (word.startswith("--") and equals):
+        # a flag alone, or a value: an "=" in it separates nothing
         flag = equals = ""
         value = word
     if _takes_secret(flag or before):

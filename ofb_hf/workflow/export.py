@@ -1,4 +1,4 @@
-"""From a checkpoint to a folder that another runtime can serve."""
+"""Write a checkpoint into a folder that another runtime can serve."""
 
 from pathlib import Path
 
@@ -9,20 +9,23 @@ from .inputs import image_shape, load_image_processor, require_same_size
 
 
 def run_export(wanted: ExportArguments) -> Exported:
-    """Exports a classifier; its config and image processor go beside the file.
+    """Export a classifier, with its config and image processor next to the file.
 
     Raises:
-        ValueError: if model or image processor cannot be loaded or do not go together, or the
-            folder holds something.
+        ValueError: if model or image processor cannot be loaded or do not go together, or if the
+            folder is not empty.
         ExportError: if the exported model computes something else.
     """
-    folder, name = Path(wanted.output_dir), wanted.model_name_or_path
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = Path(wanted.output_dir)
+    name = wanted.model_name_or_path
+    is_occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if is_occupied:
         raise ValueError(f"--output_dir {folder} is not an empty folder; give a new one.")
-    processor, model = load_image_processor(name), load_complete_classifier(name)
+    processor = load_image_processor(name)
+    model = load_complete_classifier(name)
     require_same_size(name, model, image_shape(processor))
     done = FORMATS[wanted.format](model, folder)
-    model.config.dtype = "float32"  # as what was exported
+    model.config.dtype = "float32"  # of the exported file, whatever the checkpoint has
     model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
     return done

@@ -1,5 +1,4 @@
-"""What a search would cost and come to, before there is any data: exact counts, and measured
-seconds and memory."""
+"""Predict cost and time of a search without data: exact counts, measured seconds and memory."""
 
 import math
 import statistics
@@ -25,10 +24,10 @@ from .measure import hardware, peak_bytes
 from .report import text_table
 from .trial import TrialSearch
 
-# A plan is to be there within a minute; this is left for measuring, over all budgets.
+# A plan should take less than a minute; this is for measuring, over all budgets.
 SECONDS = 20.0
 MEASURED_STEPS = 5
-# Head of the column, number, and unit of every cost.
+# For every cost the header of its column, the format of a number, and its unit in a sentence.
 COSTS = {
     "macs": ("MACs", "{:,}", "MACs"),
     "params": ("params", "{:,}", "parameters"),
@@ -39,16 +38,15 @@ COSTS = {
 def run_plan(
     wanted: PlanArguments, search: SearchArguments, args: OFBTrainingArguments
 ) -> dict[str, Any]:
-    """Counts what the space holds and what every budget comes to, then takes some steps of each
-    search.
+    """Count what the space holds and what every budget leaves, then run some steps of each search.
 
     Returns:
         {"model", "dense", "space", "budgets", "trial"}: counts are integers, times seconds, memory
-        bytes. Of every
-        budget: `target` (its limit), `macs` and `params` of what is chosen if all units of a
-        submodule are worth the same (a search ends at another choice, in the same band below the
-        limit), `before` and `after` that choice the seconds of a step, and `seconds` of the whole
-        search. With a latency table, `latency_ms` beside MACs.
+        bytes. For every budget there is `target` (its limit); `macs` and `params` of the best
+        choice if all units of a submodule are equally important (a search makes another choice, as
+        close below the limit); `before` and `after`, the seconds of a step before and after that
+        choice; and `seconds` of the whole search. With a latency table, MACs come with
+        `latency_ms`.
 
     Raises:
         ValueError: if the model cannot be loaded, or for arguments that a search refuses.
@@ -57,20 +55,22 @@ def run_plan(
     """
     check_search_arguments(args)
     model = load_for_counting(wanted.model_name_or_path, wanted.num_labels)
-    configs = {
-        name: default_config(model.config, **values) for name, values in search.by_budget().items()
-    }
+    configs = {}
+    for name, values in search.by_budget().items():
+        configs[name] = default_config(model.config, **values)
+    # refuses what no subnet meets, before anything is measured
     budgets = {name: _outcome(model, config) for name, config in configs.items()}
-    warn_if_elsewhere(next(iter(configs.values())).table, args.device)
+    first = next(iter(configs.values()))  # the budgets have everything else in common
+    warn_if_elsewhere(first.table, args.device)
     batches = math.ceil(wanted.num_images / (args.train_batch_size * args.world_size))
     epochs = _epochs(wanted, args)
     peaks = []
     for name, config in configs.items():
         before, after, peak = _measure(model, args, config, SECONDS / len(configs))
         peaks.append(peak)
-        steps = config.settle_at * before + (1 - config.settle_at) * after
-        budgets[name] |= {"before": before, "after": after, "seconds": epochs * batches * steps}
-    first = next(iter(configs.values()))
+        # mean seconds of a step: the choice is made after the fraction `settle_at` of the steps
+        step = config.settle_at * before + (1 - config.settle_at) * after
+        budgets[name] |= {"before": before, "after": after, "seconds": epochs * batches * step}
     return {
         "model": wanted.model_name_or_path,
         "dense": _costs(model, first),
@@ -89,68 +89,108 @@ def run_plan(
 
 
 def describe_space(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, Any]:
-    """How much there is to choose from, and how small a network may get.
+    """Count how much there is to choose from, and how small a network may get.
 
     Returns:
         `choices`: submodules that choose for themselves; `candidates`: over all of them; `subnets`:
-        what they multiply to; `macs` and `params` of the smallest subnet; `share`: the smallest
-        budget as a share of the dense model, rounded up to four decimals.
+        the product of their numbers; `macs` and `params` of the smallest subnet; `share`: the
+        smallest budget as a fraction of the dense model, rounded up to four decimals.
     """
     space = config.search_space(model.config)
-    sizes = {submodule.name: submodule.sizes for submodule in space if submodule.tied_to is None}
+    free = [submodule for submodule in space if submodule.tied_to is None]
     smallest = _smallest(model, config)
+    cost = count_cost(model, config.terms, smallest)
+    dense_cost = count_cost(model, config.terms)
     return {
-        "choices": len(sizes),
+        "choices": len(free),
         "candidates": space.num_candidates,
-        "subnets": math.prod(map(len, sizes.values())),
+        "subnets": math.prod(len(submodule.sizes) for submodule in free),
         **_costs(model, config, smallest),
-        "share": math.ceil(
-            1e4 * count_cost(model, config.terms, smallest) / count_cost(model, config.terms)
-        )
-        / 1e4,
+        # rounded up, so that a search accepts it as a budget
+        "share": math.ceil(1e4 * cost / dense_cost) / 1e4,
     }
 
 
 def _smallest(model: PreTrainedModel, config: BiMaskConfig) -> SubnetSpec:
-    """What the search would choose under the lowest budget that it does not refuse."""
+    """Return what the search would choose under the lowest budget that it does not refuse."""
     name, _ = config.budget
+    # 1 or less would be a fraction of the dense model, so 2 is the lowest absolute budget
+    lowest = replace(config, **{name: 2 / config.unit})
     try:
-        return install_bi_masks(model, replace(config, **{name: 2 / config.unit})).settle_()
+        return install_bi_masks(model, lowest).settle_()
     except UnreachableBudgetError as error:
-        return install_bi_masks(
-            model, replace(config, **{name: config.absolute(error.smallest)})
-        ).settle_()
+        reachable = replace(config, **{name: config.absolute(error.smallest)})
+        return install_bi_masks(model, reachable).settle_()
 
 
 def plan_text(plan: dict[str, Any]) -> str:
-    """What `run_plan` found, for people to read."""
+    """Return what `run_plan` found, as text for people."""
     dense, space, trial = plan["dense"], plan["space"], plan["trial"]
-    costs = [what for what in ("macs", "params", "latency_ms") if what in dense]
-    heads = [head for what in costs for head in (COSTS[what][0], "of dense")]
-    rows = [["budget", "limit", *heads, "step", "then", "epoch", "then", "search"]]
+    exponent = math.log10(space["subnets"])
+    settled = f"{trial['settle_at']:.0%}"
+    lines = [
+        f"{plan['model']}: {_sentence(dense, dense)}",
+        f"space: {space['choices']} choices among {space['candidates']} candidates, "
+        f"10^{exponent:.0f} subnets",
+        f"smallest: {_sentence(space, dense)}; the lowest budget is {space['share']:.4f} of dense",
+        "",
+        text_table(_budget_rows(plan)),
+        "",
+        "MACs and params: of the best choice if all units are equally important; a search makes",
+        "its own choice, within the same limit.",
+        f"Time: steps with {trial['batch_size']} random images on {trial['hardware']}, with the "
+        "teacher",
+        f"and without loading data; before the choice, which is made after {settled} of the steps,",
+        'and "then", after it.',
+        f"Search: {trial['epochs']:g} epochs of {trial['num_images']:,} images, for each budget "
+        "alone.",
+        f"Memory: {trial['peak_bytes'] / 2**30:.2f} GiB at most while the steps ran.",
+    ]
+    return "\n".join(lines)
+
+
+def _costs_of(dense: dict[str, Any]) -> list[str]:
+    """Return the names of the costs in a plan: latency is among them where there is a table."""
+    return [name for name in COSTS if name in dense]
+
+
+def _shown(name: str, values: dict[str, Any]) -> str:
+    """Return one cost as text, without its unit."""
+    _, number, _ = COSTS[name]
+    return number.format(values[name])
+
+
+def _sentence(values: dict[str, Any], dense: dict[str, Any]) -> str:
+    """Return all costs of a network with their units: `1,000 MACs, 20 parameters`."""
+    parts = []
+    for name in _costs_of(dense):
+        _, _, unit = COSTS[name]
+        parts.append(f"{_shown(name, values)} {unit}")
+    return ", ".join(parts)
+
+
+def _budget_rows(plan: dict[str, Any]) -> list[list[str]]:
+    """Return a header and a row for every budget, as text."""
+    dense = plan["dense"]
+    costs = _costs_of(dense)
+    header = ["budget", "limit"]
+    for name in costs:
+        header += [COSTS[name][0], "of dense"]
+    rows = [[*header, "step", "then", "epoch", "then", "search"]]
     for name, budget in plan["budgets"].items():
         row = [name, f"{budget['target']:,}"]
-        for what in costs:
-            row += [COSTS[what][1].format(budget[what]), f"{budget[what] / dense[what]:.4f}"]
+        for cost in costs:
+            row += [_shown(cost, budget), f"{budget[cost] / dense[cost]:.4f}"]
         steps = [budget["before"], budget["after"]]
-        epochs = [seconds * trial["batches_per_epoch"] for seconds in steps]
-        rows.append([*row, *map(_duration, [*steps, *epochs, budget["seconds"]])])
-    in_words = ", ".join(f"{COSTS[what][1].format(dense[what])} {COSTS[what][2]}" for what in costs)
-    smallest = ", ".join(f"{COSTS[what][1].format(space[what])} {COSTS[what][2]}" for what in costs)
-    return f"""{plan["model"]}: {in_words}
-space: {space["choices"]} choices among {space["candidates"]} candidates, 10^{math.log10(space["subnets"]):.0f} subnets
-smallest: {smallest}; the lowest budget is {space["share"]:.4f} of dense
-
-{text_table(rows)}
-
-MACs and params: the choice if all units are worth the same; a search makes its own, likewise within the limit.
-Time: steps with {trial["batch_size"]} random images on {trial["hardware"]}, teacher included, loading of data not;
-before the choice, which is made after {trial["settle_at"]:.0%} of the steps, and "then", after it.
-Search: {trial["epochs"]:g} epochs of {trial["num_images"]:,} images, each budget by itself.
-Memory: {trial["peak_bytes"] / 2**30:.2f} GiB at most while the steps ran."""
+        # seconds of an epoch, if all its steps were before the choice or all after it
+        epochs = [seconds * plan["trial"]["batches_per_epoch"] for seconds in steps]
+        row += [_duration(seconds) for seconds in (*steps, *epochs, budget["seconds"])]
+        rows.append(row)
+    return rows
 
 
 def _duration(seconds: float) -> str:
+    """Return a duration in the largest unit that it fills."""
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:,.1f} {unit}"
@@ -158,8 +198,9 @@ def _duration(seconds: float) -> str:
 
 
 def _outcome(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, Any]:
-    """A budget in absolute numbers, and what the space offers for it."""
+    """Return a budget in absolute numbers, and what the space offers for it."""
     supernet = install_bi_masks(model, config)
+    # without training all units of a submodule are equally important
     subnet = supernet.settle_()
     return {"target": config.absolute(supernet.target), **_costs(model, config, subnet)}
 
@@ -167,8 +208,10 @@ def _outcome(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, Any]:
 def _costs(
     model: PreTrainedModel, config: BiMaskConfig, subnet: SubnetSpec | None = None
 ) -> dict[str, Any]:
-    """MACs and parameters of a model or a subnet of it, and its predicted latency where there is a
-    table."""
+    """Return MACs and parameters of a model or a subnet of it.
+
+    Where there is a latency table, the predicted latency in milliseconds is among them.
+    """
     costs = {"macs": count_macs(model, subnet), "params": count_params(model, subnet)}
     if config.table is not None:
         costs["latency_ms"] = milliseconds(count_latency(model, config.table, subnet))
@@ -176,8 +219,8 @@ def _costs(
 
 
 def _epochs(wanted: PlanArguments, args: OFBTrainingArguments) -> float:
-    """How often the search sees every image."""
-    if args.max_steps <= 0:
+    """Return how often the search sees every image."""
+    if args.max_steps <= 0:  # transformers then counts epochs
         return args.num_train_epochs
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return args.max_steps * batch / wanted.num_images
@@ -186,21 +229,35 @@ def _epochs(wanted: PlanArguments, args: OFBTrainingArguments) -> float:
 def _measure(
     model: PreTrainedModel, args: OFBTrainingArguments, config: BiMaskConfig, limit: float
 ) -> tuple[float, float, int]:
-    """Seconds of a step before and after the choice, and the peak of memory in bytes."""
+    """Measure steps of a search.
+
+    Args:
+        limit: seconds for it.
+
+    Returns:
+        Seconds of a step before and after the choice, and the peak of memory in bytes.
+    """
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
     trial = TrialSearch(model, args, config)
     batch = trial.batch(args.train_batch_size)
     before = _step_seconds(trial, batch, limit / 2)
     trial.settle()
-    return before, _step_seconds(trial, batch, limit / 2), peak_bytes(args.device)
+    after = _step_seconds(trial, batch, limit / 2)
+    return before, after, peak_bytes(args.device)
 
 
 def _step_seconds(trial: TrialSearch, batch: dict[str, Tensor], limit: float) -> float:
-    """Median seconds of a step, the first left out; no other is begun after `limit` seconds, but
-    for one."""
-    began, times = time.perf_counter(), []
-    while len(times) < 2 or (len(times) <= MEASURED_STEPS and time.perf_counter() - began < limit):
+    """Return the median seconds of a step.
+
+    The first step is slower and does not count. After `limit` seconds no step is begun, except a
+    second one if there was only the first.
+    """
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) <= MEASURED_STEPS:
+        if len(times) >= 2 and time.perf_counter() - began >= limit:
+            break
         start = time.perf_counter()
         float(trial.step(batch))  # waits for the device
         times.append(time.perf_counter() - start)

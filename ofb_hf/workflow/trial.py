@@ -1,5 +1,4 @@
-"""Single steps of a search on random images, to see what they cost: no data, and no file is left
-behind."""
+"""Run single steps of a search on random images, to see what they cost; no file remains."""
 
 import tempfile
 from dataclasses import replace
@@ -15,17 +14,16 @@ from ..space.configuration import BiMaskConfig
 from ..training.arguments import OFBTrainingArguments
 from .arguments import changed
 
-# Long enough that phases, retirement and choice lie steps apart.
+# Long enough that the phases, retirement and the choice are many steps apart.
 STEPS = 10_000
 
 
 class TrialSearch:
-    """A search that stands right after its importance phase: everything in the race, patches
-    hidden, all losses on.
+    """A search right after its importance phase: all candidates active, patches hidden, all losses.
 
     Args:
-        model: a classifier; it stays as it is, and is the teacher where the preset distils.
-        args: of the search; how long it is and where it would write do not matter.
+        model: a classifier; it is not changed, and it is the teacher where the preset distils.
+        args: of the search; its length and its output folder do not matter.
         config: what to search.
 
     Raises:
@@ -33,35 +31,45 @@ class TrialSearch:
     """
 
     def __init__(self, model: PreTrainedModel, args: OFBTrainingArguments, config: BiMaskConfig):
-        changes = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "report_to": []}
-        config = replace(config, compensate=False)  # that is done once, and no part of a step
-        # a Trainer makes its output folder as soon as it is made
+        # compensation is computed once, and is no part of a step
+        config = replace(config, compensate=False)
+        # a Trainer creates its output folder at once
         with tempfile.TemporaryDirectory() as folder:
-            trainer = self.trainer = OFBTrainer(
-                model, changed(args, output_dir=folder, **changes), config
+            args = changed(
+                args,
+                output_dir=folder,
+                max_steps=STEPS,
+                gradient_accumulation_steps=1,
+                report_to=[],
             )
+            trainer = OFBTrainer(model, args, config)
+        self.trainer = trainer
+        # what `Trainer.train` does before its first step
         trainer.current_gradient_accumulation_steps = 1
+        # without a scheduler: see `step` on the learning rate
         trainer.create_optimizer()
         # mixed precision, compilation, DDP
         trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
         trainer.state.max_steps = STEPS
         trainer.state.global_step = round(config.importance_hold * STEPS) + 1
+        # as observed by the importance phase, which is not run here
         trainer.supernet.importance_known.fill_(True)
         trainer.begin_search()
 
     def batch(self, size: int) -> dict[str, Tensor]:
-        """Random images (B, C, H, W) and labels (B,) where the model is."""
-        config, device = self.trainer.supernet.config, self.trainer.args.device
+        """Return random images (B, C, H, W) and labels (B,), where the model is."""
+        config = self.trainer.supernet.config
+        device = self.trainer.args.device
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(size, config.num_channels, *image_sides(config), generator=generator)
         labels = torch.randint(config.num_labels, (size,), generator=generator)
         return {"pixel_values": images.to(device), "labels": labels.to(device)}
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
-        """Forward, backward and optimizer, as the Trainer does them. Returns the loss, scalar.
+        """Run forward, backward and optimizer as the Trainer does, and return the loss, a scalar.
 
-        The learning rate is the optimizer's own, so that weights, importance and alpha move as in
-        mid-search.
+        The learning rate is the optimizer's own, so that weights and alpha move as in the middle of
+        a search.
         """
         trainer = self.trainer
         trainer.begin_search_step()
@@ -72,8 +80,7 @@ class TrialSearch:
         return loss
 
     def settle(self) -> None:
-        """Makes the final choice; the steps that follow are those after it, with the small
-        network."""
+        """Make the final choice; the following steps are those of the small network."""
         trainer, config = self.trainer, self.trainer.bi_mask_config
         trainer.supernet.settle_()
         if config.prune_during_search:
