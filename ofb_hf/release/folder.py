@@ -1,5 +1,4 @@
-"""The folder that is published: everything about a checkpoint, and nothing about the machine it was
-made on."""
+"""Fill the folder that is published: all about a checkpoint, nothing about the machine behind it."""
 
 import hashlib
 import json
@@ -21,13 +20,12 @@ from .card import final_results, plain_card, read_results
 from .leaks import require_no_token
 from .stock import has_stock_twin, pad_to_stock
 
-CARD, RESULTS, SUBNET, PREPROCESSOR = (
-    "README.md",
-    "eval_results.json",
-    "subnet.json",
-    "preprocessor_config.json",
-)
-# What of a search's output folder is published, where it is there; everything else stays.
+CARD = "README.md"
+RESULTS = "eval_results.json"
+SUBNET = "subnet.json"
+PREPROCESSOR = "preprocessor_config.json"
+# What is published of an output folder if it is there. Everything else stays, pictures of the data
+# for example.
 OPTIONAL = (
     PREPROCESSOR,
     SUBNET,
@@ -41,28 +39,29 @@ EVALUATIONS = ".eval_results"
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageClassification")
 
 
-def is_ours(path: str) -> bool:
-    """Whether a file of a repository is one that this package publishes, of whatever model."""
-    code = {f"{cls.__module__.rpartition('.')[2]}.py" for row in models.REGISTERED for cls in row}
-    return path in {CONFIG_NAME, SAFE_WEIGHTS_NAME, *OPTIONAL, *code} or path.startswith(
-        f"{EVALUATIONS}/"
-    )
+def is_published_file(path: str) -> bool:
+    """Return whether a file of a repository is one that `publish` writes, for whatever model."""
+    names = {CONFIG_NAME, SAFE_WEIGHTS_NAME, *OPTIONAL}
+    for classes in models.REGISTERED:
+        names |= {_code_file(cls).name for cls in classes}
+    return path in names or path.startswith(f"{EVALUATIONS}/")
 
 
 def stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) -> PreTrainedModel:
-    """Fills a new folder with what is published.
+    """Fill a new folder with what is published.
 
     Args:
         model: an output folder of a search or of `save_pretrained`, or a model.
-        folder: to be made.
-        secrets: what must not be in a `training_args.bin` beside the model, besides tokens.
+        folder: to create.
+        secrets: strings, besides tokens, that a `training_args.bin` in the output folder must not
+            hold.
 
     Returns:
-        The classifier that is in the folder.
+        The classifier in the folder.
 
     Raises:
-        ValueError: for a folder without a whole classifier of ours, or with results that cannot be
-            read.
+        ValueError: for a folder without a complete classifier of this package, or with results that
+            cannot be read.
         LeakError: for a token in a `training_args.bin`.
     """
     folder.mkdir()
@@ -71,17 +70,12 @@ def stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) 
     else:
         _copy(Path(model), folder, secrets)
     loaded = load_complete_classifier(folder)
-    classes = next((row for row in models.REGISTERED if type(loaded) is row[2]), None)
-    if classes is None:
-        ours = ", ".join(row[2].__name__ for row in models.REGISTERED)
-        raise ValueError(
-            f"the classifier is a {type(loaded).__name__}; publish takes {ours}. Others have "
-            f"their own push_to_hub."
-        )
-    _add_code(folder, classes)
-    results = read_results(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    _add_code(folder, _registered_classes(loaded))
+    results = {}
+    if (folder / RESULTS).is_file():
+        results = read_results(folder / RESULTS)
     _describe_weights(folder, loaded, results.get("source", {}))
-    if "/" in results.get("data", ""):
+    if "/" in results.get("data", ""):  # a data set on the Hub
         _add_evaluation(folder, results)
     if not (folder / CARD).is_file():
         schedule = getattr(loaded.config, "token_schedule", None)
@@ -90,24 +84,43 @@ def stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) 
     return loaded
 
 
+def _registered_classes(model: PreTrainedModel) -> tuple[type, ...]:
+    """Return the config, encoder and classifier class of a model of this package."""
+    for classes in models.REGISTERED:
+        if type(model) is classes[2]:
+            return classes
+    classifiers = ", ".join(classes[2].__name__ for classes in models.REGISTERED)
+    raise ValueError(
+        f"the classifier is a {type(model).__name__}; publish takes {classifiers}. Others have "
+        "their own push_to_hub."
+    )
+
+
 def _copy(source: Path, folder: Path, secrets: set[str]) -> None:
-    for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME):
+    """Copy what is published of an output folder."""
+    required = (CONFIG_NAME, SAFE_WEIGHTS_NAME)
+    for name in required:
         if not (source / name).is_file():
             raise ValueError(
                 f"{source} has no {name}; give the output folder of a search, or a model."
             )
     if (source / TRAINING_ARGS_NAME).is_file():
         require_no_token(source / TRAINING_ARGS_NAME, secrets)
-    for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME, *OPTIONAL):
+    for name in (*required, *OPTIONAL):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 
 def stage_stock(model: PreTrainedModel, main: Path, folder: Path) -> bool:
-    """Fills a new folder with the stock twin of a ViT, its image processor and its card.
+    """Fill a new folder with the stock twin of a ViT, its image processor and its card.
+
+    Args:
+        model: the classifier.
+        main: folder that `stage` has filled.
+        folder: to create.
 
     Returns:
-        Whether there is such a twin; else there is no folder either.
+        Whether the model has a stock twin; otherwise no folder is created.
     """
     if not has_stock_twin(model):
         return False
@@ -118,53 +131,73 @@ def stage_stock(model: PreTrainedModel, main: Path, folder: Path) -> bool:
     return True
 
 
+def _code_file(cls: type) -> Path:
+    """Return the file of `models/` that defines a class."""
+    module = cls.__module__.rpartition(".")[2]
+    return Path(models.__file__).with_name(f"{module}.py")
+
+
 def _add_code(folder: Path, classes: tuple[type, ...]) -> None:
-    """The two files that define the model, and the entries of the config by which transformers
-    finds them."""
+    """Add the two files that define the model, and the config entries that name its classes."""
     auto_map = {}
-    for auto, cls in zip(AUTO_CLASSES, classes, strict=True):
-        file = Path(models.__file__).with_name(f"{cls.__module__.rpartition('.')[2]}.py")
+    for auto_class, cls in zip(AUTO_CLASSES, classes, strict=True):
+        file = _code_file(cls)
         shutil.copyfile(file, folder / file.name)
-        auto_map[auto] = f"{file.stem}.{cls.__name__}"
+        auto_map[auto_class] = f"{file.stem}.{cls.__name__}"
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config["auto_map"] = auto_map
-    (folder / CONFIG_NAME).write_text(
-        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    content = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG_NAME).write_text(content, encoding="utf-8")
 
 
 def _add_evaluation(folder: Path, results: dict[str, Any]) -> None:
-    """Top-1 in the format in which the Hub collects results by data set, for data that is on the
-    Hub."""
-    data, final = results["data"], final_results(results)
+    """Add top-1 in the format in which the Hub collects results by data set."""
+    data = results["data"]
+    final = final_results(results)
     notes = f"top-1 in percent on {final['num_examples']:,} images"
     entry = EvalResultEntry(data, "image-classification", final["top1"], notes=notes)
+    content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     file = folder / EVALUATIONS / f"{data.replace('/', '--')}.yaml"
     file.parent.mkdir()
-    file.write_text(
-        yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8"
-    )
+    file.write_text(content, encoding="utf-8")
 
 
 def _describe_weights(folder: Path, model: PreTrainedModel, source: dict[str, Any]) -> None:
-    """Writes into the header of the weights what they are; the tensors stay as they are, byte for
-    byte."""
-    file, subnet = folder / SAFE_WEIGHTS_NAME, folder / SUBNET
+    """Write cost, source and subnet of a checkpoint into the header of its weights.
+
+    The tensors stay as they are, byte for byte.
+
+    Args:
+        folder: with the weights, and the subnet if there is one.
+        model: the same model, loaded.
+        source: the entry of `eval_results.json`: model, revision, ...
+    """
+    file = folder / SAFE_WEIGHTS_NAME
+    # A safetensors file: the length of the header in 8 bytes, the header as JSON, the tensors.
     content = file.read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:begin])
-    metadata = header.pop("__metadata__", {}) | {"format": "pt", "ofb_hf_version": __version__}
-    metadata |= {"macs": str(count_macs(model)), "params": str(count_params(model))}
-    metadata |= {f"source_{key}": str(value) for key, value in source.items() if value is not None}
-    if subnet.is_file():
-        metadata["subnet_sha256"] = hashlib.sha256(subnet.read_bytes()).hexdigest()
-    # Not by safetensors' own function: it orders these entries by chance, and publishing again
-    # would change the file.
-    words = json.dumps(
-        {"__metadata__": dict(sorted(metadata.items()))} | header, separators=(",", ":")
-    ).encode()
-    words += b" " * (-len(words) % 8)
+    tensors = content[begin:]
+
+    metadata = header.pop("__metadata__", {})
+    metadata["format"] = "pt"
+    metadata["ofb_hf_version"] = __version__
+    metadata["macs"] = str(count_macs(model))
+    metadata["params"] = str(count_params(model))
+    for key, value in source.items():
+        if value is not None:
+            metadata[f"source_{key}"] = str(value)
+    if (folder / SUBNET).is_file():
+        subnet = (folder / SUBNET).read_bytes()
+        metadata["subnet_sha256"] = hashlib.sha256(subnet).hexdigest()
+
+    # Not written by safetensors itself: it orders these entries at random, so publishing the same
+    # checkpoint again would change the file.
+    header = {"__metadata__": dict(sorted(metadata.items()))} | header
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes
+    length = len(encoded).to_bytes(8, "little")
+    # Not into the file itself, which the loaded model may have mapped into its memory.
     aside = file.with_name(f"new-{file.name}")
-    aside.write_bytes(len(words).to_bytes(8, "little") + words + content[begin:])
-    # not into the file itself, which the loaded model may have mapped into its memory
+    aside.write_bytes(length + encoded + tensors)
     aside.replace(file)
