@@ -1,1 +1,1 @@
-"""What leaves the house: folders for the Hub, cards, exported files."""
+"""What leaves the package: published checkpoints, their cards and stock twins, exported files."""

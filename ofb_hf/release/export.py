@@ -1,5 +1,4 @@
-"""A classifier for other runtimes, ONNX Runtime or torch.export: written, read back, and compared
-before it counts."""
+"""Export a classifier to ONNX or torch.export: written, read back, compared, and only then kept."""
 
 import copy
 import logging
@@ -10,30 +9,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..families.description import image_sides
 from ..families.registry import describe, require_classifier
 
+# Largest accepted difference of a logit, relative to the largest logit (or to 1, if that is more).
 TOLERANCE = 1e-5
 # The model is traced with the first of these batch sizes and must serve all of them.
 BATCH_SIZES = (2, 1, 5)
-INPUT, OUTPUT = "pixel_values", "logits"
+INPUT = "pixel_values"
+OUTPUT = "logits"
 
 
 class ExportError(RuntimeError):
-    """What was exported does not compute what the model computes."""
+    """Report that an exported file does not compute what the model computes."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that another runtime can load.
+    """Describe a file that another runtime can load.
 
     Args:
-        path: the file; weights of more than 2 GB lie beside it.
-        size: bytes of everything that was written.
+        path: the file; weights of more than 2 GB are in further files next to it.
+        size: bytes of all files that were written.
         difference: largest difference of any logit from PyTorch's, over batches of 1, 2 and 5
             images.
     """
@@ -44,12 +47,12 @@ class Exported:
 
 
 def export_onnx(model: PreTrainedModel, output_dir: str | Path) -> Exported:
-    """Writes `model.onnx`, in float32: `pixel_values` (B, C, H, W) to `logits` (B, labels), for any
-    batch size B.
+    """Write `model.onnx` in float32: `pixel_values` (B, C, H, W) to `logits` (B, labels), any B.
 
     Args:
-        model: an image classifier, stock or ours. H and W are its `config.image_size`.
-        output_dir: folder for the file, made if it is not there.
+        model: an image classifier, of transformers or of this package. H and W are its
+            `config.image_size`.
+        output_dir: folder for the file, created if it does not exist.
 
     Raises:
         UnsupportedArchitectureError: for models of other families.
@@ -66,26 +69,37 @@ def export_onnx(model: PreTrainedModel, output_dir: str | Path) -> Exported:
         ) from error
 
     def write(classifier: nn.Module, images: Tensor, path: Path) -> None:
-        batch = {INPUT: {0: torch.export.Dim("batch")}}
-        names = {"input_names": [INPUT], "output_names": [OUTPUT]}
         program = torch.onnx.export(
-            classifier, (images,), dynamo=True, dynamic_shapes=batch, verbose=False, **names
+            classifier,
+            (images,),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamo=True,
+            dynamic_shapes=_any_batch_size(),
+            verbose=False,
         )
         program.save(path)
 
     def read(path: Path) -> Callable[[Tensor], Tensor]:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+        def run(images: Tensor) -> Tensor:
+            (logits,) = session.run([OUTPUT], {INPUT: images.numpy()})
+            return torch.from_numpy(logits)
+
+        return run
 
     return _export(model, Path(output_dir) / "model.onnx", write, read)
 
 
 def export_torch(model: PreTrainedModel, output_dir: str | Path) -> Exported:
-    """Writes `model.pt2`, in float32, a program that `torch.export.load` reads without transformers
-    or this package.
+    """Write `model.pt2`, as `export_onnx` does, for `torch.export.load`.
+
+    Neither transformers nor this package is needed to read it.
 
     Args:
-        model, output_dir: as for `export_onnx`.
+        model: as for `export_onnx`.
+        output_dir: as for `export_onnx`.
 
     Raises:
         UnsupportedArchitectureError: for models of other families.
@@ -94,8 +108,9 @@ def export_torch(model: PreTrainedModel, output_dir: str | Path) -> Exported:
     """
 
     def write(classifier: nn.Module, images: Tensor, path: Path) -> None:
-        batch = {INPUT: {0: torch.export.Dim("batch")}}
-        program = torch.export.export(classifier, (), {INPUT: images}, dynamic_shapes=batch)
+        program = torch.export.export(
+            classifier, (), {INPUT: images}, dynamic_shapes=_any_batch_size()
+        )
         program.example_inputs = None  # would be stored as a pickle
         torch.export.save(program, path)
 
@@ -112,8 +127,13 @@ FORMATS: dict[str, Callable[[PreTrainedModel, str | Path], Exported]] = {
 }
 
 
+def _any_batch_size() -> dict[str, Any]:
+    """Return the exporters' description of shapes: axis 0 of the images may have any length."""
+    return {INPUT: {0: torch.export.Dim("batch")}}
+
+
 class _Classifier(nn.Module):
-    """Pixels in, logits out: no classes of transformers in what is exported."""
+    """Module from pixels to logits, so that no class of transformers is in the exported file."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -129,7 +149,14 @@ def _export(
     write: Callable[[nn.Module, Tensor, Path], None],
     read: Callable[[Path], Callable[[Tensor], Tensor]],
 ) -> Exported:
-    """Writes aside, compares, and moves into place."""
+    """Export aside, compare with the model, and move the files into place.
+
+    Args:
+        model: to export.
+        path: file to write.
+        write: (classifier, example images, file) -> None.
+        read: file -> function from images to logits.
+    """
     require_classifier(model)
     plain = copy.deepcopy(model).cpu().float().eval()
     plain.set_attn_implementation("eager")  # the only one that exporters trace in every family
@@ -141,29 +168,35 @@ def _export(
         torch.inference_mode(),
     ):
         written = Path(aside) / path.name
-        write(classifier, _images(model, BATCH_SIZES[0]), written)
-        difference = _difference(classifier, read(written), model)
-        files = list(Path(aside).iterdir())
-        size = sum(file.stat().st_size for file in files)
-        for file in files:
+        example = _random_images(model, BATCH_SIZES[0])
+        write(classifier, example, written)
+        difference = _largest_difference(classifier, read(written), model)
+        size = 0
+        for file in list(Path(aside).iterdir()):
+            size += file.stat().st_size
             shutil.move(file, path.parent / file.name)
     return Exported(path, size, difference)
 
 
-def _difference(
-    expected: Callable[[Tensor], Tensor], got: Callable[[Tensor], Tensor], model: PreTrainedModel
+def _largest_difference(
+    classifier: Callable[[Tensor], Tensor],
+    exported: Callable[[Tensor], Tensor],
+    model: PreTrainedModel,
 ) -> float:
+    """Return the largest difference of any logit; raise ExportError if that is too much."""
     largest = 0.0
     for count in BATCH_SIZES:
-        images = _images(model, count)
-        wanted, found = expected(images), got(images)
-        if wanted.shape != found.shape:
+        images = _random_images(model, count)
+        expected = classifier(images)  # (count, labels)
+        found = exported(images)
+        if expected.shape != found.shape:
             raise ExportError(
                 f"{count} images give logits of shape {tuple(found.shape)}, not "
-                f"{tuple(wanted.shape)}."
+                f"{tuple(expected.shape)}."
             )
-        difference = (wanted - found).abs().max().item()
-        if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):
+        difference = (expected - found).abs().max().item()
+        allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+        if not difference <= allowed:  # also where it is NaN
             raise ExportError(
                 f"for {count} images the logits differ by {difference:.2g} from PyTorch's."
             )
@@ -171,18 +204,17 @@ def _difference(
     return largest
 
 
-def _images(model: PreTrainedModel, count: int) -> Tensor:
-    """Random images in the model's own size: (count, C, H, W)."""
-    architecture = describe(model.config)
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+def _random_images(model: PreTrainedModel, count: int) -> Tensor:
+    """Return random images in the model's own size, (count, C, H, W)."""
+    channels = describe(model.config).num_channels
+    height, width = image_sides(model.config)
     generator = torch.Generator().manual_seed(count)
-    return torch.randn(count, architecture.num_channels, height, width, generator=generator)
+    return torch.randn(count, channels, height, width, generator=generator)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks about operators of other packages and their own future."""
+    """Suppress the exporters' warnings about operators of other packages and about their future."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Fill the folder that is published: all about a checkpoint, nothing about the machine behind it."""
+"""Fill the folder that is published: all about a checkpoint, nothing about the machine it is on."""
 
 import hashlib
 import json
