@@ -1,14 +1,12 @@
 """Run small searches: in this process, or in processes that can be watched, stopped and killed."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from factories import search_config, tiny_model
 
 from ofb_hf import OFBTrainer, OFBTrainingArguments, cli
@@ -69,28 +67,17 @@ def searcher(
     )
 
 
-def start_search(folder: Path, options: dict[str, Any], ranks: int = 1) -> subprocess.Popen:
+def start_search(folder: Path, options: dict[str, Any], ranks: int = 1) -> warm.Process:
     """Start search_process.py on one or two ranks; lines and errors come through `stdout`."""
     return start("search_process.py", str(folder), json.dumps(options), ranks=ranks)
 
 
-def start(script: str, *words: str, ranks: int = 1) -> subprocess.Popen:
+def start(script: str, *words: str, ranks: int = 1) -> warm.Process:
     """Start a script of this folder on one or two ranks."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return subprocess.Popen(
-        [*command, str(TESTS / script), *words],
-        env=os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return warm.start(TESTS / script, *words, ranks=ranks)
 
 
-def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
+def finish(process: warm.Process, timeout: float = 300) -> tuple[int, str]:
     """Wait for a process and return its exit status and everything it said."""
     said, _ = process.communicate(timeout=timeout)
     return process.returncode, said
