@@ -1,18 +1,18 @@
-"""Milliseconds as a cost like MACs and parameters: a sum of terms, with coefficients measured on
-one machine.
+"""Milliseconds as a cost like MACs and parameters: a sum of terms measured on one machine.
 
 The forward pass is cut into parts: what comes before the first block, the attention and MLP halves
-of every block with their norm and residual, the reduction of tokens between them, patch merging,
-and what comes after the last block. The time of a part is fitted as a sum of products of sizes and
-tokens that work and memory traffic are proportional to (`parts.py`) with coefficients that are 0 or
-positive, so that nothing gets faster by growing. The terms that they make are whole picoseconds: a
-network's predicted latency is exact arithmetic, whatever the measurement was worth.
+of every block with their norm and residual, the token reduction between them, patch merging, and
+what comes after the last block. The time of a part is fitted as a sum of products of sizes and
+tokens that work and memory traffic are proportional to (`families/forward_parts.py`). Coefficients
+are 0 or positive, so that nothing gets faster by growing. The resulting terms are whole
+picoseconds: the predicted latency of a network is exact arithmetic, however good the measurement
+was.
 """
 
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,101 +23,68 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..families.description import Architecture, Part, Term, quantities
 from ..families.subnet import SubnetSpec
 from .counting import count_cost, evaluate_terms
+from .latency_entries import COMMAND, check_entries
 
 PICOSECONDS = 10**9  # in a millisecond
 LATENCY_TABLE_FILE = "latency_table.json"
-COMMAND = "ofb-hf latency-table MODEL --output FILE"
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_dict_of(*types: type) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, dict) and all(isinstance(each, types) for each in value.values())
-    )
-
-
-def _are_sizes(value: Any) -> bool:
-    return _is_dict_of(list)(value) and all(
-        size and all(map(_is_extent, size)) for size in value.values()
-    )
-
-
-def _is_extent(value: Any) -> bool:
-    return value == 0 or _is_whole(value)
-
-
-# What the entries of a table, and the settings under which latency is measured again later, have to
-# be.
-ENTRIES: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("model", "hardware"), _is_text),
-    **dict.fromkeys(("frame", "settings", "versions", "check"), _is_dict_of(object)),
-    **dict.fromkeys(("coefficients", "residuals"), _is_dict_of(dict)),
-    "sizes": _are_sizes,
-    "points": lambda value: isinstance(value, list),
-}
-SETTINGS = {
-    "batch_size": _is_whole,
-    "num_threads": _is_whole,
-    "device": _is_text,
-    "dtype": _is_text,
-}
 
 
 def amounts_of(part: Part, amounts: dict[str, int]) -> dict[str, int]:
-    """The values of a part's products, given the value of every quantity."""
+    """Return the values of a part's products, given the value of every quantity."""
     return {name: evaluate_terms((product,), amounts) for name, product in part.products.items()}
 
 
 def fit_coefficients(rows: list[list[int]], picoseconds: list[float]) -> list[float]:
-    """Coefficients, 0 or positive, with which sums over products come closest to times, in relative
-    terms; six digits.
+    """Fit coefficients, 0 or positive, of a sum over products to measured times.
+
+    Relative errors are minimised; coefficients have six digits.
 
     Args:
         rows: (P, K) values of the products of every point.
         picoseconds: (P,) how long each took.
     """
-    times = np.array(picoseconds, dtype=np.float64)
-    values = np.array(rows, dtype=np.float64)
-    scale = np.maximum(values.max(0), 1.0)
-    weighted = values / scale / times[:, None]
-    best, least = np.zeros(values.shape[1]), math.inf
-    # Which coefficients are 0 in the least-squares solution is not known beforehand; there are few
-    # enough to try all.
-    for count in range(1, values.shape[1] + 1):
-        for chosen in map(list, itertools.combinations(range(values.shape[1]), count)):
-            found = np.linalg.lstsq(weighted[:, chosen], np.ones(len(times)), rcond=None)[0]
+    times = np.array(picoseconds, dtype=np.float64)  # (P,)
+    values = np.array(rows, dtype=np.float64)  # (P, K)
+    num_products = values.shape[1]
+    scale = np.maximum(values.max(0), 1.0)  # (K,), for the condition of the problem
+    # Divided by the times, every row of the sum should be 1: that weighs relative errors.
+    weighted = values / scale / times[:, None]  # (P, K)
+    ones = np.ones(len(times))
+    best = np.zeros(num_products)
+    least = math.inf
+    # Which coefficients are 0 in the least-squares solution is not known in advance; there are few
+    # enough to try all subsets.
+    for count in range(1, num_products + 1):
+        for subset in itertools.combinations(range(num_products), count):
+            chosen = list(subset)
+            found = np.linalg.lstsq(weighted[:, chosen], ones, rcond=None)[0]  # (count,)
             error = float(np.square(weighted[:, chosen] @ found - 1).sum())
             if (found >= 0).all() and error < least:
-                best, least = np.zeros(values.shape[1]), error
+                least = error
+                best = np.zeros(num_products)
                 best[chosen] = found
     return [float(f"{value:.6g}") for value in (best / scale).tolist()]
 
 
 @dataclass
 class LatencyTable:
-    """What the parts of one model take on one machine, and how well that predicts whole networks.
+    """The time of each forward part of one model on one machine, and how well it was predicted.
 
     Attributes:
-        model: what it was measured for.
+        model: name of the measured model.
         sizes: submodule name -> its full units; a model with smaller ones fits as well.
         frame: what else has to be the same: patches, colour channels, activation, and MACs and
-            parameters at `sizes`, in which tokens, labels, windows and biases show.
+            parameters at `sizes`, which depend on tokens, labels, windows and biases.
         settings: batch size, threads, device, dtype, engine, attention kernel.
-        hardware, versions: of the machine.
+        hardware: of the machine.
+        versions: of libraries on the machine.
         coefficients: kind of part -> {product: picoseconds}.
         residuals: kind of part -> {"points", "median", "worst"}, relative errors of the fit.
         check: {"median_error", "worst_error", "unrest", "networks"}: predicted and measured
-            milliseconds of whole networks that the fit did not see, and of the dense one; `unrest`
-            is by how much medians lie above the fastest tenth of the passes, little on a quiet
+            milliseconds of whole networks that were not fitted, and of the dense one; `unrest` is
+            by how much medians lie above the fastest tenth of the passes, little on a quiet
             machine.
-        points: what was measured: {"kind", one entry per product, "ms"}.
+        points: the measurements: {"kind", one entry per product, "ms"}.
 
     Raises:
         ValueError: for coefficients that are no numbers of 0 or more.
@@ -137,128 +104,105 @@ class LatencyTable:
     def __post_init__(self):
         for kind, products in self.coefficients.items():
             for product, value in products.items():
-                if (
-                    isinstance(value, bool)
-                    or not isinstance(value, int | float)
-                    or not 0 <= value < math.inf
-                ):
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not is_number or not 0 <= value < math.inf:
                     raise ValueError(
                         f"the coefficient of {product!r} in {kind!r} is {value!r}; it is a number "
-                        f"of picoseconds, 0 or "
-                        f"more. Measure the table again: {COMMAND}."
+                        f"of picoseconds, 0 or more. Measure the table again: {COMMAND}."
                     )
 
     def terms(self, architecture: Architecture) -> tuple[Term, ...]:
-        """The predicted latency of a network, in picoseconds, as a cost; errors as `terms_of`."""
+        """Return the predicted latency of a network, in picoseconds, as a sum over terms.
+
+        Raises:
+            ValueError: if a part of it has no coefficients here.
+        """
         return self.terms_of(architecture.parts)
 
     def terms_of(self, parts: Iterable[Part]) -> tuple[Term, ...]:
-        """That of parts of one.
-
-        Raises:
-            ValueError: if a part has no coefficients here.
-        """
-        terms = []
+        """Return the predicted latency of some forward parts; errors as `terms`."""
+        terms: list[Term] = []
         for part in parts:
             known = self.coefficients.get(part.kind)
             if known is None or set(known) != set(part.products):
                 raise ValueError(
                     f"the latency table of {self.model} has no {list(part.products)} for "
-                    f"{part.kind!r}; measure one "
-                    f"for this model: {COMMAND}."
+                    f"{part.kind!r}; measure one for this model: {COMMAND}."
                 )
-            found = ((known[name], product) for name, product in part.products.items())
-            terms += [
-                Term(_whole(each * product.coefficient), product.factors)
-                for each, product in found
-                if each
-            ]
+            for name, product in part.products.items():
+                picoseconds = known[name]
+                if picoseconds:
+                    coefficient = _whole(picoseconds * product.coefficient)
+                    terms.append(Term(coefficient, product.factors))
         return tuple(terms)
 
     def require_fit(self, architecture: Architecture) -> None:
-        """Raises ValueError, in words, unless an architecture is the measured one or could be cut
-        from it, and all of its parts were measured."""
-        theirs, ours = {name: tuple(size) for name, size in self.sizes.items()}, architecture.sizes
-        differing: dict[str, tuple[Any, Any]] = {}
-        if list(theirs) != list(ours):
-            differing["submodules"] = (_summary(theirs), _summary(ours))
-        else:
-            other = [n for n, size in ours.items() if len(size) != len(theirs[n])]
-            larger = other or [
-                n
-                for n, size in ours.items()
-                if any(a > b for a, b in zip(size, theirs[n], strict=True))
-            ]
-            differing |= {name: (theirs[name], ours[name]) for name in (other or larger)[:1]}
-            here = {} if other else frame_of(architecture, theirs)
-            differing |= {
-                n: (self.frame.get(n), here[n]) for n in here if self.frame.get(n) != here[n]
-            }
+        """Raise ValueError, with an explanation, unless the table is of a network or a larger one.
+
+        Args:
+            architecture: the measured one, or one that could be cut from it, with measured parts.
+        """
+        differing = self._differences(architecture)
         if differing:
             raise ValueError(
                 f"the latency table is of {self.model}, which this model is no smaller version "
-                f"of; (table, here) "
-                f"differ in {differing}. Measure one for this model, with as many labels: "
-                f"{COMMAND}."
+                f"of; (table, here) differ in {differing}. Measure one for this model, with as "
+                f"many labels: {COMMAND}."
             )
         self.terms(architecture)
 
+    def _differences(self, architecture: Architecture) -> dict[str, tuple[Any, Any]]:
+        """Return why an architecture cannot be cut from the measured one: {what: (table, here)}."""
+        measured = {name: tuple(size) for name, size in self.sizes.items()}
+        here = architecture.sizes
+        if list(measured) != list(here):
+            return {"submodules": (_summary(measured), _summary(here))}
+        for name, size in here.items():
+            if len(size) != len(measured[name]):
+                return {name: (measured[name], size)}
+        differing: dict[str, tuple[Any, Any]] = {}
+        for name, size in here.items():
+            is_larger = any(a > b for a, b in zip(size, measured[name], strict=True))
+            if is_larger:
+                differing[name] = (measured[name], size)
+                break  # one is enough for the message
+        for name, value in frame_of(architecture, measured).items():
+            if self.frame.get(name) != value:
+                differing[name] = (self.frame.get(name), value)
+        return differing
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Return all entries, for JSON."""
         return asdict(self)
 
     def without_points(self) -> dict[str, Any]:
-        """What a prediction needs, and how good it is: without the measurements behind it."""
-        check = {name: value for name, value in self.check.items() if name != "networks"}
-        return {name: value for name, value in self.to_dict().items() if name != "points"} | {
-            "check": check
-        }
+        """Return what a prediction needs, and how good it is, without the measurements."""
+        entries = self.to_dict()
+        del entries["points"]
+        entries["check"].pop("networks", None)
+        return entries
 
     @classmethod
     def from_dict(cls, values: Any) -> "LatencyTable":
-        """The table with these entries.
+        """Return the table with these entries.
 
         Raises:
             ValueError: for anything that is no latency table.
         """
-        known = {f.name for f in fields(cls)}
-        needed = {"model", "sizes", "frame", "settings", "hardware", "versions", "coefficients"}
-        if not isinstance(values, dict) or not needed <= set(values) <= known:
-            got = sorted(values) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(
-                f"this is no latency table: it has {got}, expected {sorted(known)}. Make one: "
-                f"{COMMAND}."
-            )
-        for name, is_right in ENTRIES.items():
-            if name in values and not is_right(values[name]):
-                raise ValueError(
-                    f"this is no latency table: {name} is {values[name]!r}. Make one: {COMMAND}."
-                )
-        if missing := [name for name in SETTINGS if name not in values["settings"]]:
-            raise ValueError(
-                f"this is no latency table: its settings have no {missing}. Make one: {COMMAND}."
-            )
-        if wrong := [
-            name for name, is_right in SETTINGS.items() if not is_right(values["settings"][name])
-        ]:
-            given = {name: values["settings"][name] for name in wrong}
-            raise ValueError(
-                f"this is no latency table: its settings say {given}. Make one: {COMMAND}."
-            )
+        check_entries(values, {each.name for each in fields(cls)})
         return cls(**values)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatencyTable":
-        """The table that a file holds.
+        """Return the table in a file.
 
         Raises:
-            ValueError: naming the file, if it is none or holds something else.
+            ValueError: naming the file, if it does not exist or holds no latency table.
         """
         if not Path(path).is_file():
             raise ValueError(
                 f"latency_table {path} is no file; measure one: {COMMAND}. A run keeps its own in "
-                f"its "
-                f"output_dir, as {LATENCY_TABLE_FILE}."
+                f"its output_dir, as {LATENCY_TABLE_FILE}."
             )
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -271,8 +215,12 @@ class LatencyTable:
 
 
 def frame_of(architecture: Architecture, sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What of a network decides its speed beside its sizes: `LatencyTable.frame` for the table's
-    `sizes`."""
+    """Return what the speed of a network depends on besides its sizes: `LatencyTable.frame`.
+
+    Args:
+        architecture: of the network.
+        sizes: the full sizes, those of the table.
+    """
     amounts = quantities(sizes)
     return {
         "patch_grid": list(architecture.patch_grid),
@@ -287,22 +235,30 @@ def frame_of(architecture: Architecture, sizes: dict[str, tuple[int, ...]]) -> d
 def count_latency(
     model: PreTrainedModel | PreTrainedConfig, table: LatencyTable, subnet: SubnetSpec | None = None
 ) -> int:
-    """Predicted latency of one batch in picoseconds; arguments and errors as `count_macs`."""
+    """Return the predicted latency of one batch in picoseconds.
+
+    Args:
+        model: as for `count_macs`; errors as well.
+        table: measured for this model or a larger one.
+        subnet: as for `count_macs`.
+    """
     return count_cost(model, table.terms, subnet)
 
 
 def milliseconds(picoseconds: float) -> float:
-    """The same time, for people."""
+    """Return a time in milliseconds."""
     return picoseconds / PICOSECONDS
 
 
 def _whole(picoseconds: Any) -> Any:
-    """The whole number next to a number, or those next to an array; scalar tensors, to be
-    differentiated, stay."""
+    """Round numbers and arrays to whole numbers; leave scalar tensors, to be differentiated."""
     if isinstance(picoseconds, int | float):
         return round(picoseconds)
-    return np.rint(picoseconds) if isinstance(picoseconds, np.ndarray) else picoseconds
+    if isinstance(picoseconds, np.ndarray):
+        return np.rint(picoseconds)
+    return picoseconds
 
 
 def _summary(sizes: dict[str, tuple[int, ...]]) -> str:
+    """Describe submodules in a few words, for messages."""
     return f"{len(sizes)}, the first {next(iter(sizes), 'none')!r}"

@@ -22,7 +22,6 @@ from transformers.utils import logging
 
 from ..cost.latency import (
     PICOSECONDS,
-    SETTINGS,
     LatencyTable,
     amounts_of,
     count_latency,
@@ -30,6 +29,7 @@ from ..cost.latency import (
     frame_of,
     milliseconds,
 )
+from ..cost.latency_entries import SETTINGS
 from ..families.description import quantities
 from ..families.registry import describe, family_of
 from ..families.token_reduction import supports_tokens
