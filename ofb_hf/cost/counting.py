@@ -37,7 +37,7 @@ def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | N
 def count_params(
     model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None
 ) -> int:
-    """Count the exact number of parameters of a classifier; arguments and errors as `count_macs`."""
+    """Count the parameters of a classifier exactly; arguments and errors as `count_macs`."""
     return count_cost(model, lambda architecture: architecture.params, subnet)
 
 

@@ -5,7 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from .description import Slot, Submodule, Term, UnsupportedArchitectureError, presence_of
+from .description import (
+    Attributes,
+    Slot,
+    Submodule,
+    Term,
+    UnsupportedArchitectureError,
+    presence_of,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,143 @@ class BlockNames:
 STOCK_NAMES = BlockNames()
 
 
+@dataclass(frozen=True)
+class Block:
+    """One block of a concrete network.
+
+    Args:
+        path: of the module in the model.
+        name: how the names of its submodules begin.
+        sizes: `num_attention_heads`, `head_dim` and `intermediate_size`.
+        names: of its layers.
+    """
+
+    path: str
+    name: str
+    sizes: dict[str, int]
+    names: BlockNames = STOCK_NAMES
+
+    @property
+    def attention(self) -> str:
+        """The name of its attention."""
+        return f"{self.name}.attention"
+
+    @property
+    def mlp(self) -> str:
+        """The name of its MLP."""
+        return f"{self.name}.mlp"
+
+    def at(self, layer: str) -> str:
+        """Return the path of one of its layers in the model."""
+        return f"{self.path}.{layer}"
+
+    def submodules(self, *attention_slots: Slot) -> tuple[Submodule, Submodule]:
+        """Return attention and MLP.
+
+        Args:
+            attention_slots: of the attention, besides those of its linear layers.
+        """
+        attention = Submodule(
+            self.attention,
+            "attention",
+            (self.sizes["num_attention_heads"], self.sizes["head_dim"]),
+            (*self._unit_slots("attention"), *attention_slots),
+            constants=(self.at(f"{self.names.attention_output}.bias"),),
+            block=self.path,
+            entry=self.at(self.names.attention_norm),
+        )
+        mlp = Submodule(
+            self.mlp,
+            "mlp",
+            (self.sizes["intermediate_size"],),
+            self._unit_slots("mlp"),
+            constants=(self.at(f"{self.names.mlp_output}.bias"),),
+            block=self.path,
+            entry=self.at(self.names.mlp_norm),
+        )
+        return attention, mlp
+
+    def _unit_slots(self, half: str) -> tuple[Slot, ...]:
+        """Return the slots of a half's linear layers that run over its units."""
+        slots: list[Slot] = []
+        if half == "attention":
+            output = self.names.attention_output
+            for layer in self.names.attention_inputs:
+                slots += linear_slots(self.at(layer), 0, gated=True)
+        else:
+            output = self.names.mlp_output
+            for layer in self.names.mlp_inputs:
+                is_gated = layer == self.names.mlp_inputs[0]
+                slots += linear_slots(self.at(layer), 0, gated=is_gated)
+        slots += linear_slots(self.at(output), 1)
+        return tuple(slots)
+
+    @property
+    def residual_slots(self) -> list[Slot]:
+        """Where it reads and writes the residual stream."""
+        names = self.names
+        slots: list[Slot] = []
+        for layer in (*names.attention_inputs, *names.mlp_inputs):
+            slots += linear_slots(self.at(layer), 1)
+        for layer in (names.attention_output, names.mlp_output):
+            slots += linear_slots(self.at(layer), 0, gated=True)
+        for norm in names.norms.values():
+            slots += norm_slots(self.at(norm))
+        return slots
+
+    @property
+    def norms(self) -> list[str]:
+        """The paths of its norms; a half without width has none."""
+        norms = self.names.norms.items()
+        return [self.at(norm) for half, norm in norms if half not in self.left_out]
+
+    @property
+    def left_out(self) -> list[str]:
+        """The halves without width."""
+        widths = {
+            "attention": self.sizes["num_attention_heads"],
+            "mlp": self.sizes["intermediate_size"],
+        }
+        return [half for half, width in widths.items() if not width]
+
+    @property
+    def attributes(self) -> Attributes:
+        """What its modules store next to their weights.
+
+        These are the sizes of the attention, and for a half without width what takes the place of
+        its norm and layers.
+        """
+        sizes = {name: self.sizes[name] for name in ("num_attention_heads", "head_dim")}
+        attributes: Attributes = {self.path: {}, self.at(self.names.attention): sizes}
+        for half in self.left_out:
+            replaced: dict[str, Any] = dict.fromkeys(self.names.layers[half])
+            replaced[self.names.norms[half]] = nn.Identity()
+            for layer, replacement in replaced.items():
+                owner, _, leaf = self.at(layer).rpartition(".")
+                attributes.setdefault(owner, {})[leaf] = replacement
+        return attributes
+
+    def params(self, width: str, qkv_bias: bool) -> list[Term]:
+        """Return its number of parameters as a sum over terms.
+
+        Args:
+            width: submodule of the residual stream.
+            qkv_bias: whether queries, keys and values have biases.
+        """
+        projections = len(self.names.attention_inputs)
+        qkv_biases = projections if qkv_bias else 0
+        # Bias of the output, and weight and bias of the LayerNorm.
+        vectors = 1 + 2
+        return [
+            Term(projections + 1, (width, self.attention)),
+            Term(qkv_biases, (self.attention,)),
+            Term(self.names.mlp_matrices, (width, self.mlp)),
+            Term(len(self.names.mlp_inputs), (self.mlp,)),
+            Term(vectors, (width, presence_of(self.attention))),
+            Term(vectors, (width, presence_of(self.mlp))),
+        ]
+
+
 def linear_slots(path: str, axis: int, gated: bool = False) -> tuple[Slot, ...]:
     """Return the slots of a linear or convolution layer.
 
@@ -65,135 +209,18 @@ def linear_slots(path: str, axis: int, gated: bool = False) -> tuple[Slot, ...]:
         axis: 0 for its outputs (weight and bias), 1 for its inputs (weight).
         gated: whether the bi-mask scales them.
     """
-    names = ("weight", "bias") if axis == 0 else ("weight",)
-    return tuple(Slot(f"{path}.{name}", axis, gated) for name in names)
+    weight = Slot(f"{path}.weight", axis, gated)
+    if axis == 1:
+        return (weight,)
+    return weight, Slot(f"{path}.bias", axis, gated)
 
 
 def norm_slots(path: str, gated: bool = False, tiles: int = 1) -> tuple[Slot, ...]:
     """Return the slots of a LayerNorm; arguments as for `Slot`."""
-    return tuple(Slot(f"{path}.{name}", 0, gated, tiles) for name in ("weight", "bias"))
-
-
-def block_submodules(
-    path: str,
-    name: str,
-    sizes: dict[str, int],
-    more: tuple[Slot, ...] = (),
-    names: BlockNames = STOCK_NAMES,
-) -> tuple[Submodule, Submodule]:
-    """Return the attention and the MLP of a block.
-
-    Args:
-        path: of the block in the model.
-        name: how the names of its submodules begin.
-        sizes: `num_attention_heads`, `head_dim` and `intermediate_size`.
-        more: further slots of its attention.
-        names: of its layers.
-    """
-    output = f"{path}.{names.attention_output}"
-    slots: list[Slot] = []
-    for layer in names.attention_inputs:
-        slots += linear_slots(f"{path}.{layer}", 0, gated=True)
-    attention = Submodule(
-        f"{name}.attention",
-        "attention",
-        (sizes["num_attention_heads"], sizes["head_dim"]),
-        (*slots, *linear_slots(output, 1), *more),
-        constants=(f"{output}.bias",),
-        block=path,
-        entry=f"{path}.{names.attention_norm}",
+    return (
+        Slot(f"{path}.weight", 0, gated, tiles),
+        Slot(f"{path}.bias", 0, gated, tiles),
     )
-    output = f"{path}.{names.mlp_output}"
-    slots = []
-    for number, layer in enumerate(names.mlp_inputs):
-        slots += linear_slots(f"{path}.{layer}", 0, gated=number == 0)
-    mlp = Submodule(
-        f"{name}.mlp",
-        "mlp",
-        (sizes["intermediate_size"],),
-        (*slots, *linear_slots(output, 1)),
-        constants=(f"{output}.bias",),
-        block=path,
-        entry=f"{path}.{names.mlp_norm}",
-    )
-    return attention, mlp
-
-
-def block_residual_slots(path: str, names: BlockNames = STOCK_NAMES) -> list[Slot]:
-    """Return where the block at `path` reads and writes the residual stream."""
-    slots: list[Slot] = []
-    for layer in (*names.attention_inputs, *names.mlp_inputs):
-        slots += linear_slots(f"{path}.{layer}", 1)
-    for layer in (names.attention_output, names.mlp_output):
-        slots += linear_slots(f"{path}.{layer}", 0, gated=True)
-    for norm in names.norms.values():
-        slots += norm_slots(f"{path}.{norm}")
-    return slots
-
-
-def block_norms(path: str, sizes: dict[str, int], names: BlockNames = STOCK_NAMES) -> list[str]:
-    """Return the paths of the block's norms; a half without width has none."""
-    return [f"{path}.{names.norms[half]}" for half in _living_halves(sizes)]
-
-
-def block_attributes(
-    path: str, sizes: dict[str, int], names: BlockNames = STOCK_NAMES
-) -> dict[str, dict[str, Any]]:
-    """Return what the modules of a block store next to their weights.
-
-    Args:
-        path: of the block in the model.
-        sizes: as for `block_submodules`.
-        names: of its layers.
-
-    Returns:
-        {module path: {attribute: value}}: the sizes of the attention, and for a half without width
-        what takes the place of its norm and layers.
-    """
-    attributes: dict[str, dict[str, Any]] = {
-        path: {},
-        f"{path}.{names.attention}": {
-            "num_attention_heads": sizes["num_attention_heads"],
-            "head_dim": sizes["head_dim"],
-        },
-    }
-    for half in names.norms.keys() - set(_living_halves(sizes)):
-        replaced: dict[str, Any] = dict.fromkeys(names.layers[half])
-        replaced[names.norms[half]] = nn.Identity()
-        for layer, replacement in replaced.items():
-            owner, _, leaf = f"{path}.{layer}".rpartition(".")
-            attributes.setdefault(owner, {})[leaf] = replacement
-    return attributes
-
-
-def _living_halves(sizes: dict[str, int]) -> list[str]:
-    """Return the halves of a block that have any width."""
-    widths = {"attention": sizes["num_attention_heads"], "mlp": sizes["intermediate_size"]}
-    return [half for half, width in widths.items() if width]
-
-
-def block_params(
-    width: str, attention: str, mlp: str, qkv_bias: bool, names: BlockNames = STOCK_NAMES
-) -> list[Term]:
-    """Return the number of parameters of one block, as a sum over terms.
-
-    Args:
-        width: submodule of the residual stream.
-        attention: name of the block's attention.
-        mlp: name of its MLP.
-        qkv_bias: whether queries, keys and values have biases.
-        names: of its layers.
-    """
-    qkv_biases = len(names.attention_inputs) if qkv_bias else 0
-    return [
-        Term(len(names.attention_inputs) + 1, (width, attention)),
-        Term(qkv_biases, (attention,)),
-        Term(names.mlp_matrices, (width, mlp)),
-        Term(len(names.mlp_inputs), (mlp,)),
-        # Output bias, and weight and bias of the LayerNorm.
-        Term(1 + 2, (width, presence_of(attention))),
-        Term(1 + 2, (width, presence_of(mlp))),
-    ]
 
 
 def common_scale(field: str, head_dims: list[int], scale_field: str) -> float:

@@ -9,13 +9,20 @@ sums of products of submodule sizes (`Term`s), for integers and for tensors, ove
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+# Units of a submodule: (U,), or (heads, channels per head).
+Shape = tuple[int, ...]
+# Submodule name -> its units.
+Sizes = dict[str, Shape]
+# Module path -> {attribute: value}.
+Attributes = dict[str, dict[str, Any]]
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -45,7 +52,7 @@ class Slot:
     tiles: int = 1
     per_head: bool = False
 
-    def indices(self, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def indices(self, kept: Tensor, shape: Shape) -> Tensor:
         """Return the positions along the axis to keep.
 
         Args:
@@ -81,7 +88,7 @@ class Submodule:
 
     name: str
     kind: Literal["embedding", "attention", "mlp"]
-    shape: tuple[int, ...]
+    shape: Shape
     slots: tuple[Slot, ...]
     norms: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
@@ -121,7 +128,7 @@ def presence_of(name: str) -> str:
     return f"{name}.presence"
 
 
-def quantities(sizes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+def quantities(sizes: Sizes) -> dict[str, int]:
     """Return everything that cost terms multiply.
 
     Args:
@@ -131,10 +138,13 @@ def quantities(sizes: dict[str, tuple[int, ...]]) -> dict[str, int]:
         The units of every submodule by its name, then the heads of every attention, then the
         presence of every submodule.
     """
-    units = {name: math.prod(shape) for name, shape in sizes.items()}
-    heads = {heads_of(name): shape[0] for name, shape in sizes.items() if len(shape) == 2}
-    presence = {presence_of(name): min(1, count) for name, count in units.items()}
-    return {**units, **heads, **presence}
+    amounts = {name: math.prod(shape) for name, shape in sizes.items()}
+    for name, shape in sizes.items():
+        if len(shape) == 2:
+            amounts[heads_of(name)] = shape[0]
+    for name in sizes:
+        amounts[presence_of(name)] = min(1, amounts[name])
+    return amounts
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,7 @@ def macs_of(parts: Iterable[Part]) -> tuple[Term, ...]:
     return tuple(term for part in parts for term in part.macs)
 
 
-# ------------------------------------------------------------------------------- models and families
+# ----------------------------------------------------------------------------- models and families
 
 
 @dataclass(frozen=True)
@@ -204,7 +214,7 @@ class Architecture:
         return macs_of(self.parts)
 
     @property
-    def sizes(self) -> dict[str, tuple[int, ...]]:
+    def sizes(self) -> Sizes:
         """Submodule name -> current units, (U,) or (heads, channels per head)."""
         return {submodule.name: submodule.shape for submodule in self.submodules}
 
@@ -263,8 +273,8 @@ class Family:
     model_class: type[PreTrainedModel]
     describe: Callable[[Any], Architecture]
     pin: Callable[[Any], None]
-    resize: Callable[[Any, dict[str, tuple[int, ...]]], None]
-    attributes: Callable[[Any], dict[str, dict[str, Any]]]
+    resize: Callable[[Any, Sizes], None]
+    attributes: Callable[[Any], Attributes]
     undecayed: tuple[str, ...]
     tokens: TokenReductions | None = None
 
@@ -295,5 +305,8 @@ def square_patch(config: PreTrainedConfig) -> int:
     return height
 
 
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width

@@ -2,27 +2,18 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 from transformers import SwinConfig, SwinForImageClassification
 
 from ..models.configuration_ofb_swin import OFBSwinConfig
 from ..models.modeling_ofb_swin import OFBSwinForImageClassification
-from .blocks import (
-    BlockNames,
-    block_attributes,
-    block_norms,
-    block_params,
-    block_residual_slots,
-    block_submodules,
-    common_scale,
-    linear_slots,
-    norm_slots,
-)
+from .blocks import Block, BlockNames, common_scale, linear_slots, norm_slots
 from .description import (
     Architecture,
+    Attributes,
     Family,
     Part,
+    Sizes,
     Slot,
     Submodule,
     Term,
@@ -45,16 +36,6 @@ BLOCK_NAMES = BlockNames(attention_others=("attention.relative_position_bias",))
 # ------------------------------------------------------------------------------------------- sizes
 
 
-def _path(stage: int, block: int) -> str:
-    """Return where a block is in the model."""
-    return f"{STAGES}.{stage}.blocks.{block}"
-
-
-def _name(stage: int, block: int) -> str:
-    """Return how the names of a block's submodules begin."""
-    return f"stages.{stage}.blocks.{block}"
-
-
 def _width(stage: int) -> str:
     """Return the name of a stage's submodule of the residual stream."""
     return f"stages.{stage}.width"
@@ -64,6 +45,16 @@ def _last_width(config: SwinConfig) -> str:
     return _width(len(config.depths) - 1)
 
 
+def _blocks(config: SwinConfig, stage: int) -> list[Block]:
+    """Return the blocks of a stage."""
+    blocks: list[Block] = []
+    for number in range(config.depths[stage]):
+        path = f"{STAGES}.{stage}.blocks.{number}"
+        name = f"stages.{stage}.blocks.{number}"
+        blocks.append(Block(path, name, _layer_sizes(config, stage, number), BLOCK_NAMES))
+    return blocks
+
+
 def _grids(config: SwinConfig) -> list[tuple[int, int]]:
     """Return the tokens (rows, columns) of every stage.
 
@@ -71,10 +62,11 @@ def _grids(config: SwinConfig) -> list[tuple[int, int]]:
     """
     patch = square_patch(config)
     height, width = image_sides(config)
-    grids = [(math.ceil(height / patch), math.ceil(width / patch))]
+    rows, columns = math.ceil(height / patch), math.ceil(width / patch)
+    grids = [(rows, columns)]
     for _ in config.depths[1:]:
-        rows, columns = grids[-1]
-        grids.append((math.ceil(rows / 2), math.ceil(columns / 2)))
+        rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)
+        grids.append((rows, columns))
     return grids
 
 
@@ -102,12 +94,10 @@ def _layer_sizes(config: SwinConfig, stage: int, block: int) -> dict[str, int]:
 
 def _describe(config: SwinConfig) -> Architecture:
     grids, patch = _grids(config), square_patch(config)
-    stages = range(len(config.depths))
     submodules: list[Submodule] = []
-    for stage in stages:
+    for stage in range(len(config.depths)):
         submodules.append(_residual_width(config, stage))
-        for block in range(config.depths[stage]):
-            submodules += _block(config, stage, block)
+        submodules += _block_submodules(config, stage)
     return Architecture(
         submodules=tuple(submodules),
         parts=_parts(config),
@@ -125,14 +115,14 @@ def _describe(config: SwinConfig) -> Architecture:
     )
 
 
-def _block(config: SwinConfig, stage: int, block: int) -> tuple[Submodule, Submodule]:
-    """Return attention and MLP of a block."""
-    path = _path(stage, block)
-    table = Slot(f"{path}.{BIAS_TABLE}", 1, per_head=True)
-    attention, mlp = block_submodules(
-        path, _name(stage, block), _layer_sizes(config, stage, block), (table,), BLOCK_NAMES
-    )
-    return replace(attention, variant=_variant(block)), mlp
+def _block_submodules(config: SwinConfig, stage: int) -> list[Submodule]:
+    """Return attention and MLP of every block of a stage."""
+    submodules: list[Submodule] = []
+    for number, block in enumerate(_blocks(config, stage)):
+        table = Slot(block.at(BIAS_TABLE), 1, per_head=True)
+        attention, mlp = block.submodules(table)
+        submodules += [replace(attention, variant=_variant(number)), mlp]
+    return submodules
 
 
 def _variant(block: int) -> str:
@@ -143,10 +133,9 @@ def _variant(block: int) -> str:
 def _residual_width(config: SwinConfig, stage: int) -> Submodule:
     """Return the submodule whose units are the channels of a stage's residual stream."""
     slots, norms = _entry(stage)
-    for block in range(config.depths[stage]):
-        path = _path(stage, block)
-        slots += block_residual_slots(path, BLOCK_NAMES)
-        norms += block_norms(path, _layer_sizes(config, stage, block), BLOCK_NAMES)
+    for block in _blocks(config, stage):
+        slots += block.residual_slots
+        norms += block.norms
     if stage < len(config.depths) - 1:
         # Patch merging concatenates 2 x 2 neighbours: channel i stands at i, i + C, i + 2C and
         # i + 3C.
@@ -181,48 +170,53 @@ def _entry(stage: int) -> tuple[list[Slot], list[str]]:
 
 def _parts(config: SwinConfig) -> tuple[Part, ...]:
     grids = _grids(config)
+    patches = math.prod(grids[0])
     pixels = config.num_channels * square_patch(config) ** 2
-    parts = [end_part("stem", _width(0), math.prod(grids[0]) * pixels)]
-    for stage, depth in enumerate(config.depths):
+    parts = [end_part("stem", _width(0), patches * pixels)]
+    for stage, grid in enumerate(grids):
+        width = _width(stage)
         if stage > 0:
-            tokens = math.prod(grids[stage])
-            parts.append(merging_part(stage - 1, _width(stage - 1), _width(stage), tokens))
-        counts = _token_counts(config, grids[stage])
-        for block in range(depth):
-            name, variant = _name(stage, block), _variant(block)
-            parts += windowed_block(_width(stage), name, stage, variant, *counts)
+            parts.append(merging_part(stage - 1, _width(stage - 1), width, math.prod(grid)))
+        counts = _token_counts(config, grid)
+        for number, block in enumerate(_blocks(config, stage)):
+            parts += windowed_block(width, block.name, stage, _variant(number), *counts)
     parts.append(end_part("head", _last_width(config), config.num_labels))
     return tuple(parts)
 
 
 def _token_counts(config: SwinConfig, grid: tuple[int, int]) -> tuple[int, int, int]:
     """Return tokens of a stage, tokens padded to whole windows, and tokens of one window."""
-    window = min(config.window_size, *grid)
-    padded = math.prod(math.ceil(side / window) * window for side in grid)
-    return math.prod(grid), padded, window**2
+    rows, columns = grid
+    window = min(config.window_size, rows, columns)
+    padded = math.ceil(rows / window) * math.ceil(columns / window) * window**2
+    return rows * columns, padded, window**2
 
 
 def _params(config: SwinConfig) -> tuple[Term, ...]:
-    pixels = config.num_channels * square_patch(config) ** 2
+    first, last = _width(0), _last_width(config)
+    patch = square_patch(config)
+    pixels = config.num_channels * patch**2
     positions = 0
     if config.use_absolute_embeddings:
-        positions = math.prod(side // square_patch(config) for side in image_sides(config))
-    # Of each channel: patch projection with bias, LayerNorm, positions; LayerNorm, classifier.
+        height, width = image_sides(config)
+        positions = (height // patch) * (width // patch)
     params = [
-        Term((pixels + 1) + 2 + positions, (_width(0),)),
-        Term(2 + config.num_labels, (_last_width(config),)),
+        # Patch projection with bias, LayerNorm, positions.
+        Term((pixels + 1) + 2 + positions, (first,)),
+        # LayerNorm, classifier.
+        Term(2 + config.num_labels, (last,)),
         Term(config.num_labels),
     ]
     offsets = (2 * config.window_size - 1) ** 2  # relative positions of two tokens of a window
-    for stage, depth in enumerate(config.depths):
+    for stage in range(len(config.depths)):
         width = _width(stage)
-        for block in range(depth):
-            attention, mlp = f"{_name(stage, block)}.attention", f"{_name(stage, block)}.mlp"
-            params += block_params(width, attention, mlp, config.qkv_bias, BLOCK_NAMES)
-            params.append(Term(offsets, (heads_of(attention),)))
-        if stage < len(config.depths) - 1:
+        for block in _blocks(config, stage):
+            params += block.params(width, config.qkv_bias)
+            params.append(Term(offsets, (heads_of(block.attention),)))
+        if width != last:
             # LayerNorm and linear layer of the patch merging.
-            params += [Term(2 * 4, (width,)), Term(4, (width, _width(stage + 1)))]
+            params.append(Term(2 * 4, (width,)))
+            params.append(Term(4, (width, _width(stage + 1))))
     return tuple(params)
 
 
@@ -242,18 +236,20 @@ def _pin(config: OFBSwinConfig) -> None:
     _resize(config, _describe(config).sizes)
 
 
-def _resize(config: OFBSwinConfig, sizes: dict[str, tuple[int, ...]]) -> None:
+def _resize(config: OFBSwinConfig, sizes: Sizes) -> None:
     """Write submodule sizes into the config."""
     widths: list[int] = []
     heads: list[list[int]] = []
     head_dims: list[list[int]] = []
     intermediate_sizes: list[list[int]] = []
-    for stage, depth in enumerate(config.depths):
-        names = [_name(stage, block) for block in range(depth)]
+    for stage in range(len(config.depths)):
+        blocks = _blocks(config, stage)
+        attentions = [sizes[block.attention] for block in blocks]
+        mlps = [sizes[block.mlp] for block in blocks]
         widths.append(sizes[_width(stage)][0])
-        heads.append([sizes[f"{name}.attention"][0] for name in names])
-        head_dims.append([sizes[f"{name}.attention"][1] for name in names])
-        intermediate_sizes.append([sizes[f"{name}.mlp"][0] for name in names])
+        heads.append([count for count, _ in attentions])
+        head_dims.append([channels for _, channels in attentions])
+        intermediate_sizes.append([units for (units,) in mlps])
     config.hidden_size_per_stage = widths
     config.embed_dim = widths[0]
     config.hidden_size = widths[-1]
@@ -262,13 +258,12 @@ def _resize(config: OFBSwinConfig, sizes: dict[str, tuple[int, ...]]) -> None:
     config.intermediate_size_per_block = intermediate_sizes
 
 
-def _attributes(config: OFBSwinConfig) -> dict[str, dict[str, Any]]:
+def _attributes(config: OFBSwinConfig) -> Attributes:
     """Return what modules store next to their weights."""
-    attributes: dict[str, dict[str, Any]] = {"swin": {"num_features": config.hidden_size}}
-    for stage, depth in enumerate(config.depths):
-        for block in range(depth):
-            sizes = config.layer_sizes(stage, block)
-            attributes |= block_attributes(_path(stage, block), sizes, BLOCK_NAMES)
+    attributes: Attributes = {"swin": {"num_features": config.hidden_size}}
+    for stage in range(len(config.depths)):
+        for block in _blocks(config, stage):
+            attributes |= block.attributes
     return attributes
 
 

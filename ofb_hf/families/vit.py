@@ -9,20 +9,13 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from ..models.configuration_ofb_vit import OFBViTConfig
 from ..models.modeling_ofb_vit import OFBViTForImageClassification, TokenReduction
-from .blocks import (
-    block_attributes,
-    block_norms,
-    block_params,
-    block_residual_slots,
-    block_submodules,
-    common_scale,
-    linear_slots,
-    norm_slots,
-)
+from .blocks import Block, common_scale, linear_slots, norm_slots
 from .description import (
     Architecture,
+    Attributes,
     Family,
     Part,
+    Sizes,
     Slot,
     Submodule,
     Term,
@@ -44,14 +37,12 @@ WIDTH = "embeddings"  # the one submodule of the residual stream
 # ------------------------------------------------------------------------------------------- sizes
 
 
-def _path(layer: int) -> str:
-    """Return where a layer is in the model."""
-    return f"{LAYERS}.{layer}"
+def _block(config: ViTConfig, layer: int) -> Block:
+    return Block(f"{LAYERS}.{layer}", f"layers.{layer}", _layer_sizes(config, layer))
 
 
-def _name(layer: int) -> str:
-    """Return how the names of a layer's submodules begin."""
-    return f"layers.{layer}"
+def _blocks(config: ViTConfig) -> list[Block]:
+    return [_block(config, layer) for layer in range(config.num_hidden_layers)]
 
 
 def _grid(config: ViTConfig) -> tuple[int, int]:
@@ -79,11 +70,11 @@ def _layer_sizes(config: ViTConfig, layer: int) -> dict[str, int]:
 
 def _describe(config: ViTConfig) -> Architecture:
     grid, patch = _grid(config), square_patch(config)
-    blocks: list[Submodule] = []
-    for layer in range(config.num_hidden_layers):
-        blocks += block_submodules(_path(layer), _name(layer), _layer_sizes(config, layer))
+    submodules = [_residual_width(config)]
+    for block in _blocks(config):
+        submodules += block.submodules()
     return Architecture(
-        submodules=(_residual_width(config), *blocks),
+        submodules=tuple(submodules),
         parts=_parts(config, _schedule(config)),
         params=_params(config),
         patch_grid=grid,
@@ -109,9 +100,9 @@ def _residual_width(config: ViTConfig) -> Submodule:
         *linear_slots(CLASSIFIER, 1),
     ]
     norms = [NORM]
-    for layer in range(config.num_hidden_layers):
-        slots += block_residual_slots(_path(layer))
-        norms += block_norms(_path(layer), _layer_sizes(config, layer))
+    for block in _blocks(config):
+        slots += block.residual_slots
+        norms += block.norms
     return Submodule(WIDTH, "embedding", (config.hidden_size,), tuple(slots), tuple(norms))
 
 
@@ -143,7 +134,7 @@ def _layer_parts(
     config: ViTConfig, layer: int, before: Any, kept: Any, merged: Any, weighs: Any
 ) -> tuple[Part, ...]:
     """Return the forward parts of one layer; see `TokenReductions.layer_parts`."""
-    return reducing_block(WIDTH, _name(layer), before, kept, merged, weighs)
+    return reducing_block(WIDTH, f"layers.{layer}", before, kept, merged, weighs)
 
 
 def _params(config: ViTConfig) -> tuple[Term, ...]:
@@ -153,9 +144,8 @@ def _params(config: ViTConfig) -> tuple[Term, ...]:
     # classifier.
     per_channel = (pixels + 1) + 1 + tokens + 2 + config.num_labels
     params = [Term(per_channel, (WIDTH,)), Term(config.num_labels)]
-    for layer in range(config.num_hidden_layers):
-        name = _name(layer)
-        params += block_params(WIDTH, f"{name}.attention", f"{name}.mlp", config.qkv_bias)
+    for block in _blocks(config):
+        params += block.params(WIDTH, config.qkv_bias)
     return tuple(params)
 
 
@@ -171,23 +161,24 @@ def _pin(config: OFBViTConfig) -> None:
     _resize(config, _describe(config).sizes)
 
 
-def _resize(config: OFBViTConfig, sizes: dict[str, tuple[int, ...]]) -> None:
+def _resize(config: OFBViTConfig, sizes: Sizes) -> None:
     """Write submodule sizes into the config."""
-    names = [_name(layer) for layer in range(config.num_hidden_layers)]
+    attentions = [sizes[block.attention] for block in _blocks(config)]
+    mlps = [sizes[block.mlp] for block in _blocks(config)]
     config.hidden_size = sizes[WIDTH][0]
-    config.num_attention_heads_per_layer = [sizes[f"{name}.attention"][0] for name in names]
-    config.head_dim_per_layer = [sizes[f"{name}.attention"][1] for name in names]
-    config.intermediate_size_per_layer = [sizes[f"{name}.mlp"][0] for name in names]
+    config.num_attention_heads_per_layer = [heads for heads, _ in attentions]
+    config.head_dim_per_layer = [channels for _, channels in attentions]
+    config.intermediate_size_per_layer = [units for (units,) in mlps]
 
 
-def _attributes(config: OFBViTConfig) -> dict[str, dict[str, Any]]:
+def _attributes(config: OFBViTConfig) -> Attributes:
     """Return what modules store next to their weights."""
-    attributes: dict[str, dict[str, Any]] = {}
-    for layer in range(config.num_hidden_layers):
-        attributes |= block_attributes(_path(layer), config.layer_sizes(layer))
+    attributes: Attributes = {}
+    for layer, block in enumerate(_blocks(config)):
+        attributes |= block.attributes
         before, kept, merged = config.token_counts(layer)
         reduction = TokenReduction(kept, merged) if merged < before else None
-        attributes[_path(layer)][REDUCTION] = reduction
+        attributes[block.path][REDUCTION] = reduction
     return attributes
 
 
@@ -201,17 +192,22 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def query_parameters(layer: int) -> list[str]:
     """Return the names of the tensors that make queries out of a layer's tokens."""
-    return [slot.parameter for slot in linear_slots(f"{_path(layer)}.attention.q_proj", 0)]
+    path = f"{LAYERS}.{layer}.attention.q_proj"
+    return [slot.parameter for slot in linear_slots(path, 0)]
 
 
 def with_layers(state: dict[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
     """Return the state of a ViT that has these layers only, renumbered from 0."""
-    renamed = {name: tensor for name, tensor in state.items() if not name.startswith(f"{LAYERS}.")}
-    for new, old in enumerate(layers):
-        prefix = f"{_path(old)}."
-        for name, tensor in state.items():
-            if name.startswith(prefix):
-                renamed[f"{_path(new)}.{name.removeprefix(prefix)}"] = tensor
+    numbers = {str(old): new for new, old in enumerate(layers)}
+    prefix = f"{LAYERS}."
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not name.startswith(prefix):
+            renamed[name] = tensor
+            continue
+        old, _, rest = name.removeprefix(prefix).partition(".")
+        if old in numbers:
+            renamed[f"{prefix}{numbers[old]}.{rest}"] = tensor
     return renamed
 
 

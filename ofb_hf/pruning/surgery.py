@@ -83,7 +83,7 @@ def flat_indices(subnet: SubnetSpec, name: str, shape: tuple[int, ...]) -> Tenso
     return torch.tensor(indices, dtype=torch.long)
 
 
-# ------------------------------------------------------------------------------------ new classifiers
+# ---------------------------------------------------------------------------------- new classifiers
 
 
 def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
@@ -160,7 +160,7 @@ def _check_kept(submodule: Submodule, kept: Kept) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------ in place
+# ----------------------------------------------------------------------------------------- in place
 
 
 def resize_(model: PreTrainedModel, sizes: dict[str, tuple[int, ...]]) -> None:
