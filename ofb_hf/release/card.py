@@ -1,4 +1,4 @@
-"""The README of a checkpoint: what it is, what was measured on it, how it was made."""
+"""Model cards: the README of a checkpoint, with what was measured on it and how it was made."""
 
 import json
 from pathlib import Path
@@ -10,60 +10,57 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..families.subnet import SubnetSpec
 
 TEMPLATES = Path(__file__).with_name("templates")
+# Budget -> its unit, with fields of the latency table's description.
 BUDGETS = {
     "target_macs": "MACs",
     "target_params": "parameters",
     "target_latency_ms": "ms for a batch of {batch_size} with {num_threads} threads ({device}, "
     "{dtype}), as predicted",
 }
-# Names of licences that the Hub knows, of those that models come under; it refuses a card with any
-# other.
+# Licences of models by the names that the Hub knows; it refuses a card with any other name.
 LICENSES = {
-    *(
-        "apache-2.0",
-        "mit",
-        "bsd",
-        "bsd-2-clause",
-        "bsd-3-clause",
-        "mpl-2.0",
-        "unlicense",
-        "artistic-2.0",
-        "afl-3.0",
-    ),
-    *(
-        "gpl",
-        "gpl-2.0",
-        "gpl-3.0",
-        "lgpl",
-        "lgpl-3.0",
-        "agpl-3.0",
-        "cc",
-        "cc0-1.0",
-        "cc-by-4.0",
-        "cc-by-sa-4.0",
-    ),
-    *(
-        "cc-by-nc-4.0",
-        "cc-by-nc-sa-4.0",
-        "cc-by-nd-4.0",
-        "cc-by-nc-nd-4.0",
-        "openrail",
-        "other",
-        "unknown",
-    ),
+    "afl-3.0",
+    "agpl-3.0",
+    "apache-2.0",
+    "artistic-2.0",
+    "bsd",
+    "bsd-2-clause",
+    "bsd-3-clause",
+    "cc",
+    "cc-by-4.0",
+    "cc-by-nc-4.0",
+    "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-4.0",
+    "cc-by-nd-4.0",
+    "cc-by-sa-4.0",
+    "cc0-1.0",
+    "gpl",
+    "gpl-2.0",
+    "gpl-3.0",
+    "lgpl",
+    "lgpl-3.0",
+    "mit",
+    "mpl-2.0",
+    "openrail",
+    "other",
+    "unknown",
+    "unlicense",
 }
-TOKENS_KEPT = "Tokens kept after dropping, and after merging, class token included:"
+TOKENS_KEPT = "Tokens kept after dropping, and left after merging, class token included:"
 OUR_CODE = "import ofb_hf  # registers the model class; or pass trust_remote_code=True instead\n"
+# Recipes whose file name alone is the program in the records of version 0.1.
+RECIPES = ("search_deit.py", "search_swin.py", "search_tokens.py", "finetune.py")
+# Key of a result -> type and name of the metric on the Hub.
 MEASURED = {"top1": ("accuracy", "top-1 %"), "top5": ("top_5_accuracy", "top-5 %")}
 
 
 def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str) -> str:
-    """Fills the card template; every number comes from `results`.
+    """Return the card of a searched model; every number comes from `results`.
 
     Args:
         results: content of `eval_results.json`.
-        subnet: what was kept.
-        table: results as a Markdown table.
+        subnet: the kept units, and the token schedule if there is one.
+        table: the results as a Markdown table.
     """
     widths = _widths(subnet, results.get("left_out", {}))
     tokens = ""
@@ -73,15 +70,17 @@ def render_card(results: dict[str, Any], subnet: SubnetSpec, table: str) -> str:
 
 
 def render_token_card(results: dict[str, Any], table: str) -> str:
-    """The card of a model with a learned token schedule, which is in `results`; arguments as for
-    `render_card`."""
+    """Return the card of a model with a learned token schedule.
+
+    Args:
+        results: content of `eval_results.json`, the token schedule included.
+        table: the results as a Markdown table.
+    """
+    weights = "Its weights are those of the parent."
+    if results.get("finetuned"):
+        weights = "Its weights were finetuned."
     schedule = _table(results["token_schedule"])
-    tuned = (
-        "Its weights were finetuned."
-        if results.get("finetuned")
-        else "Its weights are those of the parent."
-    )
-    return _filled("token_card.md", results, table, schedule=schedule, weights=tuned)
+    return _filled("token_card.md", results, table, schedule=schedule, weights=weights)
 
 
 def render_finetuned_card(
@@ -121,12 +120,11 @@ def render_finetuned_card(
 
 
 def _table(token_schedule: list[list[int]]) -> str:
-    rows = [
-        f"| {layer} | {kept} | {merged} |" for layer, (kept, merged) in enumerate(token_schedule)
-    ]
-    return "\n".join(
-        ["| layer | after dropping | after merging |", "| ---: | ---: | ---: |", *rows]
-    )
+    """Return a token schedule as a Markdown table."""
+    lines = ["| layer | after dropping | after merging |", "| ---: | ---: | ---: |"]
+    for layer, (kept, left) in enumerate(token_schedule):
+        lines.append(f"| {layer} | {kept} | {left} |")
+    return "\n".join(lines)
 
 
 def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> str:
@@ -136,23 +134,24 @@ def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> 
     origin = source["model"]
     if source["revision"]:
         origin += f" (revision {source['revision']})"
-    time = "in several sittings"  # a resumed run does not know how long the others took
+    time = "in several runs"  # a resumed run does not know how long the earlier ones took
     if results["seconds"] is not None:
         time = f"{results['seconds'] / 60:.1f} minutes"
+    fraction = final["macs"] / results["dense"]["macs"]
     steps = [f"{count:,} steps of {phase}" for phase, count in results["steps"].items()]
     versions = [f"{name} {version}" for name, version in results["versions"].items()]
     values = {
         "metadata": card_data(results).to_yaml(),
         "title": _title(results),
         "source": origin,
-        "share": f"{100 * final['macs'] / results['dense']['macs']:.1f} %",
+        "fraction": f"{100 * fraction:.1f} %",
         "num_examples": f"{final['num_examples']:,}",
         "data": results["data"],
         "hardware": results["hardware"],
         "table": table,
         "lost": _lost(results["lost_classes"], "the dense model", "dense"),
         "budget": _budget(results),
-        "command": results["command"],
+        "command": _command(results["command"]),
         "seed": results["seed"],
         "steps": ", ".join(steps),
         "time": time,
@@ -168,6 +167,14 @@ def _title(results: dict[str, Any]) -> str:
     return f"OFB {source}" if results.get("searched") else f"{source}, finetuned"
 
 
+def _command(recorded: str) -> str:
+    """Return the command of a run as one types it, with the launcher of a recipe."""
+    program = recorded.partition(" ")[0]
+    if program in RECIPES:
+        recorded = f"recipes/{recorded}"
+    return f"accelerate launch {recorded}" if recorded.startswith("recipes/") else recorded
+
+
 def _budget(results: dict[str, Any]) -> str:
     """Return the budget of a search as text; nothing for a run that had none."""
     for name, unit in BUDGETS.items():
@@ -177,7 +184,7 @@ def _budget(results: dict[str, Any]) -> str:
 
 
 def final_results(results: dict[str, Any]) -> dict[str, Any]:
-    """What was measured on the checkpoint itself: after finetuning, or right after the search."""
+    """Return what was measured on the checkpoint: after finetuning, or right after the search."""
     return results.get("finetuned") or results["searched"]
 
 
@@ -188,53 +195,61 @@ def card_data(results: dict[str, Any], is_stock: bool = False) -> ModelCardData:
         results: content of `eval_results.json`.
         is_stock: whether the model is of a class of transformers and has all of its units.
     """
-    final, source, data = final_results(results), results["source"]["model"], results["data"]
+    final = final_results(results)
+    source = results["source"]["model"]
+    data = results["data"]
     license = results["source"].get("license")
     known = license is None or license in LICENSES
-    on_hub = {"dataset_type": data, "dataset_name": data, "task_type": "image-classification"}
+    evaluation = {
+        "task_type": "image-classification",
+        "dataset_type": data,
+        "dataset_name": data,
+    }
+    metrics = []
+    for key, (kind, name) in MEASURED.items():
+        value = final[key]
+        metrics.append(
+            EvalResult(metric_type=kind, metric_name=name, metric_value=value, **evaluation)
+        )
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["vision-transformer"] if is_stock else ["ofb", "pruning", "vision-transformer"],
         license=license if known else "other",
         license_name=None if known else license,
+        # Only what is on the Hub has a name with an owner.
         base_model=source if "/" in source else None,
         datasets=[data] if "/" in data else None,
         model_name=_title(results),
-        eval_results=[
-            EvalResult(metric_type=kind, metric_name=name, metric_value=final[key], **on_hub)
-            for key, (kind, name) in MEASURED.items()
-        ],
+        eval_results=metrics,
     )
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The content of an `eval_results.json`.
+    """Return the content of an `eval_results.json`.
 
     Raises:
-        ValueError: for anything else, naming the file and what is missing in it.
+        ValueError: for anything else, with the file and what is missing in it.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    final = (
-        (results.get("finetuned") or results.get("searched")) if isinstance(results, dict) else None
-    )
+    final = None
+    if isinstance(results, dict):
+        final = results.get("finetuned") or results.get("searched")
     if not isinstance(final, dict):
         raise ValueError(f"{path} has no results: neither 'finetuned' nor 'searched' is in it.")
-    if missing := [
-        key
-        for key in (*MEASURED, "num_examples", "macs", "params")
-        if not _is_number(final.get(key))
-    ]:
+    needed = (*MEASURED, "num_examples", "macs", "params")
+    missing = [key for key in needed if not _is_number(final.get(key))]
+    if missing:
         raise ValueError(f"{path} has no numbers for {missing} in its final results.")
-    if not isinstance(results.get("data", ""), str) or not isinstance(
-        results.get("source", {}), dict
-    ):
+    has_data_name = isinstance(results.get("data", ""), str)
+    has_source = isinstance(results.get("source", {}), dict)
+    if not (has_data_name and has_source):
         raise ValueError(
             f"{path}: 'data' is a name and 'source' is {{'model', 'revision'}}; remove them if "
-            f"unknown."
+            "unknown."
         )
     return results
 
@@ -244,25 +259,24 @@ def _is_number(value: Any) -> bool:
 
 
 def plain_card(macs: int, params: int, token_schedule: list[list[int]] | None = None) -> str:
-    """The card of a model that nothing was measured on.
+    """Return the card of a model on which nothing was measured.
 
     Args:
-        macs, params: its exact cost and size.
+        macs: exact cost of one image.
+        params: number of parameters.
         token_schedule: as in `OFBViTConfig`.
     """
-    template = Template((TEMPLATES / "plain_card.md").read_text(encoding="utf-8"))
     twin = (
-        "Where this repository has a branch `stock`, that is the same model as a checkpoint of "
-        "transformers' own class"
-        ', which needs no\ncode at all (`revision="stock"`).'
+        "If this repository has a branch `stock`, it holds the same model as a checkpoint of\n"
+        'transformers\' own ViT class, which needs no further code (`revision="stock"`).'
     )
     if token_schedule is not None:
         twin = (
-            "Its layers drop and merge patch tokens, which transformers' own class would not do: "
-            "there is no "
-            f"checkpoint of that class.\nTokens kept, class token "
-            f"included:\n\n{_table(token_schedule)}"
+            "Its layers drop and merge patch tokens, which transformers' own class would not do, "
+            f"so there is no\ncheckpoint of that class.\n\n{TOKENS_KEPT}\n\n"
+            f"{_table(token_schedule)}"
         )
+    template = Template((TEMPLATES / "plain_card.md").read_text(encoding="utf-8"))
     return template.substitute(macs=f"{macs:,}", params=f"{params:,}", twin=twin)
 
 
@@ -284,14 +298,24 @@ def _lost(classes: dict[str, list[float]], reference: str, column: str) -> str:
 
 
 def _widths(subnet: SubnetSpec, left_out: dict[str, int]) -> str:
-    """Return a list of the kept widths, with the step by which something was left out."""
-    lines = [
-        f"- `{name}`: {_width(size, left_out.get(name))}" for name, size in subnet.sizes.items()
-    ]
+    """Return a list of the kept widths.
+
+    Args:
+        subnet: the kept units.
+        left_out: submodule -> step of the search by which it was removed.
+    """
+    lines = []
+    for name, size in subnet.sizes.items():
+        lines.append(f"- `{name}`: {_width(size, left_out.get(name))}")
     return "\n".join(lines)
 
 
-def _width(size: int | tuple[int, int], gone_by: int | None) -> str:
+def _width(size: int | tuple[int, int], removed_by: int | None) -> str:
     if size in (0, (0, 0)):
-        return "left out" + (f" (by step {gone_by:,} of the search)" if gone_by is not None else "")
-    return f"{size[0]} heads x {size[1]} channels" if isinstance(size, tuple) else str(size)
+        return (
+            "removed" if removed_by is None else f"removed (by step {removed_by:,} of the search)"
+        )
+    if isinstance(size, tuple):
+        heads, channels = size
+        return f"{heads} heads x {channels} channels"
+    return str(size)

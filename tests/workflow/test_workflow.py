@@ -110,7 +110,7 @@ def test_what_was_left_out_and_when_is_on_record(checkpoint, images, tmp_path):
     for name, step in results["left_out"].items():
         assert name in history[step]["left_out"]
         assert name not in history[step - 1].get("left_out", ())
-        assert f"- `{name}`: left out (by step {step} of the search)" in card
+        assert f"- `{name}`: removed (by step {step} of the search)" in card
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert count_macs(model) == results["finetuned"]["macs"] <= results["target_macs"]
 
@@ -306,7 +306,7 @@ def test_a_search_may_begin_where_halves_are_gone(images, tmp_path):
         source, images, tmp_path / "out", "--target_macs", "0.6", "--finetune_max_steps", "0"
     )
     assert results["left_out"] == {}
-    assert "left out" in (tmp_path / "out" / "README.md").read_text()
+    assert "removed" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_short_runs_need_no_special_flags(checkpoint, images, tmp_path):
