@@ -91,16 +91,15 @@ def results(folder: Path, ranks: int = 1) -> list[dict[str, Any]]:
     ]
 
 
+def places(model: str | Path, images: Path, output: Path) -> list[str]:
+    """Return the flags of a command for a model, a folder of images and an output folder."""
+    flags = ["--model_name_or_path", str(model), "--data_dir", str(images)]
+    return [*flags, "--output_dir", str(output)]
+
+
 def run_search(checkpoint: Path, images: Path, output: Path, *flags: str) -> dict[str, Any]:
     """Run the search command on a checkpoint and images: 16 steps, and 3 of finetuning."""
-    settings = [
-        "--model_name_or_path",
-        str(checkpoint),
-        "--data_dir",
-        str(images),
-        "--output_dir",
-        str(output),
-    ]
+    settings = places(checkpoint, images, output)
     return cli.search([*settings, *QUICK, "--max_steps", "16", "--finetune_max_steps", "3", *flags])
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from runs import PRODUCT, QUICK, run_search
+from runs import PRODUCT, QUICK, places, run_search
 from transformers import AutoModelForImageClassification
 
 from ofb_hf import cli, count_macs
@@ -17,10 +17,8 @@ STEPS = 3
 
 def finetune(source, images, output, *flags):
     """Three steps of the command."""
-    places = ["--model_name_or_path", str(source), "--data_dir", str(images)]
-    return cli.finetune(
-        [*places, "--output_dir", str(output), *QUICK, "--max_steps", str(STEPS), *flags]
-    )
+    settings = [*places(source, images, output), *QUICK, "--max_steps", str(STEPS)]
+    return cli.finetune([*settings, *flags])
 
 
 @pytest.fixture(scope="module")

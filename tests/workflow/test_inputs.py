@@ -76,7 +76,8 @@ def test_images_to_evaluate_on_are_checked_before_anything_is_trained(
     broken = [content[: 40 if n in (3, 7) else None] for n, content in enumerate(contents)]
     folder = write(tmp_path, {"train.parquet": parquet(contents), "test.parquet": parquet(broken)})
     args = DataArguments(data_dir=str(folder), streaming=streaming)
-    message = r"2 of 9 images to evaluate on cannot be decoded: row 3 .*; row 7 .*Repair them or take them out"
+    message = r"2 of 9 images to evaluate on cannot be decoded: row 3 .*; row 7 .*"
+    message += "Repair them or take them out"
     model = saved_model(tmp_path / "model", ["cat", "dog", "emu"])
     with pytest.raises(ValueError, match=message):
         load(model, args, seed=0)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import QUICK, run_search
+from runs import QUICK, places, run_search
 from transformers import TrainerCallback
 
 from ofb_hf import cli
@@ -65,15 +65,7 @@ def test_killed_search_resumes_to_the_same_weights_with_random_augmentation(
         "cli.search(sys.argv[1:])"
     )
     cut = tmp_path / "cut"
-    settings = [
-        "--model_name_or_path",
-        str(checkpoint),
-        "--data_dir",
-        str(images),
-        "--output_dir",
-        str(cut),
-        *QUICK,
-    ]
+    settings = [*places(checkpoint, images, cut), *QUICK]
     settings += ["--max_steps", "16", "--finetune_max_steps", "3", *flags]
     killed = subprocess.run(
         [sys.executable, "-c", script, *settings], capture_output=True, text=True
@@ -134,14 +126,7 @@ def test_a_terminated_run_goes_on_in_the_phase_it_was_in(
 
 def finetune(checkpoint, images, output, *flags):
     """Six steps of the finetuning command, two epochs."""
-    settings = [
-        "--model_name_or_path",
-        str(checkpoint),
-        "--data_dir",
-        str(images),
-        "--output_dir",
-        str(output),
-    ]
+    settings = places(checkpoint, images, output)
     return cli.finetune([*settings, *QUICK, "--max_steps", "6", *flags])
 
 

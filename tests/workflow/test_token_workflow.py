@@ -11,7 +11,7 @@ import pytest
 import torch
 from factories import scheduled_vit, tiny_images, tiny_vit
 from PIL import Image
-from runs import PRODUCT, QUICK, run_search
+from runs import PRODUCT, QUICK, places, run_search
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from ofb_hf import OFBViTForImageClassification, SubnetSpec, cli, count_macs, publish
@@ -28,17 +28,8 @@ SETTINGS = ["--token_learning_rate", "0.3", "--max_steps", "8", *QUICK]
 def search_tokens(checkpoint, images, output, *flags, macs=True):
     """The command on a checkpoint and a folder of images, under a budget in MACs unless the flags
     have another."""
-    places = [
-        "--model_name_or_path",
-        str(checkpoint),
-        "--data_dir",
-        str(images),
-        "--output_dir",
-        str(output),
-    ]
-    return cli.search_tokens(
-        [*places, *SETTINGS, *(["--target_macs", "0.75"] if macs else []), *flags]
-    )
+    budget = ["--target_macs", "0.75"] if macs else []
+    return cli.search_tokens([*places(checkpoint, images, output), *SETTINGS, *budget, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +136,7 @@ def test_tokens_after_widths_keep_the_record_of_the_units(checkpoint, images, tm
         AutoModelForImageClassification.from_pretrained(checkpoint)
     )
     longer = tmp_path / "longer"
-    places = ["--model_name_or_path", str(tmp_path / "both"), "--data_dir", str(images)]
-    cli.finetune([*places, "--output_dir", str(longer), *QUICK, "--max_steps", "1"])
+    cli.finetune([*places(tmp_path / "both", images, longer), *QUICK, "--max_steps", "1"])
     assert SubnetSpec.from_json((longer / "subnet.json").read_text()) == after
     kept, merged = results["token_schedule"][1]
     assert f"| 1 | {kept} | {merged} |" in (longer / "README.md").read_text()
@@ -296,7 +286,8 @@ def test_a_swin_is_refused_with_an_explanation(swin_checkpoint, images, tmp_path
 def test_demonstration_path_at_a_tiny_size(tmp_path, monkeypatch):
     """The recipe itself, in this process."""
     monkeypatch.chdir(tmp_path)
-    flags = "--dense_epochs 1 --max_steps 6 --max_train_samples 96 --max_eval_samples 24 --disable_tqdm true"
+    flags = "--dense_epochs 1 --max_steps 6 --max_train_samples 96 --max_eval_samples 24 "
+    flags += "--disable_tqdm true"
     monkeypatch.setattr(sys, "argv", ["search_tokens", *flags.split()])
     runpy.run_path(
         str(Path(__file__).parents[2] / "recipes" / "search_tokens.py"), run_name="__main__"
@@ -315,8 +306,8 @@ def test_patches_are_traced_to_where_they_are():
     model = scheduled_vit()  # 17 tokens: 15 by merging 2; 12 and then 7; 2 by merging 5
     traced = trace_tokens(model, tiny_images(3))
     patches = torch.arange(16)
-    for places, dropped, left in zip(traced, (0, 3, 3), (14, 6, 1), strict=True):
-        for place in places:
+    for ends, dropped, left in zip(traced, (0, 3, 3), (14, 6, 1), strict=True):
+        for place in ends:
             assert len(place[place >= 0].unique()) == left
             # a token that is dropped takes along what was merged into it
             assert (place == DROPPED).sum() >= dropped
