@@ -1,12 +1,12 @@
-"""Finetune a classifier, for example a searched one for longer: `accelerate launch
-recipes/finetune.py --help`."""
+"""Finetune a classifier, compressed or not: `accelerate launch recipes/finetune.py --help`."""
 
 import sys
 from pathlib import Path
 
-# Python puts a script's folder first on its path, where evaluate.py would hide the package of that
-# name.
-sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+# Python puts the folder of a script first on its path; there, evaluate.py would hide the package
+# `evaluate` that this one imports.
+FOLDER = Path(__file__).resolve().parent
+sys.path = [entry for entry in sys.path if Path(entry).resolve() != FOLDER]
 
 from ofb_hf.cli import finetune  # noqa: E402
 

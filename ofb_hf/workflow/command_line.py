@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from .flag_help import Command, CommandParser
-from .unused_settings import refuse_unused
+from .idle_settings import require_effect
 
 DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
 # One of these says what to work on; without them the demonstration runs, where there is one.
@@ -48,7 +48,7 @@ def parse(
         from_file = _words(_read(DEMO_CONFIG, parser) | demo) + from_file
     parsed = parser.parse_args_into_dataclasses(from_file + argv, look_for_args_file=False)
     parts = parsed[: len(command.classes)]  # the last one holds --config
-    refuse_unused(command.name, _given(parser, argv), parts)
+    require_effect(command.name, _given(parser, argv), parts)
     return parts
 
 

@@ -12,7 +12,7 @@ import ofb_hf_command
 from ofb_hf import __version__, cli
 from ofb_hf.workflow.command_line import command_line, parse
 from ofb_hf.workflow.flag_help import TRANSFORMERS, Command, CommandParser
-from ofb_hf.workflow.unused_settings import RULES
+from ofb_hf.workflow.idle_settings import RULES
 
 ROOT = Path(__file__).parents[2]
 DEFINED = [value for value in vars(cli).values() if isinstance(value, Command)]

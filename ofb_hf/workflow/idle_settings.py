@@ -181,7 +181,7 @@ RULES = (
 )
 
 
-def refuse_unused(command: str, given: set[str], parts: Iterable[Any]) -> None:
+def require_effect(command: str, given: set[str], parts: Iterable[Any]) -> None:
     """Raise ValueError if a setting on the command line would do nothing.
 
     Args:
