@@ -41,7 +41,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "flops": ("cost.counting", "families.token_reduction"),
     "hub": ("release.hub",),
     "interruption": ("training.interruption",),
-    "latency": ("cost.latency",),
+    "latency": ("cost.latency", "cost.latency_entries"),
     "leaks": ("release.leaks",),
     "learned_tokens": ("token_search.learned_counts",),
     "losses": ("training.losses", "masks.one_hot"),
