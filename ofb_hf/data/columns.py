@@ -166,6 +166,7 @@ def _check_known(labels: list[int], num_classes: int, column: str, split: str) -
 def _common_names(features: list[FeatureType], column: str, splits: list[str]) -> list[str]:
     names_of = [feature.names if isinstance(feature, ClassLabel) else None for feature in features]
     if any(names != names_of[0] for names in names_of):
+        # A split without a ClassLabel has no names: None.
         beginnings = [str(names and names[:5]) for names in names_of]
         raise ValueError(
             f"the splits {splits} disagree about the classes in column {column!r}: "

@@ -138,9 +138,10 @@ class BadImages:
         allowed = self.max_share * seen
         allowed += deviations * math.sqrt(allowed)
         if bad > allowed:
+            fraction = bad / seen
             examples = ", ".join(self.names) or "see the warnings above"
             raise TooManyBadImagesError(
-                f"{bad} of {seen} images of this epoch cannot be decoded: {bad / seen:.1%}, and "
+                f"{bad} of {seen} images of this epoch cannot be decoded: {fraction:.1%}, and "
                 f"max_bad_share is {self.max_share:.1%}. For example: {examples}. Repair the "
                 "files, or raise --max_bad_share if a model may be trained without them."
             )

@@ -137,10 +137,12 @@ class EpochPlan:
         begin = len(own) * part // self.repeats
         end = len(own) * (part + 1) // self.repeats
         own = own[begin:end]
-        random = np.random.RandomState([self.seed, self.epoch, self.batching.rank, worker])
-        shuffled = own[_buffered_shuffle(len(own), self.shuffle_buffer, random)]
+        seeds = [self.seed, self.epoch, self.batching.rank, worker]
+        random = np.random.RandomState(seeds)
+        order = _buffered_shuffle(len(own), self.shuffle_buffer, random)
         # A part is rounded up for some epochs: its repeats may be more rows than the batches have.
-        return shuffled.repeat(self.repeats)[: self._num_wanted(worker)]
+        repeated = own[order].repeat(self.repeats)
+        return repeated[: self._num_wanted(worker)]
 
     def _run_of_rank(self) -> tuple[int, int]:
         """Return the first position of this rank, and the one behind its last."""

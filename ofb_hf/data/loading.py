@@ -418,7 +418,10 @@ def _folder_location(folder: Path, args: DataArguments) -> tuple[str, dict[str, 
     # Explicit patterns, because `load_dataset` would take a class or a file called e.g. `test` for
     # a split and drop the others.
     names = {"train", *EVAL_SPLITS, args.train_split, args.eval_split or "train"}
-    data_files = {name: f"{name}/**" for name in sorted(names) if _is_split(folder / name)}
+    data_files = {}
+    for name in sorted(names):
+        if _is_split(folder / name):
+            data_files[name] = f"{name}/**"
     if not data_files:
         data_files = {"train": "**"}
     return "imagefolder", {"data_dir": str(folder), "data_files": data_files}

@@ -40,7 +40,9 @@ class ShortestEdge:
     def __call__(self, image: Image.Image) -> tuple[int, int]:
         short, long = sorted(image.size)
         other = int(self.edge * long / short)  # rounded down, as in transformers
-        return (other, self.edge) if image.width <= image.height else (self.edge, other)
+        if image.width <= image.height:
+            return other, self.edge
+        return self.edge, other
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def mean_color(image_processor: Any, default: tuple[int, ...]) -> tuple[int, ...
     if not does(image_processor, "do_normalize"):
         return default
     mean, _ = pixel_statistics(image_processor)
-    return tuple(min(GRAY_LEVELS - 1, max(0, round(level))) for level in mean)
+    levels = np.clip(np.rint(mean), 0, GRAY_LEVELS - 1)
+    return tuple(int(level) for level in levels)
 
 
 def normalization_table(image_processor: Any) -> np.ndarray:
@@ -130,23 +133,25 @@ def normalization_table(image_processor: Any) -> np.ndarray:
 
     It rounds where the processor rounds.
     """
-    levels = np.arange(GRAY_LEVELS, dtype=np.float32)[None, :].repeat(CHANNELS, axis=0)  # (3, 256)
+    levels = np.arange(GRAY_LEVELS, dtype=np.float32)  # (256,)
+    levels = levels[None, :].repeat(CHANNELS, axis=0)  # (3, 256)
     if does(image_processor, "do_rescale"):
         scaled = levels.astype(np.float64) * image_processor.rescale_factor
         levels = scaled.astype(np.float32)
     if does(image_processor, "do_normalize"):
-        mean = _channel_values(image_processor, "image_mean")
-        std = _channel_values(image_processor, "image_std")
-        # (1, 1) or (3, 1)
-        levels = levels - np.asarray(mean, dtype=np.float32).reshape(-1, 1)
-        levels = levels / np.asarray(std, dtype=np.float32).reshape(-1, 1)
+        mean = np.asarray(_channel_values(image_processor, "image_mean"), dtype=np.float32)
+        std = np.asarray(_channel_values(image_processor, "image_std"), dtype=np.float32)
+        levels = levels - mean[:, None]  # (3, 256) - (1, 1) or (3, 1)
+        levels = levels / std[:, None]
     return levels
 
 
 def _channel_values(image_processor: Any, name: str) -> list[float]:
     """Return one value for all channels, or three."""
-    value = getattr(image_processor, name)
-    values = [float(value)] if isinstance(value, (int, float)) else list(value)
+    values = getattr(image_processor, name)
+    if isinstance(values, int | float):
+        values = [float(values)]
+    values = list(values)
     if len(values) not in (1, CHANNELS):
         raise ValueError(
             f"the image processor's {name} has {len(values)} values; expected three, for RGB "

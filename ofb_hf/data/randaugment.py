@@ -13,6 +13,15 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from .processors import GRAY_LEVELS
 
+# From a fraction of the largest magnitude, a sign, and whether a larger magnitude always changes
+# more, to the strength of an operation.
+Strength = Callable[[float, int, bool], float]
+# From an image and a strength to an image.
+Operation = Callable[[Image.Image, float], Image.Image]
+# From strength, width and height to (a, b, c, d, e, f): the pixel at (x, y) comes from
+# (a x + b y + c, d x + e y + f).
+AffineMap = Callable[[float, int, int], tuple[float, ...]]
+
 MAX_MAGNITUDE = 10
 # What the largest magnitude means: of Rotate, of shears in pixels per pixel, of translations as a
 # fraction of the side, and of SolarizeAdd in gray levels.
@@ -33,16 +42,15 @@ POLICY_PARTS = {
 }
 
 
-# Strengths of operations, from a fraction of the largest magnitude, a sign, and whether a larger
-# magnitude always changes more.
-
-
 def _factor(fraction: float, sign: int, increasing: bool) -> float:
-    return max(0.1, 1 + sign * fraction * 0.9) if increasing else fraction * 1.8 + 0.1
+    if increasing:
+        return max(0.1, 1 + sign * fraction * 0.9)
+    return fraction * 1.8 + 0.1
 
 
 def _bits(fraction: float, sign: int, increasing: bool) -> int:
-    return 4 - int(fraction * 4) if increasing else int(fraction * 4)
+    bits = int(fraction * 4)
+    return 4 - bits if increasing else bits
 
 
 def _threshold(fraction: float, sign: int, increasing: bool) -> int:
@@ -66,9 +74,6 @@ def _shift(fraction: float, sign: int, increasing: bool) -> float:
     return sign * fraction * MAX_SHIFT
 
 
-# Operations, from an image and a strength to an image.
-
-
 def _posterize(image: Image.Image, bits: int) -> Image.Image:
     # The largest magnitude keeps no bit, and the image is black. ImageOps.posterize refuses that in
     # newer versions of Pillow.
@@ -79,12 +84,13 @@ def _posterize(image: Image.Image, bits: int) -> Image.Image:
 
 def _solarize_add(image: Image.Image, added: int) -> Image.Image:
     middle = GRAY_LEVELS // 2
-    table = [level + added if level < middle else level for level in range(GRAY_LEVELS)]
-    return image.point(table * 3)
+    darker = [level + added for level in range(middle)]
+    brighter = list(range(middle, GRAY_LEVELS))
+    return image.point((darker + brighter) * 3)
 
 
 # Operations that change gray levels only. The first three have no strength.
-LEVEL_OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+LEVEL_OPERATIONS: dict[str, Operation] = {
     "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
     "Equalize": lambda image, _: ImageOps.equalize(image),
     "Invert": lambda image, _: ImageOps.invert(image),
@@ -98,9 +104,7 @@ ENHANCEMENTS = {
     "Color": ImageEnhance.Color,
     "Sharpness": ImageEnhance.Sharpness,
 }
-# From strength, width and height to (a, b, c, d, e, f): the pixel at (x, y) comes from
-# (a x + b y + c, d x + e y + f).
-AFFINE_MAPS: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
+AFFINE_MAPS: dict[str, AffineMap] = {
     "ShearX": lambda shear, width, height: (1, shear, 0, 0, 1, 0),
     "ShearY": lambda shear, width, height: (1, 0, 0, shear, 1, 0),
     "TranslateXRel": lambda shift, width, height: (1, 0, shift * width, 0, 1, 0),
@@ -108,7 +112,7 @@ AFFINE_MAPS: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
 }
 JITTERED = ("Brightness", "Contrast", "Color")
 OPERATIONS = (*LEVEL_OPERATIONS, *ENHANCEMENTS, *AFFINE_MAPS, "Rotate")
-STRENGTHS: dict[str, Callable[[float, int, bool], float]] = {
+STRENGTHS: dict[str, Strength] = {
     "Posterize": _bits,
     "Solarize": _threshold,
     "SolarizeAdd": _added,

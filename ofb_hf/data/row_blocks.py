@@ -100,7 +100,7 @@ class RowGroups:
 
     @classmethod
     def of(cls, files: list[str], columns: tuple[str, str]) -> "RowGroups":
-        """Read the footers of all files at a time."""
+        """Read the footers of all files, several at a time."""
         stored = once_per_machine(
             "footers", files, len(files), lambda index: _read_footer(files[index])
         )
@@ -146,6 +146,7 @@ class ImageFiles:
         paths = []
         labels = []
         for rows in dataset.iter(FILES_AT_A_TIME):
+            # An empty row has no dict with a path, but None.
             names = [image and image["path"] for image in rows[image_column]]
             paths.append(pa.array(names, pa.string()))
             labels.append(pa.array(rows[label_column]))
@@ -310,8 +311,9 @@ def once_per_machine(
         return compute_all()
     key = "\n".join([kind, str(count), *identities])
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-    path = Path(config.HF_DATASETS_CACHE) / "ofb_hf" / f"{kind}-{digest}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(config.HF_DATASETS_CACHE) / "ofb_hf"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{kind}-{digest}.parquet"
     with FileLock(f"{path}.lock"):
         if not path.exists():
             # Renamed when it is complete: a kill leaves no half of a cache file.
@@ -332,8 +334,10 @@ def _identity(url: str) -> str | None:
 
 
 def _count(dataset: IterableDataset, shard: int, label_column: str) -> int:
-    labels = dataset.shard(dataset.num_shards, shard).select_columns([label_column])
-    return sum(len(rows[label_column]) for rows in labels.iter(ROWS_AT_A_TIME))
+    # Without the image column, images are not even read where the format allows it.
+    rows = dataset.shard(dataset.num_shards, shard)
+    labels = rows.select_columns([label_column])
+    return sum(len(some[label_column]) for some in labels.iter(ROWS_AT_A_TIME))
 
 
 def _count_until(dataset: IterableDataset, label_column: str, enough: int) -> np.ndarray:

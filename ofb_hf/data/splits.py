@@ -62,7 +62,8 @@ def hold_out(labels: list[int], num_held_out: int) -> tuple[np.ndarray, np.ndarr
     position = np.empty(len(classes))
     for label in np.unique(classes):
         members = order[classes[order] == label]
-        position[members] = (np.arange(len(members)) + 0.5) / len(members)
+        count = len(members)
+        position[members] = (np.arange(count) + 0.5) / count
     by_position = order[np.argsort(position[order], kind="stable")]
     return by_position[num_held_out:], by_position[:num_held_out]
 
@@ -108,7 +109,8 @@ def require_decodable(dataset: Dataset, image_column: str) -> None:
 
     def problem(index: int) -> str | None:
         try:
-            to_rgb(rows[index][image_column])
+            image = rows[index][image_column]
+            to_rgb(image)
         except Exception as error:  # decoders raise errors of any type, and an empty row is None
             return _describe_problem(rows, image_column, index, error)
         return None

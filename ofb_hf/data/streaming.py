@@ -28,6 +28,7 @@ from .seeding import seed_example
 logger = logging.get_logger(__name__)
 
 Example = dict[str, Any]
+Collate = Callable[[list[Example]], Any]
 BatchNumber = tuple[int, int]  # epoch, and number of the rank's batch in it
 # Decoding some images and then augmenting them is faster than alternating, which would drive the
 # code of both out of the CPU's caches. But not many: a photo of 24 megapixels is 72 MB.
@@ -182,7 +183,7 @@ class ImageStream(Dataset):
         world_size: int = 1,
         num_workers: int = 0,
         drop_last: bool = False,
-        collate_fn: Callable[[list[Example]], Any] = default_collate,
+        collate_fn: Collate = default_collate,
         **options: Any,
     ) -> DataLoader:
         """Return a DataLoader over the batches of one rank.
@@ -361,7 +362,10 @@ class _RankBatches(Dataset):
     def _example(self, drawn: Drawn, epoch: int) -> Example:
         time = epoch * self.repeats + drawn.repetition
         seed_example(self.seed, time, drawn.place)
-        return {"pixel_values": self.transform(drawn.image), "labels": self.split.label(drawn.row)}
+        return {
+            "pixel_values": self.transform(drawn.image),
+            "labels": self.split.label(drawn.row),
+        }
 
     def _rows(self, plan: EpochPlan, order: np.ndarray) -> Iterator[tuple[int, Row]]:
         """Yield (number in the data, row) of positions in any order, also of repeated ones.
@@ -371,8 +375,8 @@ class _RankBatches(Dataset):
         """
         positions, times = np.unique(order, return_counts=True)  # (P,) rising
         is_repeated = times > 1
-        repeated = zip(positions[is_repeated].tolist(), times[is_repeated].tolist(), strict=True)
-        turns_left = dict(repeated)  # of positions with more than one turn
+        repeated = positions[is_repeated].tolist()
+        turns_left = dict(zip(repeated, times[is_repeated].tolist(), strict=True))
         arriving = self._arriving(plan, positions)
         held: dict[int, tuple[int, Row]] = {}
         for position in order.tolist():
@@ -431,6 +435,6 @@ def _decoded(row: Row) -> tuple[Image.Image | None, Exception | None]:
         return None, error
 
 
-def _collate_only(batches: list[list[Example]], collate_fn: Callable[[list[Example]], Any]) -> Any:
+def _collate_only(batches: list[list[Example]], collate_fn: Collate) -> Any:
     """Collate the one batch that a list of one batch number stands for."""
     return collate_fn(batches[0])

@@ -33,6 +33,8 @@ from .processors import (
 from .randaugment import MIDDLE_GRAY, RESAMPLINGS, ColorJitter, RandAugment
 from .seeding import seed_example
 
+Transform = Callable[[Image.Image], Tensor]
+
 AUGMENTATIONS = ("auto", "none", "light", "standard", "deit")
 # "standard": images up to this size are shifted, larger ones cropped and resized.
 SMALL_IMAGE = 64
@@ -93,8 +95,9 @@ def build_transform(
         return CropPctTransform(image_processor, eval_crop_pct)
     if augmentation == "deit":
         return DeiTTransform(image_processor, augmentation_args or AugmentationArguments())
-    kinds = {"light": LightTransform, "standard": StandardTransform, "auto": StandardTransform}
-    return kinds[augmentation](image_processor)
+    if augmentation == "light":
+        return LightTransform(image_processor)
+    return StandardTransform(image_processor)
 
 
 def cropping(image_processor: Any, crop_pct: float) -> Any:
@@ -117,7 +120,7 @@ def cropping(image_processor: Any, crop_pct: float) -> Any:
 
 def with_image_transform(
     dataset: Dataset,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Transform,
     image_column: str,
     label_column: str,
 ) -> Dataset:
@@ -143,7 +146,7 @@ class SeededImages(torch.utils.data.Dataset):
     def __init__(
         self,
         dataset: Dataset,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Transform,
         image_column: str,
         label_column: str,
         seed: int,
@@ -167,16 +170,19 @@ class SeededImages(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Return several rows at a time: DataLoader asks for a batch in this way."""
         rows = self.rows[indices]
+        examples = []
         # Without workers this is the process that trains: its random numbers are restored.
         with torch.random.fork_rng(devices=[]):
-            return [
-                self._transformed(rows, position, index) for position, index in enumerate(indices)
-            ]
+            for position, index in enumerate(indices):
+                examples.append(self._transformed(rows, position, index))
+        return examples
 
     def _transformed(self, rows: dict[str, list], position: int, index: int) -> dict[str, Any]:
         seed_example(self.seed, int(self._epoch), index)
         # The transform takes and returns columns: lists, here of one entry.
-        columns = {name: values[position : position + 1] for name, values in rows.items()}
+        columns = {}
+        for name, values in rows.items():
+            columns[name] = [values[position]]
         row = self.transform(columns)
         return {name: values[0] for name, values in row.items()}
 
@@ -185,7 +191,7 @@ class SeededImages(torch.utils.data.Dataset):
 class RowTransform:
     """Apply an image transform to rows as `datasets` passes them: a dict of lists, in and out."""
 
-    transform: Callable[[Image.Image], Tensor]
+    transform: Transform
     image_column: str
     label_column: str
 
@@ -383,11 +389,11 @@ def _random_box(
         width, height: of the image.
         scale: smallest and largest area, as fractions of the image's.
     """
-    log_low = math.log(CROP_RATIO[0])
-    log_high = math.log(CROP_RATIO[1])
+    log_low, log_high = map(math.log, CROP_RATIO)
     for _ in range(CROP_ATTEMPTS):
         larger, wider, x, y = _uniform(4, 0, 1)
-        area = width * height * (scale[0] + larger * (scale[1] - scale[0]))
+        fraction = scale[0] + larger * (scale[1] - scale[0])
+        area = width * height * fraction
         ratio = math.exp(log_low + wider * (log_high - log_low))
         w = round(math.sqrt(area * ratio))
         h = round(math.sqrt(area / ratio))
@@ -396,8 +402,10 @@ def _random_box(
             top = math.floor(y * (height - h + 1))
             return left, top, w, h
     # A very long image: the largest part in the middle whose aspect ratio is still allowed.
-    w = max(1, min(width, round(height * CROP_RATIO[1])))
-    h = max(1, min(height, round(width / CROP_RATIO[0])))
+    widest = round(height * CROP_RATIO[1])
+    highest = round(width / CROP_RATIO[0])
+    w = max(1, min(width, widest))
+    h = max(1, min(height, highest))
     return (width - w) // 2, (height - h) // 2, w, h
 
 
@@ -419,10 +427,15 @@ def _background(image: Image.Image) -> tuple[int, ...]:
     """Return the lower median of the four corners, per channel."""
     right = image.width - 1
     bottom = image.height - 1
-    places = ((0, 0), (right, 0), (0, bottom), (right, bottom))
+    corners = [
+        image.getpixel((0, 0)),
+        image.getpixel((right, 0)),
+        image.getpixel((0, bottom)),
+        image.getpixel((right, bottom)),
+    ]
     # A median, because a character may touch a corner.
-    corners = [image.getpixel(place) for place in places]
-    return tuple(sorted(levels)[1] for levels in zip(*corners, strict=True))
+    by_channel = zip(*corners, strict=True)
+    return tuple(sorted(levels)[1] for levels in by_channel)
 
 
 def _uniform(count: int, low: float, high: float) -> list[float]:
