@@ -84,11 +84,12 @@ def silence(*names: str) -> Callable[[Supernet], None]:
 
     def patch(supernet: Supernet) -> None:
         for name in names:
-            patched = getattr(supernet, name)
+            owner = supernet.decisions if hasattr(supernet.decisions, name) else supernet
+            patched = getattr(owner, name)
             if isinstance(patched, nn.Module):
                 patched.forward = lambda *args: supernet.lam.new_zeros(())
             else:
-                setattr(supernet, name, lambda *args: supernet.lam.new_zeros(()))
+                setattr(owner, name, lambda *args: supernet.lam.new_zeros(()))
 
     return patch
 

@@ -164,8 +164,8 @@ def search_loss(supernet: Supernet, images: Tensor) -> Tensor:
     output = supernet(images, bool_masked_pos=masked_patches(supernet, len(images)))
     loss = output.logits.square().sum() + output.reconstruction.square().mean()
     loss = loss + supernet.one_hot_loss() + supernet.importance_penalty()
-    loss = loss + supernet.expected_cost(supernet.sizes("bi_mask")) / supernet.dense_cost
-    return loss + supernet.expected_cost(supernet.sizes("sparsity")) / supernet.dense_cost
+    loss = loss + supernet.decisions.expected_cost(supernet.sizes("bi_mask")) / supernet.dense_cost
+    return loss + supernet.decisions.expected_cost(supernet.sizes("sparsity")) / supernet.dense_cost
 
 
 def gradients_of(supernet: Supernet, images: Tensor) -> dict[str, Tensor]:

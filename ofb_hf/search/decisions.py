@@ -1,16 +1,19 @@
-"""What a search has still to choose, and the choices: under the budget, of widths, and of tokens
-with them."""
+"""What a search has still to choose, and how it chooses: widths, and tokens with them, under one
+budget."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedModel
 
-from ..choice.knapsack import TIGHTNESS, Candidate, Choice, best_choice
+from ..choice.knapsack import TIGHTNESS, best_choice
+from ..choice.problem import Candidates, Choice
 from ..choice.scores import first_order_candidates, scored_candidates, search_scores
-from ..cost.counting import ExpectedCost
+from ..cost.counting import ExpectedCost, evaluate_terms
 from ..families.description import Architecture, Term, heads_of, presence_of, quantities
+from ..families.registry import describe
 from ..families.subnet import SubnetSpec, all_units
 from ..masks.bi_mask import BiMask
 from ..space.configuration import BiMaskConfig
@@ -18,162 +21,252 @@ from ..space.search_space import SearchSpace
 from ..tokens.schedules import Schedule
 from .searched_tokens import SearchedTokens
 
+# Picks one of several choices within the budget.
+Choose = Callable[[list[Choice]], Choice]
 
-class Choices(nn.Module):
-    """The deciding half of a `Supernet`, which says what its attributes are."""
 
-    bi_masks: nn.ModuleList
-    bi_mask_config: BiMaskConfig
-    space: SearchSpace
-    tokens: SearchedTokens | None
-    model: nn.Module
-    architecture: Architecture
-    dense_architecture: Architecture
-    dense_sizes: dict[str, tuple[int, ...]]
-    target: int
-    lam: Tensor
+class Decisions(nn.Module):
+    """The choices of a supernet: which are open, which is best within the budget, and making them.
+
+    It reads and changes bi-masks and tokens that belong to the supernet. Its state is in them: it
+    adds nothing to a state dict.
+
+    Args:
+        model: the classifier, with its full widths; it shrinks later.
+        config: what is searched, and the budget.
+        space: the candidates of every searched submodule.
+        bi_masks: one for each submodule of the space, in its order.
+        tokens: the searched tokens, or None.
+
+    Attributes:
+        dense_architecture: of the model before the search.
+        dense_cost, target: cost of that model, and the budget, in the budget's unit.
+        expected_cost, expected_macs: modules that turn amounts of the quantities (Q,) into a scalar
+            cost, in the budget's unit and in MACs.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: BiMaskConfig,
+        space: SearchSpace,
+        bi_masks: nn.ModuleList,
+        tokens: SearchedTokens | None,
+    ):
+        super().__init__()
+        # In a tuple: these are modules of the supernet, not of this one.
+        self._decided = (model, bi_masks, tokens)
+        self.config = config
+        self.space = space
+        self.dense_architecture = describe(model.config)
+        self.dense_cost = evaluate_terms(self.terms, quantities(self.dense_sizes))
+        self.target = config.target(self.dense_cost)
+        self.expect_costs_()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The classifier of the supernet as it is now."""
+        return self._decided[0]
+
+    @property
+    def bi_masks(self) -> nn.ModuleList:
+        """The bi-masks of the supernet."""
+        return self._decided[1]
+
+    @property
+    def tokens(self) -> SearchedTokens | None:
+        """The searched tokens of the supernet, None where tokens are not searched."""
+        return self._decided[2]
+
+    @property
+    def dense_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Submodule name -> its units in the model before the search."""
+        return self.dense_architecture.sizes
+
+    # ------------------------------------------------------------------------------ what it costs
+
+    @property
+    def decided_architecture(self) -> Architecture:
+        """The model under the token schedule that was decided on, whether it acts yet or not."""
+        if self.tokens is None:
+            return describe(self.model.config)
+        return self.tokens.architecture(self.model.config)
 
     @property
     def terms(self) -> tuple[Term, ...]:
         """What the budget counts: MACs, parameters or picoseconds."""
-        return self.bi_mask_config.terms(self.decided_architecture)
-
-    @property
-    def decided_architecture(self) -> Architecture:
-        """The model with the tokens that were decided on, whether they act yet or not."""
-        return self.architecture if self.tokens is None else self.tokens.architecture(self.config)
+        return self.config.terms(self.decided_architecture)
 
     def expect_costs_(self) -> None:
-        """Brings the differentiable costs up to date with what was decided about tokens."""
+        """Bring the differentiable costs up to date with the decided token schedule."""
         names = list(quantities(self.dense_sizes))
-        for name, terms in (
-            ("expected_cost", self.terms),
-            ("expected_macs", self.decided_architecture.macs),
-        ):
-            setattr(self, name, ExpectedCost(terms, names).to(self.model.device))
+        device = self.model.device
+        self.expected_cost = ExpectedCost(self.terms, names).to(device)
+        self.expected_macs = ExpectedCost(self.decided_architecture.macs, names).to(device)
 
-    @property
-    def named_masks(self) -> dict[str, BiMask]:
-        """Submodule name -> its bi-mask."""
-        return {mask.name: mask for mask in self.bi_masks}
+    # ------------------------------------------------------------------------------- what is open
 
     @property
     def leaders(self) -> dict[str, str]:
-        """Submodule name -> the submodule whose choice it follows; its own name unless it is
-        tied."""
+        """Submodule name -> the submodule whose choice it follows: its own unless it is tied."""
         return {space.name: space.tied_to or space.name for space in self.space}
 
     @property
     def groups(self) -> list[list[BiMask]]:
         """The bi-masks that choose together, the one that owns the choice first."""
+        leaders = self.leaders
         groups: dict[str, list[BiMask]] = {}
         for mask in self.bi_masks:
-            groups.setdefault(self.leaders[mask.name], []).append(mask)
+            groups.setdefault(leaders[mask.name], []).append(mask)
         return list(groups.values())
 
     @property
     def num_active_candidates(self) -> int:
-        """Candidates still in the race, over all submodules that choose for themselves."""
-        return int(
-            torch.stack([leader.active_candidates.sum() for leader, *_ in self.groups]).sum()
-        )
+        """The number of candidates that have not retired, over all submodules that choose."""
+        counts = [leader.active_candidates.sum() for leader, *_ in self.groups]
+        # Added up on the device: reading each count would wait for it.
+        return int(torch.stack(counts).sum())
 
     @property
     def is_settled(self) -> bool:
         """Whether every submodule has one candidate left."""
         return self.num_active_candidates == len(self.groups)
 
-    def options(self) -> dict[str, list[Candidate]]:
-        """Every active candidate of every submodule that chooses, with its score."""
+    @property
+    def token_schedule(self) -> Schedule | None:
+        """The schedule that was decided on, also one of all tokens; None while there is none."""
+        return None if self.tokens is None else self.tokens.decided
+
+    # ---------------------------------------------------------------------------- the best choice
+
+    def candidates(self) -> Candidates:
+        """Return every active candidate of every submodule that chooses, with its score."""
+        terms = self.terms
         return scored_candidates(
-            self.groups, lambda mask: search_scores(mask, self.terms, self.dense_sizes)
+            self.groups, lambda mask: search_scores(mask, terms, self.dense_sizes)
         )
 
-    def best_choice(
-        self,
-        options: dict[str, list[Candidate]] | None = None,
-        choose: Callable[[list[Choice]], Choice] | None = None,
-    ) -> Choice:
-        """The best choice within the budget as things stand, for every searched submodule, and for
-        undecided tokens.
+    def best_choice(self) -> Choice:
+        """Return the best choice within the budget as things stand, undecided tokens included.
 
-        Args:
-            options: with first-order scores instead of those of `options`.
-            choose: as for `SearchedTokens.best_choice`.
+        Returns:
+            A choice for every searched submodule.
 
         Raises:
             UnreachableBudgetError: naming the smallest possible cost.
         """
-        total = (
-            None
-            if options is None
-            else sum(float(mask.first_order.double().sum()) for mask in self.bi_masks)
-        )
-        options = options or self.options()
+        return self._best_choice(self.candidates())
+
+    def _best_choice(
+        self,
+        candidates: Candidates,
+        observed: float | None = None,
+        choose: Choose | None = None,
+    ) -> Choice:
+        """Return the best choice among scored candidates.
+
+        Args:
+            candidates: of every submodule that chooses.
+            observed: sum of the first-order scores of all units, if `candidates` have those.
+            choose: picks among choices that differ in how much of the budget tokens give up; by
+                default the one with the best score.
+        """
         if self.tokens is None:
-            return self._best_widths(options, self.terms)
+            return self._best_widths(candidates, self.terms)
 
         def solve(architecture: Architecture, kept: Collection[str]) -> Choice:
-            return self._best_widths(options, self.bi_mask_config.terms(architecture), kept)
+            return self._best_widths(candidates, self.config.terms(architecture), kept)
 
-        cost = self.bi_mask_config.terms_of
         return self.tokens.best_choice(
-            config=self.config,
+            config=self.model.config,
             sizes=self.dense_sizes,
             target=self.target,
-            total=total,
-            cost=cost,
+            total=observed,
+            cost=self.config.terms_of,
             solve=solve,
             choose=choose,
         )
 
     def _best_widths(
         self,
-        options: dict[str, list[Candidate]],
+        candidates: Candidates,
         terms: tuple[Term, ...],
         kept: Collection[str] = (),
     ) -> Choice:
-        """The best widths under these cost terms, if the submodules that are named keep units."""
-        for name in {self.leaders[name] for name in kept if name in self.leaders}:
-            options = options | {name: [option for option in options[name] if option.units]}
-        fixed = quantities(
-            {name: size for name, size in self.dense_sizes.items() if name not in self.named_masks}
+        """Return the best widths under some cost terms.
+
+        Args:
+            candidates: of every submodule that chooses, with scores.
+            terms: the cost.
+            kept: submodules that have to keep units.
+        """
+        leaders = self.leaders
+        allowed = dict(candidates)
+        for name in kept:
+            if name in leaders:  # one that is not searched keeps its units anyway
+                leader = leaders[name]
+                allowed[leader] = [candidate for candidate in allowed[leader] if candidate.units]
+        fixed = {name: size for name, size in self.dense_sizes.items() if name not in leaders}
+        choice = best_choice(
+            allowed,
+            self._terms_of_leaders(terms),
+            quantities(fixed),
+            self.target,
+            tightness=TIGHTNESS,
+            needed=self.dense_architecture.attentions,
+            show=self.config.show,
         )
-        named = (str, heads_of, presence_of)
-        follows = {
-            quantity(name): quantity(leader)
-            for name, leader in self.leaders.items()
-            for quantity in named
-        }
-        terms = tuple(
-            replace(term, factors=tuple(follows.get(f, f) for f in term.factors)) for term in terms
-        )
-        settings = {"needed": self.dense_architecture.attentions, "show": self.bi_mask_config.show}
-        choice = best_choice(options, terms, fixed, self.target, tightness=TIGHTNESS, **settings)
-        followed = {name: choice.candidates[leader] for name, leader in self.leaders.items()}
+        followed = {name: choice.candidates[leader] for name, leader in leaders.items()}
         return replace(choice, candidates=followed)
 
-    def settle_(self) -> SubnetSpec:
-        """Makes the final choice in every submodule and returns it; the units left out are exactly
-        0 from now on."""
-        choice = self.best_choice()
+    def _terms_of_leaders(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        """Return cost terms in which the quantities of a tied submodule are those of its leader."""
+        follows: dict[str, str] = {}
+        for name, leader in self.leaders.items():
+            for quantity_of in (str, heads_of, presence_of):
+                follows[quantity_of(name)] = quantity_of(leader)
+        renamed = []
+        for term in terms:
+            factors = tuple(follows.get(factor, factor) for factor in term.factors)
+            renamed.append(replace(term, factors=factors))
+        return tuple(renamed)
+
+    # ----------------------------------------------------------------------------------- deciding
+
+    def estimate_importance_(self, choose: Choose | None = None) -> None:
+        """Set importance from observed gradients, and decide on tokens with it.
+
+        Importance is high for the units that the best choice within the budget keeps, if each unit
+        is worth its first-order score. If nothing was observed, importance stays.
+
+        Args:
+            choose: picks among choices that differ in how much of the budget tokens give up.
+        """
+        candidates = first_order_candidates(self.groups)
+        if not candidates:
+            return
+        observed = sum(float(mask.first_order.double().sum()) for mask in self.bi_masks)
+        choice = self._best_choice(candidates, observed, choose)
         self.decide_tokens_(choice.token_schedule)
         for mask in self.bi_masks:
-            mask.settle_(*choice.candidates[mask.name].size)
-        kept = {name: all_units(shape) for name, shape in self.dense_sizes.items()}
-        schedule = self.token_schedule and self.config.meant_schedule(self.token_schedule)
-        return SubnetSpec(kept | {mask.name: mask.kept() for mask in self.bi_masks}, schedule)
+            mask.estimate_importance_(choice.candidates[mask.name].units)
+
+    def fit_alpha_(self) -> None:
+        """Fit every alpha to the importance curve of its submodule, tied ones to their mean."""
+        for leader, *tied in self.groups:
+            curves = [mask.importance_by_rank() for mask in (leader, *tied)]
+            leader.fit_alpha_(curve=torch.stack(curves).mean(0))
 
     def retire_candidates(self) -> int:
-        """Retires weak candidates, except those of the best choice within the budget. Returns how
-        many.
+        """Retire weak candidates and return how many.
 
-        Sparing that choice keeps the budget within reach whatever the softmaxes do.
+        Those of the best choice within the budget are spared, so the budget stays within reach
+        whatever the softmaxes do.
         """
         best = self.best_choice().candidates
         retired = 0
         for leader, *tied in self.groups:
-            weak = leader.weak_candidates(self.bi_mask_config.retire_threshold)
+            weak = leader.weak_candidates(self.config.retire_threshold)
             weak[leader.index_of(best[leader.name].size)] = False
             if weak.any():
                 for mask in (leader, *tied):
@@ -181,45 +274,25 @@ class Choices(nn.Module):
                 retired += int(weak.sum())
         return retired
 
-    def estimate_importance_(self, choose: Callable[[list[Choice]], Choice] | None = None) -> None:
-        """Sets importance from the gradients that were observed: high for the units that the best
-        choice within the budget keeps, if each unit is worth its first-order score. Without any
-        observation importance stays.
+    def settle_(self) -> SubnetSpec:
+        """Make the best choice final in every submodule and return the subnet.
 
-        Args:
-            choose: as for `SearchedTokens.best_choice`.
+        The gates of the removed units are exactly 0 from now on.
         """
-        if options := first_order_candidates(self.groups):
-            choice = self.best_choice(options, choose)
-            self.decide_tokens_(choice.token_schedule)
-            for mask in self.bi_masks:
-                mask.estimate_importance_(choice.candidates[mask.name].units)
+        choice = self.best_choice()
+        self.decide_tokens_(choice.token_schedule)
+        for mask in self.bi_masks:
+            mask.settle_(*choice.candidates[mask.name].size)
+        kept = {name: all_units(shape) for name, shape in self.dense_sizes.items()}
+        for mask in self.bi_masks:
+            kept[mask.name] = mask.kept()
+        schedule = self.token_schedule
+        if schedule is not None:
+            schedule = self.model.config.meant_schedule(schedule)
+        return SubnetSpec(kept, schedule)
 
     def decide_tokens_(self, schedule: Schedule | None) -> None:
-        """Decides on a token schedule, if it is one; it acts once widths are settled and cut."""
+        """Decide on a token schedule unless it is None; it acts once widths are settled and cut."""
         if schedule is not None:
             self.tokens.decide_(schedule)
             self.expect_costs_()
-
-    def watch_tokens_(self, on: bool) -> None:
-        """Begins to observe tokens, where they are searched, or ends it."""
-        if self.tokens is not None and not self.tokens.acts:
-            self.tokens.watch_(self.model, on)
-
-    @property
-    def first_order_of_tokens(self) -> Tensor:
-        """The buffer of what was observed of tokens, (layers, K); without any entry where they are
-        not searched."""
-        return self.lam.new_zeros(0) if self.tokens is None else self.tokens.first_order
-
-    @property
-    def token_schedule(self) -> Schedule | None:
-        """The schedule that was decided on, also one of all tokens; None while there is none."""
-        return None if self.tokens is None else self.tokens.decided
-
-    def fit_alpha_(self) -> None:
-        """Fits every alpha to the importance curve of its submodule, or to the mean of those tied
-        together."""
-        for leader, *tied in self.groups:
-            curves = [mask.importance_by_rank() for mask in (leader, *tied)]
-            leader.fit_alpha_(curve=torch.stack(curves).mean(0))

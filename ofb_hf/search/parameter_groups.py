@@ -1,20 +1,26 @@
-"""Which parameters of a supernet learn at which rate: the named groups of a search's optimizer."""
+"""Which parameters of a supernet learn at which rate: the groups of a search's optimizer."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import get_scheduler
 
 from ..families.registry import family_of
+from ..space.configuration import BiMaskConfig
 from ..training.arguments import OFBTrainingArguments
+from .phases import Phases
 from .supernet import Supernet
 
 
 def parameter_groups(supernet: Supernet, args: OFBTrainingArguments) -> list[dict[str, Any]]:
-    """Groups for an AdamW: weights, weights_no_decay, importance, architecture, pmim_decoder, those
-    that exist.
+    """Return the parameter groups of a search's AdamW.
 
-    Each has `params`, `name`, `lr`, `betas` and `weight_decay`. What rests is in none; a group
-    whose parameters all rest is there and empty, for a resumed run has to have the same groups.
+    They are weights, weights_no_decay, importance, architecture and pmim_decoder, those that exist.
+    Each has `params`, `name`, `lr`, `betas` and `weight_decay`. Parameters that rest are in none; a
+    group whose parameters all rest is there and empty, because a resumed run has to have the same
+    groups.
     """
     config = supernet.bi_mask_config
     weights = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
@@ -24,17 +30,20 @@ def parameter_groups(supernet: Supernet, args: OFBTrainingArguments) -> list[dic
         "importance": weights | {"lr": config.importance_learning_rate, "weight_decay": 0.0},
         "architecture": {
             "lr": config.architecture_learning_rate,
-            "betas": (0.5, 0.999),
+            "betas": (0.5, 0.999),  # published code
             "weight_decay": config.architecture_weight_decay,
         },
         "pmim_decoder": weights | {"weight_decay": args.weight_decay},
     }
-    # The decoder goes with the tokens that it repaints, its group stays.
-    groups: dict[str, list[nn.Parameter]] = {"pmim_decoder": []} if config.pmim else {}
+    groups: dict[str, list[nn.Parameter]] = {}
+    if config.pmim:
+        # The decoder may have been removed with the tokens that it repaints; its group stays.
+        groups["pmim_decoder"] = []
     undecayed = family_of(supernet.config).undecayed
     for name, parameter in supernet.named_parameters():
         group = groups.setdefault(_group_of(name, parameter, undecayed), [])
-        group += [parameter] * parameter.requires_grad
+        if parameter.requires_grad:
+            group.append(parameter)
     return [
         {"params": groups[name], "name": name, **settings[name]}
         for name in settings
@@ -43,6 +52,7 @@ def parameter_groups(supernet: Supernet, args: OFBTrainingArguments) -> list[dic
 
 
 def _group_of(name: str, parameter: nn.Parameter, undecayed: tuple[str, ...]) -> str:
+    """Return the group of a parameter of a supernet."""
     if name.endswith(".importance_logits"):
         return "importance"
     if name.endswith(".alpha"):
@@ -50,4 +60,54 @@ def _group_of(name: str, parameter: nn.Parameter, undecayed: tuple[str, ...]) ->
     if name.startswith("pmim_decoder."):
         return "pmim_decoder"
     # As in DeiT: vectors (biases, norms) and tokens are not decayed.
-    return "weights_no_decay" if parameter.ndim <= 1 or name.endswith(undecayed) else "weights"
+    if parameter.ndim <= 1 or name.endswith(undecayed):
+        return "weights_no_decay"
+    return "weights"
+
+
+def learning_rate_factors(
+    config: BiMaskConfig, args: OFBTrainingArguments, phases: Phases
+) -> dict[str, Callable[[int], float]]:
+    """Return what every group's learning rate is multiplied by in a step.
+
+    Nothing learns while gradients are observed: they are comparable only as long as the function is
+    the given one. Then weights and decoder follow `lr_scheduler_type` from its beginning, and
+    importance and alpha do so or stay constant, as `masks_follow_schedule` says.
+
+    Returns:
+        Group name -> function of the number of complete steps.
+    """
+    schedule = _weight_schedule(args, phases)
+
+    def weights(step: int) -> float:
+        if step < phases.observed_steps:
+            return 0.0
+        return schedule(step - phases.observed_steps)
+
+    def masks(step: int) -> float:
+        if step < phases.observed_steps:
+            return 0.0
+        return weights(step) if config.masks_follow_schedule else 1.0
+
+    return {
+        "weights": weights,
+        "weights_no_decay": weights,
+        "importance": masks,
+        "architecture": masks,
+        "pmim_decoder": weights,
+    }
+
+
+def _weight_schedule(args: OFBTrainingArguments, phases: Phases) -> Callable[[int], float]:
+    """Return the factor of `lr_scheduler_type` as a function of complete steps of learning."""
+    # Some schedules end at a given learning rate: they read the first one from an optimizer.
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        reference,
+        # A warm-up that is given as a fraction is one of the whole search.
+        num_warmup_steps=args.get_warmup_steps(phases.total_steps),
+        num_training_steps=phases.learning_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    return scheduler.lr_lambdas[0]

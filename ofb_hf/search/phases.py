@@ -1,48 +1,230 @@
-"""Everything that changes during a search, as pure functions of the global optimizer step.
+"""Where a search stands in each of its optimizer steps, and what holds there.
 
-Pure functions make a resumed run equal to an uninterrupted one: there is no schedule state to save.
+    phase     steps                               what happens
+    OBSERVE   the first `observed_steps`          nothing learns; gradients say what units are worth
+    DECIDE    then until `settled_after`          weights, importance and alpha learn; candidates
+                                                  retire, and the network shrinks
+    RECOVER   the rest                            the chosen network learns
+
+Everything follows from the number of the step, so a resumed run equals an uninterrupted one: there
+is no state of a schedule to save. Without an observation (`importance_hold` 0, as in the preset
+"paper") the search begins with DECIDE; with `settle_at` 1 it ends with it. This file needs the
+standard library only.
 """
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+# Images that are observed at most: more of them rank units no better (docs/LOG.md).
+OBSERVED_IMAGES = 2048
+
+
+class Phase(Enum):
+    """A stretch of a search."""
+
+    OBSERVE = "observe"
+    DECIDE = "decide"
+    RECOVER = "recover"
+
+
+class PhaseSettings(Protocol):
+    """The fields of a `BiMaskConfig` that say when something happens; most are fractions of the
+    steps."""
+
+    importance_hold: float
+    importance_start: float
+    importance_end: float
+    warmup: float
+    pmim: bool
+    pmim_until_settled: bool
+    keep_ratio_start: float
+    keep_ratio_end: float
+    one_hot_weight: float
+    one_hot_begin: float
+    one_hot_end: float
+    retire_begin: float
+    retire_events: int
+    settle_at: float
+    prune_during_search: bool
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """What holds during one optimizer step of a search, and what happens right after it.
+
+    Attributes:
+        phase: the phase that the step belongs to.
+        lam: weight of importance in the bi-mask, in [0, 1].
+        keep_ratio: fraction of the patches that stay visible, 1.0 where none are hidden.
+        one_hot_weight: weight of the one-hot loss.
+        hides_patches: whether patches are hidden and repainted, in a supernet that has a decoder.
+        hands_over: the observation ends: importance and alpha are set from it.
+        retires: weak candidates retire.
+        settles: the choice is made final.
+        shrinks: dead units are removed from the network.
+        folds: the bi-masks become part of the weights, once the network has shrunk.
+    """
+
+    phase: Phase
+    lam: float
+    keep_ratio: float
+    one_hot_weight: float
+    hides_patches: bool
+    hands_over: bool
+    retires: bool
+    settles: bool
+    shrinks: bool
+    folds: bool
+
+    @property
+    def observes(self) -> bool:
+        """Whether gradients are only observed in this step."""
+        return self.phase is Phase.OBSERVE
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The phases of one search; made by `Phases.of`.
+
+    Attributes:
+        settings: the search's config.
+        total_steps: optimizer steps of the search.
+        observed_steps: how many of them, the first ones, only observe.
+        settled_after: after so many steps the choice is final.
+    """
+
+    settings: PhaseSettings
+    total_steps: int
+    observed_steps: int
+    settled_after: int
+
+    @classmethod
+    def of(cls, settings: PhaseSettings, total_steps: int, images_per_step: int) -> "Phases":
+        """Lay out the phases of a search.
+
+        Args:
+            settings: the search's config.
+            total_steps: optimizer steps, at least 1.
+            images_per_step: of all ranks and micro-batches together; it bounds the observation.
+        """
+        settled_after = settlement_step(settings.settle_at, total_steps)
+        observed = 0
+        if settings.importance_hold:
+            # At least one step, or there would be nothing to rank units by.
+            observed = max(1, round(settings.importance_hold * total_steps))
+            observed = min(observed, math.ceil(OBSERVED_IMAGES / images_per_step), settled_after)
+        return cls(settings, total_steps, observed, settled_after)
+
+    @property
+    def learning_steps(self) -> int:
+        """The number of steps in which weights learn."""
+        return self.total_steps - self.observed_steps
+
+    def phase_of(self, step: int) -> Phase:
+        """Return the phase of a step (0 is the first)."""
+        if step < self.observed_steps:
+            return Phase.OBSERVE
+        return Phase.DECIDE if step < self.settled_after else Phase.RECOVER
+
+    def at(self, step: int) -> SearchStep:
+        """Return what holds in a step.
+
+        Args:
+            step: how many steps are complete when it begins, 0 for the first.
+        """
+        settings = self.settings
+        total = self.total_steps
+        warmup = settings.warmup * total
+        phase = self.phase_of(step)
+        hides = settings.pmim and (
+            phase is Phase.DECIDE or (phase is Phase.RECOVER and not settings.pmim_until_settled)
+        )
+        keep = keep_ratio(step, warmup, settings.keep_ratio_start, settings.keep_ratio_end)
+        complete = step + 1  # steps, when what happens after this one happens
+        settles = complete == self.settled_after
+        retires = complete < self.settled_after and is_retirement_step(
+            complete, max(1, total // settings.retire_events), settings.retire_begin * total
+        )
+        is_last = complete == total
+        return SearchStep(
+            phase=phase,
+            # Lambda falls from the end of the observation on, the keep ratio from the start.
+            lam=importance_weight(
+                step - self.observed_steps,
+                warmup,
+                settings.importance_start,
+                settings.importance_end,
+            ),
+            keep_ratio=keep if hides else 1.0,
+            one_hot_weight=one_hot_weight(
+                step,
+                settings.one_hot_begin * total,
+                settings.one_hot_end * total,
+                settings.one_hot_weight,
+            ),
+            hides_patches=hides,
+            hands_over=complete == self.observed_steps,
+            retires=retires,
+            settles=settles,
+            shrinks=is_last or (settings.prune_during_search and (settles or retires)),
+            folds=is_last or (settings.prune_during_search and settles),
+        )
 
 
 def ramp(step: float, warmup_steps: float, start: float, end: float) -> float:
-    """Linear from `start` at step 0 to `end` at `warmup_steps`, `end` afterwards (also when there
-    is no warm-up)."""
-    share = 1.0 if warmup_steps <= 0 else min(max(step / warmup_steps, 0.0), 1.0)
-    # the sum may miss it by a rounding error
-    return end if share == 1.0 else start + (end - start) * share
+    """Return a value that moves linearly from `start` at step 0 to `end` at `warmup_steps`.
+
+    It stays at `end` afterwards, and is `end` from the start if there is no warm-up.
+    """
+    fraction = 1.0 if warmup_steps <= 0 else min(max(step / warmup_steps, 0.0), 1.0)
+    # The sum may miss the end by a rounding error.
+    return end if fraction == 1.0 else start + (end - start) * fraction
 
 
 def importance_weight(
     step: float, warmup_steps: float, start: float = 0.99, end: float = 0.1
 ) -> float:
-    """lambda(t), the weight of the importance score in the bi-mask (arXiv:2403.15835; constants of
-    its code).
+    """Return lambda(t), the weight of importance in the bi-mask (arXiv:2403.15835).
 
-    Importance leads first, sparsity decides later: 0.99 falls to 0.10 over the warm-up.
+    Importance leads first, sparsity decides later: lambda falls over the warm-up. The defaults are
+    the constants of the published code.
     """
     return ramp(step, warmup_steps, start, end)
 
 
 def keep_ratio(step: float, warmup_steps: float, start: float = 0.95, end: float = 0.75) -> float:
-    """Share of patches that PMIM leaves visible; the masked share grows from 5 % to 25 % (constants
-    of the code)."""
+    """Return the fraction of patches that PMIM leaves visible.
+
+    The hidden fraction grows from 5 % to 25 % with the constants of the published code.
+    """
     return ramp(step, warmup_steps, start, end)
 
 
 def one_hot_weight(step: float, begin_step: float, end_step: float, final: float) -> float:
-    """Weight of the one-hot loss: 0 until `begin_step`, then linear up to `final` at `end_step`."""
+    """Return the weight of the one-hot loss.
+
+    It is 0 until `begin_step`, then grows linearly up to `final` at `end_step`.
+    """
     if step < begin_step:
         return 0.0
     return ramp(step - begin_step, end_step - begin_step, 0.0, final)
 
 
 def is_retirement_step(step: int, every: int, begin_step: float = 0) -> bool:
-    """Whether weak candidates retire after optimizer step `step` (1-based): every `every` steps
-    once begun."""
+    """Return whether weak candidates retire when `step` steps are complete.
+
+    They do in every multiple of `every` after `begin_step`.
+    """
     return step > begin_step and step % every == 0
 
 
-def settlement_step(share: float, total: int) -> int:
-    """The optimizer step (1-based) after which the final choice is made, at least the first and at
-    most the last."""
-    return min(total, max(1, round(share * total)))
+def settlement_step(fraction: float, total: int) -> int:
+    """Return after how many of `total` steps the choice is final, at least 1 and at most all.
+
+    Args:
+        fraction: of the steps, before the choice.
+        total: number of steps.
+    """
+    return min(total, max(1, round(fraction * total)))

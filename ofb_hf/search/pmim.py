@@ -1,9 +1,9 @@
-"""Progressive masked image modelling (arXiv:2403.15835): a search-time loss that keeps the features
+"""Progressive masked image modelling (arXiv:2403.15835), a loss of the search that keeps features
 rich.
 
-The growing share of hidden patches is replaced by a mask token; a one-layer decoder repaints them
-from the final tokens. Only hidden patches count, and so no others need be painted. Used while
-training a supernet, thrown away by `compress`.
+A growing fraction of the patches is hidden: a mask token takes their place, and a one-layer decoder
+repaints them from the final tokens. Only hidden patches count, so only those have to be painted. It
+is used while a supernet is trained, and `compress` drops it.
 """
 
 import torch
@@ -14,14 +14,17 @@ WINDOW_AT_PATCH_16 = 47
 
 
 def window_for_patch(patch_size: int) -> int:
-    """Side of the normalisation window: 47 pixels for 16-pixel patches, scaled to the nearest odd
-    size otherwise."""
-    return max(3, 2 * round((WINDOW_AT_PATCH_16 * patch_size / 16 - 1) / 2) + 1)
+    """Return the side of the normalisation window in pixels, an odd number.
+
+    It is 47 for 16-pixel patches, as published, and in proportion for others.
+    """
+    window = WINDOW_AT_PATCH_16 * patch_size / 16
+    return max(3, 2 * round((window - 1) / 2) + 1)
 
 
 @torch.no_grad()
 def normalize_target(pixels: Tensor, window: int) -> Tensor:
-    """Standardises every pixel by the mean and variance of the window around it.
+    """Standardise every pixel by the mean and variance of the window around it.
 
     A window is cut at the image's border and only pixels inside count. Averages are separable: a
     product with a band matrix for each axis (the published 47 x 47 pooling costs more than the
@@ -44,84 +47,102 @@ def normalize_target(pixels: Tensor, window: int) -> Tensor:
         # E[x^2] - E[x]^2 cancels badly for bright flat images; the overall mean has no effect on
         # the result.
         pixels = pixels - pixels.mean((-2, -1), keepdim=True)
-        rows, columns = (_window_sum(side, window, pixels) for side in pixels.shape[-2:])
-        inside_rows, inside_columns = rows.sum(1, keepdim=True), columns.sum(0)
-        count = inside_rows * inside_columns  # pixels in the window of every pixel
-        rows, columns = rows / inside_rows, columns / inside_columns
-        mean, variance = rows @ pixels @ columns, rows @ pixels.square() @ columns
+        height, width = pixels.shape[-2:]
+        rows = _window_sum(height, window, pixels)  # (H, H)
+        columns = _window_sum(width, window, pixels)  # (W, W)
+        inside_rows = rows.sum(1, keepdim=True)  # (H, 1)
+        inside_columns = columns.sum(0)  # (W,)
+        count = inside_rows * inside_columns  # (H, W), pixels in the window of every pixel
+        rows = rows / inside_rows
+        columns = columns / inside_columns
+        mean = rows @ pixels @ columns  # (B, C, H, W)
+        variance = rows @ pixels.square() @ columns
         # In place: new memory for a picture of every step takes longer than the arithmetic.
-        variance.addcmul_(mean, mean, value=-1).mul_(count / (count - 1).clamp(min=1)).clamp_(
-            min=0
-        ).add_(1e-6).sqrt_()
-        return pixels.sub_(mean).div_(variance)
+        variance.addcmul_(mean, mean, value=-1)
+        variance.mul_(count / (count - 1).clamp(min=1))  # unbiased
+        variance.clamp_(min=0)
+        deviation = variance.add_(1e-6).sqrt_()
+        return pixels.sub_(mean).div_(deviation)
 
 
 def _window_sum(length: int, window: int, like: Tensor) -> Tensor:
-    """The matrix (length, length) that adds up the entries within a window around each one. It is
-    symmetric.
+    """Return the matrix (length, length) that adds up the entries within a window around each one.
 
-    Products with it are many times faster than pooling along one axis.
+    It is symmetric. Products with it are many times faster than pooling along one axis.
     """
     position = torch.arange(length, device=like.device)
-    return ((position[:, None] - position).abs() <= window // 2).to(like.dtype)
+    distance = (position[:, None] - position).abs()  # (length, length)
+    return (distance <= window // 2).to(like.dtype)
 
 
 def refine_mask(
     masked: Tensor, grid: tuple[int, int], finer: tuple[int, int], factor: int
 ) -> Tensor:
-    """The same hidden regions on a finer grid.
+    """Return the same hidden regions on a finer grid.
 
     A network that merges patches is masked in units of its final tokens, as SimMIM does
     (arXiv:2111.09886): the neighbours of a single small patch would give it away.
 
     Args:
-        masked: (B, N) bool over `grid` (rows, columns).
-        finer: the other grid, each cell of `grid` covering `factor` x `factor` of its cells; cells
-            of `grid` may reach beyond its border.
+        masked: (B, N) bool over the rows and columns of `grid`.
+        grid: rows and columns of `masked`.
+        finer: rows and columns of the finer grid.
+        factor: patches of the finer grid along each side of one of `grid`, which may reach beyond
+            its border.
 
     Returns:
         (B, M) bool over `finer`.
     """
-    masked = masked.unflatten(1, grid).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    return masked[:, : finer[0], : finer[1]].flatten(1)
+    rows, columns = finer
+    coarse = masked.unflatten(1, grid)  # (B, N) -> (B, R, C)
+    # (B, R, C) -> (B, R * factor, C * factor)
+    fine = coarse.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return fine[:, :rows, :columns].flatten(1)
 
 
 def mask_patches(
     batch_size: int, num_patches: int, keep_ratio: float, generator: torch.Generator
 ) -> Tensor:
-    """Hides a random set of patches of every image.
+    """Hide a random set of patches of every image.
 
     Args:
-        keep_ratio: share of patches left visible, in [0, 1]; `int(num_patches * keep_ratio)` of
+        batch_size: B.
+        num_patches: N.
+        keep_ratio: fraction of patches left visible, in [0, 1]; `int(num_patches * keep_ratio)` of
             them stay.
         generator: on the CPU; seed it from step and rank, so that a resumed run hides the same
             patches.
 
     Returns:
         (B, N) bool on the CPU, True = hidden (`bool_masked_pos` of transformers).
+
+    Raises:
+        ValueError: for a ratio outside [0, 1].
     """
     if not 0 <= keep_ratio <= 1:
-        raise ValueError(f"keep_ratio is {keep_ratio}; it is a share of patches between 0 and 1.")
+        raise ValueError(
+            f"keep_ratio is {keep_ratio}; it is a fraction of the patches between 0 and 1."
+        )
     noise = torch.rand(batch_size, num_patches, generator=generator)
-    rank = noise.argsort(dim=1).argsort(dim=1)
+    rank = noise.argsort(dim=1).argsort(dim=1)  # (B, N)
     return rank >= int(num_patches * keep_ratio)
 
 
 def hidden_first(masked: Tensor, count: int) -> Tensor:
-    """Which patches to repaint: all hidden ones, and after them others, so that there are as many
-    at every step.
+    """Return which patches to repaint: all hidden ones, then visible ones up to `count`.
 
     Args:
         masked: (B, N) bool, at most `count` hidden in an image.
+        count: K, the same in every step, so that shapes do not change.
 
     Returns:
-        (B, count) indices of patches.
+        (B, K) indices of patches.
     """
     return masked.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 class PMIMDecoder(nn.Module):
-    """Repaints patches from final tokens: a 1x1 convolution to stride^2 * channels.
+    """Repaint patches from final tokens: a 1x1 convolution to stride^2 * channels.
 
     Args:
         hidden_size: C, width of the tokens (shrinks with the network).
@@ -134,15 +155,17 @@ class PMIMDecoder(nn.Module):
         self.projection = nn.Conv2d(hidden_size, stride**2 * num_channels, kernel_size=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, K, C) -> pixels of their patches (B, K, channels * stride * stride), as
-        `cut_patches` has them."""
-        # A 1x1 convolution is a linear layer, and tokens are in order for one; on CPUs that is
-        # faster.
+        """Return pixels (B, K, channels * stride^2) of the patches of tokens (B, K, C).
+
+        They are in the order of `cut_patches`.
+        """
+        # A 1x1 convolution is a linear layer, and tokens are in the order for one; on CPUs that is
+        # faster. (out, C, 1, 1) -> (out, C)
         return F.linear(tokens, self.projection.weight.flatten(1), self.projection.bias)
 
 
 def cut_patches(images: Tensor, grid: tuple[int, int], size: int, chosen: Tensor) -> Tensor:
-    """The pixels of some patches.
+    """Return the pixels of some patches.
 
     Args:
         images: (B, C, H, W). A border that no patch covers is left out; patches that reach beyond
@@ -154,14 +177,18 @@ def cut_patches(images: Tensor, grid: tuple[int, int], size: int, chosen: Tensor
     Returns:
         (B, K, C * size * size), channel by channel.
     """
-    beyond = [size * side - pixels for side, pixels in zip(grid, images.shape[-2:], strict=True)]
-    if any(beyond):
-        images = F.pad(images, (0, beyond[1], 0, beyond[0]))
-    patches = (
-        images.unflatten(3, (grid[1], size)).unflatten(2, (grid[0], size)).permute(0, 2, 4, 1, 3, 5)
-    )
-    every = torch.arange(len(images), device=images.device)[:, None]
-    return patches[every, chosen // grid[1], chosen % grid[1]].flatten(2)
+    rows, columns = grid
+    height, width = images.shape[-2:]
+    below = size * rows - height
+    right = size * columns - width
+    if below or right:
+        images = F.pad(images, (0, right, 0, below))  # negative padding cuts off
+    # (B, C, H, W) -> (B, C, rows, size, columns, size)
+    patches = images.unflatten(3, (columns, size)).unflatten(2, (rows, size))
+    patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, C, size, size)
+    every_image = torch.arange(len(images), device=images.device)[:, None]  # (B, 1)
+    # (B, K, C, size, size) -> (B, K, C * size * size)
+    return patches[every_image, chosen // columns, chosen % columns].flatten(2)
 
 
 def reconstruction_loss(
@@ -172,27 +199,28 @@ def reconstruction_loss(
     size: int,
     repainted: Tensor,
 ) -> Tensor:
-    """Mean absolute error over the pixels of the hidden patches.
+    """Return the mean absolute error over the pixels of the hidden patches.
 
     Args:
         reconstruction: (B, K, C * size * size), what the decoder makes of the tokens of
             `repainted`.
         target: (B, C, H, W); a border that no patch covers, and what is painted beyond the image,
             are left out.
-        masked: (B, N) bool, True = hidden, for the N = rows * columns patches of `grid`, `size`
-            pixels wide.
-        repainted: (B, K) indices of patches, all that are hidden among them.
+        masked: (B, N) bool, True = hidden, for the N = rows * columns patches of `grid`.
+        grid: rows and columns of patches.
+        size: side of a patch in pixels.
+        repainted: (B, K) indices of patches, all hidden ones among them.
 
     Returns:
-        Scalar; 0 when nothing is hidden.
+        Scalar; 0 when no patch is hidden.
     """
-    channels, inside = (
-        target.shape[1],
-        target.new_ones(1, 1, *target.shape[2:]).expand(len(target), -1, -1, -1),
-    )
-    difference = (
-        reconstruction.to(target.dtype) - cut_patches(target, grid, size, repainted)
-    ).abs()
-    counted = cut_patches(inside, grid, size, repainted) * masked.gather(1, repainted)[..., None]
-    total = (difference.unflatten(2, (channels, -1)) * counted[:, :, None]).sum()
-    return total / (counted.sum() + 1e-5) / channels
+    channels = target.shape[1]
+    wanted = cut_patches(target, grid, size, repainted)  # (B, K, C * size^2)
+    difference = (reconstruction.to(target.dtype) - wanted).abs()
+    # 1 for pixels of the image, 0 for padding: (B, 1, H, W) -> (B, K, size^2)
+    inside = target.new_ones(1, 1, *target.shape[2:]).expand(len(target), -1, -1, -1)
+    is_hidden = masked.gather(1, repainted)[..., None]  # (B, K, 1)
+    counted = cut_patches(inside, grid, size, repainted) * is_hidden
+    # (B, K, C * size^2) -> (B, K, C, size^2), against (B, K, 1, size^2)
+    errors = difference.unflatten(2, (channels, -1)) * counted[:, :, None]
+    return errors.sum() / (counted.sum() + 1e-5) / channels

@@ -1,21 +1,19 @@
-"""The supernet: a classifier with bi-masks and a PMIM decoder on top, searchable, shrinkable, and
-removable again."""
+"""The supernet: a classifier with bi-masks and a PMIM decoder on top, which come off again."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..cost.counting import count_macs, evaluate_terms
+from ..cost.counting import count_macs
 from ..families.description import (
     Architecture,
-    Slot,
     Submodule,
     UnsupportedArchitectureError,
     image_sides,
@@ -29,38 +27,45 @@ from ..masks.bi_mask import BiMask, TiedBiMask
 from ..masks.gates import GateStore, apply_gates_, install_gates
 from ..masks.stack import MaskStacks
 from ..models.modeling_ofb_vit import require_biased_attention
-from ..pruning.surgery import Entries, resize_, slice_model, slice_tensors_, unit_group_plan
+from ..pruning.surgery import slice_model
 from ..space.configuration import BiMaskConfig, default_config
+from ..space.search_space import SearchSpace
 from ..training.activation_checkpointing import without_reentry
-from .decisions import Choices
+from .decisions import Decisions
 from .pmim import PMIMDecoder, window_for_patch
 from .searched_tokens import SearchedTokens
 
 
 @dataclass
 class SupernetOutput(ImageClassifierOutput):
-    """Classifier output plus `reconstruction` (B, K, channels * size * size), the pixels of K
-    patches."""
+    """Classifier output with `reconstruction` (B, K, channels * size^2), the pixels of K patches."""
 
     reconstruction: Tensor | None = None
 
 
-class Supernet(Choices):
-    """A classifier whose units are scaled by bi-masks. Made by `install_bi_masks`; `compress` takes
-    the masks off.
+class Supernet(nn.Module):
+    """A classifier whose units are scaled by bi-masks.
+
+    `install_bi_masks` makes one, `compress` takes the masks off again.
+
+    Args:
+        model: the classifier, one of our models; it becomes a part of the supernet.
+        config: what to search.
 
     Attributes:
         model: the classifier, with the state-dict keys it always had. It shrinks during the search.
         bi_masks: one `BiMask` per searched submodule; `named_masks` gives them by name.
         tokens: what is known and decided about tokens, or None where they are not searched.
-        pmim_decoder: repaints masked patches, or None; gone as soon as there are fewer tokens.
+        decisions: what is still to be chosen, and how.
+        pmim_decoder: repaints masked patches, or None; it is removed with the first tokens.
+        pmim_window: side of the window in pixels by which repainted pixels are normalised.
         bi_mask_config, space: what is searched, and the candidates for the dense model.
         dense_architecture, dense_sizes, dense_macs: of the model before the search.
         dense_cost, target: in the budget's unit.
         lam: buffer, weight of importance in the bi-mask.
-        importance_known: buffer, whether importance has been set from what was observed.
-        folded: buffer, whether the bi-masks are part of the weights (`fold_`); `is_folded` says so
-            without waiting.
+        importance_known: buffer, whether importance has been set from observed gradients.
+        folded: buffer, whether the bi-masks are part of the weights (`fold_`); `is_folded` is the
+            same as a bool, so that asking for it does not wait for the device.
         pmim_ratio: buffer, classification / reconstruction loss of the last step, the weight of
             PMIM.
     """
@@ -69,38 +74,40 @@ class Supernet(Choices):
 
     def __init__(self, model: PreTrainedModel, config: BiMaskConfig):
         super().__init__()
-        self.model, self.bi_mask_config = model, config
-        architecture = self.dense_architecture = self.architecture
+        self.model = model
+        self.bi_mask_config = config
         self.space = config.search_space(model.config)
+        self.dense_architecture = self.architecture
+        self.dense_sizes = self.dense_architecture.sizes
+        self.dense_macs = count_macs(model)
         self.tokens = SearchedTokens(model.config) if config.search_tokens else None
-        self.dense_sizes, self.dense_macs = architecture.sizes, count_macs(model)
-        self.dense_cost = evaluate_terms(self.terms, quantities(architecture.sizes))
-        self.target = config.target(self.dense_cost)
-        self.bi_masks = nn.ModuleList()
-        for space in self.space:
-            leader = () if space.tied_to is None else (self.named_masks[space.tied_to],)
-            mask_class = TiedBiMask if leader else BiMask
-            self.bi_masks.append(
-                mask_class(space, *leader, normalize_importance=config.normalize_importance)
-            )
+        self.bi_masks = _bi_masks(self.space, config.normalize_importance)
+        self.decisions = Decisions(model, config, self.space, self.bi_masks, self.tokens)
+        self.dense_cost = self.decisions.dense_cost
+        self.target = self.decisions.target
         self.pmim_decoder = None
-        self.pmim_window = config.pmim_window or window_for_patch(architecture.token_size)
+        self.pmim_window = config.pmim_window
+        if self.pmim_window is None:
+            self.pmim_window = window_for_patch(self.dense_architecture.token_size)
         if config.pmim:
-            last = architecture.sizes[architecture.last_width][0]
-            self.pmim_decoder = PMIMDecoder(
-                last, architecture.token_size, architecture.num_channels
-            ).to(model.dtype)
-            add_mask_token_(model)
+            self._add_decoder()
         self.register_buffer("lam", torch.tensor(config.importance_start))
         self.register_buffer("importance_known", torch.tensor(False))
         self.register_buffer("folded", torch.tensor(False))
         self.is_folded = False
         self.register_buffer("pmim_ratio", torch.tensor(1.0))
-        self.expect_costs_()
-        self._stack_masks()
         self._gate_store = GateStore()
-        install_gates(model, self._searched(architecture), self._gate_store)
+        install_gates(model, self._searched_submodules(), self._gate_store)
+        self.follow_shapes_()
         self.to(device=model.device)
+
+    def _add_decoder(self) -> None:
+        """Add what PMIM needs: the decoder, and a mask token that stands for hidden patches."""
+        architecture = self.dense_architecture
+        last_width = architecture.sizes[architecture.last_width][0]
+        decoder = PMIMDecoder(last_width, architecture.token_size, architecture.num_channels)
+        self.pmim_decoder = decoder.to(self.model.dtype)
+        add_mask_token_(self.model)
 
     @property
     def architecture(self) -> Architecture:
@@ -108,53 +115,33 @@ class Supernet(Choices):
         return describe(self.model.config)
 
     @property
-    def config(self):
+    def config(self) -> PreTrainedConfig:
         """The classifier's config; it follows the network as it shrinks."""
         return self.model.config
 
     @property
+    def named_masks(self) -> dict[str, BiMask]:
+        """Submodule name -> its bi-mask."""
+        return {mask.name: mask for mask in self.bi_masks}
+
+    @property
     def repaints(self) -> bool:
-        """Whether patches may still be hidden and repainted."""
-        return self.pmim_decoder is not None and not (
-            self.is_folded and self.bi_mask_config.pmim_until_settled
-        )
+        """Whether a training step repaints patches, hidden or not."""
+        if self.pmim_decoder is None:
+            return False
+        return not (self.is_folded and self.bi_mask_config.pmim_until_settled)
 
     @property
     def is_fresh(self) -> bool:
-        """Whether no search has moved it yet: full widths, everything in the race, lambda at its
-        start."""
-        start = torch.tensor(self.bi_mask_config.importance_start)
+        """Whether no search has moved it yet: full widths, every candidate active, first lambda."""
         complete = self.architecture.sizes == self.dense_sizes and all(
             mask.alive.all() for mask in self.bi_masks
         )
-        undecided = self.num_active_candidates == self.space.num_candidates
+        undecided = self.decisions.num_active_candidates == self.space.num_candidates
+        start = torch.tensor(self.bi_mask_config.importance_start)
         return complete and undecided and bool(self.lam.cpu() == start)
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, **kwargs
-    ) -> None:
-        """Trades compute for memory in the classifier's blocks; arguments as in transformers.
-
-        Raises:
-            ValueError: for `use_reentrant=True`, which cannot share the gates between blocks.
-        """
-        settings = without_reentry(
-            activation_checkpointing_kwargs,
-            "all blocks share the gates of one forward pass, which reentrant checkpointing would "
-            "run backward through "
-            "block by block",
-        )
-        enable = (
-            getattr(self.model, "activation_checkpointing_enable", None)
-            or self.model.gradient_checkpointing_enable
-        )
-        enable(settings, **kwargs)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict | None = None, **kwargs
-    ) -> None:
-        """The older name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+    # ------------------------------------------------------------------------------- forward pass
 
     def forward(
         self,
@@ -163,11 +150,10 @@ class Supernet(Choices):
         repainted: Tensor | None = None,
         **kwargs,
     ) -> ImageClassifierOutput | SupernetOutput:
-        """The classifier under its bi-masks; in training, no more of it than logits and repainted
-        patches follow from.
+        """Run the classifier under its bi-masks.
 
-        That is by way of its `forward_chosen`: hooks on the classifier as a whole see evaluations
-        only.
+        In training no more of it is computed than logits and repainted patches follow from, by way
+        of its `forward_chosen`: hooks on the classifier as a whole see evaluations only.
 
         Args:
             pixel_values: (B, channels, height, width).
@@ -178,57 +164,92 @@ class Supernet(Choices):
                 patches only.
 
         Raises:
-            ValueError: for masked images of another size than the config's, and for masked ones
+            ValueError: for masked images of another size than the config's, and for masked images
                 with more arguments.
         """
-        if bool_masked_pos is not None and kwargs:
-            raise ValueError(
-                f"{sorted(kwargs)} are given beside bool_masked_pos, but what hidden patches "
-                f"leave are logits and a "
-                "reconstruction alone; compute losses from these, or leave bool_masked_pos out."
-            )
-        sides, pixels = image_sides(self.config), tuple(pixel_values.shape[-2:])
-        if bool_masked_pos is not None and pixels != sides:
-            raise ValueError(
-                f"pixel_values are {pixels[0]} x {pixels[1]} pixels, but the config's image_size "
-                f"is "
-                f"{sides[0]} x {sides[1]}; masked image modelling needs images of that size."
-            )
+        masks_images = bool_masked_pos is not None
+        if masks_images:
+            self._check_masked_images(pixel_values, kwargs)
         self.refresh_gates()
         if self._gate_store.separates:
             self._gate_store.separate_(len(pixel_values))
-        if bool_masked_pos is None and (kwargs or not self.training):
+        if not masks_images and (kwargs or not self.training):
             return self.model(pixel_values=pixel_values, **kwargs)
-        rows, columns = self.dense_architecture.token_grid
         if repainted is None:
-            count = 0 if bool_masked_pos is None else rows * columns
-            repainted = torch.arange(count, device=pixel_values.device).expand(
-                len(pixel_values), -1
-            )
+            rows, columns = self.dense_architecture.token_grid
+            count = rows * columns if masks_images else 0
+            every = torch.arange(count, device=pixel_values.device)
+            repainted = every.expand(len(pixel_values), -1)  # (B, K)
         logits, tokens = self.model.forward_chosen(pixel_values, bool_masked_pos, repainted)
-        if bool_masked_pos is None:
+        if not masks_images:
             return ImageClassifierOutput(logits=logits)
         return SupernetOutput(logits=logits, reconstruction=self.pmim_decoder(tokens))
 
+    def _check_masked_images(self, pixel_values: Tensor, others: dict) -> None:
+        if others:
+            raise ValueError(
+                f"{sorted(others)} are given with bool_masked_pos, but the output for hidden "
+                "patches is logits and a reconstruction only; compute losses from these, or leave "
+                "bool_masked_pos out."
+            )
+        height, width = image_sides(self.config)
+        pixels = tuple(pixel_values.shape[-2:])
+        if pixels != (height, width):
+            raise ValueError(
+                f"pixel_values are {pixels[0]} x {pixels[1]} pixels, but the config's image_size "
+                f"is {height} x {width}; masked image modelling needs images of that size."
+            )
+
     def refresh_gates(self) -> None:
-        """Computes the bi-mask values that the gated modules read until the next call."""
-        # A new dict, and nobody looks at the last one: compiled code does not depend on what it
+        """Compute the bi-mask values that the gated modules read until the next call."""
+        # A new dict, and the old one is not looked at: so compiled code does not depend on what it
         # held.
         self._gate_store.values = {} if self.is_folded else self._stacks.gates(self.lam)
         if not torch.compiler.is_compiling():
             self.refresh_liveness()
 
     def refresh_liveness(self) -> None:
-        """Tells the norms which channels live. `forward` does so by itself, unless it is compiled:
-        then whoever retires candidates has to call this before the next forward pass."""
+        """Tell the norms which channels are alive.
+
+        `forward` does so by itself unless it is compiled: then it has to be called after candidates
+        retired and before the next forward pass.
+        """
         for mask in self.bi_masks:
             self._gate_store.refresh_liveness(mask.name, mask.alive)
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs
+    ) -> None:
+        """Trade compute for memory in the classifier's blocks; arguments as in transformers.
+
+        Raises:
+            ValueError: for `use_reentrant=True`, which cannot share the gates between blocks.
+        """
+        settings = without_reentry(
+            activation_checkpointing_kwargs,
+            "all blocks share the gates of one forward pass, which reentrant checkpointing would "
+            "run backward through block by block",
+        )
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        if enable is None:  # transformers before the method got this name
+            enable = self.model.gradient_checkpointing_enable
+        enable(settings, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, **kwargs
+    ) -> None:
+        """Do what `activation_checkpointing_enable` does; this is its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    # -------------------------------------------------------------------------------- observation
+
     @contextmanager
     def separate_images(self) -> Iterator[None]:
-        """Inside, every image of a forward pass has gates of its own, equal to those of the others:
-        one backward pass tells `changes_of_images`. Nothing else has gradients, for nobody would
-        look at them.
+        """Give every image of a forward pass inside gates of its own.
+
+        Their values are the same, so one backward pass finds the gradients of every image for
+        `changes_of_images`. Nothing except these gates has gradients meanwhile: it would take time
+        and not be used.
         """
         resting = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self._gate_store.separates = True
@@ -237,198 +258,130 @@ class Supernet(Choices):
         try:
             yield
         finally:
-            self._gate_store.separates, self._gate_store.of_images = False, {}
+            self._gate_store.separates = False
+            self._gate_store.of_images = {}
             for parameter in resting:
                 parameter.requires_grad_(True)
 
     @torch.no_grad()
     def changes_of_images(self) -> tuple[Tensor, Tensor]:
-        """What the last backward pass of `separate_images` said of every image, as derivatives of
-        the loss.
+        """Return the derivatives of every image's loss after a backward pass of `separate_images`.
 
         Returns:
             By the gates of all bi-masks, one after the other, (B, U). And what merging its tokens
             would change to first order, (B, entries of `first_order_of_tokens`).
         """
-        gates = [self._gate_store.of_images[mask.name] for mask in self.bi_masks]
-        units = torch.cat(
-            [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in gates], 1
-        )
+        derivatives = []
+        for mask in self.bi_masks:
+            gate = self._gate_store.of_images[mask.name]  # (B, U of this mask)
+            # A gate that the loss does not depend on has no gradient.
+            derivatives.append(torch.zeros_like(gate) if gate.grad is None else gate.grad)
+        units = torch.cat(derivatives, 1)
         if self.tokens is None:
             return units, units[:, :0]
+        # (B, layers, K) -> (B, layers * K)
         return units, self.tokens.changes(self.model, len(units)).flatten(1)
 
-    def _searched(self, architecture: Architecture) -> list[Submodule]:
-        names = set(self.named_masks)
-        return [submodule for submodule in architecture.submodules if submodule.name in names]
+    def watch_tokens_(self, on: bool) -> None:
+        """Begin to observe tokens, where they are searched, or end it."""
+        if self.tokens is not None and not self.tokens.acts:
+            self.tokens.watch_(self.model, on)
+
+    @property
+    def first_order_of_tokens(self) -> Tensor:
+        """The buffer of what was observed of tokens, (layers, K); empty where none are searched."""
+        return self.lam.new_zeros(0) if self.tokens is None else self.tokens.first_order
+
+    # ------------------------------------------------------------------------ losses of the masks
 
     def sizes(self, on: str) -> Tensor:
-        """Differentiable values of all quantities that cost terms multiply, in the order of
-        `quantities`: (Q,).
+        """Return differentiable amounts of all quantities in cost terms, as `quantities` has them.
 
         Args:
-            on: `bi_mask` = sums of the bi-mask values of the last forward; `sparsity` = expected
-                sizes under alpha.
+            on: `bi_mask` for sums of the bi-mask values of the last forward pass, `sparsity` for
+                the sizes that alpha expects.
+
+        Returns:
+            (Q,)
         """
         if on != "bi_mask" or self.is_folded:
             return self._stacks.sizes()
         return self._stacks.sizes(self._gate_store.values or self._stacks.gates(self.lam))
 
     def one_hot_loss(self) -> Tensor:
-        """Sum of the adaptive one-hot losses of all submodules."""
+        """Return the sum of the adaptive one-hot losses of all submodules, scalar."""
         return self._stacks.one_hot_loss()
 
     def importance_penalty(self) -> Tensor:
-        """The published L1 penalty on importance scores (arXiv:2403.15835, its code)."""
+        """Return the L1 penalty on importance of the published code (arXiv:2403.15835), scalar."""
         return self._stacks.importance_penalty()
 
-    def _stack_masks(self) -> None:
+    # --------------------------------------------------------------------------------- new shapes
+
+    def follow_shapes_(self) -> None:
+        """Bring up to date what depends on the shapes of the masks, after they have changed."""
         stacks = MaskStacks(self.bi_masks, quantities(self.dense_sizes))
         self._stacks = stacks.to(self.lam.device)
-
-    @torch.no_grad()
-    def shrink_(self) -> tuple[dict[nn.Parameter, nn.Parameter | None], dict[str, Entries]]:
-        """Removes all units that are not alive, physically, from classifier, masks and decoder;
-        attentions and MLPs that have none left lose their layers and their norm.
-
-        Returns:
-            Old parameter -> new parameter, or None where nothing is left to train, and the plan
-            {parameter name: ((axis, indices), ...)} for those that stay. With these the optimizer
-            and a weight average follow. Both empty if there was nothing to remove.
-        """
-        gone = [mask for mask in self.bi_masks if not mask.alive.all()]
-        ready = self.token_schedule is not None and self.is_settled and not self.tokens.acts
-        retired = self._reduce_tokens_() if ready else {}
-        if not gone:
-            return retired, {}
-        kept = {mask.name: mask.alive.flatten().nonzero()[:, 0] for mask in gone}
-        submodules, before = self._submodules_with_decoder(), set(self.parameters())
-        living = {
-            mask.name: tuple(indices.shape[-1] for indices in mask.alive_units()) for mask in gone
-        }
-        resize_(self.model, self.architecture.sizes | living)
-        plan = unit_group_plan(submodules, kept, set(self.state_dict()))
-        for index, mask in enumerate(self.bi_masks):
-            if mask.name in kept:
-                plan |= {
-                    f"bi_masks.{index}.{name}": entries
-                    for name, entries in mask.shrink_plan().items()
-                }
-        replaced = dict.fromkeys(before - set(self.parameters())) | slice_tensors_(self, plan)
-        # Masks of what is gone: nothing in the forward pass reads them any more, so DDP must not
-        # wait for them.
-        idle = {
-            p.requires_grad_(False)
-            for mask in gone
-            if not mask.alive.numel()
-            for p in mask.parameters()
-        }
-        replaced = retired | {old: None if new in idle else new for old, new in replaced.items()}
-        self._stack_masks()
         self._gate_store.clear()
-        return replaced, plan
 
-    def _reduce_tokens_(self) -> dict[nn.Parameter, None]:
-        """Lets the model reduce its tokens; the decoder, which paints from all of them, goes.
-
-        Returns:
-            The parameters that are gone.
-        """
-        before = set(self.parameters())
-        self.tokens.acts.fill_(True)
-        self.config.token_schedule = self.config.meant_schedule(self.token_schedule)
+    def remove_decoder_(self) -> None:
+        """Remove the PMIM decoder and the mask token."""
         if self.pmim_decoder is not None:
             self.pmim_decoder = None
             drop_mask_token_(self.model)
-        resize_(self.model, self.architecture.sizes)
-        return dict.fromkeys(before - set(self.parameters()))
 
-    def _submodules_with_decoder(self) -> list[Submodule]:
-        """The model's submodules with slots named as in the supernet, the decoder's input
-        included."""
-        decoder = Slot("pmim_decoder.projection.weight", 1)
-        submodules = []
-        for submodule in self.architecture.submodules:
-            slots = tuple(
-                replace(slot, parameter=f"model.{slot.parameter}") for slot in submodule.slots
-            )
-            slots += (decoder,) if submodule.name == self.architecture.last_width else ()
-            submodules.append(replace(submodule, slots=slots))
-        return submodules
+    # ------------------------------------------------------------------------------------ folding
 
-    @torch.no_grad()
-    def shrink_to_(self, state: dict[str, Tensor]) -> None:
-        """Shrinks to the shapes of a saved supernet, so that its state can be loaded.
-
-        Args:
-            state: the saved supernet's state dict (`unit_ids` say which units it still has).
-
-        Raises:
-            ValueError: if it was saved from another search space.
-        """
-        for index, mask in enumerate(self.bi_masks):
-            saved = f"bi_masks.{index}."
-            ids = state.get(f"{saved}unit_ids")
-            if ids is None or not torch.isin(ids, mask.unit_ids.cpu()).all():
-                raise ValueError(
-                    f"the checkpoint's units of {mask.name!r} are not among this supernet's units."
-                )
-            mask.alive.copy_(torch.isin(mask.unit_ids, ids.to(mask.unit_ids.device)))
-            present = [
-                torch.isin(sizes, state[f"{saved}candidate_sizes_{axis}"].to(sizes.device))
-                for axis, sizes in enumerate(mask.candidate_axes)
-            ]
-            mask.active_candidates.copy_(
-                present[0][:, None] & present[1] if mask.is_grid else present[0]
-            )
-        self.shrink_()
-        if self.tokens is not None:
-            self.tokens.schedule.copy_(state["tokens.schedule"])
-            self.expect_costs_()
-            if state["tokens.acts"]:
-                self._reduce_tokens_()
-        if state["folded"]:
-            self._rest_()
+    def _searched_submodules(self) -> list[Submodule]:
+        """Return the submodules of the network as it is now that have bi-masks."""
+        names = self.named_masks.keys()
+        return [submodule for submodule in self.architecture.submodules if submodule.name in names]
 
     @torch.no_grad()
     def scale_(self, tensors: dict[str, Tensor]) -> None:
-        """Multiplies the present mask values into tensors named and shaped like the classifier's
-        parameters."""
+        """Multiply the present mask values into tensors, in place.
+
+        Args:
+            tensors: named and shaped like the classifier's parameters.
+        """
         self.refresh_gates()
-        apply_gates_(tensors, self._searched(self.architecture), self._gate_store)
+        apply_gates_(tensors, self._searched_submodules(), self._gate_store)
 
     @torch.no_grad()
     def fold_(self) -> dict[nn.Parameter, None]:
-        """Makes the bi-masks part of the weights, once one candidate of each is left and dead units
-        are gone.
+        """Make the bi-masks part of the weights, in place.
 
-        The function stays, and costs what the network alone costs: no gates, and no patches to
-        repaint where that ends with the choice.
+        The function stays the same and costs what the network alone costs: no gates, and no patches
+        to repaint where that ends with the choice.
 
         Returns:
-            The parameters that have nothing left to learn, for the optimizer to forget: {parameter:
-            None}.
+            {parameter: None} for those that have nothing left to learn, as
+            `pruning.surgery.slice_optimizer_` takes them.
 
         Raises:
             RuntimeError: while there is anything left to choose or to remove.
         """
-        if not self.is_settled or not all(mask.alive.all() for mask in self.bi_masks):
+        all_alive = all(mask.alive.all() for mask in self.bi_masks)
+        if not self.decisions.is_settled or not all_alive:
             raise RuntimeError(
-                "bi-masks are folded for good after settle_() and shrink_(), not before."
+                "bi-masks are folded for good once the choice is final and dead units are removed "
+                "(decisions.settle_, then shrink_), not before."
             )
         self.scale_(dict(self.model.named_parameters()))
-        return self._rest_()
+        return self.rest_()
 
-    def _rest_(self) -> dict[nn.Parameter, None]:
+    def rest_(self) -> dict[nn.Parameter, None]:
+        """Let the bi-masks rest, which are part of the weights; so does a decoder that is done.
+
+        Returns:
+            As `fold_`.
+        """
         self.folded.fill_(True)
         self.is_folded = True
         self._gate_store.clear()
         resting = list(self.bi_masks.parameters())
         if self.pmim_decoder is not None and not self.repaints:
-            resting += [
-                *self.pmim_decoder.parameters(),
-                mask_token_of(self.model),
-            ]
+            resting += [*self.pmim_decoder.parameters(), mask_token_of(self.model)]
         return {
             parameter.requires_grad_(False): None
             for parameter in resting
@@ -437,25 +390,39 @@ class Supernet(Choices):
 
     @torch.no_grad()
     def fold(self) -> PreTrainedModel:
-        """The classifier as it is, with the mask values multiplied into its weights: same logits,
-        no masks.
+        """Return the classifier as it is, with the mask values multiplied into its weights.
 
-        Units that are not alive are left out. The supernet stays as it was.
+        It has the same logits and no masks. Units that are not alive are left out. The supernet
+        stays as it was.
         """
         state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.scale_(state)
         folded = rebuild_classifier(self.model, copy.deepcopy(self.config), state)
         living = {mask.name: mask.kept_now() for mask in self.bi_masks}
-        return slice_model(folded, SubnetSpec(living, self.token_schedule)).train(self.training)
+        subnet = SubnetSpec(living, self.decisions.token_schedule)
+        return slice_model(folded, subnet).train(self.training)
+
+
+def _bi_masks(space: SearchSpace, normalize_importance: bool) -> nn.ModuleList:
+    """Return a bi-mask for every submodule of a space; a tied one takes its leader's alpha."""
+    masks: dict[str, BiMask] = {}
+    for submodule in space:
+        if submodule.tied_to is None:
+            mask = BiMask(submodule, normalize_importance=normalize_importance)
+        else:
+            leader = masks[submodule.tied_to]
+            mask = TiedBiMask(submodule, leader, normalize_importance=normalize_importance)
+        masks[submodule.name] = mask
+    return nn.ModuleList(masks.values())
 
 
 def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None) -> Supernet:
-    """Puts bi-masks on a copy of a classifier. `model` itself stays as it is and can serve as the
-    teacher.
+    """Put bi-masks on a copy of a classifier.
+
+    `model` itself stays as it is and can serve as the teacher.
 
     Args:
-        model: a stock transformers classifier of a family in `families/registry.py`, or one of this
-            package.
+        model: a classifier of a family in `ofb_hf.families.registry`, stock or one of our models.
         config: what to search; the default is half the MACs with the default preset.
 
     Returns:
@@ -466,45 +433,50 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
         UnreachableBudgetError: if no subnet fits the budget, naming the smallest possible value.
     """
     require_classifier(model)
-    if getattr(model.config, "token_schedule", None) is not None:
-        raise UnsupportedArchitectureError(
-            "the model has a token_schedule, and widths cannot be searched on top of it: masked "
-            "images are repainted "
-            "from all tokens, and heads that are switched off would still vote on which tokens "
-            "stay. Search widths "
-            "first (load the model with token_schedule=None), then tokens; or both together "
-            "(search_tokens=True)."
-        )
+    if config is None:
+        config = default_config(model.config)
+    _require_searchable(model.config, config)
     family = family_of(model.config)
-    config = config if config is not None else default_config(model.config)
-    if config.search_tokens:
-        require_biased_attention(model.config)
-    activation = describe(model.config).activation
-    if ACT2FN[activation](torch.zeros(1)).item() != 0:
-        raise ValueError(
-            f"hidden_act is {activation!r}, which is not 0 at 0: a masked MLP channel would still "
-            f"contribute. "
-            "Search models with gelu, relu, silu or another activation through the origin."
-        )
-    ours = (
-        copy.deepcopy(model) if isinstance(model, family.model_class) else family.from_dense(model)
-    )
-    family.pin(ours.config)
-    supernet = Supernet(ours, config)
+    if isinstance(model, family.model_class):
+        flexible = copy.deepcopy(model)
+    else:
+        flexible = family.from_dense(model)
+    family.pin(flexible.config)
+    supernet = Supernet(flexible, config)
     for mask in supernet.bi_masks:
         mask.initialize_(config.importance_init_mean, config.importance_init_std, config.alpha_init)
-    supernet.best_choice()  # an unreachable budget is refused here, before anything is trained
+    # An unreachable budget is refused here, before anything is trained.
+    supernet.decisions.best_choice()
     return supernet.train(model.training)
 
 
+def _require_searchable(model_config: PreTrainedConfig, config: BiMaskConfig) -> None:
+    """Raise an error with an explanation for a model that bi-masks cannot work on."""
+    if getattr(model_config, "token_schedule", None) is not None:
+        raise UnsupportedArchitectureError(
+            "the model has a token_schedule, and widths cannot be searched on top of it: masked "
+            "images are repainted from all tokens, and heads that are switched off would still "
+            "vote on which tokens stay. Search widths first (load the model with "
+            "token_schedule=None), then tokens; or both together (search_tokens=True)."
+        )
+    if config.search_tokens:
+        require_biased_attention(model_config)
+    activation = describe(model_config).activation
+    if ACT2FN[activation](torch.zeros(1)).item() != 0:
+        raise ValueError(
+            f"hidden_act is {activation!r}, which is not 0 at 0: a masked MLP channel would still "
+            "contribute. Search models with gelu, relu, silu or another activation through the "
+            "origin."
+        )
+
+
 def read_subnet(supernet: Supernet) -> SubnetSpec:
-    """Which units of the dense model `compress` would keep if it were called now."""
-    return copy.deepcopy(supernet).settle_()
+    """Return which units of the dense model `compress` would keep if it were called now."""
+    return copy.deepcopy(supernet).decisions.settle_()
 
 
 def compress(supernet: Supernet) -> PreTrainedModel:
-    """The small dense classifier: settles under the budget, folds the masks into the weights,
-    slices.
+    """Return the small dense classifier: settle under the budget, fold the masks, slice.
 
     Returns:
         A new model without masks and decoder, in the supernet's training mode; the supernet stays
@@ -514,12 +486,14 @@ def compress(supernet: Supernet) -> PreTrainedModel:
         UnreachableBudgetError: naming the smallest possible cost.
     """
     settled = copy.deepcopy(supernet)
-    settled.settle_()
+    settled.decisions.settle_()
     return settled.fold()
 
 
 def dense_parent(supernet: Supernet) -> PreTrainedModel:
-    """The classifier as it was before masks scaled it. Meant for a supernet that has not been
-    trained yet."""
+    """Return the classifier as it was before masks scaled it.
+
+    Meant for a supernet that has not been trained yet.
+    """
     model = supernet.model
     return rebuild_classifier(model, copy.deepcopy(model.config), model.state_dict()).eval()

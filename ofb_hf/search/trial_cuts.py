@@ -1,59 +1,58 @@
-"""How far from the network as it is the networks are that a choice of widths and tokens might
-leave.
+"""Trial cuts: how far from the network as it is several choices of widths and tokens would lead.
 
 First-order scores rank units against units and tokens against tokens well; but how much of the
-budget each of the two is to give up they tell less reliably (docs/LOG.md). A look at what some
-networks answer settles that.
+budget units and tokens should each give up they say less reliably (docs/LOG.md). Comparing what
+some cut networks predict settles that.
 """
 
 import copy
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ..choice.knapsack import Choice
+from ..choice.problem import Choice
 from ..training.losses import distillation_loss
 from .supernet import Supernet, compress
 
 
 @torch.no_grad()
 def nearest_choice(supernet: Supernet, choices: list[Choice], batches: list[Tensor]) -> Choice:
-    """The choice whose network predicts most nearly what the network predicts now.
+    """Return the choice whose network predicts most nearly what the network predicts now.
 
     Args:
-        supernet: observed, and not scaled by its masks to speak of.
+        supernet: observed, with bi-masks that are all close to 1.
         choices: of all of its bi-masks, each with a token schedule. The first is taken if
             others are no nearer.
         batches: images, (B, C, H, W) each.
     """
     was_training = supernet.training
     supernet.eval()
-    answers, best, least = (
-        [supernet(images).logits for images in batches],
-        choices[0],
-        torch.inf,
-    )
-    # new networks draw weights, which are overwritten; the run shall not notice
+    answers = [supernet(images).logits for images in batches]  # (B, classes) each
+    best = choices[0]
+    least = torch.inf
+    # New networks draw random weights, which are overwritten: the run must not depend on that.
     with torch.random.fork_rng():
         for choice in choices:
-            trial, distance = _cut(supernet, choice), 0.0
+            trial = _cut(supernet, choice)
+            distance = 0.0
             for images, answer in zip(batches, answers, strict=True):
-                distance += len(images) * float(
-                    distillation_loss(trial(images).logits, answer, temperature=1.0)
-                )
+                divergence = distillation_loss(trial(images).logits, answer, temperature=1.0)
+                distance += len(images) * float(divergence)
             if distance < least:
-                best, least = choice, distance
+                best = choice
+                least = distance
     supernet.train(was_training)
     return best
 
 
-def _cut(supernet: Supernet, choice: Choice) -> torch.nn.Module:
-    """The network that a choice leaves, with the units of the highest first order, as they
-    were."""
+def _cut(supernet: Supernet, choice: Choice) -> PreTrainedModel:
+    """Return the network that a choice leaves: the units of the highest first order, unscaled."""
     trial = copy.deepcopy(supernet)
-    trial.decide_tokens_(choice.token_schedule)
+    trial.decisions.decide_tokens_(choice.token_schedule)
     for mask in trial.bi_masks:
-        mask.estimate_importance_(choice.candidates[mask.name].units)
-        mask.settle_(*choice.candidates[mask.name].size)
-    trial.lam.fill_(0.0)  # units that stay count in full
+        candidate = choice.candidates[mask.name]
+        mask.estimate_importance_(candidate.units)
+        mask.settle_(*candidate.size)
+    trial.lam.fill_(0.0)  # without importance in the bi-mask, units that stay count in full
     return compress(trial)

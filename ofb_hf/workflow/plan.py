@@ -117,10 +117,10 @@ def _smallest(model: PreTrainedModel, config: BiMaskConfig) -> SubnetSpec:
     # 1 or less would be a fraction of the dense model, so 2 is the lowest absolute budget
     lowest = replace(config, **{name: 2 / config.unit})
     try:
-        return install_bi_masks(model, lowest).settle_()
+        return install_bi_masks(model, lowest).decisions.settle_()
     except UnreachableBudgetError as error:
         reachable = replace(config, **{name: config.absolute(error.smallest)})
-        return install_bi_masks(model, reachable).settle_()
+        return install_bi_masks(model, reachable).decisions.settle_()
 
 
 def plan_text(plan: dict[str, Any]) -> str:
@@ -201,7 +201,7 @@ def _outcome(model: PreTrainedModel, config: BiMaskConfig) -> dict[str, Any]:
     """Return a budget in absolute numbers, and what the space offers for it."""
     supernet = install_bi_masks(model, config)
     # without training all units of a submodule are equally important
-    subnet = supernet.settle_()
+    subnet = supernet.decisions.settle_()
     return {"target": config.absolute(supernet.target), **_costs(model, config, subnet)}
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..families.description import image_sides
-from ..search import phases as schedule
 from ..search.trainer import OFBTrainer
 from ..space.configuration import BiMaskConfig
 from ..training.arguments import OFBTrainingArguments
@@ -82,9 +81,8 @@ class TrialSearch:
     def settle(self) -> None:
         """Make the final choice; the following steps are those of the small network."""
         trainer, config = self.trainer, self.trainer.bi_mask_config
-        trainer.supernet.settle_()
+        trainer.supernet.decisions.settle_()
         if config.prune_during_search:
             trainer.shrink(fold=True)
-        trainer.state.global_step = min(
-            STEPS - 1, schedule.settlement_step(config.settle_at, STEPS) + 1
-        )
+        # Not the last step: after that one every search cuts and folds.
+        trainer.state.global_step = min(STEPS - 2, trainer.phases.settled_after + 1)

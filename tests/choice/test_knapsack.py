@@ -26,6 +26,7 @@ from ofb_hf.choice.picks import BINS
 from ofb_hf.choice.problem import Candidate
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.families.description import Term
+from ofb_hf.search.shrinking import shrink_
 from ofb_hf.search.supernet import Supernet
 
 TIGHTNESS = 0.98
@@ -70,7 +71,7 @@ def reachable_costs(supernet: Supernet, config) -> set[int]:
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     pixels = config.num_channels * config.patch_size**2
     units = {
-        mask.name: sorted({o.units for o in supernet.options()[mask.name]})
+        mask.name: sorted({o.units for o in supernet.decisions.candidates()[mask.name]})
         for mask in supernet.bi_masks
     }
     for name, shape in supernet.dense_sizes.items():
@@ -302,8 +303,8 @@ def test_the_budget_holds_and_is_used(seed):
     supernet, config = random_search(seed)
     by_params = supernet.bi_mask_config.budget[0] == "target_params"
     count = count_params if by_params else count_macs
-    if seed % 3 == 0 and supernet.retire_candidates():
-        supernet.shrink_()
+    if seed % 3 == 0 and supernet.decisions.retire_candidates():
+        shrink_(supernet)
     cost = count(compress(supernet))
     subnet = read_subnet(supernet)
     assert cost == count(config, subnet)
@@ -323,14 +324,15 @@ def test_the_choice_is_the_best_one_up_to_the_rounding_of_costs(seed):
         if name not in supernet.named_masks
     }
     candidates = {
-        name: rows[:: max(1, len(rows) // 3)] for name, rows in supernet.options().items()
+        name: rows[:: max(1, len(rows) // 3)]
+        for name, rows in supernet.decisions.candidates().items()
     }
-    floor = min(cost for cost, _ in brute_force(candidates, supernet.terms, fixed))
+    floor = min(cost for cost, _ in brute_force(candidates, supernet.decisions.terms, fixed))
     target = max(supernet.target, floor)
-    choice = best_choice(candidates, supernet.terms, fixed, target, tightness=TIGHTNESS)
+    choice = best_choice(candidates, supernet.decisions.terms, fixed, target, tightness=TIGHTNESS)
     everything = [
         (cost, score)
-        for cost, score in brute_force(candidates, supernet.terms, fixed)
+        for cost, score in brute_force(candidates, supernet.decisions.terms, fixed)
         if cost <= target
     ]
     inside = [(cost, score) for cost, score in everything if cost >= math.ceil(TIGHTNESS * target)]
@@ -420,11 +422,11 @@ def test_importance_and_alpha_lead_the_choice():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_settled_supernet_is_settled_for_good(family):
     supernet, images = tiny_supernet(family=family, target_macs=0.5), tiny_images()
-    subnet = supernet.settle_()
+    subnet = supernet.decisions.settle_()
     logits = supernet(images).logits.detach()
-    assert supernet.is_settled
-    assert supernet.retire_candidates() == 0
-    assert supernet.settle_() == subnet == read_subnet(supernet)
+    assert supernet.decisions.is_settled
+    assert supernet.decisions.retire_candidates() == 0
+    assert supernet.decisions.settle_() == subnet == read_subnet(supernet)
     assert torch.equal(supernet(images).logits, logits)
     rng = random.Random(0)
     assert [random_candidate(mask, rng) for mask in supernet.bi_masks] == [

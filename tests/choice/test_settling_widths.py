@@ -33,6 +33,7 @@ from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
 from ofb_hf.families.description import Term, heads_of, presence_of, quantities
 from ofb_hf.families.registry import describe
+from ofb_hf.search.shrinking import shrink_
 from ofb_hf.search.supernet import Supernet
 
 TIGHTNESS = 0.98
@@ -310,9 +311,9 @@ def random_search(seed: int) -> tuple[Supernet, SwinConfig]:
     supernet = install_bi_masks(model, search_config("swin", **candidates, **{budget: 1.0}))
     sizes_of_all = supernet.dense_sizes | {
         name: min(row, key=lambda candidate: candidate.units).size
-        for name, row in supernet.options().items()
+        for name, row in supernet.decisions.candidates().items()
     }
-    smallest = evaluate_terms(supernet.terms, quantities(sizes_of_all))
+    smallest = evaluate_terms(supernet.decisions.terms, quantities(sizes_of_all))
     target = rng.randint(smallest, smallest + int(0.8 * (supernet.dense_cost - smallest)))
     supernet = install_bi_masks(model, search_config("swin", **candidates, **{budget: target}))
     randomize_masks_(supernet, seed, spread=rng.choice([0.1, 2.0, 8.0]))
@@ -326,7 +327,8 @@ def largest_reachable_cost(supernet: Supernet) -> int:
     that sum c occurs.
     """
     sizes = {
-        name: [candidate.size for candidate in row] for name, row in supernet.options().items()
+        name: [candidate.size for candidate in row]
+        for name, row in supernet.decisions.candidates().items()
     }
     for name, shape in supernet.dense_sizes.items():
         sizes.setdefault(name, [shape])
@@ -339,13 +341,14 @@ def largest_reachable_cost(supernet: Supernet) -> int:
         reachable = 1
         for name in set(sizes) - set(widths):
             own = {name, heads_of(name), presence_of(name)}
-            terms = tuple(term for term in supernet.terms if own & set(term.factors))
+            terms = tuple(term for term in supernet.decisions.terms if own & set(term.factors))
             costs = {
                 evaluate_terms(terms, known | quantities({name: size})) for size in sizes[name]
             }
             reachable = sum_of_sets(reachable, costs) & (1 << (supernet.target + 1)) - 1
         base = evaluate_terms(
-            tuple(term for term in supernet.terms if set(term.factors) <= set(known)), known
+            tuple(term for term in supernet.decisions.terms if set(term.factors) <= set(known)),
+            known,
         )
         reachable = reachable << base & (1 << (supernet.target + 1)) - 1
         best = max(best, reachable.bit_length() - 1)
@@ -370,11 +373,11 @@ def test_the_budget_of_a_swin_holds_and_is_used(seed, monkeypatch):
     count = count_params if supernet.bi_mask_config.budget[0] == "target_params" else count_macs
     rng = random.Random(seed)
     for _ in range(seed % 3):
-        supernet.retire_candidates()
+        supernet.decisions.retire_candidates()
         for mask in supernet.bi_masks:  # so that other candidates are the weak ones next time
             mask.alpha.data[mask.index_of(random_candidate(mask, rng))] += 3
     if seed % 2:
-        supernet.shrink_()
+        shrink_(supernet)
     cost = count(compress(supernet))
     assert cost == count(dense, read_subnet(supernet))
     assert cost <= supernet.target

@@ -36,6 +36,7 @@ from transformers import (
 from ofb_hf import SubnetSpec, compress, count_macs, count_params, install_bi_masks
 from ofb_hf.families.description import UnsupportedArchitectureError, quantities
 from ofb_hf.pruning.surgery import slice_model
+from ofb_hf.search.shrinking import shrink_
 
 STOCK = {ViTConfig: ViTForImageClassification, SwinConfig: SwinForImageClassification}
 
@@ -258,12 +259,14 @@ def test_expected_cost_of_one_hot_alpha_is_the_cost_of_that_subnet(family, seed,
     dense = tiny_model(family)
     macs, params = count_macs(dense, subnet), count_params(dense, subnet)
     sizes = supernet.sizes("sparsity")
-    assert supernet.expected_macs(sizes).item() == pytest.approx(macs, rel=1e-6)
+    assert supernet.decisions.expected_macs(sizes).item() == pytest.approx(macs, rel=1e-6)
     cost = params if budget == "target_params" else macs
-    assert supernet.expected_cost(sizes).item() == pytest.approx(cost, rel=1e-6)
+    assert supernet.decisions.expected_cost(sizes).item() == pytest.approx(cost, rel=1e-6)
     supernet.lam.fill_(0.0)
     supernet.refresh_gates()
-    assert supernet.expected_cost(supernet.sizes("bi_mask")).item() == pytest.approx(cost, rel=1e-6)
+    assert supernet.decisions.expected_cost(supernet.sizes("bi_mask")).item() == pytest.approx(
+        cost, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("budget", ["target_macs", "target_params"])
@@ -273,7 +276,7 @@ def test_expected_cost_counts_what_is_not_searched_in_full(family, unsearched, b
     supernet = tiny_supernet(family=family, **{f"search_{unsearched}": False, budget: 0.9})
     subnet = one_hot_(supernet, 0)
     assert not set(names_of(supernet.config, unsearched)) & set(subnet.kept)
-    cost = supernet.expected_cost(supernet.sizes("sparsity")).item()
+    cost = supernet.decisions.expected_cost(supernet.sizes("sparsity")).item()
     count = count_params if budget == "target_params" else count_macs
     assert cost == pytest.approx(count(tiny_model(family), subnet), rel=1e-6)
 
@@ -286,7 +289,7 @@ def test_expected_cost_is_differentiable_in_proportion_to_what_a_unit_costs():
     amounts = dict(zip(supernet.dense_sizes, [30.0, 24.0, 50.0, 40.0, 17.0], strict=True))
     # the others cost no MACs
     sizes = torch.tensor([amounts.get(name, 3.0) for name in names], requires_grad=True)
-    supernet.expected_macs(sizes).backward()
+    supernet.decisions.expected_macs(sizes).backward()
     tokens, patches, pixels, labels = 17, 16, 48, 3
     e, attention, mlp = 30.0, 24.0 + 40.0, 50.0 + 17.0
     expected = {
@@ -313,7 +316,7 @@ def test_expected_params_of_a_swin_are_differentiable_in_widths_and_heads():
     }
     names = list(quantities(supernet.dense_sizes))
     sizes = torch.tensor([amounts.get(name, 6.0) for name in names], requires_grad=True)
-    supernet.expected_cost(sizes).backward()
+    supernet.decisions.expected_cost(sizes).backward()
     # weights; biases of o_proj and fc2, LayerNorms
     block = 4 * 21 + 2 * 50 + 0.5 * (1 + 2) + 0.25 * (1 + 2)
     expected = {
@@ -334,9 +337,9 @@ def test_expected_cost_follows_a_network_that_shrank(family):
         mask.retire_(
             torch.ones_like(mask.active_candidates).index_fill_(0, torch.tensor([0, 1]), False)
         )
-    before = supernet.expected_macs(supernet.sizes("sparsity")).item()
-    supernet.shrink_()
-    assert supernet.expected_macs(supernet.sizes("sparsity")).item() == pytest.approx(
+    before = supernet.decisions.expected_macs(supernet.sizes("sparsity")).item()
+    shrink_(supernet)
+    assert supernet.decisions.expected_macs(supernet.sizes("sparsity")).item() == pytest.approx(
         before, rel=1e-6
     )
     assert before < count_macs(supernet.config)

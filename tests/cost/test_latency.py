@@ -133,8 +133,8 @@ def test_no_network_gets_faster_by_growing(family, seed, share):
 def test_what_is_expected_of_a_settled_search_is_what_is_counted(dense, family):
     config, table = search(dense, family, 0.6)
     supernet = install_bi_masks(dense, config)
-    subnet = supernet.settle_()
-    expected = supernet.expected_cost(supernet.sizes("sparsity")).item()
+    subnet = supernet.decisions.settle_()
+    expected = supernet.decisions.expected_cost(supernet.sizes("sparsity")).item()
     assert expected == pytest.approx(count_latency(dense, table, subnet), rel=1e-5)
     assert count_latency(supernet.fold(), table) == count_latency(dense, table, subnet)
 

@@ -8,6 +8,7 @@ from invariants import assert_close, gradients_of, masked_patches, search_loss
 from torch.nn import functional as F
 
 from ofb_hf.masks.gates import GatedLinear, gated_linear
+from ofb_hf.search.shrinking import shrink_
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -133,10 +134,10 @@ def test_a_search_keeps_no_copy_of_a_weight_for_the_backward_pass(family):
 STAGES = {
     "all candidates active": lambda supernet: None,
     "candidates retired": lambda supernet: retire_some_(supernet, 0),
-    "shrunk": lambda supernet: (retire_some_(supernet, 0), supernet.shrink_()),
+    "shrunk": lambda supernet: (retire_some_(supernet, 0), shrink_(supernet)),
     "settled and folded": lambda supernet: (
-        supernet.settle_(),
-        supernet.shrink_(),
+        supernet.decisions.settle_(),
+        shrink_(supernet),
         supernet.fold_(),
     ),
 }

@@ -39,6 +39,7 @@ from invariants import (
 from ofb_hf import SubnetSpec, compress, count_macs, count_params, install_bi_masks, read_subnet
 from ofb_hf.families.registry import describe
 from ofb_hf.pruning.surgery import slice_model
+from ofb_hf.search.shrinking import shrink_
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -76,7 +77,7 @@ def test_masked_units_act_as_if_they_were_not_there(what, family, data, seed):
     )
     assert_close(supernet(images).logits, small(images).logits)
     assert_close(supernet.fold()(images).logits, small(images).logits)
-    supernet.shrink_()
+    shrink_(supernet)
     assert_close(supernet(images).logits, small(images).logits)
 
 
@@ -93,10 +94,10 @@ def test_random_masks_over_random_candidates_fold_shrink_and_compress_alike(fami
     images = tiny_images(dtype=torch.float64)
     logits = supernet(images).logits
     assert_close(supernet.fold()(images).logits, logits)
-    supernet.shrink_()
+    shrink_(supernet)
     assert_close(supernet(images).logits, logits)
     subnet, small = read_subnet(supernet), compress(supernet)
-    supernet.settle_()
+    supernet.decisions.settle_()
     assert living_subnet(supernet) == subnet
     assert_close(small(images).logits, supernet(images).logits)
     assert count_macs(small) == count_macs(dense, subnet) <= supernet.target
@@ -256,7 +257,7 @@ def test_compress_is_settle_fold_and_slice(seed, dtype, family):
     small = compress(supernet)
     assert_state(supernet, before)
     settled = copy.deepcopy(supernet)
-    assert settled.settle_() == subnet
+    assert settled.decisions.settle_() == subnet
     assert_close(small(images).logits, settled(images).logits)
     assert describe(small.config).sizes == sizes_of(subnet)
     assert attention_scales(small) == attention_scales(OURS[family](small.config)) == scales
@@ -265,11 +266,11 @@ def test_compress_is_settle_fold_and_slice(seed, dtype, family):
 @both_families
 def test_compressing_again_changes_nothing(family):
     supernet = tiny_supernet(dtype=torch.float64, family=family, target_macs=0.45)
-    supernet.settle_()
+    supernet.decisions.settle_()
     first = compress(supernet)
-    supernet.shrink_()
-    assert supernet.shrink_() == ({}, {})
-    assert supernet.is_settled
+    shrink_(supernet)
+    assert shrink_(supernet) == ({}, {})
+    assert supernet.decisions.is_settled
     second, images = compress(supernet), tiny_images(dtype=torch.float64)
     assert_close(second(images).logits, first(images).logits)
     assert second.config.to_dict() == first.config.to_dict()

@@ -15,6 +15,7 @@ from ofb_hf.families.description import heads_of, presence_of, quantities
 from ofb_hf.masks.bi_mask import BiMask
 from ofb_hf.masks.stack import IMPORTANCE_PENALTY, MaskStack
 from ofb_hf.pruning.surgery import slice_tensors_
+from ofb_hf.search.shrinking import shrink_
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -25,7 +26,7 @@ def mixed_supernet(family, seed, shrinks, depth=False):
     supernet = tiny_supernet(seed, torch.float64, family, search_depth=depth)
     retire_some_(supernet, seed)
     if shrinks:
-        supernet.shrink_()
+        shrink_(supernet)
     return supernet
 
 
@@ -119,7 +120,7 @@ def test_what_is_not_searched_keeps_its_dense_size(searched, family):
         mask.settle_(*mask.largest_size())
     dense = quantities(supernet.dense_sizes)
     assert supernet.sizes("sparsity").tolist() == list(dense.values())
-    assert evaluate_terms(supernet.terms, dense) == supernet.dense_cost
+    assert evaluate_terms(supernet.decisions.terms, dense) == supernet.dense_cost
 
 
 @both_families

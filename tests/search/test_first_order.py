@@ -209,8 +209,8 @@ def test_as_many_units_are_important_as_are_to_be_kept(scores, data):
 def test_without_observations_importance_stays(family):
     supernet = tiny_supernet(family=family)
     before = [mask.importance_logits.detach().clone() for mask in supernet.bi_masks]
-    supernet.estimate_importance_()
-    assert first_order_candidates(supernet.groups) == {}
+    supernet.decisions.estimate_importance_()
+    assert first_order_candidates(supernet.decisions.groups) == {}
     assert all(
         torch.equal(a, mask.importance_logits)
         for a, mask in zip(before, supernet.bi_masks, strict=True)
@@ -232,8 +232,8 @@ def test_what_is_observed_decides_which_units_stay(family):
         supernet.bi_mask_config,
         {mask.name: mask.first_order for mask in supernet.bi_masks},
     )
-    supernet.estimate_importance_()
-    supernet.fit_alpha_()
+    supernet.decisions.estimate_importance_()
+    supernet.decisions.fit_alpha_()
     found = read_subnet(supernet)
     assert count_macs(tiny_model(family), found) <= supernet.target
     shared = total = 0
@@ -292,7 +292,7 @@ def test_while_gradients_are_observed_only_importance_has_any_and_afterwards_all
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             found = {name for name, p in trainer.supernet.named_parameters() if p.grad is not None}
             learning[state.global_step] = found
-            choices[state.global_step] = [part.item() for part in trainer._choice()]
+            choices[state.global_step] = [part.item() for part in trainer._choice_losses()]
 
     trainer = searcher(tmp_path, config, callbacks=[Look()], family=family, max_steps=6)
     every = {name for name, p in trainer.supernet.named_parameters() if p.requires_grad}
@@ -323,7 +323,7 @@ def test_however_short_the_search_it_looks_at_the_data_first(tmp_path, steps):
         )
         trainer.train()
         assert trainer.supernet.importance_known
-        assert trainer.supernet.is_settled
+        assert trainer.supernet.decisions.is_settled
         found.append(trainer.read_subnet())
     assert found[0] != found[1]
 
@@ -344,6 +344,14 @@ def test_moments_of_the_time_of_rest_are_forgotten(tmp_path):
     assert steps[5] == {1.0}
 
 
+def begin_observing(trainer):
+    """Put a trainer into the first step of its search, without running it."""
+    trainer.state.max_steps = trainer.args.max_steps
+    trainer.begin_search()
+    trainer.begin_search_step()
+    assert trainer.search_step.observes
+
+
 def test_a_loss_scale_that_overflows_is_lowered_and_nothing_is_lost(tmp_path):
     """What fp16 does in its first steps; on the CPU the scale has to be absurd."""
     plain = searcher(tmp_path, max_steps=3)
@@ -351,11 +359,7 @@ def test_a_loss_scale_that_overflows_is_lowered_and_nothing_is_lost(tmp_path):
     scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     for trainer in (plain, scaled):
         trainer.supernet.model.classifier.weight.data *= 64  # gradients above 1
-        trainer._schedule = {
-            "importance_phase": True,
-            "keep_ratio": 1.0,
-            "one_hot_weight": 0.0,
-        }
+        begin_observing(trainer)
         trainer.current_gradient_accumulation_steps = 1
         trainer.training_step(trainer.supernet, default_data_collator(rows()[:8]))
     assert scaled.accelerator.scaler.get_scale() < 2.0**126
@@ -368,11 +372,7 @@ def test_images_that_are_looked_at_again_are_remembered_once(tmp_path):
     trainer = searcher(tmp_path, search_config(search_tokens=True), model=model)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     trainer.supernet.model.classifier.weight.data *= 64
-    trainer._schedule = {
-        "importance_phase": True,
-        "keep_ratio": 1.0,
-        "one_hot_weight": 0.0,
-    }
+    begin_observing(trainer)
     trainer.current_gradient_accumulation_steps = 1
     batch = default_data_collator(rows()[:8])
     trainer.training_step(trainer.supernet, batch)
@@ -420,14 +420,14 @@ def test_images_count_alike_however_many_micro_batches_a_step_has(tmp_path):
             tmp_path, config, max_steps=steps, gradient_accumulation_steps=accumulation
         )
         trainer.train_dataset = rows(40)
-        found, estimate = {}, trainer.supernet.estimate_importance_
+        found, estimate = {}, trainer.supernet.decisions.estimate_importance_
         masks = trainer.supernet.named_masks
 
         def noted(*args, found=found, masks=masks, estimate=estimate):
             found |= {name: mask.first_order.clone() for name, mask in masks.items()}
             return estimate(*args)
 
-        trainer.supernet.estimate_importance_ = noted
+        trainer.supernet.decisions.estimate_importance_ = noted
         trainer.train()
         seen.append(found)
     assert seen[0]
@@ -439,7 +439,7 @@ def test_a_dense_model_as_its_own_teacher_leaves_something_to_observe(tmp_path):
     model = tiny_model("vit")
     named = OFBTrainer(model, arguments(tmp_path), search_config(), teacher=copy.deepcopy(model))
     assert named.distillation_weight == searcher(tmp_path, model=model).distillation_weight == 0.5
-    with pytest.raises(ValueError, match=r"distillation_weight is 1 .*Leave labels a share"):
+    with pytest.raises(ValueError, match=r"distillation_weight is 1 .*Leave labels a fraction"):
         searcher(tmp_path, model=model, distillation_weight=1.0)
 
 

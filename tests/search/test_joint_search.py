@@ -45,6 +45,7 @@ from ofb_hf.models.modeling_ofb_vit import merge_tokens, rank_tokens
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.release.stock import pad_to_stock
 from ofb_hf.search.searched_tokens import TokenProbe, merging_changes, tried_counts
+from ofb_hf.search.shrinking import shrink_
 from ofb_hf.tokens.schedules import full_schedule, schedule_cost
 from ofb_hf.training.history import HistoryCallback, read_history
 from ofb_hf.workflow.arguments import SearchArguments
@@ -211,7 +212,7 @@ def test_the_budget_holds_and_is_used_and_costs_are_exact(seed, share, depth, la
     shape = {"image_size": 32} if large else {}
     supernet = observed_supernet(seed, shape, target_macs=share, search_depth=depth)
     dense = compress_dense(supernet)
-    supernet.estimate_importance_()
+    supernet.decisions.estimate_importance_()
     subnet, small = read_subnet(supernet), compress(supernet)
     assert 0.98 * supernet.target <= count_macs(small) <= supernet.target
     assert flops(small) == 2 * count_macs(small)
@@ -219,7 +220,7 @@ def test_the_budget_holds_and_is_used_and_costs_are_exact(seed, share, depth, la
     assert SubnetSpec.from_json(subnet.to_json()) == subnet
     schedule = small.config.token_schedule
     assert subnet.token_schedule == schedule
-    assert supernet.token_schedule == (schedule or full_schedule(small.config))
+    assert supernet.decisions.token_schedule == (schedule or full_schedule(small.config))
     assert slice_model(dense, subnet).config.to_dict() == small.config.to_dict()
 
 
@@ -237,17 +238,17 @@ def test_all_tokens_are_no_schedule_wherever_they_were_decided_on():
     subnet's indices."""
     supernet = observed_supernet(target_macs=0.9)
     dense, every = compress_dense(supernet), full_schedule(supernet.config)
-    supernet.decide_tokens_(every)
+    supernet.decisions.decide_tokens_(every)
     subnet, small = read_subnet(supernet), compress(supernet)
-    assert supernet.token_schedule == every  # it is decided, though
+    assert supernet.decisions.token_schedule == every  # it is decided, though
     assert small.config.token_schedule is subnet.token_schedule is None
     assert "token_schedule" not in subnet.to_json()
     assert (
         slice_model(dense, SubnetSpec(subnet.kept, every)).config.to_dict()
         == small.config.to_dict()
     )
-    supernet.settle_()
-    supernet.shrink_()
+    supernet.decisions.settle_()
+    shrink_(supernet)
     assert supernet.tokens.acts
     assert supernet.config.token_schedule is supernet.fold().config.token_schedule is None
     # no schedule stands in the way of that
@@ -256,28 +257,30 @@ def test_all_tokens_are_no_schedule_wherever_they_were_decided_on():
 
 def test_expected_macs_of_one_choice_are_those_of_the_result():
     supernet = observed_supernet()
-    supernet.estimate_importance_()
-    choice = supernet.best_choice()
+    supernet.decisions.estimate_importance_()
+    choice = supernet.decisions.best_choice()
     with torch.no_grad():
         for mask in supernet.bi_masks:
             mask.alpha.fill_(-60.0)
             mask.alpha[mask.index_of(choice.candidates[mask.name].size)] = 60.0
-    expected = supernet.expected_macs(supernet.sizes("sparsity"))
+    expected = supernet.decisions.expected_macs(supernet.sizes("sparsity"))
     assert choice.cost == count_macs(compress(supernet))
     assert expected.item() == pytest.approx(choice.cost, rel=1e-6)
-    assert supernet.expected_cost(supernet.sizes("sparsity")).item() == expected.item()
+    assert supernet.decisions.expected_cost(supernet.sizes("sparsity")).item() == expected.item()
 
 
 def test_tokens_that_are_worth_nothing_go_and_units_stay():
     supernet = observed_supernet(target_macs=0.7)
     supernet.tokens.first_order.mul_(1e-9)
-    supernet.estimate_importance_()
-    tokens_only = count_macs(compress_dense(supernet), SubnetSpec({}, supernet.token_schedule))
+    supernet.decisions.estimate_importance_()
+    tokens_only = count_macs(
+        compress_dense(supernet), SubnetSpec({}, supernet.decisions.token_schedule)
+    )
     assert tokens_only <= 1.02 * supernet.target
     precious = observed_supernet(target_macs=0.7)
     precious.tokens.first_order.mul_(1e9)
-    precious.estimate_importance_()
-    assert reducing_layers(precious.token_schedule, 17) == [2]  # where it costs nothing
+    precious.decisions.estimate_importance_()
+    assert reducing_layers(precious.decisions.token_schedule, 17) == [2]  # where it costs nothing
 
 
 NON_UNIFORM = {  # candidates for `non_uniform_vit`
@@ -363,8 +366,12 @@ def test_a_search_ends_with_fewer_units_and_fewer_tokens(finished):
     trainer, _ = finished
     supernet, small = trainer.supernet.eval(), trainer.compress().eval()
     assert 0.98 * supernet.target <= count_macs(small) <= supernet.target
-    assert small.config.token_schedule == supernet.config.token_schedule == supernet.token_schedule
-    assert supernet.is_settled
+    assert (
+        small.config.token_schedule
+        == supernet.config.token_schedule
+        == supernet.decisions.token_schedule
+    )
+    assert supernet.decisions.is_settled
     assert bool(supernet.tokens.acts)
     assert supernet.pmim_decoder is None
     images = tiny_images(8)
@@ -438,7 +445,7 @@ def test_layers_that_have_lost_their_attention_already_let_tokens_pass():
     )
     for mask in supernet.bi_masks:
         mask.first_order.fill_(1.0)  # and tokens are worth nothing
-    supernet.estimate_importance_()
+    supernet.decisions.estimate_importance_()
     reducing = reducing_layers(read_subnet(supernet).token_schedule, 17)
     assert reducing
     assert set(reducing) <= {1, 2, 4}
@@ -457,4 +464,4 @@ def test_history_says_what_is_left(tmp_path):
     trainer.train()
     left = [row.get("tokens") for row in read_history(tmp_path / "history.jsonl")]
     assert left[0] is None
-    assert left[-1] == [merged for _, merged in trainer.supernet.token_schedule]
+    assert left[-1] == [merged for _, merged in trainer.supernet.decisions.token_schedule]

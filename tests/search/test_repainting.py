@@ -200,6 +200,6 @@ def test_arguments_that_masked_images_would_lose_are_refused(family):
     supernet = supernet_for(family)
     for lost in ({"labels": torch.tensor([0, 1])}, {"output_hidden_states": True}):
         with pytest.raises(
-            ValueError, match=f"{next(iter(lost))}.* are given beside bool_masked_pos"
+            ValueError, match=f"{next(iter(lost))}.* are given with bool_masked_pos"
         ):
             supernet(images_for(supernet), bool_masked_pos=masked_patches(supernet), **lost)

@@ -30,6 +30,7 @@ from invariants import (
 from ofb_hf import compress, count_macs, install_bi_masks, read_subnet
 from ofb_hf.families.mask_token import mask_token_of
 from ofb_hf.pruning.surgery import Plan, slice_optimizer_, slice_tensor
+from ofb_hf.search.shrinking import shrink_, shrink_to_
 from ofb_hf.search.supernet import Supernet
 from ofb_hf.training.averaging import WeightAverage
 
@@ -38,7 +39,7 @@ both_families = pytest.mark.parametrize("family", FAMILIES)
 
 def shrink_with_(supernet: Supernet, optimizer: torch.optim.Optimizer) -> Plan:
     """Shrinks a supernet and its optimizer; returns the plan."""
-    replaced, plan = supernet.shrink_()
+    replaced, plan = shrink_(supernet)
     names = {parameter: name for name, parameter in supernet.named_parameters()}
     stayed = {old: names[new] for old, new in replaced.items() if new is not None}
     slice_optimizer_(optimizer, replaced, {old: plan[name] for old, name in stayed.items()})
@@ -57,7 +58,7 @@ def leave_out_(supernet: Supernet, seed: int) -> None:
 
 def retire_some_except_best_(supernet: Supernet, seed: int) -> None:
     """Retires at random, but leaves the best choice within the budget."""
-    best = supernet.best_choice().candidates
+    best = supernet.decisions.best_choice().candidates
     generator = torch.Generator().manual_seed(seed)
     for mask in supernet.bi_masks:
         wanted = torch.rand(mask.candidate_sizes.max() + 1, generator=generator) < 0.5
@@ -82,7 +83,7 @@ def test_shrinking_changes_neither_logits_nor_pictures(seed, dtype, share, depth
     images, masked = tiny_images(dtype=dtype), masked_patches(supernet)
     before, painted = supernet(images).logits.detach(), supernet(images, bool_masked_pos=masked)
     something_to_remove = not all(mask.alive.all() for mask in supernet.bi_masks)
-    supernet.shrink_()
+    shrink_(supernet)
     assert (count_macs(supernet.config) < supernet.dense_macs) == something_to_remove
     assert something_to_remove or share < 0.8
     assert_close(supernet(images).logits, before)
@@ -104,7 +105,7 @@ def test_shrinking_changes_no_gradient(seed, depth, family):
     retire_some_(supernet, seed, 0.6)
     images = tiny_images(dtype=torch.float64)
     before = gradients_of(supernet, images)
-    _, plan = supernet.shrink_()
+    _, plan = shrink_(supernet)
     after = gradients_of(supernet, images)
     assert (after.keys() < before.keys()) if depth else (after.keys() == before.keys())
     assert all(before[name].abs().max() < 1e-12 for name in before.keys() - after.keys())
@@ -129,8 +130,8 @@ def test_a_shrunken_network_looks_like_one_that_was_built_small(family, depth):
         name for name, parameter in supernet.model.named_parameters() if not parameter.requires_grad
     ]
     supernet(tiny_images())
-    supernet.settle_()
-    supernet.shrink_()
+    supernet.decisions.settle_()
+    shrink_(supernet)
     small = OURS[family](supernet.config)
     theirs, seen = dict(small.named_modules()), set()
     for name, module in supernet.model.named_modules():
@@ -171,7 +172,7 @@ def test_mask_token_and_decoder_lose_the_channels_that_the_network_loses(family)
     first, last = (
         list(masks[name].kept()) for name in (architecture.first_width, architecture.last_width)
     )
-    supernet.shrink_()
+    shrink_(supernet)
     assert torch.equal(mask_token_of(supernet.model), token[..., first])
     assert torch.equal(supernet.pmim_decoder.projection.weight, decoder[:, last])
     assert supernet.pmim_decoder.projection.in_channels == len(last)
@@ -228,7 +229,7 @@ def test_a_parameter_without_a_plan_starts_with_fresh_moments(family):
         names_of(supernet.config, "mlp"),
     )
     supernet.named_masks[shrinking].settle_(29)
-    replaced, plan = supernet.shrink_()
+    replaced, plan = shrink_(supernet)
     names = {parameter: name for name, parameter in supernet.named_parameters()}
     entries = {
         old: plan[names[new]] for old, new in replaced.items() if not names[new].endswith(".alpha")
@@ -282,7 +283,7 @@ def test_read_subnet_names_units_of_the_dense_parent_after_shrinks(family, depth
     for event in range(3):
         for supernet in (kept, shrunk):
             retire_some_except_best_(supernet, event)
-        shrunk.shrink_()
+        shrink_(shrunk)
         assert read_subnet(shrunk) == read_subnet(kept)
     assert count_macs(shrunk.config) < shrunk.dense_macs
     dense = tiny_model(family)
@@ -300,11 +301,11 @@ def test_retirement_spares_the_best_choice_within_the_budget(family):
         for mask in supernet.bi_masks:
             with torch.no_grad():
                 mask.alpha.mul_(4)
-        best = supernet.best_choice().candidates
-        assert supernet.retire_candidates() > 0
+        best = supernet.decisions.best_choice().candidates
+        assert supernet.decisions.retire_candidates() > 0
         for mask in supernet.bi_masks:
             assert mask.active_candidates[mask.index_of(best[mask.name].size)]
-        assert supernet.best_choice().cost <= supernet.target
+        assert supernet.decisions.best_choice().cost <= supernet.target
 
 
 @both_families
@@ -320,13 +321,13 @@ def test_a_fresh_supernet_takes_the_state_of_a_shrunken_one(family, depth):
             saved.named_masks[name].settle_(*(0 for _ in saved.named_masks[name].alive.shape))
     for event in range(2):
         retire_some_except_best_(saved, event)
-        saved.shrink_()
+        shrink_(saved)
     state = copy_of_state(saved)
     fresh = install_bi_masks(
         tiny_model(family, seed=5), search_config(family, target_macs=0.4, search_depth=depth)
     )
     fresh(images)
-    fresh.shrink_to_(state)
+    shrink_to_(fresh, state)
     fresh.load_state_dict(state, strict=True)
     assert count_macs(fresh.config) < fresh.dense_macs
     assert torch.equal(fresh(images).logits, saved(images).logits)
@@ -340,9 +341,9 @@ def test_the_state_of_another_search_is_refused(family):
     state = copy_of_state(supernet)
     last = f"bi_masks.{len(supernet.bi_masks) - 1}."
     with pytest.raises(ValueError, match=f"checkpoint.*{supernet.bi_masks[-1].name}"):
-        supernet.shrink_to_(
-            {name: tensor for name, tensor in state.items() if not name.startswith(last)}
+        shrink_to_(
+            supernet, {name: tensor for name, tensor in state.items() if not name.startswith(last)}
         )
     state[f"{last}unit_ids"] = state[f"{last}unit_ids"] + 1
     with pytest.raises(ValueError, match=f"checkpoint.*{supernet.bi_masks[-1].name}"):
-        supernet.shrink_to_(state)
+        shrink_to_(supernet, state)

@@ -50,6 +50,7 @@ from ofb_hf import (
 from ofb_hf.families.description import UnsupportedArchitectureError, heads_of
 from ofb_hf.families.registry import describe
 from ofb_hf.pruning.surgery import slice_model
+from ofb_hf.search.shrinking import shrink_
 from ofb_hf.search.supernet import Supernet
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
@@ -130,7 +131,7 @@ def test_a_model_with_different_widths_can_be_searched(family):
     supernet = install_bi_masks(dense, config).double()
     randomize_masks_(supernet)
     settled = copy.deepcopy(supernet)
-    settled.settle_()
+    settled.decisions.settle_()
     small = compress(supernet)
     assert_close(small(images).logits, settled(images).logits)
     assert attention_scales(small) == attention_scales(dense)
@@ -151,8 +152,8 @@ def test_installing_masks_leaves_the_dense_model_alone(make, family):
     classes = [type(module) for module in dense.modules()]
     supernet = install_bi_masks(dense, search_config(family))
     randomize_masks_(supernet)
-    supernet.settle_()
-    supernet.shrink_()
+    supernet.decisions.settle_()
+    shrink_(supernet)
     with torch.no_grad():
         for parameter in supernet.parameters():
             parameter.zero_()
@@ -176,8 +177,8 @@ def test_a_copy_of_a_supernet_is_independent(evaluated, family):
     twin = copy.deepcopy(supernet)
     assert torch.equal(twin(images).logits, logits)
     randomize_masks_(twin, seed=9)
-    twin.settle_()
-    twin.shrink_()
+    twin.decisions.settle_()
+    shrink_(twin)
     changed = twin(images).logits
     assert (changed - logits).abs().max() > 1e-3
     assert torch.equal(supernet(images).logits, logits)
@@ -457,7 +458,7 @@ def test_no_pmim_means_no_decoder_and_no_mask_token(family):
     assert supernet.pmim_decoder is None
     retire_some_(supernet, 0)
     before = supernet(tiny_images()).logits.detach()
-    supernet.shrink_()
+    shrink_(supernet)
     assert_close(supernet(tiny_images()).logits, before)
 
 
@@ -469,7 +470,7 @@ def test_one_kind_alone_can_be_searched(searched, family):
     assert {mask.kind for mask in supernet.bi_masks} == {searched}
     images = tiny_images(dtype=torch.float64)
     settled = copy.deepcopy(supernet)
-    settled.settle_()
+    settled.decisions.settle_()
     small = compress(supernet)
     assert_close(small(images).logits, settled(images).logits)
     for name, shape in describe(small.config).sizes.items():
@@ -485,7 +486,9 @@ def test_labels_and_interfaces_pass_through(family):
         nn.functional.cross_entropy(output.logits, LABELS).item()
     )
     assert len(output.hidden_states) == 3
-    assert supernet.num_active_candidates == sum(mask.alpha.numel() for mask in supernet.bi_masks)
-    assert not supernet.is_settled
+    assert supernet.decisions.num_active_candidates == sum(
+        mask.alpha.numel() for mask in supernet.bi_masks
+    )
+    assert not supernet.decisions.is_settled
     settle_randomly_(supernet, 0)
-    assert supernet.is_settled
+    assert supernet.decisions.is_settled

@@ -27,6 +27,7 @@ from ofb_hf import (
     install_bi_masks,
 )
 from ofb_hf.pruning.surgery import slice_model
+from ofb_hf.search.shrinking import shrink_
 from ofb_hf.search.supernet import Supernet
 
 THREE_STAGES = {
@@ -110,7 +111,7 @@ def test_masked_equals_sliced_also_while_training(what, fields):
     folded, logits = supernet.fold(), seeded(supernet, images).logits
     assert (logits - seeded(dense, images).logits).abs().max() > 1e-3
     assert (logits - supernet.eval()(images).logits).abs().max() > 1e-3
-    supernet.train().shrink_()
+    shrink_(supernet.train())
     for model in (small, folded, supernet):
         assert_close(seeded(model, images).logits, logits)
 
@@ -120,7 +121,7 @@ def test_compress_keeps_the_function_of_random_masks(fields):
     dense, supernet = swin_and_search(fields, target_macs=0.6)
     small, images = compress(supernet), images_for(dense)
     assert count_macs(small) <= 0.6 * count_macs(dense)
-    supernet.settle_()
+    supernet.decisions.settle_()
     assert_close(seeded(small, images).logits, seeded(supernet, images).logits)
 
 

@@ -23,6 +23,7 @@ from ofb_hf import compress, count_macs, count_params, install_bi_masks, read_su
 from ofb_hf.choice.scores import scored_candidates, search_scores
 from ofb_hf.masks.bi_mask import TiedBiMask
 from ofb_hf.release.stock import pad_to_stock
+from ofb_hf.search.shrinking import shrink_
 from ofb_hf.space.configuration import BiMaskConfig
 from ofb_hf.space.search_space import SearchSpace, SubmoduleSpace
 
@@ -50,7 +51,9 @@ def test_layers_of_a_kind_and_size_share_one_choice(family):
     fewer = sum(alone.named_masks[name].alpha.numel() for name in TIED[family])
     assert supernet.space.num_candidates == alone.space.num_candidates - fewer
     names = {name for name, _ in supernet.named_parameters() if name.endswith(".alpha")}
-    assert len(names) == len(supernet.groups) == len(supernet.bi_masks) - len(TIED[family])
+    assert (
+        len(names) == len(supernet.decisions.groups) == len(supernet.bi_masks) - len(TIED[family])
+    )
     for name, leader in TIED[family].items():
         assert supernet.named_masks[name].alpha is supernet.named_masks[leader].alpha
 
@@ -62,14 +65,16 @@ def test_sizes_are_equal_units_are_not_and_the_budget_holds(family, seed):
     supernet = install_bi_masks(tiny_model(family), uniform(family, target_macs=target))
     randomize_masks_(supernet, seed)
     if seed % 2:
-        supernet.retire_candidates()
-        supernet.shrink_()
+        supernet.decisions.retire_candidates()
+        shrink_(supernet)
     subnet = read_subnet(supernet)
     for name, leader in TIED[family].items():
         assert subnet.size(name) == subnet.size(leader)
         full = supernet.dense_sizes[name] in (subnet.size(name), (subnet.size(name),))
         assert full or subnet.kept[name] != subnet.kept[leader]
-    assert count_macs(compress(supernet)) == supernet.best_choice().cost <= supernet.target
+    assert (
+        count_macs(compress(supernet)) == supernet.decisions.best_choice().cost <= supernet.target
+    )
 
 
 @both_families
@@ -80,14 +85,14 @@ def test_the_choice_is_the_best_of_all_common_ones(family):
     )
     supernet = install_bi_masks(tiny_model(family), config)
     randomize_masks_(supernet, seed=3)
-    best = supernet.best_choice()
+    best = supernet.decisions.best_choice()
 
     def scores(mask):
-        return search_scores(mask, supernet.terms, supernet.dense_sizes)
+        return search_scores(mask, supernet.decisions.terms, supernet.dense_sizes)
 
     alone = {mask.name: scored_candidates([[mask]], scores) for mask in supernet.bi_masks}
     worth: dict[str, dict] = {}
-    for name, leader in supernet.leaders.items():
+    for name, leader in supernet.decisions.leaders.items():
         for option in alone[name][name]:
             scores = worth.setdefault(leader, {})
             scores[option.size] = scores.get(option.size, 0.0) + option.score
@@ -98,7 +103,7 @@ def test_the_choice_is_the_best_of_all_common_ones(family):
             n: list(r)[int(torch.randint(len(r), (1,), generator=generator))]
             for n, r in worth.items()
         }
-        sizes = {name: picks[leader] for name, leader in supernet.leaders.items()}
+        sizes = {name: picks[leader] for name, leader in supernet.decisions.leaders.items()}
         cost = count_macs(dense, _first_units(subnet, sizes))
         if 0.98 * supernet.target <= cost <= supernet.target:
             seen += 1
@@ -138,7 +143,7 @@ def test_the_tied_learn_one_alpha_and_their_own_importance(family):
 def test_alpha_is_fitted_to_the_mean_importance_of_the_tied():
     supernet = tiny_supernet(uniform_across_layers=True)
     leader, follower = (supernet.named_masks[f"layers.{layer}.mlp"] for layer in (0, 1))
-    supernet.fit_alpha_()
+    supernet.decisions.fit_alpha_()
     together = leader.alpha.clone()
     leader.fit_alpha_(curve=(leader.importance_by_rank() + follower.importance_by_rank()) / 2)
     assert torch.equal(leader.alpha, together)
@@ -161,7 +166,7 @@ def test_a_search_ends_uniform_within_its_budget(tmp_path, family, prune_during_
         assert read_subnet(trainer.supernet).size(name) == read_subnet(trainer.supernet).size(
             leader
         )
-    assert trainer.supernet.is_settled
+    assert trainer.supernet.decisions.is_settled
     assert isinstance(trainer.supernet.named_masks[next(iter(TIED[family]))], TiedBiMask)
 
 

@@ -433,8 +433,8 @@ def test_widths_and_tokens_hold_milliseconds_together(seed, depth):
         supernet.tokens.first_order[1:-1],
     ]:
         buffer.copy_(torch.rand(buffer.shape, generator=generator))
-    supernet.estimate_importance_()
-    choice, small = supernet.best_choice(), compress(supernet)
+    supernet.decisions.estimate_importance_()
+    choice, small = supernet.decisions.best_choice(), compress(supernet)
     assert choice.cost == count_latency(small, table)
     assert (
         0.9 * supernet.target

@@ -124,7 +124,7 @@ def test_a_trial_step_is_a_step_of_the_search(family, here):
     assert all(parts[name] != 0 for name in ("task", "pmim", "flops", "one_hot"))
     assert not torch.equal(weights, supernet.model.classifier.weight)
     assert not torch.equal(alpha, supernet.bi_masks[0].alpha)
-    assert supernet.num_active_candidates == supernet.space.num_candidates
+    assert supernet.decisions.num_active_candidates == supernet.space.num_candidates
     trial.settle()
     assert count_macs(supernet.config) <= supernet.target
     assert torch.isfinite(trial.step(trial.batch(3)))

@@ -68,7 +68,7 @@ def test_settings_are_known_and_their_budget_is_within_reach(path):
     recipe = "search_swin.py" if model.config.model_type == "swin" else "search_deit.py"
     assert f"recipes/{recipe} " in comment
     assert supernet.target == config.target_macs
-    assert 0.98 * supernet.target <= supernet.best_choice().cost <= supernet.target
+    assert 0.98 * supernet.target <= supernet.decisions.best_choice().cost <= supernet.target
 
 
 @pytest.mark.slow
