@@ -22,7 +22,7 @@ class OFBSwinConfig(SwinConfig):
             Hidden width of each block's MLP. 0 = the block has no MLP, nor the norm before it.
         attention_scale_per_stage (`list[float]`, *optional*):
             Factor on the attention logits. A compressed model keeps `dense_head_dim ** -0.5`,
-            whatever its heads were narrowed to; `None` derives it from the head's width as the
+            whatever the present width of its heads; `None` derives it from the head's width as the
             stock model does.
 
     Raises:
@@ -49,13 +49,13 @@ class OFBSwinConfig(SwinConfig):
     attention_scale_per_stage: list[float] | None = None
 
     def stage_width(self, stage: int) -> int:
-        """Channels of one stage's residual stream."""
+        """Return the channels of one stage's residual stream."""
         if self.hidden_size_per_stage is None:
             return int(self.embed_dim * 2**stage)
         return self.hidden_size_per_stage[stage]
 
     def layer_sizes(self, stage: int, block: int) -> dict[str, int]:
-        """Widths of one block: `num_attention_heads`, `head_dim` and `intermediate_size`.
+        """Return `num_attention_heads`, `head_dim` and `intermediate_size` of one block.
 
         No heads, or heads without channels, are both 0: the block has no attention.
         """
@@ -66,12 +66,11 @@ class OFBSwinConfig(SwinConfig):
         width = self.stage_width(stage)
         heads = pick(self.num_heads_per_block, self.num_heads[stage])
         head_dim = pick(self.head_dim_per_block, width // self.num_heads[stage])
+        mlp_width = pick(self.intermediate_size_per_block, int(self.mlp_ratio * width))
         return {
             "num_attention_heads": heads if head_dim else 0,
             "head_dim": head_dim if heads else 0,
-            "intermediate_size": pick(
-                self.intermediate_size_per_block, int(self.mlp_ratio * width)
-            ),
+            "intermediate_size": mlp_width,
         }
 
     def __post_init__(self, **kwargs):
@@ -79,52 +78,55 @@ class OFBSwinConfig(SwinConfig):
         if getattr(self, "token_schedule", None) is not None:
             raise ValueError(
                 "token_schedule is given, but Swin has no class token to rank patches by, and its "
-                "windows need the "
-                "whole grid; leave it out, or take a ViT."
+                "windows need the whole grid; leave it out, or take a ViT."
             )
+        stages = len(self.depths)
+        self._check_list("hidden_size_per_stage", self.hidden_size_per_stage, stages, "stage")
         self._check_list(
-            "hidden_size_per_stage", self.hidden_size_per_stage, len(self.depths), "stage"
+            "attention_scale_per_stage", self.attention_scale_per_stage, stages, "stage"
         )
-        self._check_list(
-            "attention_scale_per_stage", self.attention_scale_per_stage, len(self.depths), "stage"
-        )
-        for field in ("num_heads_per_block", "head_dim_per_block", "intermediate_size_per_block"):
-            rows = getattr(self, field)
-            if rows is None:
-                continue
-            self._check_list(field, rows, len(self.depths), "stage")
-            for stage, row in enumerate(rows):
-                self._check_list(f"{field}[{stage}]", row, self.depths[stage], "block", smallest=0)
-        for stage, row in enumerate(self.num_heads_per_block or []):
-            for block, heads in enumerate(row):
-                if heads > self.num_heads[stage]:
-                    raise ValueError(
-                        f"num_heads_per_block[{stage}][{block}] is {heads}, but "
-                        f"num_heads[{stage}] is "
-                        f"{self.num_heads[stage]}; a block has 0 to {self.num_heads[stage]} heads."
-                    )
-        if (
-            self.hidden_size_per_stage is not None
-            and self.hidden_size_per_stage[0] != self.embed_dim
-        ):
+        self._check_rows("num_heads_per_block", self.num_heads_per_block)
+        self._check_rows("head_dim_per_block", self.head_dim_per_block)
+        self._check_rows("intermediate_size_per_block", self.intermediate_size_per_block)
+        self._check_heads()
+        widths = self.hidden_size_per_stage
+        if widths is not None and widths[0] != self.embed_dim:
             raise ValueError(
-                f"hidden_size_per_stage[0] is {self.hidden_size_per_stage[0]}, but embed_dim is "
-                f"{self.embed_dim}; both "
+                f"hidden_size_per_stage[0] is {widths[0]}, but embed_dim is {self.embed_dim}; both "
                 "are the width of the first stage and must agree."
             )
-        if self.head_dim_per_block is None:
-            for stage, (width, heads) in enumerate(
-                zip(self.hidden_size_per_stage or [], self.num_heads, strict=False)
-            ):
-                if width < heads:
-                    raise ValueError(
-                        f"hidden_size_per_stage[{stage}] is {width}, but num_heads[{stage}] is "
-                        f"{heads}; without "
-                        "head_dim_per_block these heads would be 0 channels wide."
-                    )
         # The stock config puts the doubled width here, which other libraries read as the width of
         # the output.
-        self.hidden_size = self.stage_width(len(self.depths) - 1)
+        self.hidden_size = self.stage_width(stages - 1)
+
+    def _check_heads(self) -> None:
+        """Raise ValueError for more heads than the dense model has, and for heads without
+        channels."""
+        for stage, row in enumerate(self.num_heads_per_block or []):
+            largest = self.num_heads[stage]
+            for block, heads in enumerate(row):
+                if heads > largest:
+                    raise ValueError(
+                        f"num_heads_per_block[{stage}][{block}] is {heads}, but "
+                        f"num_heads[{stage}] is {largest}; a block has 0 to {largest} heads."
+                    )
+        if self.head_dim_per_block is not None:
+            return
+        for stage, width in enumerate(self.hidden_size_per_stage or []):
+            heads = self.num_heads[stage]
+            if width < heads:
+                raise ValueError(
+                    f"hidden_size_per_stage[{stage}] is {width}, but num_heads[{stage}] is "
+                    f"{heads}; without head_dim_per_block these heads would be 0 channels wide."
+                )
+
+    def _check_rows(self, field: str, rows: list[list[int]] | None) -> None:
+        """Raise ValueError unless there is one width of 0 or more for each block."""
+        if rows is None:
+            return
+        self._check_list(field, rows, len(self.depths), "stage")
+        for stage, row in enumerate(rows):
+            self._check_list(f"{field}[{stage}]", row, self.depths[stage], "block", smallest=0)
 
     def _check_list(
         self, field: str, values: list | None, length: int, place: str, smallest: int = 1

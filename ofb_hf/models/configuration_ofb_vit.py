@@ -23,14 +23,14 @@ class OFBViTConfig(ViTConfig):
             Hidden width of each layer's MLP. 0 = the layer has no MLP, nor the norm before it.
         attention_scale (`float`, *optional*):
             Factor on the attention logits. A compressed model keeps `dense_head_dim ** -0.5`,
-            whatever its heads were narrowed to; `None` derives it from the head's width as the
+            whatever the present width of its heads; `None` derives it from the head's width as the
             stock model does.
         token_schedule (`list[list[int]]`, *optional*):
-            For each layer `[kept after dropping, kept after merging]`: at most so many tokens, the
-            class token included, go on to its MLP and to the next layer. Tokens never come back, so
-            an entry above an earlier one means that one; the running minimum is what is stored.
-            `None` keeps all tokens everywhere, and so does a schedule of nothing but full counts,
-            which is stored as `None`.
+            For each layer `[kept after dropping, kept after merging]`: at most this many tokens,
+            the class token included, go on to its MLP and to the next layer. Tokens never come
+            back, so an entry above an earlier one has the effect of the earlier one; the running
+            minimum is what is stored. `None` keeps all tokens everywhere, and so does a schedule of
+            full counts only, which is stored as `None`.
 
     Raises:
         ValueError: for a list whose length is not `num_hidden_layers`, for a negative width, for
@@ -54,30 +54,34 @@ class OFBViTConfig(ViTConfig):
     head_dim_per_layer: list[int] | None = None
     intermediate_size_per_layer: list[int] | None = None
     attention_scale: float | None = None
-    # not `list[list[int]]`: tuples and numpy's numbers are as good, and become that
+    # Not `list[list[int]]`: tuples and numbers of numpy are accepted as well, and converted.
     token_schedule: Any = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of one image at `image_size`, class token included."""
-        (height, width), (rows, columns) = (
-            (size, size) if isinstance(size, int) else size
-            for size in (self.image_size, self.patch_size)
-        )
+        height, width = _pair(self.image_size)
+        rows, columns = _pair(self.patch_size)
         return (height // rows) * (width // columns) + 1
 
     def token_counts(self, layer: int) -> tuple[int, int, int]:
-        """Tokens that enter a layer, those left after dropping, and those left after merging; class
-        token included."""
+        """Return the tokens that enter a layer, those after dropping, and those after merging.
+
+        The class token is included.
+        """
         if self.token_schedule is None:
-            return (self.num_tokens,) * 3
-        # `from_pretrained` may have put in another one
+            return self.num_tokens, self.num_tokens, self.num_tokens
+        # Checked again: `from_pretrained(..., token_schedule=...)` sets it after construction.
         schedule = self._falling_schedule(self.token_schedule)
-        return schedule[layer - 1][1] if layer else self.num_tokens, *schedule[layer]
+        before = schedule[layer - 1][1] if layer > 0 else self.num_tokens
+        kept, merged = schedule[layer]
+        return before, kept, merged
 
     def meant_schedule(self, schedule: Sequence[Sequence[int]]) -> list[list[int]] | None:
-        """A schedule as `token_schedule` stores it: its running minimum, or None if it keeps all
-        tokens.
+        """Return a schedule as `token_schedule` stores it.
+
+        Returns:
+            Its running minimum, or None if it keeps all tokens.
 
         Raises:
             ValueError: for one that this model cannot follow; see the class.
@@ -86,17 +90,16 @@ class OFBViTConfig(ViTConfig):
         return falling if falling[-1][1] < self.num_tokens else None
 
     def layer_sizes(self, layer: int) -> dict[str, int]:
-        """Widths of one layer: `num_attention_heads`, `head_dim` and `intermediate_size`.
+        """Return `num_attention_heads`, `head_dim` and `intermediate_size` of one layer.
 
         No heads, or heads without channels, are both 0: the layer has no attention.
         """
 
-        # As in the stock model, a `head_dim` beside the declared fields counts.
-        head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
-
         def pick(sizes: list[int] | None, default: int) -> int:
             return default if sizes is None else sizes[layer]
 
+        # As the stock model does: a `head_dim` that is not a declared field counts.
+        head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
         heads = pick(self.num_attention_heads_per_layer, self.num_attention_heads)
         head_dim = pick(self.head_dim_per_layer, head_dim)
         return {
@@ -107,25 +110,21 @@ class OFBViTConfig(ViTConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for field in (
-            "num_attention_heads_per_layer",
-            "head_dim_per_layer",
-            "intermediate_size_per_layer",
-        ):
-            self._check_sizes(field, getattr(self, field))
+        self._check_sizes("num_attention_heads_per_layer", self.num_attention_heads_per_layer)
+        self._check_sizes("head_dim_per_layer", self.head_dim_per_layer)
+        self._check_sizes("intermediate_size_per_layer", self.intermediate_size_per_layer)
         if self.head_dim_per_layer is None and 0 < self.hidden_size < self.num_attention_heads:
             raise ValueError(
                 f"hidden_size is {self.hidden_size}, but num_attention_heads is "
-                f"{self.num_attention_heads}; without "
-                "head_dim_per_layer these heads would be 0 channels wide."
+                f"{self.num_attention_heads}; without head_dim_per_layer these heads would be 0 "
+                "channels wide."
             )
         for layer, heads in enumerate(self.num_attention_heads_per_layer or []):
             if heads > self.num_attention_heads:
                 raise ValueError(
                     f"num_attention_heads_per_layer[{layer}] is {heads}, but num_attention_heads "
-                    f"is "
-                    f"{self.num_attention_heads}; a layer has 0 to {self.num_attention_heads} "
-                    f"heads."
+                    f"is {self.num_attention_heads}; a layer has 0 to {self.num_attention_heads} "
+                    "heads."
                 )
         if self.attention_scale is not None and not self.attention_scale > 0:
             raise ValueError(
@@ -135,54 +134,65 @@ class OFBViTConfig(ViTConfig):
             self.token_schedule = self.meant_schedule(self.token_schedule)
 
     def _falling_schedule(self, schedule: Sequence[Sequence[int]]) -> list[list[int]]:
-        """A schedule's running minimum, once it has been checked."""
-        try:
-            schedule = [[index(count) for count in counts] for counts in schedule]
-        except TypeError:
-            raise ValueError(
-                f"token_schedule is {schedule!r}; give two whole numbers for each layer, [kept "
-                f"after dropping, kept "
-                "after merging]."
-            ) from None
+        """Check a schedule and return its running minimum."""
+        schedule = self._whole_counts(schedule)
         if len(schedule) != self.num_hidden_layers:
             raise ValueError(
                 f"token_schedule has {len(schedule)} entries, but num_hidden_layers is "
-                f"{self.num_hidden_layers}; give "
-                "[kept after dropping, kept after merging] for each layer."
+                f"{self.num_hidden_layers}; give [kept after dropping, kept after merging] for "
+                "each layer."
             )
-        left, meant = self.num_tokens, []
+        falling: list[list[int]] = []
+        left = self.num_tokens
         for layer, counts in enumerate(schedule):
             if len(counts) != 2 or not all(2 <= count <= self.num_tokens for count in counts):
                 raise ValueError(
                     f"token_schedule[{layer}] is {counts}; give [kept after dropping, kept after "
-                    f"merging], each from 2 "
-                    f"(the class token and one patch) to the {self.num_tokens} tokens of an image."
+                    "merging], each from 2 (the class token and one patch) to the "
+                    f"{self.num_tokens} tokens of an image."
                 )
-            before, kept = left, min(left, counts[0])
+            before = left
+            kept = min(before, counts[0])
             left = min(kept, counts[1])
             if left < before and not self.layer_sizes(layer)["num_attention_heads"]:
                 raise ValueError(
                     f"token_schedule[{layer}] is {counts}, fewer than the {before} tokens that "
-                    f"come in, but that layer "
-                    "has no attention to rank them by; let them pass."
+                    "come in, but that layer has no attention to rank them by; let them pass."
                 )
-            meant.append([kept, left])
-        return meant
+            falling.append([kept, left])
+        return falling
+
+    def _whole_counts(self, schedule: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return a schedule as lists of whole numbers."""
+        converted: list[list[int]] = []
+        try:
+            for counts in schedule:
+                converted.append([index(count) for count in counts])
+        except TypeError:
+            raise ValueError(
+                f"token_schedule is {schedule!r}; give two whole numbers for each layer, [kept "
+                "after dropping, kept after merging]."
+            ) from None
+        return converted
 
     def _check_sizes(self, field: str, sizes: list[int] | None) -> None:
+        """Raise ValueError unless there is one width of 0 or more for each layer."""
         if sizes is None:
             return
         if len(sizes) != self.num_hidden_layers:
             raise ValueError(
                 f"{field} has {len(sizes)} entries, but num_hidden_layers is "
-                f"{self.num_hidden_layers}; "
-                "give one width per layer."
+                f"{self.num_hidden_layers}; give one width per layer."
             )
         for layer, size in enumerate(sizes):
             if size < 0:
                 raise ValueError(
                     f"{field}[{layer}] is {size}; a width is 1 or more, or 0 for none."
                 )
+
+
+def _pair(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 __all__ = ["OFBViTConfig"]

@@ -1,4 +1,4 @@
-"""Swin with widths of their own in every stage and block: what a bi-mask search leaves behind.
+"""Swin with widths of its own in every stage and block: the result of a bi-mask search.
 
 Parameters, forward passes and outputs are those of transformers' Swin; only the sizes of the layers
 differ. With no width lists in the config the model equals the stock one bit for bit.
@@ -23,21 +23,22 @@ from .configuration_ofb_swin import OFBSwinConfig
 
 
 class OFBSwinAttention(SwinAttention):
-    """Window attention with this block's number of heads and head width; its scale may be the dense
-    model's.
+    """Window attention with this block's heads and head width; its scale may be the dense model's.
 
     Without heads it has no parameters and is never called.
     """
 
     def __init__(self, config: OFBSwinConfig, stage: int, block: int):
         nn.Module.__init__(self)
-        sizes, hidden_size = config.layer_sizes(stage, block), config.stage_width(stage)
+        sizes = config.layer_sizes(stage, block)
+        hidden_size = config.stage_width(stage)
         self.config = config
         self.num_attention_heads = sizes["num_attention_heads"]
         self.head_dim = sizes["head_dim"]
         self.attention_dropout = config.attention_probs_dropout_prob
-        scales = config.attention_scale_per_stage
-        self.scaling = (self.head_dim or 1) ** -0.5 if scales is None else scales[stage]
+        self.scaling = (self.head_dim or 1) ** -0.5
+        if config.attention_scale_per_stage is not None:
+            self.scaling = config.attention_scale_per_stage[stage]
         self.is_causal = False
 
         width = self.num_attention_heads * self.head_dim
@@ -46,10 +47,10 @@ class OFBSwinAttention(SwinAttention):
         self.v_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias) if width else None
         self.o_proj = nn.Linear(width, hidden_size) if width else None
 
-        window = (config.window_size, config.window_size)
-        self.relative_position_bias = (
-            SwinRelativePositionBias(self.num_attention_heads, window) if width else None
-        )
+        self.relative_position_bias = None
+        if width:
+            window = (config.window_size, config.window_size)
+            self.relative_position_bias = SwinRelativePositionBias(self.num_attention_heads, window)
 
 
 class OFBSwinMLP(SwinMLP):
@@ -57,26 +58,24 @@ class OFBSwinMLP(SwinMLP):
 
     def __init__(self, config: OFBSwinConfig, stage: int, block: int):
         nn.Module.__init__(self)
-        hidden_size, width = (
-            config.stage_width(stage),
-            config.layer_sizes(stage, block)["intermediate_size"],
-        )
+        hidden_size = config.stage_width(stage)
+        width = config.layer_sizes(stage, block)["intermediate_size"]
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(hidden_size, width) if width else None
         self.fc2 = nn.Linear(width, hidden_size) if width else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # The stock block adds what comes back, so a single 0 has to.
-        return hidden_states.new_zeros(()) if self.fc1 is None else super().forward(hidden_states)
+        if self.fc1 is None:
+            return hidden_states.new_zeros(())  # the stock block adds what is returned
+        return super().forward(hidden_states)
 
 
 class OFBSwinLayer(SwinLayer):
-    """Swin block built from `config.layer_sizes(stage, block)`; a half without width is passed by.
+    """Swin block with the sizes of its place; a half without width is skipped.
 
     A block without attention returns a map of no heads, (B * windows, 0, T, T) with T tokens in a
     window. The stock layer gives up its shift for good at the first image that is no larger than
-    one window. This one looks at every image anew, so what it computes does not depend on what it
-    has seen before.
+    one window. This one decides for every image, so its outputs do not depend on earlier images.
     """
 
     def __init__(
@@ -96,10 +95,8 @@ class OFBSwinLayer(SwinLayer):
         self.layernorm_after = _norm(config, stage) if sizes["intermediate_size"] else nn.Identity()
         self.mlp = OFBSwinMLP(config, stage, block)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.configured_windows = (
-            config.window_size,
-            0 if block % 2 == 0 else config.window_size // 2,
-        )
+        shift = config.window_size // 2 if block % 2 else 0
+        self.configured_windows = (config.window_size, shift)
         self.window_size, self.shift_size = self.configured_windows
         self.input_resolution = input_resolution
         self.drop_path = SwinDropPath(drop_path_rate) if drop_path_rate > 0.0 else nn.Identity()
@@ -115,16 +112,17 @@ class OFBSwinLayer(SwinLayer):
         if self.attention.num_attention_heads:
             return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
         if self.mlp.fc1 is not None:
-            hidden_states = hidden_states + self.dropout(
-                self.mlp(self.layernorm_after(hidden_states))
-            )
+            added = self.mlp(self.layernorm_after(hidden_states))
+            hidden_states = hidden_states + self.dropout(added)
         if self.attention.config._attn_implementation != "eager":  # which alone returns maps
             return hidden_states, None
         if not always_partition:
             self.set_shift_and_window_size(input_dimensions)
-        rows, columns = (-(-side // self.window_size) for side in input_dimensions)
-        tokens = self.window_size**2
+        # Windows of an image, rounded up: the stock layer pads the last ones.
+        rows = -(-input_dimensions[0] // self.window_size)
+        columns = -(-input_dimensions[1] // self.window_size)
         windows = hidden_states.shape[0] * rows * columns
+        tokens = self.window_size**2
         return hidden_states, hidden_states.new_empty(windows, 0, tokens, tokens)
 
 
@@ -133,7 +131,7 @@ def _norm(config: OFBSwinConfig, stage: int) -> nn.LayerNorm:
 
 
 class OFBSwinPatchMerging(SwinPatchMerging):
-    """Merges 2 x 2 patches from one stage's width to the next one's."""
+    """Merge 2 x 2 patches, from the width of one stage to that of the next one."""
 
     def __init__(self, width: int, next_width: int):
         nn.Module.__init__(self)
@@ -153,23 +151,17 @@ class OFBSwinStage(SwinStage):
     ):
         nn.Module.__init__(self)
         self.config = config
-        self.blocks = nn.ModuleList(
-            [
-                OFBSwinLayer(config, stage, block, input_resolution, drop_path_rate)
-                for block, drop_path_rate in enumerate(drop_path)
-            ]
-        )
-        is_last = stage == len(config.depths) - 1
-        self.downsample = (
-            None
-            if is_last
-            else OFBSwinPatchMerging(config.stage_width(stage), config.stage_width(stage + 1))
-        )
+        self.blocks = nn.ModuleList()
+        for block, rate in enumerate(drop_path):
+            self.blocks.append(OFBSwinLayer(config, stage, block, input_resolution, rate))
+        self.downsample = None
+        if stage < len(config.depths) - 1:
+            widths = config.stage_width(stage), config.stage_width(stage + 1)
+            self.downsample = OFBSwinPatchMerging(*widths)
 
 
 class OFBSwinPreTrainedModel(SwinPreTrainedModel):
-    """What the OFB Swin classes share: their config class; weights and outputs are handled as in
-    the stock Swin."""
+    """Base of the OFB Swin classes; weights and outputs are handled as in the stock Swin."""
 
     config: OFBSwinConfig
     config_class = OFBSwinConfig
@@ -183,26 +175,23 @@ class OFBSwinEncoder(OFBSwinPreTrainedModel, SwinEncoder):
         OFBSwinPreTrainedModel.__init__(self, config)
         self.num_layers = len(config.depths)
         self.config = config
+        # The rate rises linearly over all blocks.
         total = sum(config.depths)
         drop_path = [config.drop_path_rate * index / max(total - 1, 1) for index in range(total)]
-        self.layers = nn.ModuleList(
-            [
-                OFBSwinStage(
-                    config,
-                    stage,
-                    (grid_size[0] // 2**stage, grid_size[1] // 2**stage),
-                    drop_path[sum(config.depths[:stage]) : sum(config.depths[: stage + 1])],
-                )
-                for stage in range(self.num_layers)
-            ]
-        )
+        self.layers = nn.ModuleList()
+        first = 0  # block of the stage, counted over all stages
+        for stage, depth in enumerate(config.depths):
+            resolution = (grid_size[0] // 2**stage, grid_size[1] // 2**stage)
+            rates = drop_path[first : first + depth]
+            self.layers.append(OFBSwinStage(config, stage, resolution, rates))
+            first += depth
         self.post_init()
 
 
 class OFBSwinModel(OFBSwinPreTrainedModel, SwinModel):
     """Swin encoder with widths per stage and block. Inputs and outputs as `transformers.SwinModel`.
 
-    A classifier's checkpoint loads clean: `AutoModel.from_pretrained(classifier_checkpoint)`.
+    `AutoModel.from_pretrained(classifier_checkpoint)` loads without warnings.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
@@ -222,8 +211,7 @@ class OFBSwinModel(OFBSwinPreTrainedModel, SwinModel):
 
 
 class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassification):
-    """Swin classifier with widths per stage and block. Inputs and outputs as
-    `transformers.SwinForImageClassification`.
+    """Swin classifier with free widths, used as `transformers.SwinForImageClassification`.
 
     Example:
 
@@ -231,7 +219,8 @@ class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassifi
     >>> from transformers import SwinForImageClassification
     >>> from ofb_hf import OFBSwinForImageClassification
 
-    >>> dense = SwinForImageClassification.from_pretrained("microsoft/swin-tiny-patch4-window7-224")  # doctest: +SKIP
+    >>> name = "microsoft/swin-tiny-patch4-window7-224"
+    >>> dense = SwinForImageClassification.from_pretrained(name)  # doctest: +SKIP
     >>> same = OFBSwinForImageClassification.from_dense(dense)  # doctest: +SKIP
     ```"""
 
@@ -242,16 +231,15 @@ class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassifi
         OFBSwinPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.swin = OFBSwinModel(config)
-        width = self.swin.num_features
-        self.classifier = (
-            nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        )
+        self.classifier = nn.Identity()
+        if config.num_labels > 0:
+            self.classifier = nn.Linear(self.swin.num_features, config.num_labels)
         self.post_init()
 
     def forward_chosen(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None, chosen: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Logits, and some of the final tokens; logits follow from all of them.
+        """Compute logits, and return some of the final tokens; logits depend on all of them.
 
         Args:
             pixel_values: (B, channels, height, width).
@@ -262,20 +250,20 @@ class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassifi
             Logits (B, classes) and tokens (B, K, C).
         """
         outputs = self.swin(pixel_values, bool_masked_pos=bool_masked_pos)
-        tokens = outputs.last_hidden_state
-        chosen = chosen[..., None].expand(-1, -1, tokens.shape[-1])
-        return self.classifier(outputs.pooler_output), tokens.gather(1, chosen)
+        tokens = outputs.last_hidden_state  # (B, N, C)
+        index = chosen[..., None].expand(-1, -1, tokens.shape[-1])  # (B, K, C)
+        return self.classifier(outputs.pooler_output), tokens.gather(1, index)
 
     @classmethod
     def from_dense(
         cls, model: SwinForImageClassification, token_schedule: list[list[int]] | None = None
     ) -> "OFBSwinForImageClassification":
-        """Copies a stock Swin classifier into this class; `model` is left as it is.
+        """Copy a stock Swin classifier, or one of this class; `model` is left as it is.
 
         Args:
             model: any `SwinForImageClassification`, also one loaded from a checkpoint with old key
                 names.
-            token_schedule: for ViTs only; refused here in words.
+            token_schedule: for ViTs only; refused here with an explanation.
 
         Returns:
             A model with the same weights, dtype, device, attention implementation and training
@@ -288,10 +276,11 @@ class OFBSwinForImageClassification(OFBSwinPreTrainedModel, SwinForImageClassifi
         if not isinstance(model, SwinForImageClassification):
             raise TypeError(
                 f"from_dense got a {type(model).__name__}; it copies a transformers "
-                f"SwinForImageClassification. "
-                "Load one with SwinForImageClassification.from_pretrained(...)."
+                "SwinForImageClassification. Load one with "
+                "SwinForImageClassification.from_pretrained(...)."
             )
         fields = model.config.to_dict()
+        # These belong to the stock class, or are set below.
         for key in ("model_type", "architectures", "transformers_version", "dtype"):
             fields.pop(key, None)
         if token_schedule is not None:

@@ -1,12 +1,12 @@
-"""ViT with a width of its own in every layer: what a bi-mask search leaves behind.
+"""ViT with a width of its own in every layer: the result of a bi-mask search.
 
 Parameters, forward passes and outputs are those of transformers' ViT; only the sizes of the linear
 layers differ. With no width lists in the config the model equals the stock one bit for bit.
 
-With a `token_schedule`, blocks hand fewer tokens on than they got. Between attention and MLP, patch
+With a `token_schedule`, blocks return fewer tokens than they get. Between attention and MLP, patch
 tokens are ranked by the attention that the class token pays them; the last ones are dropped, the
-next ones merged into those that are most similar to them (DiffRate, arXiv:2305.17997). How many is
-fixed, so all shapes are static.
+next ones merged into the tokens that are most similar to them (DiffRate, arXiv:2305.17997). Their
+numbers are fixed, so all shapes are static.
 """
 
 import torch
@@ -37,123 +37,152 @@ BIASED_ATTENTION = ("eager", "sdpa")
 def class_attention(
     query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None
 ) -> Tensor:
-    """Attention of the class token to each patch token, averaged over heads: one row of the map,
-    not the map.
+    """Return the attention of the class token to each patch token, averaged over heads.
+
+    That is one row of the attention map; the others are not computed.
 
     Args:
-        query, key: (B, heads, N, channels per head), class token first.
-        scaling: factor on the logits; bias: (B, 1, 1, N), added to them.
+        query: (B, heads, N, channels per head), class token first.
+        key: the same of the keys.
+        scaling: factor on the logits.
+        bias: (B, 1, 1, N), added to the logits.
 
     Returns:
         (B, N - 1), in float32 or the inputs' wider type.
     """
-    logits = query[:, :, :1] @ key.mT * scaling
+    logits = query[:, :, :1] @ key.mT * scaling  # (B, heads, 1, N)
     if bias is not None:
         logits = logits + bias
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.softmax(-1, dtype=wide)[:, :, 0, 1:].mean(1)
+    attention = logits.softmax(-1, dtype=wide)
+    patches = attention[:, :, 0, 1:]  # (B, heads, N - 1)
+    return patches.mean(1)
 
 
 def take_tokens(tokens: Tensor, chosen: Tensor) -> Tensor:
-    """Tokens (B, N, C), indices (B, K) -> (B, K, C)."""
-    return tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+    """Select tokens of each image.
+
+    Args:
+        tokens: (B, N, C).
+        chosen: (B, K), their numbers.
+
+    Returns:
+        (B, K, C).
+    """
+    index = chosen[..., None].expand(-1, -1, tokens.shape[-1])  # (B, K, C)
+    return tokens.gather(1, index)
 
 
 def rank_tokens(importance: Tensor, count: int) -> Tensor:
-    """Indices (B, count) of the class token and of the most important patch tokens, in falling
-    order.
+    """Return the numbers of the class token and the most important patch tokens.
 
     Args:
         importance: of the patch tokens, (B, N - 1).
         count: tokens to choose, class token included.
+
+    Returns:
+        (B, count), the class token first, then patch tokens of falling importance.
     """
-    patches = importance.topk(count - 1).indices + 1
+    patches = importance.topk(count - 1).indices + 1  # (B, count - 1)
     return F.pad(patches, (1, 0))  # the class token is number 0
 
 
 def is_one_for_all_queries(attention_mask: Tensor | None) -> bool:
-    """Whether a mask, as attention kernels get it, has no rows of its own for single queries, so
-    that some of these may be left out. Flex attention's always has."""
-    return attention_mask is None or (
-        isinstance(attention_mask, Tensor) and attention_mask.shape[1:3] == (1, 1)
-    )
+    """Return whether a mask, as attention kernels get it, has one row for all queries.
+
+    Then some of the queries may be left out. Masks of flex attention always have a row for each.
+    """
+    if attention_mask is None:
+        return True
+    return isinstance(attention_mask, Tensor) and attention_mask.shape[1:3] == (1, 1)
 
 
 def require_biased_attention(config: ViTConfig) -> None:
-    """Raises ValueError unless the attention kernel can count a token by its size."""
+    """Raise ValueError unless the attention kernel can count a token by its size."""
     if config._attn_implementation not in BIASED_ATTENTION:
         raise ValueError(
             f"attn_implementation is {config._attn_implementation!r}, which takes no additive "
-            f"bias; with fewer tokens "
-            f"(token_schedule, and searches for one) it is one of {list(BIASED_ATTENTION)}."
+            "bias; with fewer tokens (token_schedule, and searches for one) it is one of "
+            f"{list(BIASED_ATTENTION)}."
         )
 
 
 def token_directions(tokens: Tensor) -> Tensor:
-    """Tokens (B, N, C) at length 1; features that are all 0 stay so, also in float16, which has no
-    number that small to divide by."""
+    """Return tokens (B, N, C) scaled to length 1; features that are all 0 stay 0."""
+    # In float16 the smallest divisor of `normalize` would be 0.
     wide = torch.promote_types(tokens.dtype, torch.float32)
     return F.normalize(tokens.detach().to(wide), dim=-1).to(tokens.dtype)
 
 
 def match_tokens(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """For each token from number `count` on, the most similar patch token before it.
+    """Find for each token from number `count` on the most similar patch token before `count`.
 
     Args:
-        tokens: (B, N, C), class token first; `count` is 2 to N - 1.
+        tokens: (B, N, C), class token first.
+        count: 2 to N - 1.
 
     Returns:
-        Cosine similarity (B, N - count), and the number of the match (B, N - count), 1 to count -
-        1. The class token is no match.
+        Cosine similarity (B, N - count), and the number of the match (B, N - count), 1 to
+        count - 1. The class token is no match.
     """
     directions = token_directions(tokens)
-    similarity, match = (directions[:, count:] @ directions[:, 1:count].mT).max(-1)
+    similarities = directions[:, count:] @ directions[:, 1:count].mT  # (B, N - count, count - 1)
+    similarity, match = similarities.max(-1)
     return similarity, match + 1
 
 
 def merge_tokens(tokens: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Merges each token from number `count` on into its match.
+    """Merge each token from number `count` on into its match.
 
-    Features become the mean of all tokens that meet; sizes add up, those that come in weighted by
-    their similarity (DiffRate's published code). Deviation: a negative similarity counts as 0, so a
-    size never falls below 1.
+    Features become the mean of all tokens that meet. Sizes add up, each merged one multiplied by
+    its similarity, as in DiffRate's published code. Deviation: a negative similarity counts as 0,
+    so a size never falls below 1.
 
     Args:
-        tokens: (B, N, C), most important first; sizes: (B, N), how many patches each stands for.
+        tokens: (B, N, C), most important first.
+        sizes: (B, N), how many patches each token stands for.
+        count: tokens that stay.
 
     Returns:
         Tokens (B, count, C) and sizes (B, count).
     """
     similarity, match = match_tokens(tokens, count)
-    # A product with a 0/1 matrix is deterministic on every device, which scattered sums are not.
-    # (B, N - count, count - 1)
+    # Which token joins which: (B, N - count, count - 1). A product with this 0/1 matrix is
+    # deterministic on every device, which scattered sums are not.
     joins = match[..., None] == torch.arange(1, count, device=match.device)
     weights = joins.to(tokens.dtype)
-    patches = tokens[:, 1:count] + weights.mT @ tokens[:, count:]
-    patches = patches / (1 + weights.sum(1))[..., None]
-    gained = (joins * (sizes[:, count:] * similarity.to(sizes.dtype).clamp(min=0))[..., None]).sum(
-        1
-    )
+    members = 1 + weights.sum(1)  # (B, count - 1)
+    patches = tokens[:, 1:count] + weights.mT @ tokens[:, count:]  # (B, count - 1, C)
+    patches = patches / members[..., None]
+    merged = sizes[:, count:] * similarity.to(sizes.dtype).clamp(min=0)  # (B, N - count)
+    gained = (joins * merged[..., None]).sum(1)  # (B, count - 1)
     sizes = torch.cat([sizes[:, :1], sizes[:, 1:count] + gained], 1)
     return torch.cat([tokens[:, :1], patches.to(tokens.dtype)], 1), sizes
 
 
 class TokenReduction(nn.Module):
-    """Drops and merges the patch tokens of one layer.
+    """Drop and merge the patch tokens of one layer.
 
     Args:
-        kept, merged: tokens left after dropping and after merging, at most; class token included.
+        kept: tokens after dropping, at most; class token included.
+        merged: the same after merging.
     """
 
     def __init__(self, kept: int, merged: int):
         super().__init__()
-        self.kept, self.merged = kept, merged
+        self.kept = kept
+        self.merged = merged
 
     def forward(
         self, tokens: Tensor, sizes: Tensor | None, importance: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N, C), sizes (B, N) or None for all 1, importance (B, N - 1) -> fewer tokens
-        and their sizes."""
+        """Return fewer tokens, and their sizes.
+
+        Args:
+            tokens: (B, N, C).
+            sizes: (B, N), None = all 1.
+            importance: of the patch tokens, (B, N - 1).
+        """
         kept = min(self.kept, tokens.shape[1])
         chosen = rank_tokens(importance.detach(), kept)
         tokens = take_tokens(tokens, chosen)
@@ -166,13 +195,12 @@ class TokenReduction(nn.Module):
         return merge_tokens(tokens, sizes, self.merged)
 
     def extra_repr(self) -> str:
-        """Shown when the model is printed."""
+        """Return what is shown when the model is printed."""
         return f"kept={self.kept}, merged={self.merged}"
 
 
 class OFBViTAttention(ViTAttention):
-    """Self-attention with this layer's number of heads and head width; its scale may be the dense
-    model's.
+    """Self-attention with this layer's heads and head width; its scale may be the dense model's.
 
     Without heads it has no parameters and adds nothing. Its entry in `attentions` is then a map of
     no heads, (B, 0, N, N), so that there is one per layer.
@@ -185,11 +213,9 @@ class OFBViTAttention(ViTAttention):
         self.num_attention_heads = sizes["num_attention_heads"]
         self.head_dim = sizes["head_dim"]
         self.attention_dropout = config.attention_probs_dropout_prob
-        self.scaling = (
-            (self.head_dim or 1) ** -0.5
-            if config.attention_scale is None
-            else config.attention_scale
-        )
+        self.scaling = config.attention_scale
+        if self.scaling is None:
+            self.scaling = (self.head_dim or 1) ** -0.5
         self.is_causal = False
 
         width = self.num_attention_heads * self.head_dim
@@ -206,23 +232,29 @@ class OFBViTAttention(ViTAttention):
         attending: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As the stock attention, for all tokens or for those that are `attending` (B, K, C).
+        """Attend as the stock attention does, for all tokens or for some of them.
 
-        The third output is the importance of the patches (B, N - 1), where asked for.
+        Args:
+            hidden_states: (B, N, C), the tokens that are attended to.
+            attention_mask: as for the stock attention.
+            with_importance: whether to return the importance of the patches.
+            attending: (B, K, C), the tokens whose attention to compute; by default all.
+            kwargs: for the attention kernel.
+
+        Returns:
+            Outputs (B, K, C), None without heads; attention maps (B, heads, K, N), where the kernel
+            returns them; and the importance of the patches (B, N - 1), if asked for.
         """
         attending = hidden_states if attending is None else attending
         if not self.num_attention_heads:
-            (batch, tokens, _), queries = hidden_states.shape, attending.shape[1]
-            is_eager = self.config._attn_implementation == "eager"  # which alone returns maps
-            return (
-                None,
-                hidden_states.new_empty(batch, 0, queries, tokens) if is_eager else None,
-                None,
-            )
-        projected = self.q_proj(attending), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        query, key, value = (
-            one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for one in projected
-        )
+            batch, tokens, _ = hidden_states.shape
+            weights = None
+            if self.config._attn_implementation == "eager":  # which alone returns maps
+                weights = hidden_states.new_empty(batch, 0, attending.shape[1], tokens)
+            return None, weights, None
+        query = self._split(self.q_proj(attending))
+        key = self._split(self.k_proj(hidden_states))
+        value = self._split(self.v_proj(hidden_states))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -230,10 +262,15 @@ class OFBViTAttention(ViTAttention):
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        importance = (
-            class_attention(query, key, self.scaling, attention_mask) if with_importance else None
-        )
-        return self.o_proj(output.flatten(2).contiguous()), weights, importance
+        importance = None
+        if with_importance:
+            importance = class_attention(query, key, self.scaling, attention_mask)
+        output = output.flatten(2).contiguous()  # (B, K, heads, channels) -> (B, K, width)
+        return self.o_proj(output), weights, importance
+
+    def _split(self, projected: Tensor) -> Tensor:
+        """Return projected tokens (B, N, width) as (B, heads, N, channels per head)."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class OFBViTMLP(ViTMLP):
@@ -249,8 +286,7 @@ class OFBViTMLP(ViTMLP):
 
 
 class OFBViTLayer(ViTLayer):
-    """Pre-norm transformer block built from `config.layer_sizes(layer)`; a half without width is
-    passed by."""
+    """Pre-norm transformer block with the sizes of its layer; a half without width is skipped."""
 
     def __init__(self, config: OFBViTConfig, layer: int):
         nn.Module.__init__(self)
@@ -271,7 +307,7 @@ class OFBViTLayer(ViTLayer):
         wanted: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """One block.
+        """Run one block.
 
         Args:
             hidden_states: (B, N, C).
@@ -279,15 +315,19 @@ class OFBViTLayer(ViTLayer):
             sizes: (B, N), how many patches each token stands for; None before the first merging.
             wanted: (B, K), which tokens to compute; by default, and where the schedule reduces them
                 here, all.
+            kwargs: for the attention kernel.
 
         Returns:
             Tokens and their sizes; fewer than came in where the schedule or `wanted` says so.
         """
-        # proportional attention: a token of n patches is attended to n times (arXiv:2210.09461)
         if sizes is not None:
-            attention_mask = sizes.log().to(hidden_states.dtype)[:, None, None]
-        attending = normed = self.layernorm_before(hidden_states)
-        wanted = None if self.reduction is not None else wanted
+            # Proportional attention: a token of n patches is attended to n times
+            # (arXiv:2210.09461).
+            attention_mask = sizes.log().to(hidden_states.dtype)[:, None, None]  # (B, 1, 1, N)
+        normed = self.layernorm_before(hidden_states)
+        attending = normed
+        if self.reduction is not None:
+            wanted = None
         asks_less = wanted is not None and is_one_for_all_queries(attention_mask)
         if asks_less:
             attending = take_tokens(normed, wanted)
@@ -300,15 +340,15 @@ class OFBViTLayer(ViTLayer):
         )
         if wanted is not None:
             hidden_states = take_tokens(hidden_states, wanted)
-            attended = attended if attended is None or asks_less else take_tokens(attended, wanted)
+            if attended is not None and not asks_less:
+                attended = take_tokens(attended, wanted)
         if attended is not None:
             hidden_states = hidden_states + self.dropout(attended)
         if self.reduction is not None:
             hidden_states, sizes = self.reduction(hidden_states, sizes, importance)
         if self.mlp.fc1 is not None:
-            hidden_states = hidden_states + self.dropout(
-                self.mlp(self.layernorm_after(hidden_states))
-            )
+            added = self.mlp(self.layernorm_after(hidden_states))
+            hidden_states = hidden_states + self.dropout(added)
         return hidden_states, sizes
 
 
@@ -317,8 +357,7 @@ def _norm(config: OFBViTConfig) -> nn.LayerNorm:
 
 
 class OFBViTPreTrainedModel(ViTPreTrainedModel):
-    """What the OFB ViT classes share: their config class; weights and outputs are handled as in the
-    stock ViT."""
+    """Base of the OFB ViT classes; weights and outputs are handled as in the stock ViT."""
 
     config: OFBViTConfig
     config_class = OFBViTConfig
@@ -328,12 +367,12 @@ class OFBViTPreTrainedModel(ViTPreTrainedModel):
 class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
     """ViT encoder with per-layer widths. Inputs and outputs as `transformers.ViTModel`.
 
-    With a `token_schedule`, `last_hidden_state`, `hidden_states` and `attentions` have as many
-    tokens as are left at their place: the class token first, then patches in falling order of
-    importance, not in the order of the image.
+    With a `token_schedule`, `last_hidden_state`, `hidden_states` and `attentions` have the tokens
+    that remain at their place: the class token first, then patches of falling importance, not in
+    the order of the image.
 
-    There is no pooling layer unless asked for: a classifier's checkpoint holds none, and
-    `AutoModel.from_pretrained(classifier_checkpoint)` should load clean.
+    By default there is no pooling layer: a classifier's checkpoint holds none, and
+    `AutoModel.from_pretrained(classifier_checkpoint)` should load without warnings.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
@@ -362,13 +401,16 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
         wanted: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """As `transformers.ViTModel.forward`.
+        """Encode images as `transformers.ViTModel.forward` does.
 
         Args:
-            pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask: as there.
-            wanted: (B, K), tokens that anything follows from: the last layer computes no others,
-                and `last_hidden_state` is of these. With a `token_schedule`, the class token at
-                most.
+            pixel_values: as there.
+            bool_masked_pos: as there.
+            interpolate_pos_encoding: as there.
+            attention_mask: as there.
+            wanted: (B, K), the tokens to return: the last layer computes no others. With a
+                `token_schedule`, the class token at most.
+            kwargs: for the layers.
 
         Raises:
             ValueError: with a `token_schedule`, for an `attention_mask`, and for attention without
@@ -386,9 +428,8 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
         sizes = None
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
-            hidden_states, sizes = layer(
-                hidden_states, attention_mask, sizes, wanted if number == last else None, **kwargs
-            )
+            computed = wanted if number == last else None
+            hidden_states, sizes = layer(hidden_states, attention_mask, sizes, computed, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         pooled = self.pooler(hidden_states) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
@@ -399,15 +440,13 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
         if attention_mask is not None:
             raise ValueError(
                 "attention_mask is given, but token_schedule moves and removes tokens, which it "
-                "would no longer fit; "
-                "leave it out, or load the model with token_schedule=None."
+                "would no longer fit; leave it out, or load the model with token_schedule=None."
             )
         require_biased_attention(self.config)
 
 
 class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassification):
-    """ViT classifier with per-layer widths. Inputs and outputs as
-    `transformers.ViTForImageClassification`.
+    """ViT classifier with per-layer widths, used as `transformers.ViTForImageClassification`.
 
     Example:
 
@@ -415,7 +454,8 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
     >>> from transformers import ViTForImageClassification
     >>> from ofb_hf import OFBViTForImageClassification
 
-    >>> dense = ViTForImageClassification.from_pretrained("facebook/deit-small-patch16-224")  # doctest: +SKIP
+    >>> name = "facebook/deit-small-patch16-224"
+    >>> dense = ViTForImageClassification.from_pretrained(name)  # doctest: +SKIP
     >>> same = OFBViTForImageClassification.from_dense(dense)  # doctest: +SKIP
     ```"""
 
@@ -426,18 +466,15 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
         OFBViTPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.vit = OFBViTModel(config)
-        self.classifier = (
-            nn.Linear(config.hidden_size, config.num_labels)
-            if config.num_labels > 0
-            else nn.Identity()
-        )
+        self.classifier = nn.Identity()
+        if config.num_labels > 0:
+            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     def forward_chosen(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None, chosen: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What `forward` computes, but in the last layer only for the class token and the chosen
-        patch tokens.
+        """Compute logits, and in the last layer no tokens but the class token and the chosen ones.
 
         Args:
             pixel_values: (B, channels, height, width).
@@ -447,17 +484,16 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
         Returns:
             Logits (B, classes) and tokens (B, K, C).
         """
-        wanted = F.pad(chosen + 1, (1, 0))  # the class token is number 0
-        tokens = self.vit(
-            pixel_values, bool_masked_pos=bool_masked_pos, wanted=wanted
-        ).last_hidden_state
+        wanted = F.pad(chosen + 1, (1, 0))  # (B, 1 + K), the class token is number 0
+        outputs = self.vit(pixel_values, bool_masked_pos=bool_masked_pos, wanted=wanted)
+        tokens = outputs.last_hidden_state  # (B, 1 + K, C)
         return self.classifier(tokens[:, 0]), tokens[:, 1:]
 
     @classmethod
     def from_dense(
         cls, model: ViTForImageClassification, token_schedule: list[list[int]] | None = None
     ) -> "OFBViTForImageClassification":
-        """Copies a stock ViT classifier, or one of ours, into this class; `model` is left as it is.
+        """Copy a stock ViT classifier, or one of this class; `model` is left as it is.
 
         Args:
             model: any `ViTForImageClassification`, also one loaded from a checkpoint with old key
@@ -476,10 +512,11 @@ class OFBViTForImageClassification(OFBViTPreTrainedModel, ViTForImageClassificat
         if not isinstance(model, ViTForImageClassification):
             raise TypeError(
                 f"from_dense got a {type(model).__name__}; it copies a transformers "
-                f"ViTForImageClassification. "
-                "Load one with ViTForImageClassification.from_pretrained(...)."
+                "ViTForImageClassification. Load one with "
+                "ViTForImageClassification.from_pretrained(...)."
             )
         fields = model.config.to_dict()
+        # These belong to the stock class, or are set below.
         for key in ("model_type", "architectures", "transformers_version", "dtype"):
             fields.pop(key, None)
         if token_schedule is not None:
