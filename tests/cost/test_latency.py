@@ -1,5 +1,4 @@
-"""Milliseconds are a cost like any other: exact, differentiable, met by the choice, and
-independent of the file."""
+"""Latency is a cost as MACs are: exact, differentiable, met by the choice, kept in the config."""
 
 import itertools
 import json
@@ -61,7 +60,7 @@ def dense(family):
 
 
 def search(dense, family, share, **changes):
-    """A search for a share of the predicted latency, and the table."""
+    """Return a search for a fraction of the predicted latency, and the table."""
     table = invented_table(dense)
     target = share * count_latency(dense, table) / PICOSECONDS
     return search_config(
@@ -179,7 +178,7 @@ def test_costs_too_many_to_be_told_apart_are_rounded_so_that_they_still_fit():
 # ---------------------------------------------------------------------------------- what is refused
 
 
-def test_budgets_that_cannot_be_are_refused_in_words(dense, family):
+def test_impossible_budgets_are_refused_with_an_explanation(dense, family):
     table = invented_table(dense).to_dict()
     with pytest.raises(ValueError, match=r"latency_table is not given.*ofb-hf latency-table"):
         SEARCHES[family](target_latency_ms=5)
@@ -264,12 +263,12 @@ def test_a_config_carries_its_table_along(dense, family, tmp_path):
 
 
 def test_another_machine_is_worth_a_warning(dense, monkeypatch):
-    said = []
-    monkeypatch.setattr("ofb_hf.workflow.latency_table.logger.warning", said.append)
+    warnings = []
+    monkeypatch.setattr("ofb_hf.workflow.latency_table.logger.warning", warnings.append)
     warn_if_elsewhere(None, torch.device("cpu"))
-    assert said == []
+    assert warnings == []
     warn_if_elsewhere(invented_table(dense), torch.device("cpu"))
-    assert "measured on a machine" in said[0]
+    assert "measured on a machine" in warnings[0]
 
 
 # ------------------------------------------------------------------------------------- measuring it
@@ -290,7 +289,7 @@ def test_marks_cut_the_whole_forward_pass_into_its_parts(dense, family, depth):
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_marks_know_reductions_and_what_lies_around_them(narrow):
-    """Beside layers that have lost their attention, their MLP or both."""
+    """Layers around them may have lost their attention, their MLP or both."""
     model = non_uniform_vit() if narrow else tiny_vit(num_hidden_layers=6)
     schedule = [[17, 17], [17, 11], [9, 9], [9, 9], [2, 2], [2, 2]]
     model = OFBViTForImageClassification.from_dense(model, token_schedule=schedule)
@@ -345,9 +344,9 @@ def test_the_command_measures_and_writes_a_table(
     assert all(elapsed > 0 for elapsed in measured_latency({"dense": dense}, table).values())
     reduced = [row for row in table.check["networks"] if "token_schedule" in row]
     assert (len(table.check["networks"]), len(reduced)) == {"vit": (9, 4), "swin": (5, 0)}[family]
-    said = capsys.readouterr().out
-    assert all(kind in said for kind in table.coefficients)
-    assert f"written to {file}" in said
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind in table.coefficients)
+    assert f"written to {file}" in printed
 
 
 @pytest.mark.parametrize(
@@ -377,14 +376,14 @@ def test_what_cannot_be_measured_is_refused(flags, words, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """A measured table of the demonstration's model, and its predicted latency."""
+    """Measure a table of the demonstration's model; return its file and the table."""
     file = tmp_path_factory.mktemp("table") / "digits.json"
     table = cli.latency_table(["digits_vit", "--num_labels", "10", "--output", str(file), *TINY])
     return file, table
 
 
 def predicted_ms(table):
-    """Of the demonstration's dense model."""
+    """Return the predicted milliseconds of the demonstration's dense model."""
     return count_latency(load_for_counting("digits_vit", 10), table) / PICOSECONDS
 
 

@@ -1,4 +1,4 @@
-"""Help of `ofb-hf`: at once, short, complete on request; what is mistyped or useless is told."""
+"""The help is fast, short, and complete on request; mistyped and idle settings are refused."""
 
 import re
 import subprocess
@@ -22,11 +22,11 @@ DEMOS = {"search": {}, "search-tokens": cli.TOKEN_DEMO}
 
 
 def run(capsys, *words):
-    """What `ofb-hf` prints and the status that it ends with."""
+    """Run `ofb-hf`; return what it prints, on stdout and stderr, and its exit status."""
     with pytest.raises(SystemExit) as stop:
         ofb_hf_command.main(list(words))
-    said = capsys.readouterr()
-    return said.out, said.err, stop.value.code
+    printed = capsys.readouterr()
+    return printed.out, printed.err, stop.value.code
 
 
 # ----------------------------------------------------------------------------- the list of commands
@@ -59,8 +59,8 @@ def test_help_imports_neither_the_package_nor_torch():
     """Importing them takes seconds; benchmarks/help_time.py compares."""
     code = "import sys, ofb_hf_command as c; print(c.help_text()); print(c.version())\n"
     code += "print(*(m for m in ('ofb_hf', 'torch', 'transformers') if m in sys.modules))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert said.stdout == f"{ofb_hf_command.help_text()}\n{__version__}\n\n", said.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert process.stdout == f"{ofb_hf_command.help_text()}\n{__version__}\n\n", process.stderr
 
 
 def test_the_version_and_mistyped_commands(capsys):
@@ -73,10 +73,10 @@ def test_the_version_and_mistyped_commands(capsys):
 
 
 def test_the_package_runs_as_a_module():
-    said = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "ofb_hf", "--version"], capture_output=True, text=True, cwd=ROOT
     )
-    assert said.stdout == f"ofb-hf {__version__}\n", said.stderr
+    assert process.stdout == f"ofb-hf {__version__}\n", process.stderr
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -199,12 +199,12 @@ NOTHING = [
 
 
 def words_of(name, flags):
-    """The words of a command line, on the CPU where the command has that flag."""
+    """Return the words of a command line, on the CPU where the command has that flag."""
     return [*flags.split(), *([] if name == "latency-table" else CPU)]
 
 
 def command_of(name):
-    """The command of that name."""
+    """Return the command of that name."""
     (command,) = [command for command in DEFINED if command.name == name]
     return command
 

@@ -1,5 +1,4 @@
-"""A plan is true: its counts are those of `count_macs`, its limits those of the space, and it
-leaves nothing behind."""
+"""A plan counts as `count_macs` does, within the limits of the space, and no file remains."""
 
 import pytest
 import torch
@@ -17,14 +16,14 @@ PLAN = [*QUICK[:5], "--per_device_train_batch_size", "2"]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working directory, also for temporary files."""
+    """Make an empty working directory, also for temporary files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path
 
 
 def refusal(capsys, *words):
-    """What `ofb-hf plan` says on its last line when it refuses."""
+    """Return the last line that `ofb-hf plan` prints when it refuses."""
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", *words, *PLAN])
     assert stop.value.code == 2
@@ -49,7 +48,7 @@ def test_counts_are_those_of_the_networks(family, checkpoint, swin_checkpoint, h
         ]
     )
     assert list(here.iterdir()) == []
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert plan["dense"] == {"macs": count_macs(dense), "params": count_params(dense)}
     assert list(plan["budgets"]) == ["target_macs-0.8", "target_macs-0.6"]
     for share, budget in zip((0.8, 0.6), plan["budgets"].values(), strict=True):
@@ -59,7 +58,9 @@ def test_counts_are_those_of_the_networks(family, checkpoint, swin_checkpoint, h
         steps = 0.15 * budget["before"] + 0.85 * budget["after"]
         assert budget["seconds"] == pytest.approx(7 * 50 * steps)  # epochs x batches of two images
         assert min(budget["before"], budget["after"]) > 0
-        assert {f"{budget[what]:,}" for what in ("target", "macs", "params")} <= set(said.split())
+        assert {f"{budget[what]:,}" for what in ("target", "macs", "params")} <= set(
+            printed.split()
+        )
     assert plan["trial"]["peak_bytes"] > 2**20
 
 
@@ -87,7 +88,7 @@ def test_the_space_is_counted_by_choices():
     assert (tied["choices"], tied["candidates"], tied["subnets"]) == (3, 4 + 9 + 4, 4 * 9 * 4)
 
 
-def test_what_cannot_be_planned_is_refused_in_words(checkpoint, here, capsys):
+def test_an_impossible_plan_is_refused_with_an_explanation(checkpoint, here, capsys):
     assert "smallest subnet of the search space" in refusal(
         capsys, str(checkpoint), "--target_macs", "0.9,0.001"
     )
