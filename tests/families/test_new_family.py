@@ -1,0 +1,93 @@
+"""The example of docs/ADD_A_MODEL_FAMILY.md is a family: it keeps every promise of one."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from contract import KINDS, check_copy, check_costs, check_masks, check_search, randomized
+from factories import FAMILIES, tiny_model
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    IJepaConfig,
+    IJepaForImageClassification,
+)
+
+from ofb_hf.cost.counting import count_macs
+from ofb_hf.families.description import UnsupportedArchitectureError
+from ofb_hf.families.registry import FAMILIES as REGISTERED
+from ofb_hf.families.subnet import SubnetSpec
+from ofb_hf.tokens.schedules import require_class_token
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/ADD_A_MODEL_FAMILY.md"
+MODELS = (*FAMILIES, "example")
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """The family of the page, listed as a third one for the time of this module."""
+    file = tmp_path_factory.mktemp("example") / "ijepa_family.py"
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    file.write_text("\n\n".join(blocks), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("ijepa_family", file)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ijepa_family", module)
+        spec.loader.exec_module(module)
+        patch.setitem(REGISTERED, IJepaConfig, module.IJEPA)
+        AutoConfig.register("ofb_ijepa", module.OFBIJepaConfig)
+        AutoModelForImageClassification.register(
+            module.OFBIJepaConfig, module.OFBIJepaForImageClassification
+        )
+        yield module.IJEPA
+
+
+@pytest.fixture
+def stock(request, example):
+    """A tiny stock classifier of each family, the example's included."""
+    if request.param != "example":
+        return randomized(tiny_model(request.param))
+    config = IJepaConfig(
+        hidden_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        intermediate_size=72,
+        image_size=16,
+        patch_size=4,
+        num_labels=3,
+    )
+    return randomized(IJepaForImageClassification(config))
+
+
+every_family = pytest.mark.parametrize("stock", MODELS, indirect=True)
+
+
+@every_family
+def test_a_copy_computes_what_the_stock_model_computes(stock):
+    check_copy(stock)
+    check_costs(stock)
+    assert count_macs(stock) == count_macs(stock.config)
+
+
+@every_family
+@pytest.mark.parametrize("what", KINDS)
+def test_masked_units_act_as_if_they_were_not_there(stock, what):
+    for seed in range(3):
+        check_masks(stock, what, seed)
+
+
+@every_family
+def test_a_search_ends_under_its_budget_and_loads_again(stock, tmp_path):
+    check_search(stock, tmp_path)
+
+
+@pytest.mark.parametrize("stock", ["example"], indirect=True)
+def test_a_family_without_token_reductions_is_refused_with_an_explanation(stock):
+    with pytest.raises(UnsupportedArchitectureError, match=r"IJepaConfig.*class token"):
+        require_class_token(stock.config)
+    with pytest.raises(UnsupportedArchitectureError, match=r"token_schedule.*ijepa.*vit"):
+        count_macs(stock, SubnetSpec({}, [[9, 9]] * 3))
