@@ -24,7 +24,7 @@ def search_for(stock: PreTrainedModel, **fields) -> BiMaskConfig:
     return default_config(stock.config, multiple_of=1, search_depth=True, **fields)
 
 
-def check_copy(stock: PreTrainedModel) -> None:
+def assert_copy(stock: PreTrainedModel) -> None:
     """The copy into our class has the logits of the stock model, bit for bit."""
     images = tiny_images(dtype=stock.dtype)
     family = family_of(stock.config)
@@ -33,7 +33,7 @@ def check_copy(stock: PreTrainedModel) -> None:
     assert torch.equal(ours(images).logits, stock(images).logits)
 
 
-def check_costs(model: PreTrainedModel) -> None:
+def assert_costs(model: PreTrainedModel) -> None:
     """Parameters and multiply-accumulates are those that torch counts."""
     model = copy.deepcopy(model)
     # Other kernels are not counted; this one computes in float32 whatever the model's precision.
@@ -44,7 +44,7 @@ def check_costs(model: PreTrainedModel) -> None:
     assert count_params(model) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def check_masks(stock: PreTrainedModel, what: str, seed: int) -> None:
+def assert_masks(stock: PreTrainedModel, what: str, seed: int) -> None:
     """Masked units act as if they were not there; costs of the cut network are exact."""
     stock = stock.double()
     images = tiny_images(dtype=torch.float64)
@@ -53,14 +53,14 @@ def check_masks(stock: PreTrainedModel, what: str, seed: int) -> None:
     small = slice_model(dense, subnet)
     assert count_macs(small) == count_macs(stock, subnet)
     assert count_params(small) == count_params(stock, subnet)
-    check_costs(small)
+    assert_costs(small)
     supernet = install_bi_masks(stock, search_for(stock, target_macs=1.0))
     close_masks_(supernet, subnet)
     assert_close(supernet(images).logits, small(images).logits)
     assert_close(supernet.fold()(images).logits, small(images).logits)
 
 
-def check_search(stock: PreTrainedModel, folder: Path) -> None:
+def assert_search(stock: PreTrainedModel, folder: Path) -> None:
     """A search ends under its budget, and its result is the same after a reload."""
     images = torch.randn(16, stock.config.num_channels, 16, 16)
     rows = [{"pixel_values": image, "labels": row % 3} for row, image in enumerate(images)]
@@ -78,7 +78,7 @@ def check_search(stock: PreTrainedModel, folder: Path) -> None:
     trainer.train()
     small = trainer.compress().eval()
     assert count_macs(small) <= 0.5 * count_macs(stock)
-    check_costs(small)
+    assert_costs(small)
     small.save_pretrained(folder / "small")
     again = load_complete_classifier(folder / "small")
     assert type(again) is type(small)

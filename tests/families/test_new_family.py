@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from contract import KINDS, check_copy, check_costs, check_masks, check_search, randomized
+from contract import KINDS, assert_copy, assert_costs, assert_masks, assert_search, randomized
 from factories import FAMILIES, tiny_model
 from transformers import (
     AutoConfig,
@@ -68,8 +68,8 @@ every_family = pytest.mark.parametrize("stock", MODELS, indirect=True)
 
 @every_family
 def test_a_copy_computes_what_the_stock_model_computes(stock):
-    check_copy(stock)
-    check_costs(stock)
+    assert_copy(stock)
+    assert_costs(stock)
     assert count_macs(stock) == count_macs(stock.config)
 
 
@@ -77,12 +77,12 @@ def test_a_copy_computes_what_the_stock_model_computes(stock):
 @pytest.mark.parametrize("what", KINDS)
 def test_masked_units_act_as_if_they_were_not_there(stock, what):
     for seed in range(3):
-        check_masks(stock, what, seed)
+        assert_masks(stock, what, seed)
 
 
 @every_family
 def test_a_search_ends_under_its_budget_and_loads_again(stock, tmp_path):
-    check_search(stock, tmp_path)
+    assert_search(stock, tmp_path)
 
 
 @pytest.mark.parametrize("stock", ["example"], indirect=True)
