@@ -1,2 +1,1 @@
-"""The search for widths, depth and tokens: one training run that shrinks the network as it
-decides."""
+"""The search for widths, depth and tokens: one training run that shrinks the network."""

@@ -1,5 +1,4 @@
-"""What a search has still to choose, and how it chooses: widths, and tokens with them, under one
-budget."""
+"""The choices of a search: what is open, what is best under the budget, and making it final."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace

@@ -58,16 +58,19 @@ class Observation:
         with self.supernet.separate_images():
             loss, (units, tokens) = self._finite(inputs, backward)
         # The loss is a mean over images and micro-batches: this makes it each image's own loss.
-        of_one = len(inputs["labels"]) * accumulation / self._loss_scale
-        # A scale of 1 may still overflow.
-        units = (units * of_one).nan_to_num(0.0, 0.0, 0.0)
-        tokens = (tokens * of_one).nan_to_num(0.0, 0.0, 0.0)
+        images = len(inputs["labels"])
+        of_one = images * accumulation / self._loss_scale
+        # What overflows without any scale says nothing.
+        units = (units * of_one).nan_to_num(0.0, 0.0, 0.0)  # (B, U)
+        tokens = (tokens * of_one).nan_to_num(0.0, 0.0, 0.0)  # (B, T)
         self._waiting.append((units, tokens))
         for mask in self.supernet.bi_masks:
             # The optimizer, and a gradient scaler, need gradients, and find that nothing moves.
-            mask.importance_logits.grad = torch.zeros_like(mask.importance_logits)
+            logits = mask.importance_logits
+            logits.grad = torch.zeros_like(logits)
+        waiting = sum(len(units) for units, _ in self._waiting)
         ends_step = self.accelerator.sync_gradients
-        if ends_step or sum(len(units) for units, _ in self._waiting) >= OBSERVED_TOGETHER:
+        if ends_step or waiting >= OBSERVED_TOGETHER:
             self._square()
         if ends_step:
             self._add_up()
@@ -76,7 +79,8 @@ class Observation:
     def _square(self) -> None:
         """Turn the changes that are waiting into sums of squares."""
         units, tokens = zip(*self._waiting, strict=True)
-        self._seen.append(sum_of_squares(torch.cat(units), torch.cat(tokens)))
+        squares = sum_of_squares(torch.cat(units), torch.cat(tokens))
+        self._seen.append(squares)
         self._waiting = []
 
     def _add_up(self) -> None:
@@ -93,12 +97,14 @@ class Observation:
             # Other ranks saw other images and may have lowered their scale further; gradients will
             # be averaged over ranks, so from now on all use the same one.
             scale = torch.tensor([self._loss_scale], device=of_all.device)
-            self.accelerator.scaler.update(float(self.accelerator.gather(scale).min()))
+            smallest = self.accelerator.gather(scale).min()
+            self.accelerator.scaler.update(float(smallest))
 
     @property
     def _loss_scale(self) -> float:
         """What the loss is multiplied by before its gradients are computed: above 1 in fp16."""
-        return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+        scaler = self.accelerator.scaler
+        return scaler.get_scale() if scaler else 1.0
 
     def _finite(
         self, inputs: dict[str, Tensor], backward: Backward
@@ -111,13 +117,19 @@ class Observation:
         changes = self.supernet.changes_of_images()
         self.repeats = True
         try:
-            while self._loss_scale > 1 and not bool(changes[0].isfinite().all()):
+            while self._loss_scale > 1 and not _are_finite(changes):
                 self.accelerator.scaler.update(self._loss_scale / 2)
                 loss = backward(inputs)
                 changes = self.supernet.changes_of_images()
         finally:
             self.repeats = False
         return loss, changes
+
+
+def _are_finite(changes: tuple[Tensor, Tensor]) -> bool:
+    """Return whether the changes with the gates are finite; tokens overflow with them."""
+    units, _ = changes
+    return bool(units.isfinite().all())
 
 
 def sum_of_squares(units: Tensor, tokens: Tensor) -> Tensor:
@@ -134,10 +146,12 @@ def sum_of_squares(units: Tensor, tokens: Tensor) -> Tensor:
         (U + T,)
     """
     groups = max(1, len(units) // OBSERVED_TOGETHER)
+    of_units = units.tensor_split(groups)  # (b, U) each
+    of_tokens = tokens.tensor_split(groups)  # (b, T) each
     total = units.new_zeros(units.shape[1] + tokens.shape[1])
-    pairs = zip(units.tensor_split(groups), tokens.tensor_split(groups), strict=True)
-    for of_units, of_tokens in pairs:
-        squared_mean = of_units.mean(0).square()  # (U,)
-        squares = (of_tokens / len(of_tokens)).square().sum(0)  # (T,)
+    for together, alone in zip(of_units, of_tokens, strict=True):
+        squared_mean = together.mean(0).square()  # (U,)
+        parts = alone / len(alone)
+        squares = parts.square().sum(0)  # (T,)
         total += torch.cat([squared_mean, squares])
     return total

@@ -30,8 +30,7 @@ class Phase(Enum):
 
 
 class PhaseSettings(Protocol):
-    """The fields of a `BiMaskConfig` that say when something happens; most are fractions of the
-    steps."""
+    """The fields of a `BiMaskConfig` that say when something happens."""
 
     importance_hold: float
     importance_start: float
@@ -92,7 +91,7 @@ class Phases:
         settings: the search's config.
         total_steps: optimizer steps of the search.
         observed_steps: how many of them, the first ones, only observe.
-        settled_after: after so many steps the choice is final.
+        settled_after: number of steps after which the choice is final.
     """
 
     settings: PhaseSettings
@@ -110,12 +109,14 @@ class Phases:
             images_per_step: of all ranks and micro-batches together; it bounds the observation.
         """
         settled_after = settlement_step(settings.settle_at, total_steps)
-        observed = 0
-        if settings.importance_hold:
-            # At least one step, or there would be nothing to rank units by.
-            observed = max(1, round(settings.importance_hold * total_steps))
-            observed = min(observed, math.ceil(OBSERVED_IMAGES / images_per_step), settled_after)
-        return cls(settings, total_steps, observed, settled_after)
+        if not settings.importance_hold:
+            return cls(settings, total_steps, 0, settled_after)
+        # At least one step, or there would be nothing to rank units by.
+        wanted = max(1, round(settings.importance_hold * total_steps))
+        enough = math.ceil(OBSERVED_IMAGES / images_per_step)
+        # The choice needs the ranking.
+        observed_steps = min(wanted, enough, settled_after)
+        return cls(settings, total_steps, observed_steps, settled_after)
 
     @property
     def learning_steps(self) -> int:
@@ -136,41 +137,55 @@ class Phases:
         """
         settings = self.settings
         total = self.total_steps
-        warmup = settings.warmup * total
         phase = self.phase_of(step)
-        hides = settings.pmim and (
-            phase is Phase.DECIDE or (phase is Phase.RECOVER and not settings.pmim_until_settled)
+        # What holds in the step. Lambda falls from the end of the observation on, the fraction of
+        # visible patches from the first step.
+        warmup = settings.warmup * total
+        lam = importance_weight(
+            step - self.observed_steps, warmup, settings.importance_start, settings.importance_end
         )
-        keep = keep_ratio(step, warmup, settings.keep_ratio_start, settings.keep_ratio_end)
-        complete = step + 1  # steps, when what happens after this one happens
+        hides = self._hides_in(phase)
+        visible = keep_ratio(step, warmup, settings.keep_ratio_start, settings.keep_ratio_end)
+        pressure = one_hot_weight(
+            step,
+            settings.one_hot_begin * total,
+            settings.one_hot_end * total,
+            settings.one_hot_weight,
+        )
+        # What happens after it, when one more step is complete.
+        complete = step + 1
+        retires = self._retires_after(complete)
         settles = complete == self.settled_after
-        retires = complete < self.settled_after and is_retirement_step(
-            complete, max(1, total // settings.retire_events), settings.retire_begin * total
-        )
+        # Without pruning during the search everything is cut and folded after the last step.
         is_last = complete == total
+        cuts = settings.prune_during_search and (retires or settles)
+        folds = settings.prune_during_search and settles
         return SearchStep(
             phase=phase,
-            # Lambda falls from the end of the observation on, the keep ratio from the start.
-            lam=importance_weight(
-                step - self.observed_steps,
-                warmup,
-                settings.importance_start,
-                settings.importance_end,
-            ),
-            keep_ratio=keep if hides else 1.0,
-            one_hot_weight=one_hot_weight(
-                step,
-                settings.one_hot_begin * total,
-                settings.one_hot_end * total,
-                settings.one_hot_weight,
-            ),
+            lam=lam,
+            keep_ratio=visible if hides else 1.0,
+            one_hot_weight=pressure,
             hides_patches=hides,
             hands_over=complete == self.observed_steps,
             retires=retires,
             settles=settles,
-            shrinks=is_last or (settings.prune_during_search and (settles or retires)),
-            folds=is_last or (settings.prune_during_search and settles),
+            shrinks=cuts or is_last,
+            folds=folds or is_last,
         )
+
+    def _hides_in(self, phase: Phase) -> bool:
+        """Return whether patches are hidden in the steps of a phase."""
+        if not self.settings.pmim or phase is Phase.OBSERVE:
+            return False
+        return phase is Phase.DECIDE or not self.settings.pmim_until_settled
+
+    def _retires_after(self, complete: int) -> bool:
+        """Return whether weak candidates retire when this many steps are complete."""
+        if complete >= self.settled_after:
+            return False
+        every = max(1, self.total_steps // self.settings.retire_events)
+        begin = self.settings.retire_begin * self.total_steps
+        return is_retirement_step(complete, every, begin)
 
 
 def ramp(step: float, warmup_steps: float, start: float, end: float) -> float:

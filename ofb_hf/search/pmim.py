@@ -1,9 +1,8 @@
-"""Progressive masked image modelling (arXiv:2403.15835), a loss of the search that keeps features
-rich.
+"""Progressive masked image modelling, a loss of the search that keeps features rich.
 
-A growing fraction of the patches is hidden: a mask token takes their place, and a one-layer decoder
-repaints them from the final tokens. Only hidden patches count, so only those have to be painted. It
-is used while a supernet is trained, and `compress` drops it.
+A growing fraction of the patches is hidden (arXiv:2403.15835): a mask token takes their place, and
+a one-layer decoder repaints them from the final tokens. Only hidden patches count, so only those
+have to be painted. It is used while a supernet is trained, and `compress` drops it.
 """
 
 import torch
@@ -19,7 +18,8 @@ def window_for_patch(patch_size: int) -> int:
     It is 47 for 16-pixel patches, as published, and in proportion for others.
     """
     window = WINDOW_AT_PATCH_16 * patch_size / 16
-    return max(3, 2 * round((window - 1) / 2) + 1)
+    to_each_side = round((window - 1) / 2)
+    return max(3, 2 * to_each_side + 1)
 
 
 @torch.no_grad()
@@ -59,7 +59,8 @@ def normalize_target(pixels: Tensor, window: int) -> Tensor:
         variance = rows @ pixels.square() @ columns
         # In place: new memory for a picture of every step takes longer than the arithmetic.
         variance.addcmul_(mean, mean, value=-1)
-        variance.mul_(count / (count - 1).clamp(min=1))  # unbiased
+        unbiased = count / (count - 1).clamp(min=1)  # (H, W)
+        variance.mul_(unbiased)
         variance.clamp_(min=0)
         deviation = variance.add_(1e-6).sqrt_()
         return pixels.sub_(mean).div_(deviation)
@@ -124,8 +125,10 @@ def mask_patches(
             f"keep_ratio is {keep_ratio}; it is a fraction of the patches between 0 and 1."
         )
     noise = torch.rand(batch_size, num_patches, generator=generator)
-    rank = noise.argsort(dim=1).argsort(dim=1)  # (B, N)
-    return rank >= int(num_patches * keep_ratio)
+    order = noise.argsort(dim=1)  # (B, N)
+    rank = order.argsort(dim=1)  # (B, N), the inverse permutation
+    visible = int(num_patches * keep_ratio)
+    return rank >= visible
 
 
 def hidden_first(masked: Tensor, count: int) -> Tensor:
@@ -138,7 +141,9 @@ def hidden_first(masked: Tensor, count: int) -> Tensor:
     Returns:
         (B, K) indices of patches.
     """
-    return masked.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+    # Stable: visible patches follow in their order.
+    order = masked.byte().argsort(dim=1, descending=True, stable=True)  # (B, N)
+    return order[:, :count]
 
 
 class PMIMDecoder(nn.Module):
@@ -160,8 +165,9 @@ class PMIMDecoder(nn.Module):
         They are in the order of `cut_patches`.
         """
         # A 1x1 convolution is a linear layer, and tokens are in the order for one; on CPUs that is
-        # faster. (out, C, 1, 1) -> (out, C)
-        return F.linear(tokens, self.projection.weight.flatten(1), self.projection.bias)
+        # faster.
+        weight = self.projection.weight.flatten(1)  # (out, C, 1, 1) -> (out, C)
+        return F.linear(tokens, weight, self.projection.bias)
 
 
 def cut_patches(images: Tensor, grid: tuple[int, int], size: int, chosen: Tensor) -> Tensor:
@@ -186,9 +192,11 @@ def cut_patches(images: Tensor, grid: tuple[int, int], size: int, chosen: Tensor
     # (B, C, H, W) -> (B, C, rows, size, columns, size)
     patches = images.unflatten(3, (columns, size)).unflatten(2, (rows, size))
     patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, C, size, size)
-    every_image = torch.arange(len(images), device=images.device)[:, None]  # (B, 1)
-    # (B, K, C, size, size) -> (B, K, C * size * size)
-    return patches[every_image, chosen // columns, chosen % columns].flatten(2)
+    every_image = torch.arange(len(images), device=images.device)
+    row = chosen // columns  # (B, K)
+    column = chosen % columns  # (B, K)
+    found = patches[every_image[:, None], row, column]  # (B, K, C, size, size)
+    return found.flatten(2)
 
 
 def reconstruction_loss(
@@ -216,11 +224,14 @@ def reconstruction_loss(
     """
     channels = target.shape[1]
     wanted = cut_patches(target, grid, size, repainted)  # (B, K, C * size^2)
-    difference = (reconstruction.to(target.dtype) - wanted).abs()
-    # 1 for pixels of the image, 0 for padding: (B, 1, H, W) -> (B, K, size^2)
-    inside = target.new_ones(1, 1, *target.shape[2:]).expand(len(target), -1, -1, -1)
-    is_hidden = masked.gather(1, repainted)[..., None]  # (B, K, 1)
-    counted = cut_patches(inside, grid, size, repainted) * is_hidden
+    painted = reconstruction.to(target.dtype)
+    difference = (painted - wanted).abs()
+    # 1 for pixels of the image, 0 for padding.
+    ones = target.new_ones(1, 1, *target.shape[2:])
+    ones = ones.expand(len(target), -1, -1, -1)  # (B, 1, H, W)
+    inside = cut_patches(ones, grid, size, repainted)  # (B, K, size^2)
+    is_hidden = masked.gather(1, repainted)  # (B, K)
+    counted = inside * is_hidden[..., None]
     # (B, K, C * size^2) -> (B, K, C, size^2), against (B, K, 1, size^2)
     errors = difference.unflatten(2, (channels, -1)) * counted[:, :, None]
     return errors.sum() / (counted.sum() + 1e-5) / channels

@@ -35,18 +35,23 @@ def shrink_(supernet: Supernet) -> tuple[Replaced, dict[str, Entries]]:
 
     # What stays, in the terms of the network as it still is.
     submodules = _submodules_with_decoder(supernet)
-    kept = {mask.name: mask.alive.flatten().nonzero()[:, 0] for mask in shrunk}  # (U',) each
     sizes = dict(supernet.architecture.sizes)
+    kept = {}
     for mask in shrunk:
-        sizes[mask.name] = tuple(indices.shape[-1] for indices in mask.alive_units())
+        alive = mask.alive.flatten()  # (U,), or (H, D) -> (H * D,)
+        kept[mask.name] = alive.nonzero()[:, 0]  # (U',)
+        units = mask.alive_units()  # ((U',),), or ((H',), (H', D'))
+        sizes[mask.name] = tuple(indices.shape[-1] for indices in units)
 
     # Attentions and MLPs without units go as a whole, with layers and norm.
     before = set(supernet.parameters())
     resize_(supernet.model, sizes)
-    replaced |= dict.fromkeys(before - set(supernet.parameters()))
+    removed = before - set(supernet.parameters())
+    replaced |= dict.fromkeys(removed)
 
     # Everything else is sliced.
-    plan = unit_group_plan(submodules, kept, set(supernet.state_dict()))
+    tensors = set(supernet.state_dict())
+    plan = unit_group_plan(submodules, kept, tensors)
     plan |= _plan_of_masks(supernet, shrunk)
     sliced = slice_tensors_(supernet, plan)
     idle = _idle_parameters(shrunk)
@@ -78,7 +83,8 @@ def reduce_tokens_(supernet: Supernet) -> dict[nn.Parameter, None]:
     supernet.remove_decoder_()
     # Sizes stay as they are: this makes the layers follow the config.
     resize_(supernet.model, supernet.architecture.sizes)
-    return dict.fromkeys(before - set(supernet.parameters()))
+    removed = before - set(supernet.parameters())
+    return dict.fromkeys(removed)
 
 
 def _submodules_with_decoder(supernet: Supernet) -> list[Submodule]:
@@ -111,8 +117,11 @@ def _idle_parameters(shrunk: list[BiMask]) -> set[nn.Parameter]:
     """
     idle: set[nn.Parameter] = set()
     for mask in shrunk:
-        if not mask.alive.numel():
-            idle.update(parameter.requires_grad_(False) for parameter in mask.parameters())
+        if mask.alive.numel():
+            continue
+        for parameter in mask.parameters():
+            parameter.requires_grad_(False)
+            idle.add(parameter)
     return idle
 
 
@@ -130,18 +139,21 @@ def shrink_to_(supernet: Supernet, state: dict[str, Tensor]) -> None:
     for index, mask in enumerate(supernet.bi_masks):
         saved = f"bi_masks.{index}."
         ids = state.get(f"{saved}unit_ids")
-        if ids is None or not torch.isin(ids, mask.unit_ids.cpu()).all():
+        known = mask.unit_ids.cpu()
+        if ids is None or not torch.isin(ids, known).all():
             raise ValueError(
                 f"the checkpoint's units of {mask.name!r} are not among this supernet's units; "
                 "resume with the model and the settings of the search that saved it."
             )
-        mask.alive.copy_(torch.isin(mask.unit_ids, ids.to(mask.unit_ids.device)))
+        alive = torch.isin(known, ids)
+        mask.alive.copy_(alive)
         present = []  # per axis (K,), which candidates the saved mask has
         for axis, sizes in enumerate(mask.candidate_axes):
-            saved_sizes = state[f"{saved}candidate_sizes_{axis}"].to(sizes.device)
-            present.append(torch.isin(sizes, saved_sizes))
-        # (K_heads, 1) & (K_dims,) -> (K_heads, K_dims)
-        active = present[0][:, None] & present[1] if mask.is_grid else present[0]
+            saved_sizes = state[f"{saved}candidate_sizes_{axis}"]
+            present.append(torch.isin(sizes.cpu(), saved_sizes))
+        active = present[0]
+        if mask.is_grid:
+            active = active[:, None] & present[1]  # (K_heads, 1) & (K_dims,)
         mask.active_candidates.copy_(active)
     shrink_(supernet)
     if supernet.tokens is not None:

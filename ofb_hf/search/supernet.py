@@ -38,7 +38,7 @@ from .searched_tokens import SearchedTokens
 
 @dataclass
 class SupernetOutput(ImageClassifierOutput):
-    """Classifier output with `reconstruction` (B, K, channels * size^2), the pixels of K patches."""
+    """Classifier output with `reconstruction` (B, K, channels * size^2), pixels of K patches."""
 
     reconstruction: Tensor | None = None
 

@@ -13,8 +13,8 @@ Idle = tuple[str, str, tuple[str, ...]]
 def require_effect(config: Any) -> None:
     """Refuse settings that differ from the preset's and that nothing would read.
 
-    A value of the preset is never refused: nobody has asked for it, and a config that was written
-    to a file with all of its fields has to be readable again.
+    A value of the preset is never refused: the user has not asked for it, and a config that was
+    written to a file with all of its fields has to be readable again.
 
     Args:
         config: a `BiMaskConfig` with the values of its preset filled in.

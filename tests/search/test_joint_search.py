@@ -115,7 +115,7 @@ def test_a_probe_changes_nothing_and_sees_every_backward_pass():
         watched.logits.square().mean().backward()
         seen = supernet.changes_of_images()[1].view(4, 3, -1)
         assert (seen[:, 1] != 0).all()
-        # the first layer is not asked, and nobody reads the last one's patches
+        # the first layer has no probe, and patches of the last one are not read
         assert (seen[:, [0, 2]] == 0).all()
         assert supernet.changes_of_images()[1].abs().sum() == 0  # what was seen is seen once
     supernet.watch_tokens_(False)

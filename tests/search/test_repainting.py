@@ -54,7 +54,7 @@ def picture_of(supernet: Supernet, images: Tensor, hidden: Tensor) -> Tensor:
 
 
 def paint_(images: Tensor, patch: int, columns: int, size: int) -> Tensor:
-    """Other pixels in one patch of a grid with so many columns."""
+    """Other pixels in one patch of a grid with this number of columns."""
     row, column = (size * index for index in divmod(patch, columns))
     images = images.clone()
     images[..., row : row + size, column : column + size] += 1

@@ -436,7 +436,7 @@ def test_pmim_takes_the_dtype_of_the_model(dtype):
     assert output.reconstruction.isfinite().all()
 
 
-def test_config_beside_a_finished_supernet_is_refused(tmp_path):
+def test_a_config_with_a_finished_supernet_is_refused(tmp_path):
     supernet = install_bi_masks(tiny_vit(), search_config())
     with pytest.raises(ValueError, match="already has one"):
         OFBTrainer(supernet, arguments(tmp_path), search_config())

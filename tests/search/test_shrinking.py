@@ -119,7 +119,7 @@ def test_shrinking_changes_no_gradient(seed, depth, family):
 @both_families
 @pytest.mark.parametrize("depth", [False, True])
 def test_a_shrunken_network_looks_like_one_that_was_built_small(family, depth):
-    """Sizes that modules keep beside their weights, frozen parameters, and costs before the next
+    """Sizes that modules keep next to their weights, frozen parameters, and costs before the next
     forward pass."""
     supernet = tiny_supernet(family=family, target_macs=0.5, search_depth=depth)
     if depth:
