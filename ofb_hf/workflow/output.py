@@ -34,8 +34,8 @@ FINETUNE_PICTURE = "finetune.png"
 # Shows images of the data, so it is not published.
 TOKEN_PICTURE = "tokens.png"
 # Of a run with several budgets.
-FAMILY = "family.json"
-FAMILY_PICTURE = "family.png"
+BUDGETS_RESULTS = "family.json"
+BUDGETS_PICTURE = "family.png"
 PRODUCT = (
     "config.json",
     "model.safetensors",
@@ -181,7 +181,7 @@ def begin(args: OFBTrainingArguments, settings: dict[str, Any]) -> None:
 
 def _remove_run(folder: Path) -> None:
     """Remove everything that a run may have written, and nothing that it did not write."""
-    for name in ("dense", RESULT, *SEARCH_PHASES, *PRODUCT, FAMILY, FAMILY_PICTURE):
+    for name in ("dense", RESULT, *SEARCH_PHASES, *PRODUCT, BUDGETS_RESULTS, BUDGETS_PICTURE):
         remove(folder / name)
     for checkpoint in folder.glob("checkpoint-*"):
         remove(checkpoint)

@@ -100,6 +100,6 @@ def _write(run: Run, results: dict[str, Any]) -> None:
 
     if run.model_args.keep_dense:
         save_dense(run)
-    output.write_aside(run.folder / output.FAMILY_PICTURE, draw)
-    output.write_json(run.folder / output.FAMILY, results)
+    output.write_aside(run.folder / output.BUDGETS_PICTURE, draw)
+    output.write_json(run.folder / output.BUDGETS_RESULTS, results)
     logger.warning("\n%s\n\nwritten to %s", text_table(budget_rows(results)), run.folder)

@@ -23,8 +23,8 @@ FLAGS = ["--target_macs", "0.6,0.8,0.4", "--keep_dense", "--max_steps", "48"]
 
 
 @pytest.fixture(scope="module")
-def family(checkpoint, images, tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs") / "family"
+def finished(checkpoint, images, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "budgets"
     return output, run_search(checkpoint, images, output, *FLAGS)
 
 
@@ -32,8 +32,8 @@ def subnet_of(folder):
     return SubnetSpec.from_json((folder / "subnet.json").read_text())
 
 
-def test_every_member_is_complete_and_within_its_budget(family):
-    output, results = family
+def test_every_member_is_complete_and_within_its_budget(finished):
+    output, results = finished
     assert list(results) == list(BUDGETS)
     assert json.loads((output / "family.json").read_text()) == results
     with Image.open(output / "family.png") as picture:
@@ -71,13 +71,13 @@ def assert_nested(output, names):
         larger = smaller
 
 
-def test_each_member_keeps_some_of_the_units_of_the_one_before(family):
-    output, _ = family
+def test_each_member_keeps_some_of_the_units_of_the_one_before(finished):
+    output, _ = finished
     assert_nested(output, BUDGETS)
 
 
-def test_a_swin_has_a_family_too(swin_checkpoint, images, tmp_path):
-    output = tmp_path / "family"
+def test_a_swin_takes_several_budgets_too(swin_checkpoint, images, tmp_path):
+    output = tmp_path / "budgets"
     results = run_search(
         swin_checkpoint,
         images,
@@ -100,9 +100,11 @@ def test_a_swin_has_a_family_too(swin_checkpoint, images, tmp_path):
         assert 0.9 * share < macs / count_macs(dense) <= share
 
 
-def test_a_family_is_resumed_where_it_stopped(family, checkpoint, images, tmp_path, monkeypatch):
+def test_several_budgets_are_resumed_where_they_stopped(
+    finished, checkpoint, images, tmp_path, monkeypatch
+):
     """Stopped in the finetuning of the second member: what was done is not done again."""
-    output, finetune = tmp_path / "family", Run.finetune
+    output, finetune = tmp_path / "budgets", Run.finetune
 
     def interrupted(run, *args):
         if run.folder.name == "target_macs-0.6":
@@ -122,19 +124,19 @@ def test_a_family_is_resumed_where_it_stopped(family, checkpoint, images, tmp_pa
     assert not list(output.rglob("FAILED.txt"))
     for name in BUDGETS:
         file = f"{name}/model.safetensors"
-        assert (output / file).read_bytes() == (family[0] / file).read_bytes(), file
+        assert (output / file).read_bytes() == (finished[0] / file).read_bytes(), file
         phases = [row["phase"] for row in read_history(output / name / "search_history.jsonl")]
         assert phases == ["search"] * 16 + ["finetune"] * 3
 
 
-def test_starting_over_removes_the_members_of_the_last_run(family, checkpoint, images, tmp_path):
-    output = shutil.copytree(family[0], tmp_path / "copy")
+def test_starting_over_removes_the_members_of_the_last_run(finished, checkpoint, images, tmp_path):
+    output = shutil.copytree(finished[0], tmp_path / "copy")
     run_search(checkpoint, images, output, "--target_macs", "0.5", "--overwrite_output_dir")
     assert not list(output.glob("target_*"))
     assert not (output / "family.json").exists()
 
 
-def test_given_candidates_and_dense_training_go_with_a_family(checkpoint, images, tmp_path):
+def test_given_candidates_and_dense_training_go_with_several_budgets(checkpoint, images, tmp_path):
     flags = [
         "--target_params",
         "0.8",
@@ -156,7 +158,7 @@ def test_given_candidates_and_dense_training_go_with_a_family(checkpoint, images
         assert "finetuned" not in results[name]
 
 
-def test_a_family_with_depth_leaves_out_what_an_earlier_member_left_out(
+def test_a_search_for_depth_leaves_out_what_an_earlier_member_left_out(
     checkpoint, images, tmp_path
 ):
     flags = [
@@ -186,8 +188,8 @@ def test_units_of_a_cut_of_a_cut_are_counted_in_the_first_network():
     )
 
 
-def test_cutting_twice_is_cutting_once(family):
-    output, _ = family
+def test_cutting_twice_is_cutting_once(finished):
+    output, _ = finished
     dense = AutoModelForImageClassification.from_pretrained(output / "dense")
     larger, smaller = subnet_of(output / "target_macs-0.8"), subnet_of(output / "target_macs-0.4")
     ours = OFBViTForImageClassification.from_dense(dense)
@@ -214,7 +216,7 @@ def _relative(units, parent):
     ("flags", "message"),
     [
         (["--target_macs", "0.5,half"], "target_macs is 0.5, half; give numbers"),
-        (["--target_macs", "0.5,0"], "target_macs is 0.0; give a share"),
+        (["--target_macs", "0.5,0"], "target_macs is 0.0; give a fraction"),
         (["--target_macs", "0.5,", "0.5"], "the same budget twice"),
         (["--target_macs", "0.5,0.01"], "below the smallest subnet"),
         (
@@ -227,16 +229,16 @@ def _relative(units, parent):
         ),
     ],
 )
-def test_impossible_families_are_refused_before_anything_starts(
+def test_impossible_budgets_are_refused_before_anything_starts(
     checkpoint, images, tmp_path, capsys, flags, message
 ):
     assert re.search(message, refused(capsys, checkpoint, images, tmp_path / "out", *flags))
     assert not (tmp_path / "out").exists()
 
 
-def test_another_set_of_budgets_is_another_run(family, checkpoint, images, capsys):
+def test_another_set_of_budgets_is_another_run(finished, checkpoint, images, capsys):
     flags = ["--target_macs", "0.8,0.6", "--resume_from_checkpoint", "auto", "--max_steps", "48"]
-    assert "target_macs" in refused(capsys, checkpoint, images, family[0], *flags)
+    assert "target_macs" in refused(capsys, checkpoint, images, finished[0], *flags)
 
 
 def test_the_papers_preset_distils_in_no_member(checkpoint, images, tmp_path, monkeypatch):
@@ -264,7 +266,7 @@ def test_only_folders_of_runs_are_removed_when_starting_over(checkpoint, images,
     assert (tmp_path / "out" / "target_practice").is_dir()
 
 
-def test_help_teaches_families(capsys):
+def test_help_teaches_several_budgets(capsys):
     with pytest.raises(SystemExit):
         cli.search(["--help"])
     said = " ".join(capsys.readouterr().out.split())
