@@ -1,9 +1,8 @@
-"""A Hub on this machine: what clients ask a Hub for, and bring to it, kept in memory, with faults
-on demand.
+"""A Hub on this machine for tests: downloads and uploads, kept in memory, with faults on demand.
 
-Models are uploaded the way the Hub calls LFS, for which a client needs HF_HUB_DISABLE_XET=1 as
-`environment` sets it. A client with Xet asks /api/models/{repo}/xet-write-token/{revision}, gets
-404 as from a Hub without it, and gives up.
+Models are uploaded by what the Hub calls LFS, for which a client needs HF_HUB_DISABLE_XET=1;
+`environment` sets it. A client with Xet asks for /api/models/{repo}/xet-write-token/{revision},
+gets 404 as from a Hub without Xet, and gives up.
 """
 
 import json
@@ -31,17 +30,17 @@ Fault = int | tuple[int, int] | str | None
 
 @dataclass
 class HubServer:
-    """Serves repositories under `url` while it is used as a context.
+    """Serve repositories under `url` while it is used as a context.
 
     Args:
         repositories: by name, `owner/data`.
         fault: called with the path of every request, one at a time, when the request is the last of
-            `requests` and its body has not been read. What it returns goes wrong: a status; (429,
-            3), a status and Retry-After; "cut upload", the connection is closed when half of the
-            request's body has come; "cut", the request is done, half of the answer's body is sent;
-            "lose", the request is done, and not answered at all.
-        requests: all of them, as lines.
-        tokens: who has which; without any, nobody is asked who they are, and nothing can be
+            `requests` and its body has not been read. Returns what goes wrong: a status; (429, 3),
+            a status and Retry-After; "cut upload", the connection is closed when half of the
+            request's body has arrived; "cut", the request is done, but half of the answer's body is
+            sent; "lose", the request is done, but not answered.
+        requests: all requests, as lines.
+        tokens: access token -> its owner. Without any, no request needs one, and nothing can be
             uploaded.
     """
 
@@ -64,11 +63,11 @@ class HubServer:
 
     @property
     def url(self) -> str:
-        """What goes into HF_ENDPOINT."""
+        """Return the value of HF_ENDPOINT."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self, home: Path, token: str = "") -> dict[str, str]:
-        """Of processes for which this is the Hub, and which have never been there before.
+        """Return the environment of processes that use this Hub and have nothing in their caches.
 
         Args:
             home: their HF_HOME, an empty folder.
@@ -90,13 +89,13 @@ class HubServer:
         }
 
     def note(self, line: str, path: str) -> Fault:
-        """Writes a request down, and says what goes wrong with it."""
+        """Record a request, and return what goes wrong with it."""
         with self._lock:
             self.requests.append(line)
             return self.fault(path)
 
     def owner(self, authorization: str) -> Token | None:
-        """Whose token was sent, if any."""
+        """Return the token that was sent, None if there is none."""
         if not authorization or not self.tokens:
             return None
         token = self.tokens.get(authorization.removeprefix("Bearer "))
@@ -107,8 +106,7 @@ class HubServer:
         return token
 
     def change(self, call: Call, command: str, path: str) -> dict | None:
-        """Does what one request asks for before it looks at the next one; None if that is only to
-        be read."""
+        """Do what a request asks for, one request at a time; None if it only reads."""
         with self._lock:
             return answer(call, command, path)
 

@@ -1,5 +1,7 @@
-"""What the Hub of `hub_server.py` keeps, and how clients change it: tokens, branches, objects
-beside git, commits."""
+"""State of the Hub of `hub_server.py`, and requests that change it: branches, objects, commits.
+
+Large files are objects of their own next to git, as in LFS.
+"""
 
 import base64
 import hashlib
@@ -19,22 +21,26 @@ INVALID_TOKEN = "Invalid credentials in Authorization header"
 
 
 class Refusal(Exception):
-    """What the Hub does not do.
+    """Report that the Hub refuses a request.
 
     Args:
-        status: of the answer; message: in its body and in X-Error-Message; code: X-Error-Code,
-            where there is one.
-        more: what else the body holds.
+        status: of the answer.
+        message: in its body and in X-Error-Message.
+        code: X-Error-Code, if there is one.
+        more: further entries of the body.
     """
 
     def __init__(self, status: int, message: str, code: str = "", **more: object):
         super().__init__(message)
-        self.status, self.message, self.code, self.more = status, message, code, more
+        self.status = status
+        self.message = message
+        self.code = code
+        self.more = more
 
 
 @dataclass(frozen=True)
 class Token:
-    """Whose it is, and what for.
+    """Describe an access token.
 
     Args:
         user: owner; also a namespace.
@@ -49,33 +55,39 @@ class Token:
     expired: bool = False
 
     def may_write(self, namespace: str) -> bool:
-        """Whether repositories of this namespace may be made and changed with it."""
+        """Return whether it may create and change repositories of this namespace."""
         return self.role == "write" and namespace in (self.user, *self.organizations)
 
 
 class Large(bytes):
-    """Content of a file that lies beside git, under its SHA-256."""
+    """Content of a large file, which is stored under its SHA-256 and not in git."""
 
     @property
     def oid(self) -> str:
-        """The name of the object."""
+        """Return the name of the object."""
         return hashlib.sha256(self).hexdigest()
 
     @property
     def pointer(self) -> bytes:
-        """What lies in git instead."""
-        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.oid}\nsize {len(self)}\n".encode()
+        """Return the pointer that git holds instead."""
+        lines = (
+            "version https://git-lfs.github.com/spec/v1",
+            f"oid sha256:{self.oid}",
+            f"size {len(self)}",
+            "",
+        )
+        return "\n".join(lines).encode()
 
 
 def git_hash(content: bytes) -> str:
-    """The name that git gives to a file."""
+    """Return the name that git gives to a file."""
     content = content.pointer if isinstance(content, Large) else content
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass(frozen=True)
 class Commit:
-    """All files as they were at some time; `Large` where they lie beside git."""
+    """Store all files of one commit; large ones as `Large`."""
 
     sha: str
     files: dict[str, bytes]
@@ -87,16 +99,16 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A data set or a model.
+    """Store a data set or a model.
 
     Args:
         files: path -> content, on main.
-        denied: status, X-Error-Code and X-Error-Message of the answers about it.
-        listed: whether its list of files and its README.md are shown all the same.
-        private: whether only those who may write in its namespace see it.
-        commits: all of them, on whatever branch, the oldest first.
+        denied: status, X-Error-Code and X-Error-Message of all answers about it.
+        listed: whether its list of files and its README.md are shown nevertheless.
+        private: whether only accounts that may write in its namespace see it.
+        commits: of all branches, the oldest first.
         references: branches and pull requests (`refs/pr/1`) -> SHA of the commit.
-        objects: what was uploaded to lie beside git, by SHA-256.
+        objects: uploaded large files, by SHA-256.
     """
 
     files: dict[str, bytes]
@@ -108,10 +120,11 @@ class Repository:
     objects: dict[str, bytes] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.commits, self.references = [Commit(SHA, self.files)], {"main": SHA}
+        self.commits = [Commit(SHA, self.files)]
+        self.references = {"main": SHA}
 
     def at(self, revision: str) -> Commit:
-        """The commit of a branch, a pull request, or by its SHA or the beginning of that."""
+        """Return the commit of a branch, a pull request, or a SHA or its beginning."""
         sha = self.references.get(revision, revision)
         found = (
             [commit for commit in self.commits if commit.sha.startswith(sha)]
@@ -123,7 +136,7 @@ class Repository:
         return found[0]
 
     def add(self, commit: Commit) -> None:
-        """Takes a commit in, and moves its branch to it."""
+        """Add a commit, and move its branch to it."""
         self.commits.append(commit)
         self.references[commit.revision] = commit.sha
         self.files = self.at("main").files
@@ -131,12 +144,14 @@ class Repository:
 
 @dataclass
 class Call:
-    """A request, as far as it matters what it asks for.
+    """Store a request, and what it is made to.
 
     Args:
-        url: of this Hub; repositories: on it, by name.
-        token: None where the client sent none.
-        body: of the request; create_pr: whether a pull request is to be opened.
+        url: of this Hub.
+        repositories: on it, by name.
+        token: None if the client sent none.
+        body: of the request.
+        create_pr: whether it opens a pull request.
     """
 
     url: str
@@ -146,11 +161,11 @@ class Call:
     create_pr: bool = False
 
     def may_write(self, name: str) -> bool:
-        """Whether this client may change that repository."""
+        """Return whether this client may change a repository."""
         return self.token is not None and self.token.may_write(name.split("/")[0])
 
     def repository(self, name: str, public: bool = False) -> Repository:
-        """The one that is asked for, if this client may see it."""
+        """Return a repository, if this client may see it."""
         repository = self.repositories.get(name)
         if repository is None or (repository.private and not self.may_write(name)):
             if self.token is None:
@@ -162,7 +177,7 @@ class Call:
         raise Refusal(status, message, code)
 
     def signed_in(self) -> Token:
-        """Whose request it is; nobody changes anything anonymously."""
+        """Return the token of the request; refuse requests without one."""
         if self.token is None:
             raise Refusal(401, "Invalid username or password.")
         return self.token
@@ -264,7 +279,7 @@ def list_commits(call: Call, name: str, revision: str) -> list[dict]:
 
 
 def ask_upload_modes(call: Call, name: str, revision: str) -> dict:
-    """POST /api/models/{repo}/preupload/{revision}: beside git or in it, and what is there now."""
+    """POST /api/models/{repo}/preupload/{revision}: large or not, and what is there."""
     token = call.signed_in()
     if call.create_pr and token.role != "write":
         raise Refusal(403, "Authorization error.")
@@ -281,8 +296,7 @@ def ask_upload_modes(call: Call, name: str, revision: str) -> dict:
 
 
 def ask_upload_actions(call: Call, name: str) -> dict:
-    """POST /{repo}.git/info/lfs/objects/batch: where to put which objects; nowhere, if they are
-    here already."""
+    """POST /{repo}.git/info/lfs/objects/batch: where to put which objects; none that are here."""
     call.signed_in()
     wanted, repository = json.loads(call.body), call.repository(name)
     # For a pull request the client names no branch here, and everybody may open one.
@@ -318,7 +332,7 @@ def verify_object(call: Call, name: str) -> dict:
 def changed(
     files: dict[str, bytes], changes: list[dict], objects: dict[str, bytes]
 ) -> dict[str, bytes]:
-    """The files after some changes, one of them per line of a request for a commit."""
+    """Return the files after some changes, each a line of a request for a commit."""
     files = dict(files)
     for change in changes:
         kind, value = change["key"], change["value"]
@@ -330,13 +344,13 @@ def changed(
         elif kind == "lfsFile":
             raise Refusal(400, f"the object of {path} was not uploaded")
         else:
-            gone = [
-                file for file in files if file == path or file.startswith(f"{path.rstrip('/')}/")
-            ]
-            gone = gone if kind == "deletedFolder" else [file for file in gone if file == path]
-            if not gone:
+            deleted = [file for file in files if file == path]
+            if kind == "deletedFolder":
+                folder = path.rstrip("/") + "/"
+                deleted += [file for file in files if file.startswith(folder)]
+            if not deleted:
                 raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
-            for file in gone:
+            for file in deleted:
                 del files[file]
     return files
 
@@ -386,10 +400,12 @@ ROUTES: list[tuple[str, str, Callable[..., dict]]] = [
 
 
 def answer(call: Call, command: str, path: str) -> dict | list | None:
-    """Does what a request asks for; None for all that is not listed above.
+    """Do what a request asks for; return None for requests that are not in ROUTES.
 
     Args:
-        path: as it came, with %2F within a revision.
+        call: the request.
+        command: its HTTP method.
+        path: as it was sent, with %2F within a revision.
     """
     for method, pattern, function in ROUTES:
         if method == command and (match := re.fullmatch(pattern, path)):

@@ -1,5 +1,4 @@
-"""Images that carry a number in their pixels, in the formats that streams are read from, and
-streams of them."""
+"""Images with a number in their pixels, in the formats that streams are read from, and streams."""
 
 import io
 import tarfile
@@ -21,27 +20,27 @@ NUM_IMAGES = sum(SHARD_ROWS)
 
 
 def picture(number: int) -> bytes:
-    """A PNG file of 16 x 16 pixels, all of one colour that tells its number."""
+    """Return a PNG file of 16 x 16 pixels, all of one colour that encodes its number."""
     file = io.BytesIO()
     PILImage.new("RGB", (16, 16), (number // 256, number % 256, 7)).save(file, "PNG")
     return file.getvalue()
 
 
 def number_of(image: PILImage.Image) -> torch.Tensor:
-    """A transform that only reads the number."""
+    """Return the number of an image; a transform."""
     red, green, _ = image.getpixel((0, 0))
     return torch.tensor(256 * red + green)
 
 
 def noisy_number_of(image: PILImage.Image) -> torch.Tensor:
-    """A transform with random numbers: (2,), the image's number and noise."""
+    """Return an image's number and noise, (2,); a transform with random numbers."""
     return torch.stack([number_of(image).double(), torch.rand((), dtype=torch.float64)])
 
 
 def parquet(
     contents: Sequence[bytes | None], first: int = 0, classes: Sequence[str] = LABELS
 ) -> bytes:
-    """A parquet file of image files, in row groups of 4, labelled in turn."""
+    """Return a parquet file of image files in row groups of 4, with labels in turn."""
     labels = [(first + index) % len(classes) for index in range(len(contents))]
     rows = {"image": [{"bytes": content, "path": None} for content in contents], "label": labels}
     features = Features({"image": Image(), "label": ClassLabel(names=list(classes))})
@@ -51,9 +50,9 @@ def parquet(
 
 
 def repository(broken: Sequence[int] = ()) -> dict[str, bytes]:
-    """A data set as the Hub holds them: path -> content. The images with the numbers `broken` are
-    cut off."""
-    files, first = {"README.md": b"---\nlicense: mit\n---\n# Numbers\n"}, 0
+    """Return a data set as it is on the Hub, path -> content; images in `broken` are cut off."""
+    files = {"README.md": b"---\nlicense: mit\n---\n# Numbers\n"}
+    first = 0
     for shard, count in enumerate(SHARD_ROWS):
         contents = [picture(n)[: 40 if n in broken else None] for n in range(first, first + count)]
         files[f"data/train-{shard:05d}-of-{len(SHARD_ROWS):05d}.parquet"] = parquet(contents, first)
@@ -63,7 +62,7 @@ def repository(broken: Sequence[int] = ()) -> dict[str, bytes]:
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
-    """Puts files into a folder, which is returned."""
+    """Write files into a folder, and return it."""
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
@@ -71,7 +70,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def archive(numbers: Sequence[int]) -> bytes:
-    """A WebDataset shard: images with their class as an integer."""
+    """Return a WebDataset shard: images with their class as an integer."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for number in numbers:
@@ -91,11 +90,11 @@ def stream(
     seed: int = 1,
     **kwargs: Any,
 ) -> ImageStream:
-    """A folder's training split, streamed with a small buffer."""
+    """Return the training split of a folder, streamed with a small buffer."""
     args = DataArguments(data_dir=str(folder), streaming=True, **({"shuffle_buffer": 8} | kwargs))
     return ImageStream(load_image_data(args).train, transform, seed)
 
 
 def numbers(batches: Iterable[dict[str, torch.Tensor]]) -> list[int]:
-    """The numbers of the images of some batches."""
+    """Return the numbers of the images of some batches."""
     return [number for batch in batches for number in batch["pixel_values"].tolist()]

@@ -1,7 +1,7 @@
-"""Publishes in a process of its own: `publish_process.py CASES`.
+"""Publish in a process of its own: `publish_process.py CASES`.
 
-CASES is JSON, [[name, folder, repository, token, settings], ...]. Tells the Hub which case begins,
-and prints what became of it as a line of JSON.
+CASES is JSON, [[name, folder, repository, token, settings], ...]. For each case the process tells
+the Hub which one begins, and prints the outcome as a line of JSON.
 """
 
 import json

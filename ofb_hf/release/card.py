@@ -100,6 +100,7 @@ def render_finetuned_card(
         token_schedule: as in `OFBViTConfig`, where the model drops and merges tokens.
         is_stock: whether the model is of a class of transformers, which needs no code of ours.
     """
+    # What the model has of a search that came before; nothing for a dense one.
     sections = []
     if subnet is not None:
         sections.append(f"Kept widths:\n\n{_widths(subnet, {})}")
@@ -199,6 +200,7 @@ def card_data(results: dict[str, Any], is_stock: bool = False) -> ModelCardData:
     source = results["source"]["model"]
     data = results["data"]
     license = results["source"].get("license")
+    # A name that the Hub does not know goes into `license_name`, with "other" as the licence.
     known = license is None or license in LICENSES
     evaluation = {
         "task_type": "image-classification",

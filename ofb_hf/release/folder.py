@@ -104,6 +104,8 @@ def _copy(source: Path, folder: Path, secrets: set[str]) -> None:
             raise ValueError(
                 f"{source} has no {name}; give the output folder of a search, or a model."
             )
+    # Not published, but the Trainer of transformers pickles its arguments with the token in them, and
+    # a folder like this one is easily passed on.
     if (source / TRAINING_ARGS_NAME).is_file():
         require_no_token(source / TRAINING_ARGS_NAME, secrets)
     for name in (*required, *OPTIONAL):
@@ -126,6 +128,7 @@ def stage_stock(model: PreTrainedModel, main: Path, folder: Path) -> bool:
         return False
     pad_to_stock(model).save_pretrained(folder)
     if (main / PREPROCESSOR).is_file():
+        # Loaded and saved, so that the twin's file is written as transformers writes it.
         AutoImageProcessor.from_pretrained(main).save_pretrained(folder)
     shutil.copyfile(main / CARD, folder / CARD)
     return True
@@ -145,7 +148,7 @@ def _add_code(folder: Path, classes: tuple[type, ...]) -> None:
         shutil.copyfile(file, folder / file.name)
         auto_map[auto_class] = f"{file.stem}.{cls.__name__}"
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    config["auto_map"] = auto_map
+    config["auto_map"] = auto_map  # by which transformers finds the code of a checkpoint
     content = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_NAME).write_text(content, encoding="utf-8")
 

@@ -102,6 +102,8 @@ def publish(
         twin = Path(temporary) / STOCK_REVISION
         loaded = stage(model, folder, secrets)
         has_twin = stock and not only_one_branch and stage_stock(loaded, folder, twin)
+        # Before anything is written to `output_dir` or sent: both folders hold no leak. The owner of
+        # the repository is public in any case.
         owner = {repo_id.partition("/")[0]} if repo_id else set()
         require_no_leaks(Path(temporary), owner, secrets)
         if output_dir is not None:
@@ -118,6 +120,7 @@ def publish(
             if revision is not None:
                 repository.create_branch(revision)
             commit = repository.commit(folder, message, revision, create_pr=create_pr)
+        # The checkpoint is published now. Whatever happens to the twin, the error has to say so.
         if not only_one_branch:
             with _explained_refusals(repository, STOCK_REVISION, published=commit):
                 if has_twin:

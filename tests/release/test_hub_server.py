@@ -1,5 +1,4 @@
-"""The Hub of `hub_server.py`, to its clients: they get what they have brought, and are told what
-goes wrong."""
+"""The Hub of `hub_server.py` returns what clients upload, and reports what goes wrong."""
 
 import io
 import json

@@ -1,5 +1,4 @@
-"""What must not be published is found, wherever it is, and what only looks like it is left
-alone."""
+"""What must not be published is found wherever it is, and text that only resembles it passes."""
 
 import json
 
@@ -16,7 +15,7 @@ TOKEN = "hf_" + "aB3" * 12
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder to publish, on the machine of somebody called `mallory`."""
+    """A folder to publish, on the machine `gpu-box-7` of the account `mallory`."""
     monkeypatch.setattr("getpass.getuser", lambda: "mallory")
     monkeypatch.setattr("platform.node", lambda: "gpu-box-7")
     (tmp_path / "README.md").write_text(

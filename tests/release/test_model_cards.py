@@ -25,9 +25,10 @@ def test_every_folder_is_one_or_the_other():
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.parent.name)
 def test_cards_without_weights_say_so_first_and_hold_the_papers_figures(path):
-    said, card = json.loads(path.read_text()), (path.parent / "README.md").read_text()
+    paper = json.loads(path.read_text())
+    card = (path.parent / "README.md").read_text()
     assert card.startswith("No weights of ours exist yet")
-    row = [said[key] for key in ("model", "parent", "top1", "top5", "params_millions", "gflops")]
+    row = [paper[key] for key in ("model", "parent", "top1", "top5", "params_millions", "gflops")]
     assert "| " + " | ".join(map(str, row)) + " |" in card
     assert "Reported by the paper's authors" in card
     assert ModelCard(card).data.eval_results is None
@@ -37,7 +38,7 @@ def test_cards_without_weights_say_so_first_and_hold_the_papers_figures(path):
 
 @pytest.mark.parametrize("path", MADE, ids=lambda path: path.parent.name)
 def test_cards_of_what_was_made_repeat_what_was_measured(path):
-    """Word for word what the template makes of the results and the subnet beside the card."""
+    """The card is exactly what the template makes of the results and the subnet next to it."""
     results, card = read_results(path), (path.parent / "README.md").read_text()
     subnet = SubnetSpec.from_json((path.parent / "subnet.json").read_text())
     assert card == render_card(results, subnet, markdown_table(results_rows(results)))

@@ -1,5 +1,4 @@
-"""Published checkpoints: whole, in one commit, loadable through three doors, whatever the Hub does
-meanwhile."""
+"""Published checkpoints are complete, in one commit, and load in three ways, with any Hub fault."""
 
 import hashlib
 import json
@@ -48,7 +47,7 @@ PUBLISHED = {
         "subnet.json",
     ),
 }
-# What goes wrong with which request, how often, and what comes of it: success, or words.
+# Which request fails, how, how often, and the outcome: None for success, or text of the error.
 REQUESTS = {
     "create": "/repos/create",
     "card": "/validate-yaml",
@@ -70,7 +69,7 @@ FAULTS |= {
     f"{kind}-down": (REQUESTS[kind], 503, 999, DOWN)
     for kind in ("create", "preupload", "batch", "put", "commit")
 }
-# After the commit to main: it stays, and what is said has to say so.
+# After the commit to main: it stays, and the error has to say so.
 TWIN_FAULTS = {"branch": "/branch/", "commits": "/commits/", "stock": "/commit/stock"}
 FAULTS |= {f"{kind}-down": (part, 503, 999, DOWN) for kind, part in TWIN_FAULTS.items()}
 FAULTS |= {
@@ -115,7 +114,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def outcomes(hub, output, tmp_path_factory):
-    """What became of every case, by name."""
+    """The outcome of every case, by name."""
     cases = [
         ["first", str(output), "lab/half", "hf_write", {}],
         ["again", str(output), "lab/half", "hf_write", {}],
@@ -324,8 +323,8 @@ def test_faults_end_in_success_or_in_a_sentence(hub, outcomes, name):
         assert "stock" in repository.references
     elif name.removesuffix("-down") in TWIN_FAULTS:
         assert outcome["error"] == "PublishError"
-        said = rf"^published to lab/{name} \(main\) at commit \w{{8}}, but without its stock twin: .*{words}.*run the same"
-        assert re.search(said, outcome["message"])
+        done = rf"^published to lab/{name} \(main\) at commit \w{{8}}, but without its stock twin: "
+        assert re.search(rf"{done}.*{words}.*run the same", outcome["message"])
         assert len(published) == 1
         assert set(repository.files) - {".gitattributes"} == PUBLISHED
         assert "stock" not in repository.references or set(repository.at("stock").files) == {
@@ -352,7 +351,7 @@ def test_tokens_that_may_not_write_are_refused_in_words(hub, outcomes, token):
 
 
 def test_a_hub_without_xet_is_told_in_words_how_to_go_on(hub, output, tmp_path):
-    """What happens by default: nobody has set HF_HUB_DISABLE_XET."""
+    """The default, without HF_HUB_DISABLE_XET."""
     hub.fault = lambda path: None
     environment = hub.environment(tmp_path / "hf", token="hf_write")
     del environment["HF_HUB_DISABLE_XET"]
@@ -471,7 +470,7 @@ def test_nothing_with_a_token_in_it_is_published(output, tmp_path, name):
 
 
 def test_a_token_in_training_arguments_is_found_and_the_push_refused(hub, output, tmp_path):
-    """The Trainer of transformers pickles its arguments, tokens included, beside what it saves."""
+    """The Trainer of transformers pickles its arguments, tokens included, next to the weights."""
     hub.fault = lambda path: None
     copy, token = shutil.copytree(output, tmp_path / "copy"), "hf_" + "Ab9" * 12
     torch.save(TrainingArguments("out", hub_token=token, use_cpu=True), copy / "training_args.bin")

@@ -1,4 +1,4 @@
-"""Compressed ViTs as stock checkpoints: the same logits from a class that knows nothing of us."""
+"""Compressed ViTs as stock checkpoints: the same logits from transformers' own class."""
 
 import itertools
 import json

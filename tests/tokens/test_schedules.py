@@ -1,5 +1,4 @@
-"""Where token schedules come from: published, fixed-rate, and learned; and that budgets hold to the
-integer."""
+"""Token schedules that are published, of a fixed rate, and learned hold their budget exactly."""
 
 import itertools
 
@@ -140,7 +139,7 @@ def test_settled_schedules_hold_the_budget_and_use_it(share, data):
 
 
 def fields_of(config):
-    """The fields of a stock config, as ours takes them."""
+    """Return the fields of a stock config that `OFBViTConfig` takes."""
     return {name: value for name, value in config.to_dict().items() if name != "model_type"}
 
 
@@ -199,7 +198,7 @@ def test_rounding_up_passes_the_gradient_of_the_expectation():
 
 @given(st.lists(st.integers(2, 17), min_size=4, max_size=4), st.integers(0, 1000))
 def test_hidden_tokens_count_as_removed_ones(counts, seed):
-    """What is learned with all tokens in place holds for the model from which they are gone."""
+    """Logits and cost with hidden tokens are those of the model from which they are removed."""
     kept, merged, later, last = counts
     schedule = [[17, 17], [kept, merged], [later, last], [2, 2]]
     learner, images = (
@@ -214,8 +213,7 @@ def test_hidden_tokens_count_as_removed_ones(counts, seed):
 
 
 def test_the_gradients_of_counts_do_not_depend_on_rounding():
-    """Tokens that are hidden weigh next to nothing, and what one of them would be worth is heard in
-    full."""
+    """Hidden tokens have almost no size, but the gradient of their counts is complete."""
     images, gradients = tiny_images(4, size=32), {}
     for dtype in (torch.float32, torch.float64):
         model = install_learned_counts(tiny_vit(num_hidden_layers=4, image_size=32)).to(dtype)
