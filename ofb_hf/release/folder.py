@@ -104,8 +104,8 @@ def _copy(source: Path, folder: Path, secrets: set[str]) -> None:
             raise ValueError(
                 f"{source} has no {name}; give the output folder of a search, or a model."
             )
-    # Not published, but the Trainer of transformers pickles its arguments with the token in them, and
-    # a folder like this one is easily passed on.
+    # Not published, but the Trainer of transformers pickles its arguments with the token in them,
+    # and a folder like this one is easily passed on.
     if (source / TRAINING_ARGS_NAME).is_file():
         require_no_token(source / TRAINING_ARGS_NAME, secrets)
     for name in (*required, *OPTIONAL):

@@ -102,8 +102,8 @@ def publish(
         twin = Path(temporary) / STOCK_REVISION
         loaded = stage(model, folder, secrets)
         has_twin = stock and not only_one_branch and stage_stock(loaded, folder, twin)
-        # Before anything is written to `output_dir` or sent: both folders hold no leak. The owner of
-        # the repository is public in any case.
+        # Before anything is written to `output_dir` or sent. The owner of the repository is public
+        # in any case.
         owner = {repo_id.partition("/")[0]} if repo_id else set()
         require_no_leaks(Path(temporary), owner, secrets)
         if output_dir is not None:
