@@ -173,6 +173,8 @@ class Decisions(nn.Module):
         if self.tokens is None:
             return self._best_widths(candidates, self.terms)
 
+        # The cost of a width depends on the numbers of tokens, so widths are chosen anew for every
+        # schedule that is tried.
         def solve(architecture: Architecture, kept: Collection[str]) -> Choice:
             return self._best_widths(candidates, self.config.terms(architecture), kept)
 
@@ -252,6 +254,7 @@ class Decisions(nn.Module):
 
     def fit_alpha_(self) -> None:
         """Fit every alpha to the importance curve of its submodule, tied ones to their mean."""
+        # Tied submodules share an alpha, which cannot follow each curve.
         for leader, *tied in self.groups:
             curves = [mask.importance_by_rank() for mask in (leader, *tied)]
             leader.fit_alpha_(curve=torch.stack(curves).mean(0))
@@ -282,11 +285,13 @@ class Decisions(nn.Module):
         self.decide_tokens_(choice.token_schedule)
         for mask in self.bi_masks:
             mask.settle_(*choice.candidates[mask.name].size)
+        # A subnet names the submodules that were not searched as well.
         kept = {name: all_units(shape) for name, shape in self.dense_sizes.items()}
         for mask in self.bi_masks:
             kept[mask.name] = mask.kept()
         schedule = self.token_schedule
         if schedule is not None:
+            # A config has none where all tokens stay.
             schedule = self.model.config.meant_schedule(schedule)
         return SubnetSpec(kept, schedule)
 

@@ -174,7 +174,9 @@ class Supernet(nn.Module):
         if self._gate_store.separates:
             self._gate_store.separate_(len(pixel_values))
         if not masks_images and (kwargs or not self.training):
+            # Evaluation, or more outputs than logits: the whole classifier.
             return self.model(pixel_values=pixel_values, **kwargs)
+        # In training: of the last layer only the tokens that something follows from.
         if repainted is None:
             rows, columns = self.dense_architecture.token_grid
             count = rows * columns if masks_images else 0
@@ -304,9 +306,12 @@ class Supernet(nn.Module):
         Returns:
             (Q,)
         """
+        # Folded masks have no gates, and one candidate each: what alpha expects is what there is.
         if on != "bi_mask" or self.is_folded:
             return self._stacks.sizes()
-        return self._stacks.sizes(self._gate_store.values or self._stacks.gates(self.lam))
+        # After a pass with gates for every image there are no common values.
+        gates = self._gate_store.values or self._stacks.gates(self.lam)
+        return self._stacks.sizes(gates)
 
     def one_hot_loss(self) -> Tensor:
         """Return the sum of the adaptive one-hot losses of all submodules, scalar."""
@@ -379,6 +384,7 @@ class Supernet(nn.Module):
         self.folded.fill_(True)
         self.is_folded = True
         self._gate_store.clear()
+        # DDP must not wait for gradients that never come, and AdamW would go on decaying.
         resting = list(self.bi_masks.parameters())
         if self.pmim_decoder is not None and not self.repaints:
             resting += [*self.pmim_decoder.parameters(), mask_token_of(self.model)]
@@ -395,6 +401,7 @@ class Supernet(nn.Module):
         It has the same logits and no masks. Units that are not alive are left out. The supernet
         stays as it was.
         """
+        # A state dict shares memory with the model, which has to stay as it is.
         state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.scale_(state)
         folded = rebuild_classifier(self.model, copy.deepcopy(self.config), state)
@@ -461,6 +468,7 @@ def _require_searchable(model_config: PreTrainedConfig, config: BiMaskConfig) ->
         )
     if config.search_tokens:
         require_biased_attention(model_config)
+    # A gate scales the rows that write a hidden channel, so what the activation makes of 0 remains.
     activation = describe(model_config).activation
     if ACT2FN[activation](torch.zeros(1)).item() != 0:
         raise ValueError(
@@ -485,6 +493,7 @@ def compress(supernet: Supernet) -> PreTrainedModel:
     Raises:
         UnreachableBudgetError: naming the smallest possible cost.
     """
+    # Deciding and folding happen in a copy: a search may go on after it.
     settled = copy.deepcopy(supernet)
     settled.decisions.settle_()
     return settled.fold()

@@ -344,6 +344,27 @@ def test_moments_of_the_time_of_rest_are_forgotten(tmp_path):
     assert steps[5] == {1.0}
 
 
+def test_a_search_that_finds_its_observation_over_hands_over_at_once(tmp_path):
+    """As a run does that is resumed with fewer steps than it was started with."""
+    trainer = searcher(tmp_path)
+    trainer.create_optimizer()
+    before = [mask.alpha.detach().clone() for mask in trainer.supernet.bi_masks]
+    for mask in trainer.supernet.bi_masks:
+        mask.first_order.uniform_()
+    trainer.state.max_steps = 24
+    trainer.state.global_step = trainer._phases_of(24).observed_steps
+    trainer.begin_search()
+    assert trainer.supernet.importance_known
+    for mask, alpha in zip(trainer.supernet.bi_masks, before, strict=True):
+        assert not torch.equal(mask.alpha, alpha)
+    # Once is enough.
+    after = [mask.alpha.detach().clone() for mask in trainer.supernet.bi_masks]
+    trainer.supernet.bi_masks[0].first_order.zero_()
+    trainer.begin_search()
+    for mask, alpha in zip(trainer.supernet.bi_masks, after, strict=True):
+        assert torch.equal(mask.alpha, alpha)
+
+
 def begin_observing(trainer):
     """Put a trainer into the first step of its search, without running it."""
     trainer.state.max_steps = trainer.args.max_steps
