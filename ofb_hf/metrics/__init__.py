@@ -1,6 +1,6 @@
 """Accuracy of a classifier, from ranked classes: no process ever holds the logits of a whole split.
 
-    Trainer(..., compute_metrics=compute_topk, preprocess_logits_for_metrics=top5_indices)
+Trainer(..., compute_metrics=compute_topk, preprocess_logits_for_metrics=top5_indices)
 """
 
 from torch import Tensor

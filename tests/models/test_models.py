@@ -394,10 +394,11 @@ from transformers import AutoModel, AutoModelForImageClassification
 torch.set_num_threads(1)
 for folder in {folders!r}:
     expected = torch.load(folder + "/expected.pt", weights_only=True)
-    model = AutoModelForImageClassification.from_pretrained(folder, attn_implementation="eager").eval()
+    eager = {{"attn_implementation": "eager"}}
+    model = AutoModelForImageClassification.from_pretrained(folder, **eager).eval()
     with torch.no_grad():
         assert torch.equal(model(expected["images"]).logits, expected["logits"]), folder
-    encoder, info = AutoModel.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    encoder, info = AutoModel.from_pretrained(folder, output_loading_info=True, **eager)
     assert not any(info.values()), info
     print(type(model).__name__, type(encoder).__name__)
 """

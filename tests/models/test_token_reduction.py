@@ -350,7 +350,8 @@ images = safetensors.torch.load_file({str(tmp_path / "images.safetensors")!r})["
 settings = {{"trust_remote_code": True, "attn_implementation": "eager"}}
 model = AutoModelForImageClassification.from_pretrained({str(folder)!r}, **settings)
 with torch.no_grad():
-    safetensors.torch.save_file({{"logits": model(images).logits}}, {str(tmp_path / "answers.safetensors")!r})
+    answers = {{"logits": model(images).logits}}
+safetensors.torch.save_file(answers, {str(tmp_path / "answers.safetensors")!r})
 """
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
     process = subprocess.run(

@@ -16,9 +16,14 @@ def fp16_searcher(tmp_path, monkeypatch):
 
     def make(family, callbacks=None, scaler=None):
         trainer = searcher(
-            tmp_path, family=family, callbacks=callbacks, max_steps=STEPS, gradient_accumulation_steps=2,
-            max_grad_norm=0.5, ema_decay=0.9,
-        )  # fmt: skip
+            tmp_path,
+            family=family,
+            callbacks=callbacks,
+            max_steps=STEPS,
+            gradient_accumulation_steps=2,
+            max_grad_norm=0.5,
+            ema_decay=0.9,
+        )
         monkeypatch.setattr(trainer.accelerator, "native_amp", True)
         monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
         trainer.accelerator.scaler = torch.amp.GradScaler(

@@ -138,9 +138,16 @@ def test_a_shrunken_network_looks_like_one_that_was_built_small(family, depth):
         if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
             assert isinstance(theirs[name], torch.nn.Linear | torch.nn.LayerNorm), name
         for attribute in (
-            "in_features", "out_features", "in_channels", "out_channels", "normalized_shape", "num_attention_heads",
-            "head_dim", "scaling", "num_features",
-        ):  # fmt: skip
+            "in_features",
+            "out_features",
+            "in_channels",
+            "out_channels",
+            "normalized_shape",
+            "num_attention_heads",
+            "head_dim",
+            "scaling",
+            "num_features",
+        ):
             assert getattr(module, attribute, None) == getattr(theirs[name], attribute, None), (
                 name,
                 attribute,
