@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .bases import HeadBasis, NormReaders
 from .description import (
     Attributes,
     Slot,
@@ -179,6 +180,48 @@ class Block:
                 owner, _, leaf = self.at(layer).rpartition(".")
                 attributes.setdefault(owner, {})[leaf] = replacement
         return attributes
+
+    @property
+    def head_bases(self) -> list[HeadBasis]:
+        """What may change its basis in the attention, if there is one."""
+        if "attention" in self.left_out:
+            return []
+        queries, keys, values = self.names.attention_inputs
+        return [
+            HeadBasis(
+                name=self.attention,
+                num_heads=self.sizes["num_attention_heads"],
+                head_dim=self.sizes["head_dim"],
+                queries=self.at(queries),
+                keys=self.at(keys),
+                values=self.at(values),
+                output=self.at(self.names.attention_output),
+            )
+        ]
+
+    @property
+    def writers(self) -> list[str]:
+        """The paths of the layers that write into the residual stream."""
+        outputs = {
+            "attention": self.names.attention_output,
+            "mlp": self.names.mlp_output,
+        }
+        return [self.at(layer) for half, layer in outputs.items() if half not in self.left_out]
+
+    def norm_readers(self, padded: bool = False) -> list[NormReaders]:
+        """Return its norms with the layers that read them.
+
+        Args:
+            padded: whether the attention's input may be padded with zeros behind its norm.
+        """
+        readers = []
+        if "attention" not in self.left_out:
+            layers = tuple(self.at(layer) for layer in self.names.attention_inputs)
+            readers.append(NormReaders(self.at(self.names.attention_norm), layers, padded=padded))
+        if "mlp" not in self.left_out:
+            layers = tuple(self.at(layer) for layer in self.names.mlp_inputs)
+            readers.append(NormReaders(self.at(self.names.mlp_norm), layers))
+        return readers
 
     def params(self, width: str, qkv_bias: bool) -> list[Term]:
         """Return its number of parameters as a sum over terms.

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .bases import Bases
+
 # Units of a submodule: (U,), or (heads, channels per head).
 Shape = tuple[int, ...]
 # Submodule name -> its units.
@@ -266,6 +268,8 @@ class Family:
         attributes: config -> {module path: {attribute: value}} of what modules store next to their
             weights: sizes, and what stands in for layers without width.
         undecayed: endings of the names of parameters without weight decay, besides vectors.
+        bases: config of one of our classifiers -> where it may be rotated without a change of its
+            function.
         tokens: None if the family's classifiers cannot follow a token schedule.
     """
 
@@ -276,6 +280,7 @@ class Family:
     resize: Callable[[Any, Sizes], None]
     attributes: Callable[[Any], Attributes]
     undecayed: tuple[str, ...]
+    bases: Callable[[Any], Bases]
     tokens: TokenReductions | None = None
 
     def from_dense(self, model: PreTrainedModel, **changes: Any) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from transformers import SwinConfig, SwinForImageClassification
 
 from ..models.configuration_ofb_swin import OFBSwinConfig
 from ..models.modeling_ofb_swin import OFBSwinForImageClassification
+from .bases import Bases, HeadBasis, NormReaders, StreamBasis
 from .blocks import Block, BlockNames, common_scale, linear_slots, norm_slots
 from .description import (
     Architecture,
@@ -267,6 +268,32 @@ def _attributes(config: OFBSwinConfig) -> Attributes:
     return attributes
 
 
+def _bases(config: SwinConfig) -> Bases:
+    """Return what may change its basis: all heads, and the streams of all stages but the first."""
+    last = len(config.depths) - 1
+    heads: list[HeadBasis] = []
+    streams: list[StreamBasis] = []
+    for stage in range(len(config.depths)):
+        writers = [f"{STAGES}.{stage - 1}.downsample.reduction"] if stage else []
+        norms: list[NormReaders] = []
+        for block in _blocks(config, stage):
+            heads += block.head_bases
+            writers += block.writers
+            # Windows that the grid does not fill are padded with zeros.
+            norms += block.norm_readers(padded=True)
+        merging = f"{STAGES}.{stage}.downsample"
+        if stage < last:
+            norms.append(NormReaders(f"{merging}.norm", (f"{merging}.reduction",), tiles=4))
+        else:
+            norms.append(NormReaders(NORM, (CLASSIFIER,)))
+        streams.append(StreamBasis(_width(stage), tuple(writers), (), tuple(norms)))
+    fixed = {
+        _width(0): "the norm of the patch embedding writes it, and the scale of that norm belongs "
+        "to single channels"
+    }
+    return Bases(heads=tuple(heads), streams=tuple(streams[1:]), fixed=fixed)
+
+
 SWIN = Family(
     stock_class=SwinForImageClassification,
     model_class=OFBSwinForImageClassification,
@@ -275,4 +302,5 @@ SWIN = Family(
     resize=_resize,
     attributes=_attributes,
     undecayed=("mask_token", "position_embeddings", "relative_position_bias_table"),
+    bases=_bases,
 )

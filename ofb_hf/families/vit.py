@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from ..models.configuration_ofb_vit import OFBViTConfig
 from ..models.modeling_ofb_vit import OFBViTForImageClassification, TokenReduction
+from .bases import Bases, HeadBasis, NormReaders, StreamBasis
 from .blocks import Block, common_scale, linear_slots, norm_slots
 from .description import (
     Architecture,
@@ -211,6 +212,24 @@ def with_layers(state: dict[str, Tensor], layers: list[int]) -> dict[str, Tensor
     return renamed
 
 
+def _bases(config: ViTConfig) -> Bases:
+    """Return what may change its basis: all heads and the one residual stream."""
+    heads: list[HeadBasis] = []
+    writers = [PATCH_PROJECTION]
+    norms: list[NormReaders] = []
+    for block in _blocks(config):
+        heads += block.head_bases
+        writers += block.writers
+        norms += block.norm_readers()
+    stream = StreamBasis(
+        name=WIDTH,
+        writers=tuple(writers),
+        tensors=(f"{EMBEDDINGS}.cls_token", f"{EMBEDDINGS}.position_embeddings", MASK_TOKEN),
+        norms=(*norms, NormReaders(NORM, (CLASSIFIER,))),
+    )
+    return Bases(heads=tuple(heads), streams=(stream,), fixed={})
+
+
 VIT = Family(
     stock_class=ViTForImageClassification,
     model_class=OFBViTForImageClassification,
@@ -219,5 +238,6 @@ VIT = Family(
     resize=_resize,
     attributes=_attributes,
     undecayed=("_token", "position_embeddings"),
+    bases=_bases,
     tokens=TokenReductions(parts=_parts, layer_parts=_layer_parts, layers=_layers),
 )
