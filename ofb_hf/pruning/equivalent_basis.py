@@ -38,6 +38,8 @@ from ..families.registry import family_of, require_classifier
 # Second moments are held away from singular by this fraction of their mean: what a head never uses
 # would otherwise be divided by nothing.
 FLOOR = 1e-6
+# Where there is no mean at all, as in a head that gives out zeros.
+TINY = 1e-30
 
 
 class Moments:
@@ -142,9 +144,12 @@ def _shift_moves(model: PreTrainedModel, norm: NormReaders) -> bool:
 
 
 def _can_absorb(model: PreTrainedModel, module: nn.LayerNorm, norm: NormReaders) -> bool:
-    """Return whether scale and shift of a norm can be made 1 and anything."""
+    """Return whether the scale of a norm can become 1 without a change of the function."""
+    if _shift_moves(model, norm):
+        return True
     # A shift that stays behind is divided by the scale that leaves.
-    return _shift_moves(model, norm) or bool(((module.weight != 0) | (module.bias == 0)).all())
+    divisible = (module.weight != 0) | (module.bias == 0)
+    return bool(divisible.all())
 
 
 def _absorb_norm_(model: PreTrainedModel, module: nn.LayerNorm, norm: NormReaders) -> None:
@@ -157,8 +162,12 @@ def _absorb_norm_(model: PreTrainedModel, module: nn.LayerNorm, norm: NormReader
         if moves:
             reader.bias.copy_(reader.bias.double() + weight @ shift)
         reader.weight.copy_(weight * scale)
-    kept = torch.where(scale == 0, 0.0, shift / torch.where(scale == 0, 1.0, scale))
-    module.bias.copy_(torch.zeros_like(shift) if moves else kept)
+    if moves:
+        module.bias.zero_()
+    else:
+        # g n + b = g (n + b / g); where g is 0, so is b.
+        divisor = torch.where(scale == 0, 1.0, scale)
+        module.bias.copy_(shift / divisor)
     module.weight.fill_(1.0)
 
 
@@ -269,19 +278,25 @@ def balanced_maps(moments: Tensor, counterpart: Tensor) -> tuple[Tensor, Tensor]
         A and A^-T, (H, D, D) each: x' = A x and y' = A^-T y have x'.y' = x.y, and
         A moments A' = A^-T counterpart A^-1 = diag(S), largest first.
     """
-    size = moments.shape[-1]
-    identity = torch.eye(size, dtype=moments.dtype, device=moments.device)
-    level = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]  # (H, 1, 1)
-    values, vectors = torch.linalg.eigh(moments + FLOOR * level.clamp(min=1e-30) * identity)
-    root = vectors * values.sqrt()[..., None, :] @ vectors.mT
-    inverse_root = vectors * values.rsqrt()[..., None, :] @ vectors.mT
+    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)  # (H, D)
+    level = diagonal.mean(-1).clamp(min=TINY)
+    floor = FLOOR * level[..., None, None] * identity  # (H, D, D)
+    values, vectors = torch.linalg.eigh(moments + floor)
+    # C^1/2 and C^-1/2: columns of the eigenvectors are scaled.
+    root = (vectors * values.sqrt()[..., None, :]) @ vectors.mT
+    inverse_root = (vectors * values.rsqrt()[..., None, :]) @ vectors.mT
     squares, directions = torch.linalg.eigh(root @ counterpart @ root)
     # eigh sorts from small to large.
-    squares, directions = squares.flip(-1), directions.flip(-1)
-    largest = squares[..., :1].clamp(min=1e-30)
-    # S^1/2; channels that the other side does not use are not scaled without limit.
-    scales = squares.clamp(min=FLOOR**2 * largest).pow(0.25)[..., None]  # (H, D, 1)
-    return scales * (directions.mT @ inverse_root), (directions.mT @ root) / scales
+    squares = squares.flip(-1)  # S^2
+    directions = directions.flip(-1)
+    largest = squares[..., :1].clamp(min=TINY)
+    # Channels that the other side does not use are not scaled without limit.
+    squares = squares.clamp(min=FLOOR**2 * largest)
+    scales = squares.pow(0.25)[..., None]  # S^1/2, (H, D, 1)
+    first = scales * (directions.mT @ inverse_root)
+    second = (directions.mT @ root) / scales
+    return first, second
 
 
 def _rewrite_heads_(model: PreTrainedModel, head: HeadBasis, moments: dict[str, Moments]) -> None:
@@ -293,9 +308,10 @@ def _rewrite_heads_(model: PreTrainedModel, head: HeadBasis, moments: dict[str, 
     _map_rows_(keys, of_keys)
     if keys.bias is not None:
         keys.bias.zero_()
-    columns = output.weight.double().unflatten(1, (head.num_heads, head.head_dim))  # (C, H, D)
-    columns = columns.transpose(0, 1)  # (H, C, D)
-    of_values, of_columns = balanced_maps(moments[head.output].mean(), columns.mT @ columns)
+    by_head = output.weight.double().unflatten(1, (head.num_heads, head.head_dim))  # (C, H, D)
+    columns = by_head.transpose(0, 1)  # (H, C, D)
+    gram = columns.mT @ columns  # (H, D, D)
+    of_values, of_columns = balanced_maps(moments[head.output].mean(), gram)
     _map_rows_(values, of_values)
     mapped = columns @ of_columns.mT  # (H, C, D)
     output.weight.copy_(mapped.transpose(0, 1).flatten(1))  # (C, H * D)
@@ -320,16 +336,20 @@ def _rotation(moments: Tensor) -> Tensor:
     component with little in it.
     """
     size = len(moments)
-    ones = torch.ones(size, 1, dtype=moments.dtype, device=moments.device) / size**0.5
-    complement = torch.eye(size, dtype=moments.dtype, device=moments.device) - ones @ ones.mT
+    ones = moments.new_ones(size, 1) / size**0.5
+    onto_ones = ones @ ones.mT  # (C, C)
+    complement = torch.eye(size, dtype=moments.dtype, device=moments.device) - onto_ones
     # Far below every other eigenvalue, so that it sorts to the end and nothing mixes with it.
     apart = moments.diagonal().sum() + 1.0
-    moments = complement @ moments @ complement - apart * ones @ ones.mT
-    components = torch.linalg.eigh(moments).eigenvectors.flip(-1)[:, : size - 1]  # (C, C - 1)
-    nearest = complement[:, : size - 1]  # (C, C - 1)
-    values, vectors = torch.linalg.eigh(nearest.mT @ nearest)
-    nearest = nearest @ (vectors * values.rsqrt()) @ vectors.mT
-    return nearest @ components.mT + ones @ ones.mT
+    within = complement @ moments @ complement
+    vectors = torch.linalg.eigh(within - apart * onto_ones).eigenvectors
+    components = vectors.flip(-1)[:, : size - 1]  # (C, C - 1)
+    # Single channels, projected into the complement and made orthonormal: E (E'E)^-1/2.
+    projected = complement[:, : size - 1]  # (C, C - 1)
+    values, vectors = torch.linalg.eigh(projected.mT @ projected)
+    inverse_root = (vectors * values.rsqrt()) @ vectors.mT
+    nearest = projected @ inverse_root
+    return nearest @ components.mT + onto_ones
 
 
 def _rotate_(model: PreTrainedModel, stream: StreamBasis, rotation: Tensor) -> None:
@@ -337,7 +357,8 @@ def _rotate_(model: PreTrainedModel, stream: StreamBasis, rotation: Tensor) -> N
     for path in stream.writers:
         writer = model.get_submodule(path)
         weight = writer.weight.double()
-        writer.weight.copy_((rotation @ weight.flatten(1)).view_as(weight))  # (C, inputs)
+        rotated = rotation @ weight.flatten(1)  # (C, inputs)
+        writer.weight.copy_(rotated.view_as(weight))
         if writer.bias is not None:
             writer.bias.copy_(rotation @ writer.bias.double())
     for tensor in _tensors(model, stream):
