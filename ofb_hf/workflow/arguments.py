@@ -5,7 +5,6 @@ Values that cannot work are refused when an instance is made, before anything is
 
 import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -317,12 +316,6 @@ def _numbers(name: str, words: list[Any] | float | None) -> list[float]:
     except ValueError:
         shown = ", ".join(numbers)
         raise ValueError(f"{name} is {shown}; give numbers, as 0.5 or 0.7,0.5,0.35.") from None
-
-
-def phase_arguments(args: OFBTrainingArguments, phase: str, **changes: Any) -> OFBTrainingArguments:
-    """Return the training arguments of one phase, which checkpoints into its own subfolder."""
-    folder = str(Path(args.output_dir) / phase)
-    return changed(args, output_dir=folder, push_to_hub=False, **changes)
 
 
 def changed(args: OFBTrainingArguments, **changes: Any) -> OFBTrainingArguments:
