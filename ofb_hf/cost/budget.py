@@ -55,9 +55,11 @@ class Budget:
         if self.latency_table is not None:
             self.table = _read_table(self.latency_table)
             self.latency_table = self.table.without_points()
-        given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
+        budgets = {name: getattr(self, name) for name in BUDGETS}
+        given = {name: value for name, value in budgets.items() if value is not None}
         if len(given) > 1:
-            listed = " and ".join(f"{name}={value}" for name, value in given.items())
+            settings = [f"{name}={value}" for name, value in given.items()]
+            listed = " and ".join(settings)
             raise ValueError(
                 f"{listed} are given together; a search has one budget, give one of them."
             )
@@ -122,6 +124,7 @@ class Budget:
         """
         name, value = self.budget
         if self.unit > 1:
+            # Milliseconds are always absolute.
             target = round(value * self.unit)
         else:
             target = int(value * dense_cost if value <= 1 else value)
@@ -141,8 +144,10 @@ class Budget:
         """Return the same as text: exact, so that it can be typed as a budget."""
         if self.unit == 1:
             return f"{cost:,}"
-        milliseconds = f"{cost / self.unit:,.9f}".rstrip("0").rstrip(".")
-        return f"{milliseconds} ms"
+        # Nine decimals of a millisecond are whole picoseconds.
+        milliseconds = f"{cost / self.unit:,.9f}"
+        shortened = milliseconds.rstrip("0").rstrip(".")
+        return f"{shortened} ms"
 
 
 def _read_table(table: str | dict[str, Any] | LatencyTable) -> LatencyTable:

@@ -96,10 +96,10 @@ class ExpectedCost(nn.Module):
         for term in terms:
             positions = [index[name] for name in term.factors]
             factors.append([*positions, one, one][:2])
-        coefficients = torch.tensor([float(term.coefficient) for term in terms])  # (T,)
-        self.register_buffer("coefficients", coefficients, persistent=False)
-        # (T, 2) -> (2, T)
-        self.register_buffer("factors", torch.tensor(factors).T.contiguous(), persistent=False)
+        coefficients = [float(term.coefficient) for term in terms]
+        pairs = torch.tensor(factors).T.contiguous()  # (T, 2) -> (2, T)
+        self.register_buffer("coefficients", torch.tensor(coefficients), persistent=False)
+        self.register_buffer("factors", pairs, persistent=False)
 
     def forward(self, amounts: Tensor) -> Tensor:
         """Return the scalar cost for values (Q,) of the quantities."""

@@ -31,7 +31,10 @@ LATENCY_TABLE_FILE = "latency_table.json"
 
 def amounts_of(part: Part, amounts: dict[str, int]) -> dict[str, int]:
     """Return the values of a part's products, given the value of every quantity."""
-    return {name: evaluate_terms((product,), amounts) for name, product in part.products.items()}
+    values: dict[str, int] = {}
+    for name, product in part.products.items():
+        values[name] = evaluate_terms((product,), amounts)
+    return values
 
 
 def fit_coefficients(rows: list[list[int]], picoseconds: list[float]) -> list[float]:
@@ -57,13 +60,15 @@ def fit_coefficients(rows: list[list[int]], picoseconds: list[float]) -> list[fl
     for count in range(1, num_products + 1):
         for subset in itertools.combinations(range(num_products), count):
             chosen = list(subset)
-            found = np.linalg.lstsq(weighted[:, chosen], ones, rcond=None)[0]  # (count,)
-            error = float(np.square(weighted[:, chosen] @ found - 1).sum())
+            columns = weighted[:, chosen]  # (P, count)
+            found = np.linalg.lstsq(columns, ones, rcond=None)[0]  # (count,)
+            error = float(np.square(columns @ found - 1).sum())
             if (found >= 0).all() and error < least:
                 least = error
                 best = np.zeros(num_products)
                 best[chosen] = found
-    return [float(f"{value:.6g}") for value in (best / scale).tolist()]
+    coefficients = (best / scale).tolist()
+    return [float(f"{coefficient:.6g}") for coefficient in coefficients]
 
 
 @dataclass
@@ -162,8 +167,8 @@ class LatencyTable:
                 return {name: (measured[name], size)}
         differing: dict[str, tuple[Any, Any]] = {}
         for name, size in here.items():
-            is_larger = any(a > b for a, b in zip(size, measured[name], strict=True))
-            if is_larger:
+            axes = zip(size, measured[name], strict=True)
+            if any(units > full for units, full in axes):
                 differing[name] = (measured[name], size)
                 break  # one is enough for the message
         for name, value in frame_of(architecture, measured).items():
@@ -178,6 +183,7 @@ class LatencyTable:
     def without_points(self) -> dict[str, Any]:
         """Return what a prediction needs, and how good it is, without the measurements."""
         entries = self.to_dict()
+        # Both are large, and no prediction needs them.
         del entries["points"]
         entries["check"].pop("networks", None)
         return entries
@@ -233,7 +239,9 @@ def frame_of(architecture: Architecture, sizes: dict[str, tuple[int, ...]]) -> d
 
 
 def count_latency(
-    model: PreTrainedModel | PreTrainedConfig, table: LatencyTable, subnet: SubnetSpec | None = None
+    model: PreTrainedModel | PreTrainedConfig,
+    table: LatencyTable,
+    subnet: SubnetSpec | None = None,
 ) -> int:
     """Return the predicted latency of one batch in picoseconds.
 

@@ -17,7 +17,9 @@ def _is_list(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     """Return whether a value is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    # True and False are whole numbers, too.
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return is_whole and value >= 1
 
 
 def _is_dict(value: Any) -> bool:
@@ -77,9 +79,10 @@ def check_entries(values: Any, known: set[str]) -> None:
     missing = [name for name in SETTINGS if name not in settings]
     if missing:
         raise _no_table(f"its settings have no {missing}")
-    wrong = {
-        name: settings[name] for name, is_right in SETTINGS.items() if not is_right(settings[name])
-    }
+    wrong: dict[str, Any] = {}
+    for name, is_right in SETTINGS.items():
+        if not is_right(settings[name]):
+            wrong[name] = settings[name]
     if wrong:
         raise _no_table(f"its settings say {wrong}")
 

@@ -244,7 +244,11 @@ class Block:
         ]
 
 
-def linear_slots(path: str, axis: int, gated: bool = False) -> tuple[Slot, ...]:
+def linear_slots(
+    path: str,
+    axis: int,
+    gated: bool = False,
+) -> tuple[Slot, ...]:
     """Return the slots of a linear or convolution layer.
 
     Args:
@@ -258,7 +262,11 @@ def linear_slots(path: str, axis: int, gated: bool = False) -> tuple[Slot, ...]:
     return weight, Slot(f"{path}.bias", axis, gated)
 
 
-def norm_slots(path: str, gated: bool = False, tiles: int = 1) -> tuple[Slot, ...]:
+def norm_slots(
+    path: str,
+    gated: bool = False,
+    tiles: int = 1,
+) -> tuple[Slot, ...]:
     """Return the slots of a LayerNorm; arguments as for `Slot`."""
     return (
         Slot(f"{path}.weight", 0, gated, tiles),
@@ -266,7 +274,11 @@ def norm_slots(path: str, gated: bool = False, tiles: int = 1) -> tuple[Slot, ..
     )
 
 
-def common_scale(field: str, head_dims: list[int], scale_field: str) -> float:
+def common_scale(
+    field: str,
+    head_dims: list[int],
+    scale_field: str,
+) -> float:
     """Return the factor on the attention logits that heads of these widths imply.
 
     Heads of width 0 imply none.

@@ -66,8 +66,8 @@ class Slot:
             heads, channels = shape
             kept = torch.unique(kept // channels)
             units = heads
-        # (tiles * K,)
-        return torch.cat([kept + tile * units for tile in range(self.tiles)])
+        copies = [kept + tile * units for tile in range(self.tiles)]
+        return torch.cat(copies)  # (tiles * K,)
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,13 @@ class Submodule:
     @property
     def gates(self) -> list[tuple[str, str, int]]:
         """What its bi-mask scales: (tensor, quantity whose gate scales it, axis)."""
-        gates = [(slot.parameter, self.name, slot.axis) for slot in self.slots if slot.gated]
-        gates += [(tensor, presence_of(self.name), 0) for tensor in self.constants]
+        gates: list[tuple[str, str, int]] = []
+        for slot in self.slots:
+            if slot.gated:
+                gates.append((slot.parameter, self.name, slot.axis))
+        # As present as the submodule's best unit.
+        presence = presence_of(self.name)
+        gates += [(tensor, presence, 0) for tensor in self.constants]
         return gates
 
 

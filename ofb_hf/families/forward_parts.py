@@ -18,7 +18,11 @@ REDUCTION = "reduction"
 MLP_MATRICES = 2
 
 
-def end_part(name: str, width: str, macs: int) -> Part:
+def end_part(
+    name: str,
+    width: str,
+    macs: int,
+) -> Part:
     """Return what comes before the first block, or after the last one.
 
     Args:
@@ -30,7 +34,12 @@ def end_part(name: str, width: str, macs: int) -> Part:
     return Part(name, name, (Term(macs, (width,)),), products)
 
 
-def merging_part(stage: int, width: str, next_width: str, tokens: int) -> Part:
+def merging_part(
+    stage: int,
+    width: str,
+    next_width: str,
+    tokens: int,
+) -> Part:
     """Return the patch merging behind a stage.
 
     Args:
@@ -153,7 +162,12 @@ def reducing_block(
     return first, reduction, last
 
 
-def _attention_macs(width: str, name: str, tokens: Any, window: Any) -> tuple[Term, ...]:
+def _attention_macs(
+    width: str,
+    name: str,
+    tokens: Any,
+    window: Any,
+) -> tuple[Term, ...]:
     return (
         # Projections to queries, keys, values and outputs.
         Term(4 * tokens, (width, name)),
@@ -162,12 +176,21 @@ def _attention_macs(width: str, name: str, tokens: Any, window: Any) -> tuple[Te
     )
 
 
-def _mlp_macs(width: str, name: str, tokens: Any, matrices: int) -> tuple[Term, ...]:
+def _mlp_macs(
+    width: str,
+    name: str,
+    tokens: Any,
+    matrices: int,
+) -> tuple[Term, ...]:
     return (Term(matrices * tokens, (width, name)),)
 
 
 def _attention_products(
-    width: str, name: str, tokens: Any, ranks: Any, weighs: Any
+    width: str,
+    name: str,
+    tokens: Any,
+    ranks: Any,
+    weighs: Any,
 ) -> dict[str, Term]:
     """Return what the time of an attention half grows with.
 
@@ -194,7 +217,12 @@ def _attention_products(
     }
 
 
-def _reduction_products(width: str, reduces: Any, kept: Any, merged: Any) -> dict[str, Term]:
+def _reduction_products(
+    width: str,
+    reduces: Any,
+    kept: Any,
+    merged: Any,
+) -> dict[str, Term]:
     merges = 1 * (merged < kept)
     # Each merged token is compared with every patch token that stays.
     pairs = (kept - merged) * (merged - 1)
@@ -208,7 +236,11 @@ def _reduction_products(width: str, reduces: Any, kept: Any, merged: Any) -> dic
     }
 
 
-def _mlp_products(width: str, name: str, tokens: Any) -> dict[str, Term]:
+def _mlp_products(
+    width: str,
+    name: str,
+    tokens: Any,
+) -> dict[str, Term]:
     return {
         "presence": Term(1, (presence_of(name),)),
         "tokens x width": Term(tokens, (width, presence_of(name))),

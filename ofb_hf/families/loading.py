@@ -36,7 +36,9 @@ def load_complete_classifier(name_or_path: str | Path) -> PreTrainedModel:
 
 
 def rebuild_classifier(
-    like: PreTrainedModel, config: PreTrainedConfig, state: Mapping[str, Tensor]
+    like: PreTrainedModel,
+    config: PreTrainedConfig,
+    state: Mapping[str, Tensor],
 ) -> PreTrainedModel:
     """Build a classifier of ours from a config and tensors.
 
@@ -46,6 +48,9 @@ def rebuild_classifier(
         state: tensors by name; those that a classifier with this config does not have (a mask
             token, learned token counts) are left out.
     """
-    model = family_of(config).model_class(config).to(device=like.device, dtype=like.dtype)
-    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    model_class = family_of(config).model_class
+    model = model_class(config).to(device=like.device, dtype=like.dtype)
+    # A tensor that is missing is an error, one too many is not.
+    tensors = {name: state[name] for name in model.state_dict()}
+    model.load_state_dict(tensors)
     return model.train(like.training)

@@ -29,6 +29,10 @@ def drop_mask_token_(model: PreTrainedModel) -> None:
         _set(model, architecture.mask_token, None)
 
 
-def _set(model: PreTrainedModel, parameter: str, value: nn.Parameter | None) -> None:
+def _set(
+    model: PreTrainedModel,
+    parameter: str,
+    value: nn.Parameter | None,
+) -> None:
     owner, _, name = parameter.rpartition(".")
     setattr(model.get_submodule(owner), name, value)

@@ -39,7 +39,7 @@ class SubnetSpec:
     def __post_init__(self):
         for name, kept in self.kept.items():
             if not kept:
-                continue
+                continue  # left out
             if not isinstance(kept, dict):
                 _check_indices(name, kept)
                 continue
@@ -72,8 +72,10 @@ class SubnetSpec:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The same in the form of `Architecture.sizes`: (U,) or (heads, channels per head)."""
-        sizes = self.sizes.items()
-        return {name: size if isinstance(size, tuple) else (size,) for name, size in sizes}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, size in self.sizes.items():
+            shapes[name] = size if isinstance(size, tuple) else (size,)
+        return shapes
 
     def within(self, parent: "SubnetSpec") -> "SubnetSpec":
         """Return the same units, counted as those of the network that `parent` was cut from.
@@ -87,20 +89,26 @@ class SubnetSpec:
             if not isinstance(units, dict):
                 kept[name] = tuple(before[unit] for unit in units)
                 continue
+            # Position of a head among those that the parent kept -> its number there.
             heads = list(before)
             grid: dict[int, tuple[int, ...]] = {}
-            for head, channels in units.items():
-                original = before[heads[head]]
-                grid[heads[head]] = tuple(original[channel] for channel in channels)
+            for position, channels in units.items():
+                head = heads[position]
+                grid[head] = tuple(before[head][channel] for channel in channels)
             kept[name] = grid
         return SubnetSpec(kept, self.token_schedule or parent.token_schedule)
 
     def to_json(self) -> str:
         """Return the subnet as JSON with one line per submodule; `from_json` reads it."""
-        rows = [f"    {json.dumps(name)}: {json.dumps(kept)}" for name, kept in self.kept.items()]
-        text = '{\n  "kept": {\n' + ",\n".join(rows) + "\n  }"
+        rows: list[str] = []
+        for name, kept in self.kept.items():
+            key, value = json.dumps(name), json.dumps(kept)
+            rows.append(f"    {key}: {value}")
+        kept_rows = ",\n".join(rows)
+        text = '{\n  "kept": {\n' + kept_rows + "\n  }"
         if self.token_schedule:
-            text += f',\n  "token_schedule": {json.dumps(self.token_schedule)}'
+            schedule = json.dumps(self.token_schedule)
+            text += f',\n  "token_schedule": {schedule}'
         return text + "\n}\n"
 
     @classmethod
@@ -112,7 +120,9 @@ class SubnetSpec:
         """
         try:
             content = json.loads(text)
-            kept = {name: _read_kept(indices) for name, indices in content["kept"].items()}
+            kept: dict[str, Kept] = {}
+            for name, indices in content["kept"].items():
+                kept[name] = _read_kept(indices)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 'not a subnet: expected a JSON object {"kept": {submodule: indices}}.'

@@ -52,7 +52,8 @@ def _blocks(config: SwinConfig, stage: int) -> list[Block]:
     for number in range(config.depths[stage]):
         path = f"{STAGES}.{stage}.blocks.{number}"
         name = f"stages.{stage}.blocks.{number}"
-        blocks.append(Block(path, name, _layer_sizes(config, stage, number), BLOCK_NAMES))
+        sizes = _layer_sizes(config, stage, number)
+        blocks.append(Block(path, name, sizes, BLOCK_NAMES))
     return blocks
 
 
@@ -63,10 +64,12 @@ def _grids(config: SwinConfig) -> list[tuple[int, int]]:
     """
     patch = square_patch(config)
     height, width = image_sides(config)
-    rows, columns = math.ceil(height / patch), math.ceil(width / patch)
+    rows = math.ceil(height / patch)
+    columns = math.ceil(width / patch)
     grids = [(rows, columns)]
     for _ in config.depths[1:]:
-        rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)
+        rows = math.ceil(rows / 2)
+        columns = math.ceil(columns / 2)
         grids.append((rows, columns))
     return grids
 
@@ -78,11 +81,16 @@ def _stage_width(config: SwinConfig, stage: int) -> int:
     return int(config.embed_dim * 2**stage)
 
 
-def _layer_sizes(config: SwinConfig, stage: int, block: int) -> dict[str, int]:
+def _layer_sizes(
+    config: SwinConfig,
+    stage: int,
+    block: int,
+) -> dict[str, int]:
     """Return heads, channels per head and MLP width of a block, of a stock config as well."""
     if isinstance(config, OFBSwinConfig):
         return config.layer_sizes(stage, block)
-    width, heads = _stage_width(config, stage), config.num_heads[stage]
+    width = _stage_width(config, stage)
+    heads = config.num_heads[stage]
     return {
         "num_attention_heads": heads,
         "head_dim": width // heads,
@@ -120,6 +128,7 @@ def _block_submodules(config: SwinConfig, stage: int) -> list[Submodule]:
     """Return attention and MLP of every block of a stage."""
     submodules: list[Submodule] = []
     for number, block in enumerate(_blocks(config, stage)):
+        # A removed head takes its column of the table along.
         table = Slot(block.at(BIAS_TABLE), 1, per_head=True)
         attention, mlp = block.submodules(table)
         submodules += [replace(attention, variant=_variant(number)), mlp]
@@ -177,7 +186,9 @@ def _parts(config: SwinConfig) -> tuple[Part, ...]:
     for stage, grid in enumerate(grids):
         width = _width(stage)
         if stage > 0:
-            parts.append(merging_part(stage - 1, _width(stage - 1), width, math.prod(grid)))
+            before = stage - 1
+            tokens = math.prod(grid)
+            parts.append(merging_part(before, _width(before), width, tokens))
         counts = _token_counts(config, grid)
         for number, block in enumerate(_blocks(config, stage)):
             parts += windowed_block(width, block.name, stage, _variant(number), *counts)
@@ -188,9 +199,11 @@ def _parts(config: SwinConfig) -> tuple[Part, ...]:
 def _token_counts(config: SwinConfig, grid: tuple[int, int]) -> tuple[int, int, int]:
     """Return tokens of a stage, tokens padded to whole windows, and tokens of one window."""
     rows, columns = grid
+    # The model narrows its windows for an image that is smaller than one.
     window = min(config.window_size, rows, columns)
-    padded = math.ceil(rows / window) * math.ceil(columns / window) * window**2
-    return rows * columns, padded, window**2
+    windows = math.ceil(rows / window) * math.ceil(columns / window)
+    in_window = window**2
+    return rows * columns, windows * in_window, in_window
 
 
 def _params(config: SwinConfig) -> tuple[Term, ...]:
@@ -215,9 +228,10 @@ def _params(config: SwinConfig) -> tuple[Term, ...]:
             params += block.params(width, config.qkv_bias)
             params.append(Term(offsets, (heads_of(block.attention),)))
         if width != last:
-            # LayerNorm and linear layer of the patch merging.
+            # LayerNorm and linear layer of the patch merging, over 4 tokens side by side.
+            following = _width(stage + 1)
             params.append(Term(2 * 4, (width,)))
-            params.append(Term(4, (width, _width(stage + 1))))
+            params.append(Term(4, (width, following)))
     return tuple(params)
 
 

@@ -39,7 +39,10 @@ def require_class_token(model: nn.Module | PreTrainedConfig) -> None:
 
 def _able() -> str:
     """Return the model types with token reductions, for messages."""
-    types = [each.model_type for each, family in FAMILIES.items() if family.tokens is not None]
+    types: list[str] = []
+    for config_class, family in FAMILIES.items():
+        if family.tokens is not None:
+            types.append(config_class.model_type)
     return " and ".join(types)
 
 
@@ -69,7 +72,9 @@ def meant_schedule(config: PreTrainedConfig, schedule: Sequence[Sequence[int]]) 
         )
     config_class = family_of(config).model_class.config_class
     if not isinstance(config, config_class):
-        fields = {name: value for name, value in config.to_dict().items() if name not in NOT_GIVEN}
+        fields = config.to_dict()
+        for name in NOT_GIVEN:
+            fields.pop(name, None)
         config = config_class(**fields)
     meant = config.meant_schedule(schedule)
     if meant is not None:
@@ -92,7 +97,12 @@ def schedule_parts(config: PreTrainedConfig, schedule: Sequence[Sequence[Any]]) 
 
 
 def layer_parts(
-    config: PreTrainedConfig, layer: int, before: Any, kept: Any, merged: Any, weighs: Any
+    config: PreTrainedConfig,
+    layer: int,
+    before: Any,
+    kept: Any,
+    merged: Any,
+    weighs: Any,
 ) -> tuple[Part, ...]:
     """Return the forward parts of one layer; counts as for `reducing_block`."""
     return _reductions_of(config).layer_parts(config, layer, before, kept, merged, weighs)
@@ -122,7 +132,11 @@ def token_reductions(model: PreTrainedModel) -> list[nn.Module | None]:
     return [getattr(layer, REDUCTION, None) for layer in token_layers(model)]
 
 
-def set_token_reduction_(model: PreTrainedModel, layer: int, reduction: nn.Module | None) -> None:
+def set_token_reduction_(
+    model: PreTrainedModel,
+    layer: int,
+    reduction: nn.Module | None,
+) -> None:
     """Put a module in the place of a layer's token reduction; None lets all tokens pass.
 
     Args:

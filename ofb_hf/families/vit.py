@@ -132,7 +132,12 @@ def _parts(config: ViTConfig, schedule: Sequence[Sequence[Any]]) -> tuple[Part, 
 
 
 def _layer_parts(
-    config: ViTConfig, layer: int, before: Any, kept: Any, merged: Any, weighs: Any
+    config: ViTConfig,
+    layer: int,
+    before: Any,
+    kept: Any,
+    merged: Any,
+    weighs: Any,
 ) -> tuple[Part, ...]:
     """Return the forward parts of one layer; see `TokenReductions.layer_parts`."""
     return reducing_block(WIDTH, f"layers.{layer}", before, kept, merged, weighs)

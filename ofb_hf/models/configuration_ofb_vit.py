@@ -145,12 +145,14 @@ class OFBViTConfig(ViTConfig):
         falling: list[list[int]] = []
         left = self.num_tokens
         for layer, counts in enumerate(schedule):
-            if len(counts) != 2 or not all(2 <= count <= self.num_tokens for count in counts):
+            in_range = [2 <= count <= self.num_tokens for count in counts]
+            if len(counts) != 2 or not all(in_range):
                 raise ValueError(
                     f"token_schedule[{layer}] is {counts}; give [kept after dropping, kept after "
                     "merging], each from 2 (the class token and one patch) to the "
                     f"{self.num_tokens} tokens of an image."
                 )
+            # Tokens never come back.
             before = left
             kept = min(before, counts[0])
             left = min(kept, counts[1])

@@ -42,10 +42,10 @@ class OFBSwinAttention(SwinAttention):
         self.is_causal = False
 
         width = self.num_attention_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias) if width else None
-        self.k_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias) if width else None
-        self.v_proj = nn.Linear(hidden_size, width, bias=config.qkv_bias) if width else None
-        self.o_proj = nn.Linear(width, hidden_size) if width else None
+        self.q_proj = _linear(hidden_size, width, config.qkv_bias)
+        self.k_proj = _linear(hidden_size, width, config.qkv_bias)
+        self.v_proj = _linear(hidden_size, width, config.qkv_bias)
+        self.o_proj = _linear(width, hidden_size)
 
         self.relative_position_bias = None
         if width:
@@ -61,8 +61,8 @@ class OFBSwinMLP(SwinMLP):
         hidden_size = config.stage_width(stage)
         width = config.layer_sizes(stage, block)["intermediate_size"]
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(hidden_size, width) if width else None
-        self.fc2 = nn.Linear(width, hidden_size) if width else None
+        self.fc1 = _linear(hidden_size, width)
+        self.fc2 = _linear(width, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.fc1 is None:
@@ -89,10 +89,8 @@ class OFBSwinLayer(SwinLayer):
         nn.Module.__init__(self)
         sizes = config.layer_sizes(stage, block)
         self.attention = OFBSwinAttention(config, stage, block)
-        self.layernorm_before = (
-            _norm(config, stage) if sizes["num_attention_heads"] else nn.Identity()
-        )
-        self.layernorm_after = _norm(config, stage) if sizes["intermediate_size"] else nn.Identity()
+        self.layernorm_before = _norm(config, stage, sizes["num_attention_heads"] > 0)
+        self.layernorm_after = _norm(config, stage, sizes["intermediate_size"] > 0)
         self.mlp = OFBSwinMLP(config, stage, block)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         shift = config.window_size // 2 if block % 2 else 0
@@ -126,7 +124,17 @@ class OFBSwinLayer(SwinLayer):
         return hidden_states, hidden_states.new_empty(windows, 0, tokens, tokens)
 
 
-def _norm(config: OFBSwinConfig, stage: int) -> nn.LayerNorm:
+def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear | None:
+    """Return a linear layer, None where it would be empty."""
+    if not inputs or not outputs:
+        return None
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def _norm(config: OFBSwinConfig, stage: int, is_needed: bool) -> nn.Module:
+    """Return a LayerNorm over a stage's residual stream, or what stands in for it."""
+    if not is_needed:
+        return nn.Identity()
     return nn.LayerNorm(config.stage_width(stage), eps=config.layer_norm_eps)
 
 
@@ -177,11 +185,13 @@ class OFBSwinEncoder(OFBSwinPreTrainedModel, SwinEncoder):
         self.config = config
         # The rate rises linearly over all blocks.
         total = sum(config.depths)
-        drop_path = [config.drop_path_rate * index / max(total - 1, 1) for index in range(total)]
+        last = max(total - 1, 1)
+        drop_path = [config.drop_path_rate * index / last for index in range(total)]
         self.layers = nn.ModuleList()
         first = 0  # block of the stage, counted over all stages
         for stage, depth in enumerate(config.depths):
-            resolution = (grid_size[0] // 2**stage, grid_size[1] // 2**stage)
+            scale = 2**stage
+            resolution = (grid_size[0] // scale, grid_size[1] // scale)
             rates = drop_path[first : first + depth]
             self.layers.append(OFBSwinStage(config, stage, resolution, rates))
             first += depth

@@ -126,7 +126,9 @@ def match_tokens(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
         count - 1. The class token is no match.
     """
     directions = token_directions(tokens)
-    similarities = directions[:, count:] @ directions[:, 1:count].mT  # (B, N - count, count - 1)
+    leaving = directions[:, count:]
+    staying = directions[:, 1:count]
+    similarities = leaving @ staying.mT  # (B, N - count, count - 1)
     similarity, match = similarities.max(-1)
     return similarity, match + 1
 
@@ -152,12 +154,15 @@ def merge_tokens(tokens: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Ten
     joins = match[..., None] == torch.arange(1, count, device=match.device)
     weights = joins.to(tokens.dtype)
     members = 1 + weights.sum(1)  # (B, count - 1)
-    patches = tokens[:, 1:count] + weights.mT @ tokens[:, count:]  # (B, count - 1, C)
-    patches = patches / members[..., None]
-    merged = sizes[:, count:] * similarity.to(sizes.dtype).clamp(min=0)  # (B, N - count)
+    joining = weights.mT @ tokens[:, count:]  # (B, count - 1, C), sums
+    patches = (tokens[:, 1:count] + joining) / members[..., None]
+    similarity = similarity.to(sizes.dtype).clamp(min=0)
+    merged = sizes[:, count:] * similarity  # (B, N - count)
     gained = (joins * merged[..., None]).sum(1)  # (B, count - 1)
+    # The class token takes no part: (B, 1 + count - 1, C) and (B, 1 + count - 1).
+    tokens = torch.cat([tokens[:, :1], patches.to(tokens.dtype)], 1)
     sizes = torch.cat([sizes[:, :1], sizes[:, 1:count] + gained], 1)
-    return torch.cat([tokens[:, :1], patches.to(tokens.dtype)], 1), sizes
+    return tokens, sizes
 
 
 class TokenReduction(nn.Module):
@@ -219,10 +224,10 @@ class OFBViTAttention(ViTAttention):
         self.is_causal = False
 
         width = self.num_attention_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias) if width else None
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias) if width else None
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias) if width else None
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=True) if width else None
+        self.q_proj = _linear(config.hidden_size, width, config.qkv_bias)
+        self.k_proj = _linear(config.hidden_size, width, config.qkv_bias)
+        self.v_proj = _linear(config.hidden_size, width, config.qkv_bias)
+        self.o_proj = _linear(width, config.hidden_size)
 
     def forward(
         self,
@@ -281,8 +286,8 @@ class OFBViTMLP(ViTMLP):
         width = config.layer_sizes(layer)["intermediate_size"]
         self.config = config
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, width) if width else None
-        self.fc2 = nn.Linear(width, config.hidden_size) if width else None
+        self.fc1 = _linear(config.hidden_size, width)
+        self.fc2 = _linear(width, config.hidden_size)
 
 
 class OFBViTLayer(ViTLayer):
@@ -292,8 +297,8 @@ class OFBViTLayer(ViTLayer):
         nn.Module.__init__(self)
         sizes = config.layer_sizes(layer)
         self.attention = OFBViTAttention(config, layer)
-        self.layernorm_before = _norm(config) if sizes["num_attention_heads"] else nn.Identity()
-        self.layernorm_after = _norm(config) if sizes["intermediate_size"] else nn.Identity()
+        self.layernorm_before = _norm(config, sizes["num_attention_heads"] > 0)
+        self.layernorm_after = _norm(config, sizes["intermediate_size"] > 0)
         self.mlp = OFBViTMLP(config, layer)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         before, kept, merged = config.token_counts(layer)
@@ -352,7 +357,17 @@ class OFBViTLayer(ViTLayer):
         return hidden_states, sizes
 
 
-def _norm(config: OFBViTConfig) -> nn.LayerNorm:
+def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear | None:
+    """Return a linear layer, None where it would be empty."""
+    if not inputs or not outputs:
+        return None
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def _norm(config: OFBViTConfig, is_needed: bool = True) -> nn.Module:
+    """Return a LayerNorm over the residual stream, or what stands in for it."""
+    if not is_needed:
+        return nn.Identity()
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -386,7 +401,7 @@ class OFBViTModel(OFBViTPreTrainedModel, ViTModel):
         self.layers = nn.ModuleList(
             [OFBViTLayer(config, layer) for layer in range(config.num_hidden_layers)]
         )
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = _norm(config)
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         self.post_init()
 

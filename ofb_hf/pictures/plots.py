@@ -229,9 +229,9 @@ def _draw_widths(
     dense_sizes: dict[str, tuple[int, ...]],
 ) -> None:
     names = list(dense_sizes)
+    shapes = subnet.shapes
     for position, name in enumerate(names):
-        size = subnet.size(name)
-        kept = size if isinstance(size, tuple) else (size,)
+        kept = shapes[name]
         fraction = 1.0
         for units, dense_units in zip(kept, dense_sizes[name], strict=True):
             # 0 units if the submodule was removed before this search

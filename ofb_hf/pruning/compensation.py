@@ -60,8 +60,12 @@ def images_to_remember(model: PreTrainedModel) -> int:
     architecture = describe(model.config)
     rows, columns = architecture.patch_grid
     tokens = rows * columns + 1  # and a class token
-    channels = sum(architecture.sizes[width][0] for width in writers(model).values())
-    return max(1, min(MOST_IMAGES, MEMORY // max(tokens * channels, 1)))
+    channels = 0
+    for width in writers(model).values():
+        channels += architecture.sizes[width][0]
+    # There may be no such layers at all.
+    images = MEMORY // max(tokens * channels, 1)
+    return max(1, min(MOST_IMAGES, images))
 
 
 class Compensation:
@@ -114,7 +118,10 @@ class Compensation:
 
 @torch.no_grad()
 def compensate_(
-    small: PreTrainedModel, dense: PreTrainedModel, subnet: SubnetSpec, pixel_values: Tensor
+    small: PreTrainedModel,
+    dense: PreTrainedModel,
+    subnet: SubnetSpec,
+    pixel_values: Tensor,
 ) -> list[str]:
     """Fit the layers of a cut classifier that write into the residual stream, in place.
 
@@ -130,8 +137,8 @@ def compensate_(
     layers = writers(small)
     fitted: list[str] = []
     for path in layers:
-        names = [name for name, _ in small.get_submodule(path).named_parameters()]
-        fitted += [f"{path}.{name}" for name in names]
+        layer = small.get_submodule(path)
+        fitted += [f"{path}.{name}" for name, _ in layer.named_parameters()]
     kept = {path: subnet.kept.get(width) for path, width in layers.items()}
     written = _outputs(dense, kept, pixel_values)
     hooks = []
@@ -143,7 +150,9 @@ def compensate_(
 
 
 def _outputs(
-    model: PreTrainedModel, kept: dict[str, Kept | None], pixel_values: Tensor
+    model: PreTrainedModel,
+    kept: dict[str, Kept | None],
+    pixel_values: Tensor,
 ) -> dict[str, Tensor]:
     """Return what layers write.
 
@@ -157,10 +166,17 @@ def _outputs(
     """
     outputs: dict[str, Tensor] = {}
 
-    def remember(module: nn.Module, args: tuple, output: Tensor, path: str) -> None:
+    def remember(
+        module: nn.Module,
+        args: tuple,
+        output: Tensor,
+        path: str,
+    ) -> None:
         rows = output.flatten(0, -2)  # (B * N, channels)
         channels = kept[path]
-        outputs[path] = rows if channels is None else rows[:, list(channels)]
+        if channels is not None:
+            rows = rows[:, list(channels)]
+        outputs[path] = rows
 
     hooks = []
     for path in kept:
@@ -171,7 +187,9 @@ def _outputs(
 
 
 def _run(
-    model: PreTrainedModel, pixel_values: Tensor, hooks: list[torch.utils.hooks.RemovableHandle]
+    model: PreTrainedModel,
+    pixel_values: Tensor,
+    hooks: list[torch.utils.hooks.RemovableHandle],
 ) -> None:
     """Run one forward pass in evaluation mode, and remove the hooks."""
     try:
@@ -200,7 +218,11 @@ def _all_tokens(model: PreTrainedModel) -> Iterator[None]:
             set_token_reduction_(model, layer, reduction)
 
 
-def _fit_first(layer: nn.Linear, args: tuple[Tensor], wanted: Tensor) -> None:
+def _fit_first(
+    layer: nn.Linear,
+    args: tuple[Tensor],
+    wanted: Tensor,
+) -> None:
     """Fit a layer right before it runs, on the inputs that it is about to get.
 
     It gets the (W, b) that minimise |inputs W' + b - wanted|^2 + ridge |(W, b) - (W, b) before|^2.
@@ -213,9 +235,11 @@ def _fit_first(layer: nn.Linear, args: tuple[Tensor], wanted: Tensor) -> None:
     inputs = args[0].flatten(0, -2).float()  # (rows, in features)
     if layer.bias is not None:
         # The bias is the weight of an input that is always 1.
-        inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-    present = F.linear(args[0], layer.weight, layer.bias).flatten(0, -2)
-    missing = wanted.float() - present.float()  # (rows, out features)
+        ones = inputs.new_ones(len(inputs), 1)
+        inputs = torch.cat([inputs, ones], 1)
+    present = F.linear(args[0], layer.weight, layer.bias)
+    present = present.flatten(0, -2).float()
+    missing = wanted.float() - present  # (rows, out features)
     # In double precision where it counts, and on the CPU: not every device has it.
     gram = (inputs.mT @ inputs).cpu().double()  # (in, in)
     cross = (inputs.mT @ missing).cpu().double()  # (in, out)

@@ -44,7 +44,9 @@ def slice_tensor(tensor: Tensor, entries: Entries) -> Tensor:
 
 
 def unit_group_plan(
-    submodules: Iterable[Submodule], kept: dict[str, Tensor], names: set[str]
+    submodules: Iterable[Submodule],
+    kept: dict[str, Tensor],
+    names: set[str],
 ) -> Plan:
     """Return the plan that keeps some units of each submodule.
 
@@ -66,7 +68,11 @@ def unit_group_plan(
     return plan
 
 
-def flat_indices(subnet: SubnetSpec, name: str, shape: tuple[int, ...]) -> Tensor:
+def flat_indices(
+    subnet: SubnetSpec,
+    name: str,
+    shape: tuple[int, ...],
+) -> Tensor:
     """Return the kept units of one submodule as ascending flat indices (K,) into its units.
 
     Args:
@@ -77,9 +83,11 @@ def flat_indices(subnet: SubnetSpec, name: str, shape: tuple[int, ...]) -> Tenso
     kept = subnet.kept[name]
     if not isinstance(kept, dict):
         return torch.tensor(kept, dtype=torch.long)
+    _, channels_per_head = shape
     indices: list[int] = []
     for head in sorted(kept):
-        indices += [head * shape[1] + channel for channel in kept[head]]
+        first = head * channels_per_head
+        indices += [first + channel for channel in kept[head]]
     return torch.tensor(indices, dtype=torch.long)
 
 
@@ -101,6 +109,7 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     family = family_of(model.config)
     if not isinstance(model, family.model_class):
         model = family.from_dense(model)
+    # The smaller model keeps this config and changes it.
     config = copy.deepcopy(model.config)
     architecture = describe(config)
     check_subnet(subnet, architecture)
@@ -110,6 +119,7 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
             kept[name] = flat_indices(subnet, name, shape)
     state = model.state_dict()
     plan = unit_group_plan(architecture.submodules, kept, set(state))
+    # First what the dense widths imply (the factor on attention logits), then the new widths.
     family.pin(config)
     family.resize(config, architecture.sizes | subnet.shapes)
     if subnet.token_schedule is not None:
@@ -117,7 +127,9 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
         config.token_schedule = config.meant_schedule(schedule)
     # A half without units has no layers in the smaller model: its tensors are sliced for nothing,
     # and not loaded.
-    sliced = {name: slice_tensor(tensor, plan.get(name, ())) for name, tensor in state.items()}
+    sliced: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        sliced[name] = slice_tensor(tensor, plan.get(name, ()))
     return rebuild_classifier(model, config, sliced)
 
 
@@ -152,8 +164,10 @@ def _check_kept(submodule: Submodule, kept: Kept) -> None:
         return
     largest = [max(kept)]
     if isinstance(kept, dict):
-        largest.append(max(map(max, kept.values())))
-    if any(index >= size for index, size in zip(largest, shape, strict=True)):
+        channels = max(max(row) for row in kept.values())
+        largest.append(channels)
+    axes = zip(largest, shape, strict=True)
+    if any(index >= size for index, size in axes):
         raise ValueError(
             f"kept[{name!r}] reaches index {largest}, but the model's sizes there are "
             f"{list(shape)}."
@@ -194,7 +208,8 @@ def slice_tensors_(module: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Param
             owner._buffers[leaf] = slice_tensor(owner._buffers[leaf], entries)
             continue
         old = owner._parameters[leaf]
-        new = nn.Parameter(slice_tensor(old.detach(), entries), requires_grad=old.requires_grad)
+        sliced = slice_tensor(old.detach(), entries)
+        new = nn.Parameter(sliced, requires_grad=old.requires_grad)
         setattr(owner, leaf, new)
         replaced[old] = new
         _refresh_sizes(owner)
@@ -235,9 +250,10 @@ def slice_optimizer_(
             continue
         sliced = {}
         for key, value in state.items():
-            # Step counts are no tensors of the parameter's shape.
-            has_entries = isinstance(value, Tensor) and value.shape == old.shape
-            sliced[key] = slice_tensor(value, entries[old]) if has_entries else value
+            # Moments have the shape of the parameter, step counts do not.
+            if isinstance(value, Tensor) and value.shape == old.shape:
+                value = slice_tensor(value, entries[old])
+            sliced[key] = value
         optimizer.state[new] = sliced
 
 

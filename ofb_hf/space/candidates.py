@@ -76,8 +76,11 @@ def _channel_sizes(config: Any, full: int, smallest: float, step: int) -> list[i
         step: how far sizes are apart, at least.
     """
     unit = math.gcd(full, config.multiple_of)
+    # Rounded up to multiples, and at least one.
     step = math.ceil(max(step, 1) / unit) * unit
-    least = max(math.ceil(int(full * smallest) / unit) * unit, unit)
+    least = math.ceil(int(full * smallest) / unit) * unit
+    least = max(least, unit)
+    # Counted from the full size, which is always among them.
     return sorted(range(full, least - 1, -step))
 
 
@@ -93,7 +96,7 @@ def full_sizes(submodules: Iterable[Submodule]) -> dict[str, dict[str, int]]:
     for kind, names in LISTS.items():
         shapes = {each.name: each.shape for each in submodules if each.kind == kind}
         for axis, name in enumerate(names):
-            found[name] = {submodule: shape[axis] for submodule, shape in shapes.items()}
+            found[name] = {each: shape[axis] for each, shape in shapes.items()}
     return found
 
 

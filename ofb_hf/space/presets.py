@@ -8,28 +8,35 @@ from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
+        # Kernels are slow for channel counts that are no multiples of 8.
         "multiple_of": 8,
         "smallest_share": 0.25,
+        # sigmoid(1.5) = 0.82: near the given network, but not where the sigmoid is flat.
         "importance_init_mean": 1.5,
         "importance_init_std": 0.0,
         "alpha_init": "zeros",
+        # A LayerNorm does not see a common factor of all residual gates: without this they could
+        # sink together and make the network look cheap.
         "normalize_importance": True,
         "flops_weight": 5.0,
-        "importance_penalty": 0.0,
-        "one_hot_weight": 0.2,
-        "one_hot_begin": 0.08,
-        "one_hot_end": 0.12,
+        # Importance is observed in the first steps, and no loss moves it afterwards.
+        "importance_hold": 0.05,
         "importance_learning_rate": 0.0,
+        "importance_penalty": 0.0,
         "architecture_learning_rate": 0.01,
         "architecture_weight_decay": 0.0,
         "masks_follow_schedule": False,
-        "distillation_weight": 0.5,
+        # The choice comes early: the remaining steps train the chosen network.
+        "warmup": 0.06,
         "retire_begin": 0.06,
+        "one_hot_begin": 0.08,
+        "one_hot_end": 0.12,
+        "one_hot_weight": 0.2,
         "settle_at": 0.15,
         "compensate": True,
-        "importance_hold": 0.05,
+        # The dense model as the teacher still says something where all labels are fitted.
+        "distillation_weight": 0.5,
         "pmim_until_settled": True,
-        "warmup": 0.06,
     },
     "paper": {
         "multiple_of": 1,
@@ -39,22 +46,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "alpha_init": "uniform",
         "normalize_importance": False,
         "flops_weight": 5.0,
-        "importance_penalty": 1.0,
-        "one_hot_weight": 0.5,
-        "one_hot_begin": 0.0,
-        "one_hot_end": 0.0,
+        "importance_hold": 0.0,
         "importance_learning_rate": 1e-3,
+        "importance_penalty": 1.0,
         "architecture_learning_rate": 1e-3,
         "architecture_weight_decay": 1e-3,
         "masks_follow_schedule": True,
-        "distillation_weight": 0.0,
+        "warmup": 0.2,
         "retire_begin": 0.0,
+        # One-hot pressure has its full weight from the first step on.
+        "one_hot_begin": 0.0,
+        "one_hot_end": 0.0,
+        "one_hot_weight": 0.5,
+        # Alpha decides until the last step.
         "settle_at": 1.0,
         "compensate": False,
-        "importance_hold": 0.0,
+        "distillation_weight": 0.0,
         "pmim_until_settled": False,
-        "warmup": 0.2,
     },
 }
-# Names that presets had before: files that were written with them can still be read.
+# Earlier names of presets: files that were written with them can still be read.
 ALIASES = {"ours": "default"}

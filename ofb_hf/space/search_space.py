@@ -1,45 +1,30 @@
-"""What may be chosen and what was chosen, as plain data: standard library only, JSON in and out."""
+"""The search space as plain data: standard library only, JSON in and out."""
 
 import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-
-def _check_candidates(
-    name: str, field: str, candidates: tuple[int, ...], full: int, smallest: int
-) -> None:
-    if not candidates or list(candidates) != sorted(set(candidates)) or candidates[0] < smallest:
-        raise ValueError(
-            f"{field} of submodule {name!r} is {list(candidates)}; expected distinct sizes of "
-            f"{smallest} or more in "
-            "ascending order."
-        )
-    if candidates[-1] != full:
-        raise ValueError(
-            f"{field} of submodule {name!r} ends with {candidates[-1]}, but its full size is "
-            f"{full}; "
-            "the full size must be the last candidate, so that the dense model is in its own space."
-        )
+CANDIDATE_FIELDS = ("candidate_sizes", "head_candidates", "dim_candidates")
 
 
 @dataclass(frozen=True)
 class SubmoduleSpace:
-    """The candidate sizes of one submodule: a plain axis of units, or the joint grid of heads x
-    channels per head.
+    """The candidate sizes of one submodule: a plain axis, or the joint grid of heads x channels.
 
     Where attentions and MLPs may be left out altogether, 0 is the first candidate, on a grid that
     of both axes: there is one way to be absent, (0, 0).
 
     Args:
         name: the submodule, for example `embeddings`, `layers.0.attention`, `layers.0.mlp`.
-        kind: `embedding`, `attention` or `mlp`; decides learning rates and reports, not the
-            arithmetic. An embedding cannot be left out.
+        kind: `embedding`, `attention` or `mlp`; learning rates and reports depend on it, the
+            arithmetic does not. An embedding cannot be left out.
         num_units: U, the units of a plain axis. For a grid it is derived as `num_heads * head_dim`.
         candidate_sizes: ascending numbers of units of a plain axis, the last one is `num_units`.
-        num_heads, head_dim: the full grid, heads times channels per head.
-        head_candidates, dim_candidates: ascending numbers of heads and of channels per head, the
-        last is the full one.
+        num_heads: heads of the full grid.
+        head_dim: channels per head of the full grid.
+        head_candidates: ascending numbers of heads, the last is the full one.
+        dim_candidates: ascending numbers of channels per head, the last is the full one.
         tied_to: an earlier submodule with the same candidates, whose choice this one follows.
 
     Raises:
@@ -58,46 +43,63 @@ class SubmoduleSpace:
     tied_to: str | None = None
 
     def __post_init__(self):
-        smallest = 1 if self.kind == "embedding" else 0
-        for field in ("candidate_sizes", "head_candidates", "dim_candidates"):
-            object.__setattr__(self, field, tuple(int(size) for size in getattr(self, field)))
+        for field in CANDIDATE_FIELDS:
+            sizes = tuple(int(size) for size in getattr(self, field))
+            self._set(field, sizes)
         if self.is_grid:
-            if self.head_dim is None or self.candidate_sizes:
-                raise ValueError(
-                    f"submodule {self.name!r} has num_heads={self.num_heads}, "
-                    f"head_dim={self.head_dim} and "
-                    f"candidate_sizes={self.candidate_sizes}; a grid takes num_heads, head_dim, "
-                    f"head_candidates and "
-                    "dim_candidates, a plain axis takes num_units and candidate_sizes."
-                )
-            _check_candidates(
-                self.name, "head_candidates", self.head_candidates, self.num_heads, smallest
+            self._check_grid()
+            return
+        if self.num_units is None:
+            raise ValueError(
+                f"submodule {self.name!r} has neither num_units nor num_heads; give one of them."
             )
-            _check_candidates(
-                self.name, "dim_candidates", self.dim_candidates, self.head_dim, smallest
+        self._check_candidates("candidate_sizes", self.num_units)
+
+    def _set(self, field: str, value: int | tuple[int, ...]) -> None:
+        """Set a field; the class is frozen for everybody else."""
+        object.__setattr__(self, field, value)
+
+    def _check_grid(self) -> None:
+        """Check the two axes of a grid and derive `num_units`."""
+        if self.head_dim is None or self.candidate_sizes:
+            raise ValueError(
+                f"submodule {self.name!r} has num_heads={self.num_heads}, "
+                f"head_dim={self.head_dim} and candidate_sizes={self.candidate_sizes}; a grid "
+                "takes num_heads, head_dim, head_candidates and dim_candidates, a plain axis takes "
+                "num_units and candidate_sizes."
             )
-            if (0 in self.head_candidates) != (0 in self.dim_candidates):
-                raise ValueError(
-                    f"submodule {self.name!r} has head_candidates={self.head_candidates} and "
-                    f"dim_candidates={self.dim_candidates}; give 0 in both, to let it be left "
-                    f"out, or in neither."
-                )
-            units = self.num_heads * self.head_dim
-            if self.num_units not in (None, units):
-                raise ValueError(
-                    f"submodule {self.name!r} has num_units={self.num_units}, but its grid of "
-                    f"{self.num_heads} heads x "
-                    f"{self.head_dim} channels has {units}; leave num_units out."
-                )
-            object.__setattr__(self, "num_units", units)
-        else:
-            if self.num_units is None:
-                raise ValueError(
-                    f"submodule {self.name!r} has neither num_units nor num_heads; give one of "
-                    f"them."
-                )
-            _check_candidates(
-                self.name, "candidate_sizes", self.candidate_sizes, self.num_units, smallest
+        self._check_candidates("head_candidates", self.num_heads)
+        self._check_candidates("dim_candidates", self.head_dim)
+        if (0 in self.head_candidates) != (0 in self.dim_candidates):
+            raise ValueError(
+                f"submodule {self.name!r} has head_candidates={self.head_candidates} and "
+                f"dim_candidates={self.dim_candidates}; give 0 in both, to let it be left out, or "
+                "in neither."
+            )
+        units = self.num_heads * self.head_dim
+        if self.num_units not in (None, units):
+            raise ValueError(
+                f"submodule {self.name!r} has num_units={self.num_units}, but its grid of "
+                f"{self.num_heads} heads x {self.head_dim} channels has {units}; leave num_units "
+                "out."
+            )
+        self._set("num_units", units)
+
+    def _check_candidates(self, field: str, full: int) -> None:
+        """Raise ValueError unless candidates are distinct, ascending and end with the full one."""
+        candidates = list(getattr(self, field))
+        smallest = 1 if self.kind == "embedding" else 0
+        is_ascending = candidates == sorted(set(candidates))
+        if not candidates or not is_ascending or candidates[0] < smallest:
+            raise ValueError(
+                f"{field} of submodule {self.name!r} is {candidates}; expected distinct sizes of "
+                f"{smallest} or more in ascending order."
+            )
+        if candidates[-1] != full:
+            raise ValueError(
+                f"{field} of submodule {self.name!r} ends with {candidates[-1]}, but its full size "
+                f"is {full}; the full size must be the last candidate, so that the dense model is "
+                "in its own space."
             )
 
     @property
@@ -113,24 +115,23 @@ class SubmoduleSpace:
     @property
     def sizes(self) -> list[tuple[int, ...]]:
         """Every candidate, (U',) or (heads, channels per head), ascending."""
-        axes = (
-            (self.head_candidates, self.dim_candidates) if self.is_grid else (self.candidate_sizes,)
-        )
-        return [size for size in itertools.product(*axes) if all(size) or not any(size)]
+        if not self.is_grid:
+            return [(size,) for size in self.candidate_sizes]
+        grid = itertools.product(self.head_candidates, self.dim_candidates)
+        # No heads and no channels are the same: of their candidates only (0, 0) counts.
+        return [size for size in grid if all(size) or not any(size)]
 
     @property
     def may_vanish(self) -> bool:
-        """Whether keeping nothing at all is a candidate."""
+        """Whether to keep no units at all is a candidate."""
         return not any(self.sizes[0])
 
     @property
     def candidate_shape(self) -> tuple[int, ...]:
         """(K,) for a plain axis, (K_heads, K_dims) for a grid."""
-        return (
-            (len(self.head_candidates), len(self.dim_candidates))
-            if self.is_grid
-            else (len(self.candidate_sizes),)
-        )
+        if self.is_grid:
+            return len(self.head_candidates), len(self.dim_candidates)
+        return (len(self.candidate_sizes),)
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ class SearchSpace:
             if leader is None or replace(submodule, name=leader.name, tied_to=None) != leader:
                 raise ValueError(
                     f"submodule {submodule.name!r} is tied to {submodule.tied_to!r}, which must "
-                    f"come before it, be "
-                    "tied to nothing itself, and have the same units and candidates."
+                    "come before it, be tied to nothing itself, and have the same units and "
+                    "candidates."
                 )
 
     def __iter__(self) -> Iterator[SubmoduleSpace]:
@@ -166,14 +167,16 @@ class SearchSpace:
         for submodule in self.submodules:
             if submodule.name == name:
                 return submodule
-        raise KeyError(
-            f"no submodule {name!r} in this space; it has {[s.name for s in self.submodules]}."
-        )
+        names = [submodule.name for submodule in self.submodules]
+        raise KeyError(f"no submodule {name!r} in this space; it has {names}.")
 
     @property
     def num_candidates(self) -> int:
-        """Architecture logits of the whole space (DeiT-S: 353, DeiT-B: 621 with the paper's
-        candidates)."""
+        """Architecture logits of the whole space.
+
+        DeiT-S has 353 and DeiT-B 621 with the paper's candidates.
+        """
+        # A tied submodule has no logits of its own.
         return sum(len(submodule.sizes) for submodule in self if submodule.tied_to is None)
 
     @property
@@ -182,11 +185,12 @@ class SearchSpace:
         return sum(submodule.num_units for submodule in self)
 
     def to_json(self) -> str:
-        """The space as a JSON string; `from_json` gives an equal one back."""
-        return json.dumps({"submodules": [asdict(submodule) for submodule in self]}, indent=2)
+        """Return the space as JSON; `from_json` reads it."""
+        rows = [asdict(submodule) for submodule in self]
+        return json.dumps({"submodules": rows}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "SearchSpace":
-        """The space that `to_json` wrote."""
+        """Return the space that `to_json` wrote."""
         rows = json.loads(text)["submodules"]
         return cls(tuple(SubmoduleSpace(**row) for row in rows))

@@ -338,10 +338,7 @@ def load_subnet(name_or_path: str, model: PreTrainedModel) -> SubnetSpec | None:
         logger.warning(f"the {SUBNET} of {name_or_path} is not copied to the result: {error}")
         return None
     # A search may have been followed by another cut, or the file may be a copy from elsewhere.
-    sizes = {}
-    for name, size in subnet.sizes.items():
-        sizes[name] = size if isinstance(size, tuple) else (size,)
-    if sizes != describe(model.config).sizes:
+    if subnet.shapes != describe(model.config).sizes:
         logger.warning(
             f"the {SUBNET} of {name_or_path} does not fit the widths of the model, so it is not "
             "copied to the result."
