@@ -80,7 +80,7 @@ def bullets() -> list[str]:
         f"- **Swin**, small and trained for 10 epochs only: {swin.text('top-1 %', model='dense')} "
         f"% dense, {swin.text('top-1 %', model='after finetuning')} % at half of its MACs after "
         "further training\n  (one seed, an earlier version of the search).",
-        f"- **Planted task**, units made useless before dense training: the search removes "
+        f"- **Planted task** (some units disabled before dense training): the search removes "
         f"{units.text('useless removed', **budget)} of them and keeps\n  "
         f"{units.text('useful kept', **budget)} of the useful ones; if the useless ones have a "
         f"small effect, it removes {removed[0]} to {removed[-1]} % and keeps\n  {kept[0]} to "

@@ -1,4 +1,4 @@
-"""The best choice under a budget: one candidate per submodule, exactly within the budget.
+"""The best choice under a budget: one candidate per submodule, never above the budget.
 
 With the residual widths fixed, every other submodule costs a constant per unit, so the choice is a
 multiple-choice knapsack (`choice/problem.py`, `choice/picks.py`). What is left is which widths to

@@ -13,7 +13,7 @@ from ..masks.bi_mask import BiMask
 from .problem import Candidate, Candidates
 
 # Kept importance, weighted by its fraction of the dense cost, counts this many times a nat of
-# candidate probability (found by experiment: docs/ARCHITECTURE.md).
+# candidate probability (found by experiment, docs/LOG.md).
 IMPORTANCE_SCORE = 400.0
 # A softmax that has made up its mind must not outvote the budget: log-probabilities below this
 # count as this.

@@ -1,4 +1,7 @@
-"""What the result of a search may cost: MACs, parameters or milliseconds, each a sum of terms."""
+"""What the result of a search may cost: MACs, parameters or milliseconds, each a sum of terms.
+
+Budgets are checked and converted here; `choice/knapsack.py` enforces them.
+"""
 
 import math
 from collections.abc import Iterable

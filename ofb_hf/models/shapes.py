@@ -18,7 +18,7 @@ class Shape:
     image_std: tuple[float, float, float] = IMAGENET_STD
 
     def config(self, label_names: list[str]) -> PreTrainedConfig:
-        """The config of a classifier for these labels, in this order."""
+        """Return the config of a classifier for these labels, in this order."""
         labels = {name: index for index, name in enumerate(label_names)}
         return self.config_class(
             **self.fields, id2label=dict(enumerate(label_names)), label2id=labels

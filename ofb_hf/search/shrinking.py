@@ -1,4 +1,7 @@
-"""Shrinking a supernet during the search: dead units and chosen tokens leave the network."""
+"""Shrinking a supernet during the search: dead units and chosen tokens leave the network.
+
+Optimizer, weight average and DDP follow in `OFBTrainer.shrink` (`search/trainer.py`).
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,9 @@
-"""A Trainer whose runs may be killed at any moment, and resume to the same result."""
+"""A Trainer whose runs may be killed at any moment, and resume to the same result.
+
+Weights, optimizer and random states are read here. The data of a resumed run continue where the
+checkpoint was written: `transformers.Trainer` skips the batches that the interrupted epoch had
+finished, and `data/epochs.py` and `data/streaming.py` give the same order of rows again.
+"""
 
 import json
 import shutil
