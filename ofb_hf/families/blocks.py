@@ -130,9 +130,11 @@ class Block:
                 slots += linear_slots(self.at(layer), 0, gated=True)
         else:
             output = self.names.mlp_output
+            # A gate projection multiplies the first layer's outputs: one gate is enough.
             for layer in self.names.mlp_inputs:
                 is_gated = layer == self.names.mlp_inputs[0]
                 slots += linear_slots(self.at(layer), 0, gated=is_gated)
+        # The output layer reads the units. It is not gated as well, or they would be scaled twice.
         slots += linear_slots(self.at(output), 1)
         return tuple(slots)
 
@@ -143,6 +145,7 @@ class Block:
         slots: list[Slot] = []
         for layer in (*names.attention_inputs, *names.mlp_inputs):
             slots += linear_slots(self.at(layer), 1)
+        # A channel is off only if no layer writes it, so every writer is gated.
         for layer in (names.attention_output, names.mlp_output):
             slots += linear_slots(self.at(layer), 0, gated=True)
         for norm in names.norms.values():
@@ -174,6 +177,7 @@ class Block:
         sizes = {name: self.sizes[name] for name in ("num_attention_heads", "head_dim")}
         attributes: Attributes = {self.path: {}, self.at(self.names.attention): sizes}
         for half in self.left_out:
+            # None for the layers. The norm may still be called, so it becomes an identity.
             replaced: dict[str, Any] = dict.fromkeys(self.names.layers[half])
             replaced[self.names.norms[half]] = nn.Identity()
             for layer, replacement in replaced.items():
@@ -286,6 +290,7 @@ def common_scale(
     Raises:
         UnsupportedArchitectureError: for heads of several widths, whose factors differ.
     """
+    # Without any heads the factor does not matter.
     widths = set(head_dims) - {0} or {1}
     if len(widths) > 1:
         raise UnsupportedArchitectureError(

@@ -12,6 +12,7 @@ def add_mask_token_(model: PreTrainedModel) -> None:
     architecture = describe(model.config)
     if architecture.owns_mask_token:
         return
+    # It enters where patches enter, and learns from 0 on.
     width = architecture.sizes[architecture.first_width][0]
     zeros = torch.zeros(1, 1, width, dtype=model.dtype, device=model.device)
     _set(model, architecture.mask_token, nn.Parameter(zeros))

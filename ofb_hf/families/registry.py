@@ -19,6 +19,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     Raises:
         UnsupportedArchitectureError: naming the model type and the supported ones.
     """
+    # Our configs are subclasses of the stock ones.
     for config_class, family in FAMILIES.items():
         if isinstance(config, config_class):
             return family

@@ -100,6 +100,7 @@ class SubnetSpec:
 
     def to_json(self) -> str:
         """Return the subnet as JSON with one line per submodule; `from_json` reads it."""
+        # By hand: `json.dumps` would give every index a line of its own, or all of them one.
         rows: list[str] = []
         for name, kept in self.kept.items():
             key, value = json.dumps(name), json.dumps(kept)

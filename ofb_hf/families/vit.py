@@ -120,6 +120,7 @@ def _parts(config: ViTConfig, schedule: Sequence[Sequence[Any]]) -> tuple[Part, 
     """Return the forward parts under a token schedule; see `TokenReductions.parts`."""
     patches = math.prod(_grid(config))
     pixels = config.num_channels * square_patch(config) ** 2
+    # The class token and the positions are added, not multiplied.
     parts = [end_part("stem", WIDTH, patches * pixels)]
     before = patches + 1  # the class token
     weighs = False
@@ -182,6 +183,7 @@ def _attributes(config: OFBViTConfig) -> Attributes:
     attributes: Attributes = {}
     for layer, block in enumerate(_blocks(config)):
         attributes |= block.attributes
+        # A config that got a token schedule later needs its reductions, too.
         before, kept, merged = config.token_counts(layer)
         reduction = TokenReduction(kept, merged) if merged < before else None
         attributes[block.path][REDUCTION] = reduction

@@ -64,6 +64,7 @@ class OFBSwinConfig(SwinConfig):
             return default if sizes is None else sizes[stage][block]
 
         width = self.stage_width(stage)
+        # What the stock model derives, where there are no lists.
         heads = pick(self.num_heads_per_block, self.num_heads[stage])
         head_dim = pick(self.head_dim_per_block, width // self.num_heads[stage])
         mlp_width = pick(self.intermediate_size_per_block, int(self.mlp_ratio * width))
@@ -138,6 +139,7 @@ class OFBSwinConfig(SwinConfig):
                 f"{field} has {len(values)} entries, but depths is {list(self.depths)}; give one "
                 f"per {place}, {length}."
             )
+        # Rows of a list of lists are neither: they are checked one by one.
         for index, value in enumerate(values):
             if isinstance(value, int) and value < smallest:
                 raise ValueError(

@@ -168,6 +168,7 @@ class OFBViTConfig(ViTConfig):
         """Return a schedule as lists of whole numbers."""
         converted: list[list[int]] = []
         try:
+            # `index` takes whole numbers of any type, and refuses 3.0 and "3".
             for counts in schedule:
                 converted.append([index(count) for count in counts])
         except TypeError:

@@ -29,6 +29,7 @@ def submodule_space(config: Any, submodule: Submodule, may_vanish: bool) -> Subm
         heads, channels = submodule.shape
         head_sizes = up_to(heads, config.head_candidates) or _head_sizes(config, heads)
         channel_sizes = up_to(channels, config.head_dim_candidates)
+        # From a quarter to all channels of a head, in both presets.
         if not channel_sizes:
             channel_sizes = _channel_sizes(config, channels, 1 / 4, channels // 8)
         return SubmoduleSpace(
@@ -61,6 +62,7 @@ def _residual_sizes(config: Any, units: int) -> list[int]:
 
 
 def _mlp_sizes(config: Any, units: int) -> list[int]:
+    # Seven sizes in the paper's space, down to a quarter; sixteen by default, down to a sixteenth.
     if config.preset == "paper":
         return _channel_sizes(config, units, 1 / 4, units // 8)
     return _channel_sizes(config, units, 1 / 16, units // 16)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 DepthSearch = Literal[False, True, "attention", "mlp"]
 ALPHA_INITS = ("zeros", "uniform")
 
+# Of the steps, of patches, of a full size, or of a bi-mask.
 FRACTIONS = (
     "smallest_share",
     "importance_start",
@@ -55,6 +56,7 @@ def _check_ranges(config: Any) -> None:
     for name in AMOUNTS:
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be 0 or positive.")
+    # Alpha sees the budget through this loss alone.
     if not config.flops_weight > 0:
         raise ValueError(
             f"flops_weight is {config.flops_weight}; it must be positive, or no budget is ever met."
@@ -65,6 +67,7 @@ def _check_ranges(config: Any) -> None:
     if config.alpha_init not in ALPHA_INITS:
         raise ValueError(f"alpha_init is {config.alpha_init!r}; allowed are 'zeros' and 'uniform'.")
     window = config.pmim_window
+    # A window has a middle pixel, and neighbours on both sides.
     if window is not None and (window < 3 or window % 2 == 0):
         raise ValueError(f"pmim_window is {window}; give an odd number of pixels, 3 or more.")
 
@@ -92,6 +95,7 @@ def _check_searched(config: Any) -> None:
 
 def may_vanish(config: Any, kind: str) -> bool:
     """Return whether submodules of a kind may be left out."""
+    # The residual stream can never be left out.
     searched = {"attention": config.search_attention, "mlp": config.search_mlp}
     return searched.get(kind, False) and config.search_depth in (True, kind)
 

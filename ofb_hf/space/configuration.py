@@ -200,6 +200,7 @@ class BiMaskConfig(Budget):
     )
 
     def __post_init__(self):
+        # Written to files from now on under its present name.
         self.preset = ALIASES.get(self.preset, self.preset)
         if self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}; known presets are {sorted(PRESETS)}.")
@@ -233,6 +234,7 @@ class BiMaskConfig(Budget):
         }
         searched = []
         for submodule in architecture.submodules:
+            # Earlier searches may have left out some submodules: there is nothing to choose.
             if wanted[submodule.kind] and math.prod(submodule.shape):
                 searched.append(submodule)
         if not searched:
@@ -262,6 +264,7 @@ class BiMaskConfig(Budget):
                 f"search_tokens is True, but a {type(model_config).__name__} has no class token "
                 "to rank tokens by (and Swin's windows need the whole grid); turn it off."
             )
+        # A search for tokens may come to forward parts that the model itself does not have.
         self.require_fit(architecture, with_fewest_tokens(model_config))
         return architecture
 

@@ -149,6 +149,7 @@ class SearchSpace:
             if submodule.tied_to is None:
                 leaders[submodule.name] = submodule
                 continue
+            # Later ones and tied ones are not among the leaders.
             leader = leaders.get(submodule.tied_to)
             if leader is None or replace(submodule, name=leader.name, tied_to=None) != leader:
                 raise ValueError(
