@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ofb_hf import OFBTrainer, OFBTrainingArguments, count_macs, count_params, install_bi_masks
 from ofb_hf.families.loading import load_complete_classifier
 from ofb_hf.families.registry import describe, family_of
+from ofb_hf.pruning.equivalent_basis import equivalent_basis
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.space.configuration import BiMaskConfig, default_config
 
@@ -58,6 +59,15 @@ def assert_masks(stock: PreTrainedModel, what: str, seed: int) -> None:
     close_masks_(supernet, subnet)
     assert_close(supernet(images).logits, small(images).logits)
     assert_close(supernet.fold()(images).logits, small(images).logits)
+
+
+def assert_basis(stock: PreTrainedModel) -> None:
+    """The equivalent basis computes the same logits."""
+    stock = stock.double()
+    stock.set_attn_implementation("sdpa")  # the eager softmax rounds to float32
+    images = tiny_images(4, dtype=torch.float64)
+    rotated = equivalent_basis(stock, [images])
+    assert_close(rotated(images).logits, stock(images).logits)
 
 
 def assert_search(stock: PreTrainedModel, folder: Path) -> None:

@@ -6,7 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from contract import KINDS, assert_copy, assert_costs, assert_masks, assert_search, randomized
+from contract import (
+    KINDS,
+    assert_basis,
+    assert_copy,
+    assert_costs,
+    assert_masks,
+    assert_search,
+    randomized,
+)
 from factories import FAMILIES, tiny_model
 from transformers import (
     AutoConfig,
@@ -78,6 +86,11 @@ def test_a_copy_computes_what_the_stock_model_computes(stock):
 def test_masked_units_act_as_if_they_were_not_there(stock, what):
     for seed in range(3):
         assert_masks(stock, what, seed)
+
+
+@every_family
+def test_the_equivalent_basis_computes_the_same(stock):
+    assert_basis(stock)
 
 
 @every_family
