@@ -49,7 +49,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "masked_layers": ("masks.gates",),
     "model_card": ("release.card",),
     "network": ("hub_retries", "data.access"),
-    "observation": ("search.observation",),
+    "observation": ("search.observation", "search.phases"),
     "parameter_groups": ("search.parameter_groups",),
     "parts": ("families.forward_parts",),
     "plots": ("pictures.plots",),

@@ -29,7 +29,6 @@ RENAMED = {
     "choices.Choices": "search.decisions.Decisions",
     "losses.budget_loss": None,
     "network.hub_refusals_in_words": "data.access.explained_hub_refusals",
-    "observation.OBSERVED_IMAGES": "search.phases.OBSERVED_IMAGES",
     "plots.plot_family": "pictures.plots.plot_accuracy_over_cost",
     "schedule.budget_share": None,
     "searched_tokens.ROUNDS": None,
