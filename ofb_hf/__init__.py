@@ -33,11 +33,8 @@ _LAZY = {
     "publish": "release.hub",
 }
 
-# Every family has its search configuration: OFBViTConfig -> ViTBiMaskConfig.
-_SEARCH_CONFIGS = [
-    f"{config.__name__.removeprefix('OFB').removesuffix('Config')}BiMaskConfig"
-    for config, _, _ in models.REGISTERED
-]
+# A family without a search configuration of its own takes `BiMaskConfig`.
+_SEARCH_CONFIGS = ["ViTBiMaskConfig", "SwinBiMaskConfig"]
 _LAZY |= dict.fromkeys(_SEARCH_CONFIGS, "space.configuration")
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from ..families.token_reduction import supports_tokens, with_fewest_tokens
 from .candidates import check_candidates, full_sizes, submodule_space, tie_layers, up_to
 from .checks import DepthSearch, check_settings, may_vanish
 from .idle_settings import require_effect
-from .presets import ALIASES, PRESETS
+from .presets import ALIASES, PRESETS, without_removed
 from .search_space import SearchSpace
 
 
@@ -293,9 +293,13 @@ class BiMaskConfig(Budget):
     def from_dict(cls, values: dict[str, Any]) -> "BiMaskConfig":
         """Return the config with these fields.
 
+        Fields that version 0.2 removed are ignored where they changed nothing.
+
         Raises:
-            ValueError: naming unknown fields and the known ones.
+            ValueError: naming unknown fields and the known ones, and removed fields that the
+                search no longer follows.
         """
+        values = without_removed(values)
         known = {each.name for each in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

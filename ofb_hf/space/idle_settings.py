@@ -10,6 +10,18 @@ from .presets import PRESETS
 Idle = tuple[str, str, tuple[str, ...]]
 
 
+class IdleSettingError(ValueError):
+    """Settings that would have no effect.
+
+    Attributes:
+        names: of all of them; the message explains the first one.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...]):
+        super().__init__(message)
+        self.names = names
+
+
 def require_effect(config: Any) -> None:
     """Refuse settings that differ from the preset's and that nothing would read.
 
@@ -20,19 +32,24 @@ def require_effect(config: Any) -> None:
         config: a `BiMaskConfig` with the values of its preset filled in.
 
     Raises:
-        ValueError: naming the setting, its value, why it has no effect and what to do.
+        IdleSettingError: naming the setting, its value, why it has no effect and what to do.
     """
     usual = {setting.name: setting.default for setting in fields(config)}
     usual |= PRESETS[config.preset]
     idle = (*_idle_candidates(config), *_idle_decisions(config), *_idle_training(config))
+    messages: dict[str, str] = {}
     for reason, advice, names in idle:
         for name in names:
             value = getattr(config, name)
             if value != usual[name]:
-                raise ValueError(
+                messages[name] = (
                     f"{name} is {value}, but {reason}: it would have no effect. Leave {name} out, "
                     f"or {advice}."
                 )
+    if messages:
+        first, *others = messages.values()
+        more = f" Neither would {', '.join(list(messages)[1:])}." if others else ""
+        raise IdleSettingError(first + more, tuple(messages))
 
 
 def _idle_candidates(config: Any) -> Iterator[Idle]:

@@ -65,5 +65,33 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pmim_until_settled": False,
     },
 }
+# Fields of version 0.1 that are gone -> values that changed nothing, None for any. Files of that
+# version hold all of them.
+REMOVED: dict[str, Any] = {
+    "importance_from": None,  # checked together with importance_hold
+    "dual_step": None,
+    "hold_learning_rate": None,
+    "budget_ramp": 0,
+}
 # Earlier names of presets: files that were written with them can still be read.
 ALIASES = {"ours": "default"}
+
+
+def without_removed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a stored config without those that version 0.2 removed.
+
+    Raises:
+        ValueError: for a removed field whose value changed what a search computed.
+    """
+    descends = values.get("importance_from") == "descent" and values.get("importance_hold") != 0
+    if descends and "importance_from" in values:
+        raise ValueError(
+            "importance_from is 'descent', which version 0.2 removed; leave it out to learn "
+            'importance from first-order information, or take preset="paper".'
+        )
+    for name, harmless in REMOVED.items():
+        if harmless is not None and values.get(name, harmless) != harmless:
+            raise ValueError(
+                f"{name} is {values[name]}, but version 0.2 removed this field; leave it out."
+            )
+    return {name: value for name, value in values.items() if name not in REMOVED}

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..space.idle_settings import IdleSettingError
 from .flag_help import Command, CommandParser
 from .idle_settings import require_effect
 
@@ -38,18 +39,40 @@ def parse(
     parser = CommandParser(command, prog=_program(command.name))
     # `--help` ends here; unknown flags are refused before a file is read
     namespace = _parsed(parser, argv)
-    from_file: list[str] = []
+    from_file: dict[str, Any] = {}
     if namespace.config is not None:
-        from_file = _words(_read(Path(namespace.config), parser))
+        from_file = _read(Path(namespace.config), parser)
     # of two flags of one name the last one wins, so the command line comes last
-    namespace = _parsed(parser, from_file + argv)
+    namespace = _parsed(parser, _words(from_file) + argv)
     named = [getattr(namespace, name, None) for name in INPUTS]
     if demo is not None and not any(named):
-        from_file = _words(_read(DEMO_CONFIG, parser) | demo) + from_file
-    parsed = parser.parse_args_into_dataclasses(from_file + argv, look_for_args_file=False)
+        from_file = _read(DEMO_CONFIG, parser) | demo | from_file
+    parsed = _merged(parser, from_file, argv)
     parts = parsed[: len(command.classes)]  # the last one holds --config
     require_effect(command.name, _given(parser, argv), parts)
     return parts
+
+
+def _merged(parser: CommandParser, from_file: dict[str, Any], argv: list[str]) -> tuple[Any, ...]:
+    """Return the dataclasses of a file's settings and a command line, which wins.
+
+    A file may hold settings of what the command line turns off (`pmim_window` and `--pmim false`):
+    these are left out. A setting that its own file makes idle is refused.
+    """
+
+    def instances(words: list[str]) -> tuple[Any, ...]:
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+
+    try:
+        return instances(_words(from_file) + argv)
+    except IdleSettingError as error:
+        typed = _given(parser, argv)
+        idle = [name for name in error.names if name in from_file and name not in typed]
+        if len(idle) < len(error.names):
+            raise
+        instances(_words(from_file))  # raises if the file contradicts itself
+    kept = {name: value for name, value in from_file.items() if name not in idle}
+    return _merged(parser, kept, argv)
 
 
 def _parsed(parser: CommandParser, words: list[str]) -> Any:

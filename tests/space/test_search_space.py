@@ -368,17 +368,48 @@ def test_a_budget_without_weight_is_refused():
         ViTBiMaskConfig(flops_weight=0.0)
 
 
-@pytest.mark.parametrize(
-    "field", ["importance_from", "budget_ramp", "dual_step", "hold_learning_rate"]
-)
-def test_a_removed_field_is_refused_by_name(field, tmp_path):
-    values = ViTBiMaskConfig().to_dict()
-    with pytest.raises(ValueError, match=rf"ViTBiMaskConfig has no field \['{field}'\]"):
-        ViTBiMaskConfig.from_dict(values | {field: 0})
+# What version 0.1 wrote in addition, by preset.
+FIELDS_0_1 = {
+    "ours": {
+        "importance_from": "first_order",
+        "dual_step": 0.2,
+        "hold_learning_rate": 0.0,
+        "budget_ramp": 0.0,
+    },
+    "paper": {
+        "importance_from": "descent",
+        "dual_step": 0.0,
+        "hold_learning_rate": 1.0,
+        "budget_ramp": 0.0,
+    },
+}
+
+
+@pytest.mark.parametrize("preset", ["ours", "paper"])
+def test_configs_of_version_0_1_can_be_read(preset, tmp_path):
+    config = ViTBiMaskConfig(preset=preset, target_macs=0.4)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(values | {field: 0}), encoding="utf-8")
-    with pytest.raises(ValueError, match=field):
-        ViTBiMaskConfig.load(path)
+    values = config.to_dict() | {"preset": preset} | FIELDS_0_1[preset]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    assert ViTBiMaskConfig.load(path) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"importance_from": "descent"}, "importance_from is 'descent', which version 0.2 removed"),
+        ({"budget_ramp": 0.4}, "budget_ramp is 0.4, but version 0.2 removed this field"),
+    ],
+)
+def test_a_removed_field_that_changed_a_search_is_refused(changes, message):
+    values = ViTBiMaskConfig().to_dict() | FIELDS_0_1["ours"] | changes
+    with pytest.raises(ValueError, match=message):
+        ViTBiMaskConfig.from_dict(values)
+
+
+def test_all_idle_settings_are_named_at_once():
+    with pytest.raises(ValueError, match="Neither would pmim_window, pmim_weight"):
+        ViTBiMaskConfig(pmim=False, keep_ratio_end=0.6, pmim_window=3, pmim_weight=2.0)
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,28 @@ def test_the_command_in_the_file_runs(tmp_path):
     assert [row["phase"] for row in read_history(output / "search_history.jsonl")] == [
         "search"
     ] * 4 + ["finetune"]
+
+
+def yaml_settings(folder, **settings):
+    """Return the words that read these settings from a file."""
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return ["--config", str(path), "--model_name_or_path", "deit_tiny", "--data_dir", "photos"]
+
+
+def test_the_command_line_may_turn_off_what_a_file_sets(tmp_path):
+    words = yaml_settings(tmp_path, pmim_weight=2.0, pmim_window=5, keep_ratio_end=0.6)
+    _, _, _, config, _, _ = parse(SEARCH, [*words, "--pmim", "false", "--use_cpu"])
+    assert not config.pmim
+    assert config.pmim_window is None
+    _, _, _, config, _, _ = parse(SEARCH, [*words, "--use_cpu"])
+    assert config.pmim_window == 5
+
+
+def test_a_file_that_contradicts_itself_is_refused(tmp_path):
+    words = yaml_settings(tmp_path, pmim=False, pmim_window=5)
+    with pytest.raises(ValueError, match="pmim_window is 5, but pmim is False"):
+        parse(SEARCH, [*words, "--use_cpu"])
+    words = yaml_settings(tmp_path, pmim_weight=2.0)
+    with pytest.raises(ValueError, match="pmim_window is 5, but pmim is False"):
+        parse(SEARCH, [*words, "--pmim", "false", "--pmim_window", "5", "--use_cpu"])
