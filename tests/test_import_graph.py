@@ -327,6 +327,7 @@ except AttributeError as error:
 """
 
 
+@pytest.mark.slow
 def test_importing_touches_neither_an_accelerator_nor_the_network():
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     result = subprocess.run(
@@ -339,6 +340,7 @@ def test_importing_touches_neither_an_accelerator_nor_the_network():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_the_models_only():
     script = "import sys, ofb_hf; print(*sorted(m for m in sys.modules if m.startswith('ofb_hf')))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}

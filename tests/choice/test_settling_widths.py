@@ -178,6 +178,7 @@ def test_the_budget_holds_and_is_used_wherever_anything_uses_it(shape):
         assert found.any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_relaxed")
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3), (3, 5)], ids=str)
 def test_the_choice_is_seldom_far_from_the_best_one(shape):
@@ -363,6 +364,7 @@ def sum_of_sets(reachable: int, costs: set[int]) -> int:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_the_budget_of_a_swin_holds_and_is_used(seed, monkeypatch):
     """Within [0.98, 1] of the target; where not, no subnet of the space lies between the chosen one

@@ -84,6 +84,7 @@ def elements(model: torch.nn.Module) -> int:
 # ---------------------------------------------------------------------------- exact MACs and params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "macs", "params", "giga", "mega"), PUBLISHED.values(), ids=PUBLISHED
 )
@@ -154,6 +155,7 @@ def test_compressed_models(family, seed, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
 def test_random_subnets_of_random_shapes(family, data):

@@ -327,6 +327,7 @@ def test_a_table_is_of_the_model_with_all_its_tokens(tmp_path):
     assert table.residuals["stages.0.reduction"]["points"] >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_command_measures_and_writes_a_table(
     family, checkpoint, swin_checkpoint, tmp_path, capsys
@@ -387,6 +388,7 @@ def predicted_ms(table):
     return count_latency(load_for_counting("digits_vit", 10), table) / PICOSECONDS
 
 
+@pytest.mark.slow
 def test_a_plan_predicts_milliseconds(digits, capsys):
     file, table = digits
     flags = ["digits_vit", "--num_labels", "10", "--latency_table", str(file), *QUICK[:5]]
@@ -403,6 +405,7 @@ def test_a_plan_predicts_milliseconds(digits, capsys):
     assert budget["latency_ms"] <= budget["target"] == pytest.approx(target)
 
 
+@pytest.mark.slow
 def test_a_search_for_milliseconds_ends_within_them_and_is_resumed(
     digits, tmp_path, capsys, monkeypatch
 ):

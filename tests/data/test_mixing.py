@@ -207,6 +207,7 @@ def mix(
     return mixed[1, 0], targets[1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 4.0])
 def test_lambda_of_mixup_is_beta_distributed(alpha):
     kept, shares = zip(*(mix(seed, mixup=alpha, cutmix=0.0) for seed in range(3000)), strict=True)
@@ -230,6 +231,7 @@ def cut_shares(count: int, height: int, width: int, alpha: float) -> np.ndarray:
     return 1 - covered[0] * covered[1] / (height * width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width", "alpha"), [(16, 24, 1.0), (15, 9, 0.5)])
 def test_cutmix_takes_a_box_and_labels_follow_its_area(height, width, alpha):
     draws = [mix(seed, (height, width), mixup=0.0, cutmix=alpha) for seed in range(3000)]

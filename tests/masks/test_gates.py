@@ -143,6 +143,7 @@ STAGES = {
 }
 
 
+@pytest.mark.slow
 @both_families
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_forward_pass_is_one_graph_with_the_same_gradients(stage, family):

@@ -46,6 +46,7 @@ both_families = pytest.mark.parametrize("family", FAMILIES)
 # ----------------------------------------------------------------------------- I2: masked == sliced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "what"),
     [
@@ -81,6 +82,7 @@ def test_masked_units_act_as_if_they_were_not_there(what, family, data, seed):
     assert_close(supernet(images).logits, small(images).logits)
 
 
+@pytest.mark.slow
 @both_families
 @given(st.data(), st.integers(0, 2**31))
 def test_random_masks_over_random_candidates_fold_shrink_and_compress_alike(family, data, seed):
@@ -103,6 +105,7 @@ def test_random_masks_over_random_candidates_fold_shrink_and_compress_alike(fami
     assert count_macs(small) == count_macs(dense, subnet) <= supernet.target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name"),
     [(family, name) for family in FAMILIES for name in describe(tiny_model(family).config).sizes],

@@ -332,6 +332,7 @@ def test_the_pipeline_takes_our_models(family):
     assert result[0]["score"] == pytest.approx(probabilities[best].item(), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_graph_has_no_break(family):
     model = NON_UNIFORM[family]()
@@ -404,6 +405,7 @@ for folder in {folders!r}:
 """
 
 
+@pytest.mark.slow
 def test_reloading_in_a_fresh_process_is_bitwise_and_silent(saved_models):
     """Only `import ofb_hf`, then the Auto classes; loading the encoder alone drops the classifier
     without a word."""

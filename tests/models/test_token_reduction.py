@@ -111,6 +111,7 @@ def logits_of_one(model, image):
     return model.classifier(vit.layernorm(states)[0])
 
 
+@pytest.mark.slow
 @given(schedules(), st.sampled_from(["eager", "sdpa"]), st.integers(0, 1000))
 def test_the_model_computes_what_a_loop_over_tokens_computes(schedule, implementation, seed):
     model = scheduled_vit(
@@ -243,6 +244,7 @@ def test_the_running_minimum_is_what_a_schedule_means():
     assert OFBViTConfig(num_hidden_layers=1).token_counts(0) == (197, 197, 197)
 
 
+@pytest.mark.slow
 @given(schedules())
 def test_a_subnet_with_a_schedule_costs_what_its_model_does(schedule):
     """Any counts: those of the published schedules rise in places."""
@@ -335,6 +337,7 @@ def test_saved_and_loaded_through_the_auto_classes(tmp_path):
     assert other.vit(tiny_images(), output_hidden_states=True).hidden_states[2].shape[1] == 4
 
 
+@pytest.mark.slow
 def test_published_code_brings_the_schedule_along(tmp_path):
     """Loaded by a process without this package; there is no stock twin, which would not follow the
     schedule."""
@@ -364,6 +367,7 @@ safetensors.torch.save_file(answers, {str(tmp_path / "answers.safetensors")!r})
         )
 
 
+@pytest.mark.slow
 def test_onnx_runtime_computes_the_same(tmp_path):
     model = scheduled_vit()
     done = export_onnx(model, tmp_path)
@@ -377,10 +381,12 @@ def test_onnx_runtime_computes_the_same(tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_torch_export_computes_the_same(tmp_path):
     assert export_torch(scheduled_vit(), tmp_path).difference <= 1e-5
 
 
+@pytest.mark.slow
 def test_it_compiles_in_one_piece():
     model = scheduled_vit(attn_implementation="sdpa")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -180,6 +180,7 @@ def test_a_last_layer_of_the_class_token_alone_gives_its_logits(schedule):
     assert tokens.shape[1] == seen[0] - 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_chosen_tokens_are_had_with_flex_attention_too():
     """Its masks have a row for every query, so the last attention is asked about all."""

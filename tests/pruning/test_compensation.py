@@ -138,6 +138,7 @@ class AtTheChoice(TrainerCallback):
             self.moments = [parameter in self.trainer.optimizer.state for parameter in parameters]
 
 
+@pytest.mark.slow
 @both_families
 def test_a_search_fits_once_right_after_its_choice(tmp_path, family):
     noted = {}
@@ -160,6 +161,7 @@ def test_a_search_fits_once_right_after_its_choice(tmp_path, family):
     assert all(plain.moments)
 
 
+@pytest.mark.slow
 def test_a_search_resumed_before_its_choice_fits_to_the_same_images(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3}
     straight = searcher(tmp_path / "straight", **saving)
@@ -189,6 +191,7 @@ def test_it_looks_at_images_as_the_network_does(tmp_path):
     assert all(images.is_floating_point() and images.abs().max() < 10 for images in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_it_fits_in_the_last_step_where_the_choice_falls_there(tmp_path, ema_decay):
     """And fits what is kept: the average of the weights, where there is one."""
@@ -215,6 +218,7 @@ def test_it_fits_in_the_last_step_where_the_choice_falls_there(tmp_path, ema_dec
         torch.testing.assert_close(compressed.get_parameter(name), values)
 
 
+@pytest.mark.slow
 def test_what_trained_on_with_its_choice_is_not_fitted_when_it_is_cut(tmp_path):
     """The fit knows the dense network's layers, not what was learned since the choice."""
     compressed = {}
@@ -226,6 +230,7 @@ def test_what_trained_on_with_its_choice_is_not_fitted_when_it_is_cut(tmp_path):
     assert_equal_states(compressed[True], compressed[False])
 
 
+@pytest.mark.slow
 def test_no_image_is_kept_after_the_choice(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3}
     searcher(tmp_path / "straight", **saving).train()

@@ -40,6 +40,7 @@ def logits_of(model, images):
         return model.eval()(images).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_onnx_runtime_computes_the_same_for_every_batch_size(tmp_path, name):
     model = MODELS[name]()
@@ -60,6 +61,7 @@ def test_onnx_runtime_computes_the_same_for_every_batch_size(tmp_path, name):
         numpy.testing.assert_allclose(found, logits_of(model, images).numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_program_of_torch_needs_no_transformers_and_no_pickle(tmp_path, name):
     model = MODELS[name]()
@@ -89,6 +91,7 @@ def test_a_program_of_torch_needs_no_transformers_and_no_pickle(tmp_path, name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_half_precision_is_exported_as_float32_and_the_model_stays(tmp_path, kind):
     model = non_uniform_vit().to(torch.bfloat16).train()
@@ -102,6 +105,7 @@ def test_half_precision_is_exported_as_float32_and_the_model_stays(tmp_path, kin
         assert onnx.TensorProto.BFLOAT16 not in {weight.data_type for weight in weights}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_export_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, kind):
     (tmp_path / "model.onnx").write_text("of yesterday")
@@ -134,6 +138,7 @@ def test_other_models_are_refused_by_name(tmp_path):
         export_torch(resnet, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "file"), [("onnx", "model.onnx"), ("torch", "model.pt2")])
 def test_the_command_writes_a_folder(checkpoint, tmp_path, capsys, kind, file):
     cli.main(["export", str(checkpoint), "--format", kind, "--output_dir", str(tmp_path / "out")])

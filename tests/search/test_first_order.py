@@ -278,6 +278,7 @@ def test_the_first_phase_observes_and_changes_nothing_else(tmp_path):
     assert seen[4]["importance_known"]
 
 
+@pytest.mark.slow
 @both_families
 def test_while_gradients_are_observed_only_importance_has_any_and_afterwards_all_that_learns(
     tmp_path, family
@@ -308,6 +309,7 @@ def test_while_gradients_are_observed_only_importance_has_any_and_afterwards_all
     assert len({tuple(choices[step]) for step in (2, 3, 4, 5)}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 4, 9, 12])
 def test_however_short_the_search_it_looks_at_the_data_first(tmp_path, steps):
     """With the phases of the preset, which fall together in few steps."""
@@ -432,6 +434,7 @@ def test_an_overflow_in_a_later_micro_batch_leaves_the_earlier_ones_as_they_were
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_images_count_alike_however_many_micro_batches_a_step_has(tmp_path):
     """The last step of an epoch has fewer, and divides its losses by fewer."""
     seen = []
@@ -464,6 +467,7 @@ def test_a_dense_model_as_its_own_teacher_leaves_something_to_observe(tmp_path):
         searcher(tmp_path, model=model, distillation_weight=1.0)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_a_teacher_can_still_be_trained_and_searched(tmp_path):
     dense = tiny_model("vit")
     for _ in range(2):

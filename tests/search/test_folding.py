@@ -116,6 +116,7 @@ class Watch(TrainerCallback):
         self.seen.append((model.is_folded, groups))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prune", [True, False])
 def test_a_search_folds_when_it_settles(prune, tmp_path):
     watch = Watch()
@@ -144,6 +145,7 @@ def test_a_search_folds_when_it_settles(prune, tmp_path):
         )
 
 
+@pytest.mark.slow
 @both_families
 def test_the_average_is_folded_with_masks_of_its_own(tmp_path, family):
     config = search_config(family, target_macs=0.6, compensate=False)

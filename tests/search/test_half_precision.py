@@ -62,6 +62,7 @@ def macs(trainer):
     return [row["macs"] for row in trainer.state.log_history if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_search_in_fp16_goes_as_one_in_fp32(fp16_searcher, tmp_path, family):
     plain = searcher(

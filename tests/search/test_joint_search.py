@@ -201,6 +201,7 @@ def falling_schedules(reducing, layers):
 # ----------------------------------------------------------------------------------------- choosing
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     st.integers(0, 1000),
@@ -309,6 +310,7 @@ def smallest_by_trying(model, config):
     return min(costs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "price", [None, 0, 10**4], ids=["macs", "cheap reductions", "dear reductions"]
 )

@@ -190,6 +190,7 @@ def test_accumulating_gradients_equals_a_larger_batch(tmp_path, teacher_share):
         torch.testing.assert_close(small[0][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 13, 16, 19])
 def test_interrupted_and_resumed_search_equals_the_straight_one(tmp_path, stop):
     """The stops lie in the importance phase, around retirement and physical shrinks, and after the
@@ -327,6 +328,7 @@ class Sizes(TrainerCallback):
         self.seen.append(count_macs(kwargs["model"].config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_a_compiled_search_is_the_eager_one(tmp_path, family):
     """Bit for bit with the backend that only traces; a shrink compiles anew once, other steps do
@@ -351,6 +353,7 @@ def test_a_compiled_search_is_the_eager_one(tmp_path, family):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_many_shrinks_do_not_exhaust_the_compiler(tmp_path):
     """torch gives up, and runs eagerly, once it has compiled a function for eight shapes."""
     sizes = Sizes()

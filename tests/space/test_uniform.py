@@ -170,6 +170,7 @@ def test_a_search_ends_uniform_within_its_budget(tmp_path, family, prune_during_
     assert isinstance(trainer.supernet.named_masks[next(iter(TIED[family]))], TiedBiMask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", pytest.param("swin", marks=pytest.mark.thorough)])
 def test_a_compiled_search_is_the_eager_one(tmp_path, family):
     settings = {"config": uniform(family, target_macs=0.6), "family": family, "max_steps": 20}
@@ -186,6 +187,7 @@ def test_a_compiled_search_is_the_eager_one(tmp_path, family):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 16, 19])
 def test_an_interrupted_search_ends_like_the_straight_one(tmp_path, stop):
     config = uniform("vit", target_macs=0.6)

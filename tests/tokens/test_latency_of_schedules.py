@@ -210,6 +210,7 @@ def test_random_networks_tell_what_others_take():
 # ------------------------------------------------------------------------------------- whole counts
 
 
+@pytest.mark.slow
 @given(st.floats(0.3, 0.95), st.integers(0, 1000), st.data())
 def test_settled_schedules_hold_the_milliseconds_to_the_picosecond(share, seed, data):
     model = tiny_vit(num_hidden_layers=5, image_size=32)  # 65 tokens

@@ -380,6 +380,7 @@ def test_checkpointing_changes_no_count_and_reentrant_checkpointing_is_refused(t
         token_trainer(tmp_path / "reentrant", **reentrant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [{}, {"ema_decay": 0.9}])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path, ema):
     whole = token_trainer(tmp_path / "whole", **ema)

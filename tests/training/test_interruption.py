@@ -87,6 +87,7 @@ def test_a_signal_in_a_program_of_ones_own_ends_training_and_gives_the_signals_b
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "event", ["on_step_begin", "on_step_end", "on_log", "on_epoch_end", "on_evaluate"]
 )
@@ -116,6 +117,7 @@ def test_a_signal_that_comes_too_late_takes_its_usual_course(tmp_path):
     assert received == [signal.SIGTERM]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4, 6])
 @pytest.mark.parametrize("strategy", ["epoch", "best"])
 def test_a_signal_does_not_disturb_what_belongs_to_the_end_of_an_epoch(tmp_path, step, strategy):

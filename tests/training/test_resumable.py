@@ -50,6 +50,7 @@ class Stop(TrainerCallback):
         return control
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "swin"])
 @pytest.mark.parametrize("stock", [True, False])
 def test_training_of_a_plain_classifier_resumes_exactly(tmp_path, family, stock):
@@ -114,6 +115,7 @@ class Sends(TrainerCallback):
             self.trainer.interruption._receive(signal.SIGTERM, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 6])
 def test_a_stopped_training_keeps_its_last_checkpoint_and_the_best_one(tmp_path, step):
     """However few are to be kept; and it is the best of all that remains in the end."""

@@ -72,6 +72,7 @@ def test_the_version_and_mistyped_commands(capsys):
     assert "the commands are plan, latency-table," in run(capsys, "zzz")[1]
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_module():
     process = subprocess.run(
         [sys.executable, "-m", "ofb_hf", "--version"], capture_output=True, text=True, cwd=ROOT

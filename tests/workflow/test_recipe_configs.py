@@ -50,6 +50,7 @@ def test_there_is_a_file_and_a_twin_for_every_published_budget():
         assert {key: default[key] for key in same} == {key: paper[key] for key in same}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_settings_are_known_and_their_budget_is_within_reach(path):
     words = ["--config", str(path), "--bf16", "false", "--use_cpu"]

@@ -23,6 +23,7 @@ from ofb_hf.workflow import search as workflow
 from ofb_hf.workflow.run import Run
 
 
+@pytest.mark.slow
 def test_failed_run_is_marked_and_can_be_resumed(checkpoint, images, tmp_path, monkeypatch):
     output = tmp_path / "out"
 
@@ -47,6 +48,7 @@ def test_failed_run_is_marked_and_can_be_resumed(checkpoint, images, tmp_path, m
     assert results["finetuned"]["macs"] <= results["target_macs"]
 
 
+@pytest.mark.slow
 def test_killed_search_resumes_to_the_same_weights_with_random_augmentation(
     checkpoint, images, tmp_path
 ):
@@ -99,6 +101,7 @@ def straight_swin(swin_checkpoint, images, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "step"), [("dense_training", 4), ("search", 13), ("search", 16), ("finetune", 3)]
 )
@@ -130,6 +133,7 @@ def finetune(checkpoint, images, output, *flags):
     return cli.finetune([*settings, *QUICK, "--max_steps", "6", *flags])
 
 
+@pytest.mark.slow
 def test_finetuning_a_stock_model_resumes_in_the_middle_of_an_epoch(
     checkpoint, images, tmp_path, monkeypatch
 ):
@@ -214,6 +218,7 @@ def test_resuming_from_a_checkpoint_of_elsewhere_is_refused(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_may_be_named(checkpoint, images, stopped, tmp_path):
     copy, straight = shutil.copytree(stopped, tmp_path / "copy"), tmp_path / "straight"
     shutil.rmtree(copy / "search" / "model")
@@ -247,6 +252,7 @@ def test_precision_that_a_launcher_sets_is_compared(
     assert "mixed_precision': ('no', 'bf16')" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["search", "finetune"])
 def test_what_is_trained_is_kept_when_the_measuring_is_cut_short(
     checkpoint, images, tmp_path, monkeypatch, command

@@ -15,6 +15,7 @@ STREAMED = ["--streaming", "true", "--augmentation", "deit", "--per_device_train
 GRAY = BatchAugmentation((127.5,) * 3, (127.5,) * 3, 3, random_erasing=0.25, mixup=0.8, cutmix=1.0)
 
 
+@pytest.mark.slow
 def test_a_streamed_search_resumes_in_the_middle_of_an_epoch_to_the_same_weights(
     checkpoint, images, tmp_path, monkeypatch
 ):
@@ -68,6 +69,7 @@ def train(folder, **changes):
     return trainer, teacher
 
 
+@pytest.mark.slow
 def test_batches_are_augmented_for_teacher_and_student_alike_and_repeatably(tmp_path, monkeypatch):
     students = []
     original = DistillationTrainer.training_losses

@@ -211,6 +211,7 @@ def test_a_card_is_verified_and_a_lie_is_found(finished, images, tmp_path, capsy
     assert "has no README.md" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_result_loads_in_a_fresh_process_bit_for_bit(finished, images):
     output, _ = finished
     picture = images / "test" / "red" / "0.png"
@@ -273,6 +274,7 @@ def test_search_on_a_parameter_budget_without_finetuning(checkpoint, images, tmp
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "folder"), [("search_deit", "demo"), ("search_swin", "demo_swin")]
 )
@@ -511,6 +513,7 @@ def test_speed_of_several_models_is_measured_in_one_run():
     assert not models["large"].training
 
 
+@pytest.mark.slow
 def test_submodules_are_reachable_from_the_package():
     """Without importing them: rooms, and modules under the names that they had in version 0.1."""
     code = (
@@ -567,6 +570,7 @@ def test_flags_have_one_name():
         parse(cli.FINETUNE, ["--hub_tok", "abc"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", ["search_deit", "search_swin", "search_tokens", "finetune", "evaluate", "publish"]
 )
