@@ -35,6 +35,9 @@ from ofb_hf import hub_retries as network
 from ofb_hf.data import DataArguments, ImageStream, SeededImages, StreamBrokenError, load_image_data
 from ofb_hf.data.row_blocks import Row, read_patiently
 
+# Whole commands: together they take too long for `make quick`.
+pytestmark = pytest.mark.slow
+
 BATCH_SIZE = 5
 TESTS = Path(__file__).parents[1]
 
@@ -79,7 +82,6 @@ def test_no_two_times_of_an_image_are_augmented_alike(shards):
         assert len(values) == len(times) >= 4
 
 
-@pytest.mark.slow
 def test_rows_that_had_their_turn_are_let_go(shards):
     images, most = stream(shards), 0
     for _ in images.loader(1):
@@ -87,7 +89,6 @@ def test_rows_that_had_their_turn_are_let_go(shards):
     assert 8 <= most <= 8 + 6  # some are on their way
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_epoch_has_every_image_once(shards, world_size, workers):
@@ -170,7 +171,6 @@ def test_the_batches_after_skipped_ones_are_the_same(tmp_path, workers):
         assert images.bad_images.seen <= (len(batches) - skipped) * BATCH_SIZE + 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_trainer_resumes_where_it_was(shards, tmp_path, workers):
     """In an epoch, between two epochs, and after the last batch of a step that is not full."""
@@ -188,7 +188,6 @@ def test_a_trainer_resumes_where_it_was(shards, tmp_path, workers):
         assert all(torch.equal(a, b) for a, b in zip(resumed, straight[2 * step :], strict=True))
 
 
-@pytest.mark.slow
 def test_two_ranks_share_an_epoch_and_resume(shards, tmp_path):
     command = [
         sys.executable,

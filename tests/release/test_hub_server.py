@@ -26,6 +26,9 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image
 
+# Whole commands: together they take too long for `make quick`.
+pytestmark = pytest.mark.slow
+
 TOKENS = {
     "hf_write": Token("ann", organizations=("lab",)),
     "hf_read": Token("ann", "read"),
@@ -377,7 +380,6 @@ def test_the_way_to_a_commit_is_repeated_by_the_client(hub, client, name, monkey
     assert times == {"/preupload/": 2, "/objects/batch": 2, large: 2, "/verify": 3}
 
 
-@pytest.mark.slow
 def test_transformers_pushes_a_model_and_reads_it_back(hub, client, checkpoint, tmp_path):
     where, equal = client(push, checkpoint, "ann/pushed", tmp_path)
     assert equal
@@ -387,7 +389,6 @@ def test_transformers_pushes_a_model_and_reads_it_back(hub, client, checkpoint, 
     assert {"config.json", "model.safetensors"} <= set(stock.files)
 
 
-@pytest.mark.slow
 def test_with_xet_only_small_files_can_be_brought(hub, name, tmp_path):
     environment = {**hub.environment(tmp_path), "HF_HUB_DISABLE_XET": "0"}
     with process(environment) as client:

@@ -24,6 +24,9 @@ from transformers import TrainingArguments
 from ofb_hf import SubnetSpec, cli, count_macs, publish
 from ofb_hf.release.leaks import LeakError
 
+# Whole commands: together they take too long for `make quick`.
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 TOKENS = {
     "hf_write": Token("ann", organizations=("lab",)),
@@ -219,7 +222,6 @@ def test_the_stock_branch_holds_a_stock_model_and_no_code(hub, outcomes):
     assert json.loads(files["config.json"])["model_type"] == "vit"
 
 
-@pytest.mark.slow
 def test_what_another_checkpoint_left_goes_and_what_is_not_ours_stays(hub, output, tmp_path):
     hub.fault = lambda path: None
     non_uniform_swin().save_pretrained(tmp_path / "swin")
@@ -262,7 +264,6 @@ DOORS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_it_loads_through_three_doors_in_processes_that_never_saw_it(
     hub, output, outcomes, tmp_path, door
@@ -352,7 +353,6 @@ def test_tokens_that_may_not_write_are_refused_in_words(hub, outcomes, token):
     assert f"lab/{token[3:]}" not in hub.repositories
 
 
-@pytest.mark.slow
 def test_a_hub_without_xet_is_told_in_words_how_to_go_on(hub, output, tmp_path):
     """The default, without HF_HUB_DISABLE_XET."""
     hub.fault = lambda path: None
@@ -370,7 +370,6 @@ def test_a_hub_without_xet_is_told_in_words_how_to_go_on(hub, output, tmp_path):
     assert [commit.message for commit in hub.repositories["lab/xet"].commits] == ["initial commit"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "words"),
     [
@@ -421,7 +420,6 @@ def test_a_search_publishes_its_result_or_says_at_once_that_it_cannot(
         assert not output.exists()
 
 
-@pytest.mark.slow
 def test_a_published_checkpoint_is_verified(hub, outcomes, images, tmp_path):
     hub.fault = lambda path: None
     command = [sys.executable, "-c", "from ofb_hf.cli import main; main()", "verify", "lab/half"]
@@ -473,7 +471,6 @@ def test_nothing_with_a_token_in_it_is_published(output, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_a_token_in_training_arguments_is_found_and_the_push_refused(hub, output, tmp_path):
     """The Trainer of transformers pickles its arguments, tokens included, next to the weights."""
     hub.fault = lambda path: None

@@ -51,6 +51,9 @@ from ofb_hf.training.history import HistoryCallback, read_history
 from ofb_hf.workflow.arguments import SearchArguments
 from ofb_hf.workflow.plan import describe_space
 
+# Whole searches: together they take too long for `make quick`.
+pytestmark = pytest.mark.slow
+
 
 def joint_config(**changes):
     """A search over widths and tokens."""
@@ -201,7 +204,6 @@ def falling_schedules(reducing, layers):
 # ----------------------------------------------------------------------------------------- choosing
 
 
-@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     st.integers(0, 1000),
@@ -310,7 +312,6 @@ def smallest_by_trying(model, config):
     return min(costs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "price", [None, 0, 10**4], ids=["macs", "cheap reductions", "dear reductions"]
 )

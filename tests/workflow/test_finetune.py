@@ -12,6 +12,9 @@ from ofb_hf import cli, count_macs
 from ofb_hf.release.card import read_results
 from ofb_hf.training.history import HISTORY_FIELDS, read_history
 
+# Whole commands: together they take too long for `make quick`.
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 

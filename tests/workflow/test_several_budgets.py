@@ -18,6 +18,9 @@ from ofb_hf.training.history import read_history
 from ofb_hf.workflow import search as workflow
 from ofb_hf.workflow.run import Run
 
+# Whole commands: together they take too long for `make quick`.
+pytestmark = pytest.mark.slow
+
 BUDGETS = {"target_macs-0.8": 0.8, "target_macs-0.6": 0.6, "target_macs-0.4": 0.4}
 FLAGS = ["--target_macs", "0.6,0.8,0.4", "--keep_dense", "--max_steps", "48"]
 
@@ -76,7 +79,6 @@ def test_each_member_keeps_some_of_the_units_of_the_one_before(finished):
     assert_nested(output, BUDGETS)
 
 
-@pytest.mark.slow
 def test_a_swin_takes_several_budgets_too(swin_checkpoint, images, tmp_path):
     output = tmp_path / "budgets"
     results = run_search(
@@ -101,7 +103,6 @@ def test_a_swin_takes_several_budgets_too(swin_checkpoint, images, tmp_path):
         assert 0.9 * share < macs / count_macs(dense) <= share
 
 
-@pytest.mark.slow
 def test_several_budgets_are_resumed_where_they_stopped(
     finished, checkpoint, images, tmp_path, monkeypatch
 ):
@@ -131,7 +132,6 @@ def test_several_budgets_are_resumed_where_they_stopped(
         assert phases == ["search"] * 16 + ["finetune"] * 3
 
 
-@pytest.mark.slow
 def test_starting_over_removes_the_members_of_the_last_run(finished, checkpoint, images, tmp_path):
     output = shutil.copytree(finished[0], tmp_path / "copy")
     run_search(checkpoint, images, output, "--target_macs", "0.5", "--overwrite_output_dir")
@@ -139,7 +139,6 @@ def test_starting_over_removes_the_members_of_the_last_run(finished, checkpoint,
     assert not (output / "family.json").exists()
 
 
-@pytest.mark.slow
 def test_given_candidates_and_dense_training_go_with_several_budgets(checkpoint, images, tmp_path):
     flags = [
         "--target_params",
@@ -162,7 +161,6 @@ def test_given_candidates_and_dense_training_go_with_several_budgets(checkpoint,
         assert "finetuned" not in results[name]
 
 
-@pytest.mark.slow
 def test_a_search_for_depth_leaves_out_what_an_earlier_member_left_out(
     checkpoint, images, tmp_path
 ):
@@ -246,7 +244,6 @@ def test_another_set_of_budgets_is_another_run(finished, checkpoint, images, cap
     assert "target_macs" in refused(capsys, checkpoint, images, finished[0], *flags)
 
 
-@pytest.mark.slow
 def test_the_papers_preset_distils_in_no_member(checkpoint, images, tmp_path, monkeypatch):
     shares = []
 
@@ -262,7 +259,6 @@ def test_the_papers_preset_distils_in_no_member(checkpoint, images, tmp_path, mo
     assert shares == [(0.0, None)] * 2
 
 
-@pytest.mark.slow
 def test_only_folders_of_runs_are_removed_when_starting_over(checkpoint, images, tmp_path):
     (tmp_path / "out" / "target_practice").mkdir(parents=True)
     run_search(checkpoint, images, tmp_path / "first", "--finetune_max_steps", "0")

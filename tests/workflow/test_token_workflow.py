@@ -22,6 +22,9 @@ from ofb_hf.pictures.token_maps import DROPPED, draw_tokens, paint_tokens, trace
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.token_search.learned_counts import TokenSearchConfig
 
+# Whole commands: together they take too long for `make quick`.
+pytestmark = pytest.mark.slow
+
 SETTINGS = ["--token_learning_rate", "0.3", "--max_steps", "8", *QUICK]
 
 
@@ -83,7 +86,6 @@ def test_what_is_published_leaves_the_pictures_of_the_data_out(output, tmp_path)
     assert not names & {"tokens.png", "stock", "subnet.json"}
 
 
-@pytest.mark.slow
 def test_it_goes_on_to_finetuning_and_can_be_resumed(checkpoint, images, output, tmp_path):
     folder = tmp_path / "out"
     flags = ["--finetune_max_steps", "2", "--token_pictures", "0"]
@@ -112,7 +114,6 @@ def test_a_second_search_is_measured_against_the_model_with_all_its_tokens(
     )
 
 
-@pytest.mark.slow
 def test_tokens_after_widths_keep_the_record_of_the_units(checkpoint, images, tmp_path):
     """A search for widths and depth, and one for tokens of what it made."""
     narrow = tmp_path / "narrow"
@@ -146,7 +147,6 @@ def test_tokens_after_widths_keep_the_record_of_the_units(checkpoint, images, tm
     assert count_macs(dense, after) == results["searched"]["macs"]
 
 
-@pytest.mark.slow
 def test_widths_and_tokens_in_one_run(checkpoint, images, tmp_path):
     """`ofb-hf search --search_tokens`: everything that a search writes, with the tokens in it."""
     folder, published = tmp_path / "out", tmp_path / "published"
@@ -202,7 +202,6 @@ def measured(checkpoint, tmp_path_factory):
     return ["--latency_table", str(file), "--target_latency_ms", str(between / PICOSECONDS)], table
 
 
-@pytest.mark.slow
 def test_tokens_for_milliseconds_and_their_record(checkpoint, images, measured, tmp_path, capsys):
     folder, (flags, table) = tmp_path / "out", measured
     results = search_tokens(checkpoint, images, folder, *flags, macs=False)
@@ -230,7 +229,6 @@ def test_tokens_for_milliseconds_and_their_record(checkpoint, images, measured, 
         assert name in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_milliseconds_are_written_down_beside_macs_and_for_widths_and_tokens_together(
     checkpoint, images, measured, tmp_path
 ):
@@ -288,7 +286,6 @@ def test_a_swin_is_refused_with_an_explanation(swin_checkpoint, images, tmp_path
     assert "class token" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_demonstration_path_at_a_tiny_size(tmp_path, monkeypatch):
     """The recipe itself, in this process."""
     monkeypatch.chdir(tmp_path)

@@ -31,6 +31,9 @@ from ofb_hf.workflow.inputs import load
 from ofb_hf.workflow.measure import images_per_second, lost_classes
 from ofb_hf.workflow.results import license_of
 
+# Whole commands: together they take too long for `make quick`.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -92,7 +95,6 @@ def test_card_repeats_the_measured_numbers(finished):
     assert results["commit"] is None or results["commit"] in card
 
 
-@pytest.mark.slow
 def test_what_was_left_out_and_when_is_on_record(checkpoint, images, tmp_path):
     results = run_search(
         checkpoint, images, tmp_path / "out", "--target_macs", "0.15", "--search_depth"
@@ -211,7 +213,6 @@ def test_a_card_is_verified_and_a_lie_is_found(finished, images, tmp_path, capsy
     assert "has no README.md" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_result_loads_in_a_fresh_process_bit_for_bit(finished, images):
     output, _ = finished
     picture = images / "test" / "red" / "0.png"
@@ -274,7 +275,6 @@ def test_search_on_a_parameter_budget_without_finetuning(checkpoint, images, tmp
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "folder"), [("search_deit", "demo"), ("search_swin", "demo_swin")]
 )
@@ -513,7 +513,6 @@ def test_speed_of_several_models_is_measured_in_one_run():
     assert not models["large"].training
 
 
-@pytest.mark.slow
 def test_submodules_are_reachable_from_the_package():
     """Without importing them: rooms, and modules under the names that they had in version 0.1."""
     code = (
@@ -570,7 +569,6 @@ def test_flags_have_one_name():
         parse(cli.FINETUNE, ["--hub_tok", "abc"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", ["search_deit", "search_swin", "search_tokens", "finetune", "evaluate", "publish"]
 )
