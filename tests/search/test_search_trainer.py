@@ -28,6 +28,9 @@ from ofb_hf.training.arguments import check_search_arguments
 from ofb_hf.training.history import HISTORY_FIELDS, HistoryCallback, read_history
 from ofb_hf.training.losses import distillation_loss
 
+# Whole runs: together they take too long for `make quick`.
+pytestmark = pytest.mark.slow
+
 
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -190,7 +193,6 @@ def test_accumulating_gradients_equals_a_larger_batch(tmp_path, teacher_share):
         torch.testing.assert_close(small[0][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 13, 16, 19])
 def test_interrupted_and_resumed_search_equals_the_straight_one(tmp_path, stop):
     """The stops lie in the importance phase, around retirement and physical shrinks, and after the
@@ -328,7 +330,6 @@ class Sizes(TrainerCallback):
         self.seen.append(count_macs(kwargs["model"].config))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_a_compiled_search_is_the_eager_one(tmp_path, family):
     """Bit for bit with the backend that only traces; a shrink compiles anew once, other steps do
@@ -353,7 +354,6 @@ def test_a_compiled_search_is_the_eager_one(tmp_path, family):
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
 def test_many_shrinks_do_not_exhaust_the_compiler(tmp_path):
     """torch gives up, and runs eagerly, once it has compiled a function for eight shapes."""
     sizes = Sizes()

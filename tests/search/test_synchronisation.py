@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_leaves
 from ofb_hf import OFBTrainingArguments
 from ofb_hf.workflow.trial import TrialSearch
 
+# Whole runs: together they take too long for `make quick`.
+pytestmark = pytest.mark.slow
+
 META = torch.device("meta")
 # Operations whose result, or whose shape of it, depends on values.
 READING = {

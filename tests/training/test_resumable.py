@@ -16,6 +16,9 @@ from ofb_hf.data import SeededImages
 from ofb_hf.training.checkpoints import ASIDE, is_complete, move_into_place, newest_checkpoint
 from ofb_hf.training.interruption import TrainingInterrupted
 
+# Whole runs: together they take too long for `make quick`.
+pytestmark = pytest.mark.slow
+
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 BEST |= {
@@ -50,7 +53,6 @@ class Stop(TrainerCallback):
         return control
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "swin"])
 @pytest.mark.parametrize("stock", [True, False])
 def test_training_of_a_plain_classifier_resumes_exactly(tmp_path, family, stock):
@@ -115,7 +117,6 @@ class Sends(TrainerCallback):
             self.trainer.interruption._receive(signal.SIGTERM, None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 6])
 def test_a_stopped_training_keeps_its_last_checkpoint_and_the_best_one(tmp_path, step):
     """However few are to be kept; and it is the best of all that remains in the end."""
