@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..choice.problem import Choice
+from ..families.evaluation import evaluating
 from ..training.losses import distillation_loss
 from .supernet import Supernet, compress
 
@@ -26,13 +27,11 @@ def nearest_choice(supernet: Supernet, choices: list[Choice], batches: list[Tens
             others are no nearer.
         batches: images, (B, C, H, W) each.
     """
-    was_training = supernet.training
-    supernet.eval()
-    answers = [supernet(images).logits for images in batches]  # (B, classes) each
     best = choices[0]
     least = torch.inf
     # New networks draw random weights, which are overwritten: the run must not depend on that.
-    with torch.random.fork_rng():
+    with evaluating(supernet), torch.random.fork_rng():
+        answers = [supernet(images).logits for images in batches]  # (B, classes) each
         for choice in choices:
             trial = _cut(supernet, choice)
             distance = 0.0
@@ -42,7 +41,6 @@ def nearest_choice(supernet: Supernet, choices: list[Choice], batches: list[Tens
             if distance < least:
                 best = choice
                 least = distance
-    supernet.train(was_training)
     return best
 
 
