@@ -26,9 +26,9 @@ would need a table of `room` entries. Three steps take its place:
     and the best picks among those with that sum.
 """
 
-import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -100,11 +100,17 @@ def _most_expensive_picks(
 
 
 def _trace(
-    history: list[np.ndarray],
+    history: Sequence[np.ndarray | dict[int, int]],
     steps: list[list[int]],
     position: int,
 ) -> list[int]:
-    """Return the picks behind an entry of the last table, from the last group to the first."""
+    """Return the picks behind an entry of the last table: one per group, in order.
+
+    Args:
+        history: for each group, entry of its table -> the pick behind it.
+        steps: how far each pick of a group moves from one table to the next.
+        position: of the entry.
+    """
     picks = []
     for picked, group_steps in zip(reversed(history), reversed(steps), strict=True):
         pick = int(picked[position])
@@ -139,23 +145,59 @@ def largest_picks(
             sums |= reachable[-1] << step
         reachable.append(sums & within_room)
 
-    @functools.cache
-    def best(
-        groups: int,
-        total: int,
-    ) -> tuple[float, tuple[int, ...]]:
-        """Return score and picks of the first groups at exactly this total."""
-        if groups == 0:
-            return 0.0, ()
-        found = []
-        for index, step in enumerate(steps[groups - 1]):
-            before = total - step
-            if before >= 0 and reachable[groups - 1] >> before & 1:
-                score, picks = best(groups - 1, before)
-                score += scores[groups - 1][index]
-                found.append((score, (*picks, index)))
-        return max(found)
-
     largest = reachable[-1].bit_length() - 1
-    _, picks = best(len(steps), largest)
-    return list(picks)
+    return _best_picks_at(steps, scores, reachable, largest)
+
+
+def _best_picks_at(
+    steps: list[list[int]],
+    scores: list[list[float]],
+    reachable: list[int],
+    total: int,
+) -> list[int]:
+    """Return the best picks whose steps add up to exactly `total`.
+
+    Among equal scores those are the best that are the last in the order of lists. The groups are
+    gone through in loops: a network may have more submodules than Python has levels of recursion.
+
+    Args:
+        reachable: for g = 0, 1, ..., G the sums of the first g groups, as in `largest_picks`.
+        total: one of the sums of all groups.
+    """
+    # For G, G - 1, ..., 0 the sums of the first groups from which `total` can be completed.
+    wanted = [{total}]
+    for row, sums in zip(reversed(steps), reversed(reachable[:-1]), strict=True):
+        befores = set()
+        for after in wanted[-1]:
+            for step in row:
+                before = after - step
+                if before >= 0 and sums >> before & 1:
+                    befores.add(before)
+        wanted.append(befores)
+    # Sum of the first groups -> the best score with that sum, then one group more in every turn.
+    best = {0: 0.0}
+    history: list[dict[int, int]] = []  # for each group: sum -> the pick behind its best score
+    for afters in reversed(wanted[:-1]):
+        group = len(history)
+        above = {}
+        picked = {}
+        for after in afters:
+            for index, step in enumerate(steps[group]):
+                before = after - step
+                if before not in best:
+                    continue
+                score = best[before] + scores[group][index]
+                if after in above and score < above[after]:
+                    continue
+                if after in above and score == above[after]:
+                    rival = after - steps[group][picked[after]]
+                    here = _trace(history, steps[:group], before)
+                    there = _trace(history, steps[:group], rival)
+                    # the later index is the larger one where all picks before it are equal
+                    if here < there:
+                        continue
+                above[after] = score
+                picked[after] = index
+        best = above
+        history.append(picked)
+    return _trace(history, steps, total)

@@ -15,7 +15,7 @@ from ..families.token_reduction import supports_tokens, with_fewest_tokens
 from .candidates import check_candidates, full_sizes, submodule_space, tie_layers, up_to
 from .checks import DepthSearch, check_settings, may_vanish
 from .idle_settings import require_effect
-from .presets import ALIASES, PRESETS, without_removed
+from .presets import ALIASES, PRESETS, require_one_preset, without_removed
 from .search_space import SearchSpace
 
 
@@ -204,6 +204,7 @@ class BiMaskConfig(Budget):
         self.preset = ALIASES.get(self.preset, self.preset)
         if self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}; known presets are {sorted(PRESETS)}.")
+        require_one_preset(self.preset, self.to_dict())
         for name, value in PRESETS[self.preset].items():
             if name in self.__dataclass_fields__ and getattr(self, name) is None:
                 setattr(self, name, value)
@@ -280,6 +281,26 @@ class BiMaskConfig(Budget):
             if full:
                 lists[name] = up_to(max(full.values()), getattr(self, name)) or None
         return replace(self, **lists | changes)
+
+    def with_preset(self, preset: str, **changes: Any) -> "BiMaskConfig":
+        """Return the same search under another preset.
+
+        Fields that have the value of the present preset get that of the other one; fields that were
+        set to something else stay as they are. (`dataclasses.replace` would keep all of them.)
+
+        Args:
+            preset: "default" or "paper".
+            changes: other fields to set.
+
+        Raises:
+            ValueError: as for a new config, for example for fields that have no effect under the
+                other preset.
+        """
+        left_to_it: dict[str, None] = {}
+        for name, value in PRESETS[self.preset].items():
+            if name in self.__dataclass_fields__ and getattr(self, name) == value:
+                left_to_it[name] = None
+        return replace(self, **left_to_it | {"preset": preset} | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, values of the preset filled in."""

@@ -1,4 +1,8 @@
-"""Settings of a search that have no effect next to others: refused, so that they cannot mislead."""
+"""Settings of a search that have no effect next to others: refused, so that they cannot mislead.
+
+A value that equals the preset's is not refused, wherever it comes from: it states what holds anyway,
+and a file that holds all fields of a config has to be readable again.
+"""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -24,9 +28,6 @@ class IdleSettingError(ValueError):
 
 def require_effect(config: Any) -> None:
     """Refuse settings that differ from the preset's and that nothing would read.
-
-    A value of the preset is never refused: the user has not asked for it, and a config that was
-    written to a file with all of its fields has to be readable again.
 
     Args:
         config: a `BiMaskConfig` with the values of its preset filled in.
@@ -86,6 +87,9 @@ def _idle_decisions(config: Any) -> Iterator[Idle]:
             "candidate retires before the final choice"
         )
         yield reason, "let retire_begin come first", ("retire_threshold", "retire_events")
+    if config.retire_threshold == 0:
+        reason = "retire_threshold is 0, and no candidate's probability falls to 0"
+        yield reason, "give retire_threshold a value", ("retire_events", "retire_begin")
     # With both at 0 the choice still waits for the first step, and the pressure acts in it.
     if config.one_hot_begin > 0 and config.one_hot_begin >= config.settle_at:
         reason = (
@@ -110,6 +114,15 @@ def _idle_training(config: Any) -> Iterator[Idle]:
         names = ("keep_ratio_start", "keep_ratio_end", "pmim_until_settled", "pmim_window")
         names += ("pmim_weight", "pmim_max_ratio")
         yield "pmim is False and no patches are hidden", "turn pmim on", names
+    # Divided by their maximum, equal importances are 1. Where a submodule may vanish, the divisor
+    # has a lower limit, and a low mean shows.
+    starts_equal = config.normalize_importance and config.importance_init_std == 0
+    if config.importance_hold > 0 and starts_equal and not config.search_depth:
+        reason = (
+            "importance_init_std is 0 and normalize_importance True, so all importance is 1 until "
+            "importance_hold has observed it"
+        )
+        yield reason, "give importance_init_std a value", ("importance_init_mean",)
     importance_rests = config.importance_learning_rate == 0
     alpha_rests = config.architecture_learning_rate == 0
     if importance_rests:

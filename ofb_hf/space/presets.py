@@ -65,8 +65,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pmim_until_settled": False,
     },
 }
-# Fields of version 0.1 that are gone -> values that changed nothing, None for any. Files of that
-# version hold all of them.
+# Fields that version 0.2 removed -> values that changed nothing, None for any. Files of version 0.1
+# hold all of them.
 REMOVED: dict[str, Any] = {
     "importance_from": None,  # checked together with importance_hold
     "dual_step": None,
@@ -75,6 +75,35 @@ REMOVED: dict[str, Any] = {
 }
 # Earlier names of presets: files that were written with them can still be read.
 ALIASES = {"ours": "default"}
+
+
+def require_one_preset(preset: str, given: dict[str, Any]) -> None:
+    """Refuse the values of one preset under the name of another.
+
+    `dataclasses.replace(config, preset=...)` makes such a mixture: it passes on all fields of the
+    old config, and those that came from its preset look as if the user had given them.
+
+    Args:
+        preset: the name that is given.
+        given: fields as they are given, None for those that are left to the preset.
+
+    Raises:
+        ValueError: naming the other preset and what to write instead.
+    """
+    own = PRESETS[preset]
+    if any(given.get(name, own[name]) is None for name in own):
+        return  # something is left to the preset, so this is no whole config that was passed on
+    for other, values in PRESETS.items():
+        telling = [name for name in own if name in given and own[name] != values[name]]
+        taken = [name for name in telling if given[name] == values[name]]
+        # Some fields may have been set by hand before.
+        if telling and len(taken) > len(telling) / 2:
+            raise ValueError(
+                f"preset is {preset!r}, but {len(taken)} fields have the values of preset "
+                f"{other!r} ({', '.join(taken[:3])}, ...). dataclasses.replace keeps them: write "
+                f"config.with_preset({preset!r}) instead, or leave out the fields that come from "
+                "the preset."
+            )
 
 
 def without_removed(values: dict[str, Any]) -> dict[str, Any]:

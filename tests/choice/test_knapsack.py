@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ofb_hf import compress, count_macs, count_params, install_bi_masks, read_subnet
 from ofb_hf.choice.knapsack import best_choice
-from ofb_hf.choice.picks import BINS
+from ofb_hf.choice.picks import BINS, largest_picks
 from ofb_hf.choice.problem import Candidate
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.families.description import Term
@@ -251,6 +251,40 @@ def test_in_a_coarse_space_the_score_says_who_gets_what_is_left(favourite):
     choice = best_choice(candidates, terms, {}, 7 * 45)
     assert choice.cost == 7 * 40
     assert choice.candidates[favourite].size == (20,)
+
+
+def best_of_the_largest(costs, scores, room):
+    """What `largest_picks` promises, spelled out: (score, picks) of the largest sum that fits."""
+    found = []
+    for picks in itertools.product(*map(range, map(len, costs))):
+        cost, score = 0, 0.0
+        for group, pick in enumerate(picks):
+            cost += costs[group][pick]
+            score += scores[group][pick]
+        if cost <= room:
+            found.append((cost, score, picks))
+    return list(max(found)[2])
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_largest_sum_is_picked_with_the_best_score_and_the_last_of_equal_picks(seed):
+    """Bit for bit: scores add up from the first group on, and few values make many of them tie."""
+    generator = random.Random(seed)
+    values = generator.choice([[0.1, 0.2, 0.3], [1.0], [generator.random() for _ in range(9)]])
+    costs, scores = [], []
+    for _ in range(generator.randint(1, 6)):
+        count = generator.randint(1, 4)
+        costs.append([generator.randint(0, 9) for _ in range(count)])
+        scores.append([generator.choice(values) for _ in range(count)])
+    room = generator.randint(sum(map(min, costs)), sum(map(max, costs)) + 1)
+    assert largest_picks(costs, scores, room) == best_of_the_largest(costs, scores, room)
+
+
+def test_two_thousand_submodules_are_no_recursion():
+    count = 2000
+    picks = largest_picks([[2, 3]] * count, [[0.0, 1.0]] * count, room=2 * count + 7)
+    # all picks of this sum have the same score: these are the last in the order of lists
+    assert picks == [1] * 7 + [0] * (count - 7)
 
 
 # ------------------------------------------------------------------------- the budget of a supernet

@@ -1,6 +1,7 @@
 """Spaces and subnets are plain data: they survive JSON, and what cannot be is refused by name and
 value."""
 
+import dataclasses
 import json
 import re
 
@@ -407,6 +408,28 @@ def test_a_removed_field_that_changed_a_search_is_refused(changes, message):
         ViTBiMaskConfig.from_dict(values)
 
 
+@pytest.mark.parametrize("fields", [{}, {"settle_at": 0.2, "multiple_of": 4}], ids=str)
+@pytest.mark.parametrize(("preset", "other"), [("default", "paper"), ("paper", "default")])
+def test_with_preset_takes_what_was_not_set_from_the_other_preset(preset, other, fields):
+    config = ViTBiMaskConfig(preset=preset, target_macs=0.4, **fields)
+    assert config.with_preset(other) == ViTBiMaskConfig(preset=other, target_macs=0.4, **fields)
+    assert config.with_preset(other).with_preset(preset) == config
+    assert config.with_preset(other, retire_events=7).retire_events == 7
+    if preset == "default":
+        assert config.with_preset("paper").with_preset("ours") == config
+
+
+@pytest.mark.parametrize("fields", [{}, {"settle_at": 0.2, "multiple_of": 4}], ids=str)
+@pytest.mark.parametrize(("preset", "other"), [("default", "paper"), ("paper", "default")])
+def test_replacing_the_preset_alone_is_refused_with_the_way_out(preset, other, fields):
+    """It would keep the fields of the first preset under the name of the other one."""
+    config = ViTBiMaskConfig(preset=preset, **fields)
+    way_out = rf"preset is '{other}', but .* of preset '{preset}'.*config\.with_preset\('{other}'\)"
+    with pytest.raises(ValueError, match=way_out):
+        dataclasses.replace(config, preset=other)
+    assert dataclasses.replace(config, preset=preset, retire_events=7).retire_events == 7
+
+
 def test_all_idle_settings_are_named_at_once():
     with pytest.raises(ValueError, match="Neither would pmim_window, pmim_weight"):
         ViTBiMaskConfig(pmim=False, keep_ratio_end=0.6, pmim_window=3, pmim_weight=2.0)
@@ -497,6 +520,9 @@ IDLE = [
     ("uniform_across_layers", True, NO_BLOCKS, "residual widths are never tied"),
     ("retire_threshold", 0.3, {"retire_begin": 0.15}, "retire_begin is 0.15 and settle_at 0.15"),
     ("retire_events", 10, {"retire_begin": 1.0}, "retire_begin is 1.0"),
+    ("retire_events", 10, {"retire_threshold": 0.0}, "retire_threshold is 0"),
+    ("retire_begin", 0.1, {"retire_threshold": 0.0}, "retire_threshold is 0"),
+    ("importance_init_mean", 0.5, {}, "importance_init_std is 0 and normalize_importance True"),
     ("one_hot_weight", 0.4, {"one_hot_begin": 0.15}, "one_hot_begin is 0.15 and settle_at 0.15"),
     ("one_hot_end", 0.4, {"one_hot_begin": 0.3}, "one_hot_begin is 0.3"),
     ("one_hot_begin", 0.09, {"one_hot_weight": 0.0}, "one_hot_weight is 0"),
@@ -542,6 +568,11 @@ def test_values_of_the_preset_are_no_settings_without_effect(others, tmp_path):
         {"compensate": False, "prune_during_search": False},  # what it asks for happens
         {"compensate": True, "preset": "paper", "prune_during_search": False},
         {"retire_begin": 1.0},
+        {"retire_threshold": 0.0},
+        {"importance_init_mean": 0.5, "importance_init_std": 0.2},
+        {"importance_init_mean": 0.5, "normalize_importance": False},
+        {"importance_init_mean": -3.0, "search_depth": True},
+        {"importance_init_mean": 0.5, "importance_hold": 0.0, "importance_learning_rate": 0.001},
         {"one_hot_begin": 1.0},
         {"one_hot_begin": 0.0, "settle_at": 0.0, "importance_hold": 0.0, "one_hot_end": 0.0}
         | {"importance_learning_rate": 0.001},
