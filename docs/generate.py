@@ -9,8 +9,8 @@ Generated are:
   files, from `benchmarks/results/NAME.json`;
 - the README's measured claims, between `<!-- claims -->` and `<!-- end -->`, from the same files
   and from `model_cards/*/eval_results.json`;
-- the changelog's table of moved modules, between `<!-- moved -->` and `<!-- end -->`, from
-  `ofb_hf/_moved.py`;
+- the changelog's tables of moved modules and of renamed names, between `<!-- moved -->` or
+  `<!-- renamed -->` and `<!-- end -->`, from `ofb_hf/_moved.py`;
 - `docs/pictures/*.png` from the same files, and `docs/pictures/rooms.svg` from the floors in
   `tests/test_import_graph.py`;
 - `docs/API.md` from the docstrings of the public names.
@@ -28,7 +28,7 @@ from generators import api, claims, pictures, rooms  # noqa: E402
 from generators.results import Result  # noqa: E402
 
 BLOCK = re.compile(
-    r"<!-- (?P<what>claims|moved|table: (?P<name>[\w.]+)) -->\n.*?<!-- end -->", re.DOTALL
+    r"<!-- (?P<what>claims|moved|renamed|table: (?P<name>[\w.]+)) -->\n.*?<!-- end -->", re.DOTALL
 )
 PAGES = ("README.md", "CHANGELOG.md", "docs/*.md", "benchmarks/*.md")
 
@@ -42,6 +42,8 @@ def filled(text: str) -> str:
             content = claims.readme_claims()
         elif what == "moved":
             content = api.moved_modules()
+        elif what == "renamed":
+            content = api.renamed_names()
         else:
             content = Result.load(match["name"]).markdown()
         return f"<!-- {what} -->\n\n{content}\n\n<!-- end -->"

@@ -2,16 +2,18 @@
 class.
 
 Modules moved into sub-packages. An old path resolves to a stand-in that looks names up where they
-are now, with a `DeprecationWarning`.
+are now, with a `DeprecationWarning`. Names that are called something else now, in these modules and
+in those that are still there, are not found, and the error says what they are called.
 """
 
+import dis
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from types import FrameType, ModuleType
 from typing import Any
 
 # Old module -> the modules that hold its names now; the first one is what the warning recommends.
@@ -77,6 +79,102 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 
 
+# Old name -> the new one, None if nothing has taken its place. Arguments may be others, too: so the
+# old name is refused with an explanation, and does not give the new object.
+RENAMED: dict[str, str | None] = {
+    "architectures.BLOCK_HALVES": None,
+    "architectures.CLASSIFIERS": None,
+    "architectures.VIT_LAYERS": "families.vit.LAYERS",
+    "architectures.vit_layer_parts": "families.token_reduction.layer_parts",
+    "architectures.vit_parts": "families.token_reduction.schedule_parts",
+    "architectures.vit_query_parameters": "families.vit.query_parameters",
+    "architectures.with_vit_layers": "families.vit.with_layers",
+    "candidates.candidate_options": "choice.scores.scored_candidates",
+    "candidates.first_order_options": "choice.scores.first_order_candidates",
+    "choices.Choices": "search.decisions.Decisions",
+    "data.epochs.Share": "data.epochs.Batching",
+    "data.transforms.LIGHT_SHARE": "data.transforms.LIGHT_CHANGE",
+    "losses.budget_loss": None,
+    "network.hub_refusals_in_words": "data.access.explained_hub_refusals",
+    "plots.plot_family": "pictures.plots.plot_accuracy_over_cost",
+    "schedule.budget_share": None,
+    "searched_tokens.ROUNDS": None,
+    "settlement.Option": "choice.problem.Candidate",
+    "settlement.RELAXATION_STEPS": "choice.relaxation.STEPS",
+    "settlement.Settlement": "choice.problem.Choice",
+    "settlement.settle": "choice.knapsack.best_choice",
+    "staging.is_ours": "release.folder.is_published_file",
+    "token_choice.best_in_family": "choice.schedule_candidates.best_schedule",
+    "token_choice.schedule_family": "choice.schedule_candidates.candidate_schedules",
+    "token_choice.spread_over_family": "choice.schedule_candidates.spread_choices",
+    "token_measure.nearest_settlement": "search.trial_cuts.nearest_choice",
+    "token_pictures.GREY": "pictures.token_maps.DIMMED",
+    "unit_groups.block_params": "families.blocks.Block",
+    "workflow.arguments.DECISIVE": "workflow.settings.DECISIVE",
+    "workflow.arguments.DEMO_CONFIG": "workflow.command_line.DEMO_CONFIG",
+    "workflow.arguments.command_line": "workflow.command_line.command_line",
+    "workflow.arguments.parse": "workflow.command_line.parse",
+    "workflow.arguments.phase_arguments": "workflow.run.Run.phase_arguments",
+    "workflow.arguments.training_settings": "workflow.settings.training_settings",
+    "workflow.family.run": "workflow.several_budgets.run_several_budgets",
+    "workflow.finetune.Finetuning": "workflow.run.Run",
+    "workflow.finetune.run": "workflow.finetune.run_finetune",
+    "workflow.latency_table.CALLS": "workflow.timing.CALLS",
+    "workflow.report.LATENCY": "workflow.report.LATENCY_COLUMNS",
+    "workflow.report.family_rows": "workflow.report.budget_rows",
+    "workflow.search.SUBNET_FILE": "workflow.output.SUBNET",
+    "workflow.search.Walk": "workflow.run.Run",
+    "workflow.search.datasets": "workflow.run.Run.datasets",
+    "workflow.search.draw_token_pictures": "workflow.results.token_picture",
+    "workflow.search.finetune": "workflow.run.Run.finetune_searched",
+    "workflow.search.is_done": "workflow.run.Run.is_done",
+    "workflow.search.license_of": "workflow.results.license_of",
+    "workflow.search.output_of": "workflow.run.Run.unfinished",
+    "workflow.search.push": "workflow.results.push",
+    "workflow.search.run": "workflow.search.run_search",
+    "workflow.search.run_phase": "workflow.run.Run.train",
+    "workflow.search.run_settings": "workflow.run.search_settings",
+    "workflow.search.save_dense": "workflow.results.save_dense",
+    "workflow.search.train_dense": "workflow.run.Run.train_dense",
+    "workflow.tokens.run": "workflow.search_tokens.run_search_tokens",
+    "workflow.tokens.subnet_of": "workflow.inputs.load_subnet",
+}
+
+
+def refusing_renamed(module: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module that is still there and has lost names.
+
+    Args:
+        module: its `__name__`.
+    """
+
+    def get(name: str) -> Any:
+        _refuse_renamed(module, name, sys._getframe(1))
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return get
+
+
+def _refuse_renamed(module: str, name: str, caller: FrameType) -> None:
+    """Raise an error that says what an old name is called now; return for all other names.
+
+    Args:
+        module: in which it is looked up, with the package.
+        caller: the frame that looks it up.
+    """
+    old = f"{module.partition('.')[2]}.{name}"
+    if old not in RENAMED:
+        return
+    new = RENAMED[old]
+    message = f"{module}.{name} has been removed, and nothing has taken its place."
+    if new is not None:
+        message = f"{module}.{name} is now {__package__}.{new}; its arguments may have changed."
+    # `from module import name` puts a message of its own in the place of an AttributeError's.
+    if caller.f_code.co_code[caller.f_lasti] == dis.opmap["IMPORT_FROM"]:
+        raise ImportError(message, name=module)
+    raise AttributeError(message)
+
+
 class _StandIn(ModuleType):
     """An old module whose names are looked up in the modules that hold them now."""
 
@@ -85,6 +183,7 @@ class _StandIn(ModuleType):
         self._homes = homes
 
     def __getattr__(self, name: str) -> Any:
+        _refuse_renamed(self.__name__, name, sys._getframe(1))
         for home in self._homes:
             module = importlib.import_module(home)
             if hasattr(module, name):

@@ -192,7 +192,8 @@ PLAN = Command(
 
 Counts the subnets of the search space and what each budget leaves of the model; runs some steps on
 random images, and predicts the time for --num_images. With --latency_table it predicts
-milliseconds, too. All other flags are those of the search. Nothing is written.""",
+milliseconds, too. Flags of the search that decide what is searched, or what a step costs, may be
+given as well. Nothing is written.""",
     {
         "model and data": ("model_name_or_path", "num_images", "num_labels"),
         "budget": BUDGET,

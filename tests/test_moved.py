@@ -8,45 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from ofb_hf._moved import MOVED
+from ofb_hf._moved import MOVED, RENAMED
 
 # Old module -> the public names that it defined in version 0.1.
 PUBLIC_NAMES = json.loads(
     (Path(__file__).parent / "golden" / "public_names_0_1.json").read_text(encoding="utf-8")
 )
-# Names that have another name now, or none, on purpose: old module and name -> the new ones, None
-# if nothing has taken the place of the name.
-RENAMED = {
-    "architectures.BLOCK_HALVES": None,
-    "architectures.CLASSIFIERS": None,
-    "architectures.VIT_LAYERS": "families.vit.LAYERS",
-    "architectures.vit_layer_parts": "families.token_reduction.layer_parts",
-    "architectures.vit_parts": "families.token_reduction.schedule_parts",
-    "architectures.vit_query_parameters": "families.vit.query_parameters",
-    "architectures.with_vit_layers": "families.vit.with_layers",
-    "candidates.candidate_options": "choice.scores.scored_candidates",
-    "candidates.first_order_options": "choice.scores.first_order_candidates",
-    "choices.Choices": "search.decisions.Decisions",
-    "losses.budget_loss": None,
-    "network.hub_refusals_in_words": "data.access.explained_hub_refusals",
-    "plots.plot_family": "pictures.plots.plot_accuracy_over_cost",
-    "schedule.budget_share": None,
-    "searched_tokens.ROUNDS": None,
-    "settlement.Option": "choice.problem.Candidate",
-    "settlement.RELAXATION_STEPS": "choice.relaxation.STEPS",
-    "settlement.Settlement": "choice.problem.Choice",
-    "settlement.settle": "choice.knapsack.best_choice",
-    "staging.is_ours": "release.folder.is_published_file",
-    "token_choice.best_in_family": "choice.schedule_candidates.best_schedule",
-    "token_choice.schedule_family": "choice.schedule_candidates.candidate_schedules",
-    "token_choice.spread_over_family": "choice.schedule_candidates.spread_choices",
-    "token_measure.nearest_settlement": "search.trial_cuts.nearest_choice",
-    "token_pictures.GREY": "pictures.token_maps.DIMMED",
-    "unit_groups.block_params": "families.blocks.Block",
-    "workflow.family.run": "workflow.several_budgets.run_several_budgets",
-    "workflow.tokens.run": "workflow.search_tokens.run_search_tokens",
-    "workflow.tokens.subnet_of": "workflow.inputs.load_subnet",
-}
 
 
 def names_that_stay(old: str) -> list[str]:
@@ -87,16 +54,28 @@ def test_the_old_path_gives_the_objects_of_the_new_one(old):
 
 
 @pytest.mark.parametrize("old", RENAMED)
-def test_renamed_names_are_found_under_the_new_one(old):
+def test_errors_name_what_renamed_names_are_called_now(old):
     path, _, name = old.rpartition(".")
-    assert name in PUBLIC_NAMES[path]
+    if path in PUBLIC_NAMES:
+        assert name in PUBLIC_NAMES[path]
     module = importlib.import_module(f"ofb_hf.{path}")
-    with pytest.raises(AttributeError, match=f"moved to .*{name}"):
-        getattr(module, name)
     new = RENAMED[old]
+    explanation = rf"^ofb_hf\.{old} has been removed, and nothing"
     if new is not None:
-        home, _, name = new.rpartition(".")
-        assert hasattr(importlib.import_module(f"ofb_hf.{home}"), name)
+        explanation = rf"^ofb_hf\.{old} is now ofb_hf\.{new};"
+        found = importlib.import_module("ofb_hf")
+        for part in new.split("."):
+            found = getattr(found, part)
+    with pytest.raises(AttributeError, match=explanation):
+        getattr(module, name)
+    with pytest.raises(ImportError, match=explanation):
+        exec(f"from ofb_hf.{path} import {name}")
+    assert not hasattr(module, name)
+    # and only those
+    with pytest.raises(AttributeError, match="no_such_name"):
+        module.no_such_name  # noqa: B018
+    with pytest.raises(ImportError, match="no_such_name"):
+        exec(f"from ofb_hf.{path} import no_such_name")
 
 
 def test_names_are_imported_from_old_paths():

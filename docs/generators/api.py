@@ -50,6 +50,15 @@ def moved_modules() -> str:
     return "\n".join(lines)
 
 
+def renamed_names() -> str:
+    """Return a table of the names of version 0.1 that are called something else now."""
+    lines = ["| 0.1 | 0.2 |", "| --- | --- |"]
+    for old, new in _moved.RENAMED.items():
+        now = "removed" if new is None else f"`ofb_hf.{new}`"
+        lines.append(f"| `ofb_hf.{old}` | {now} |")
+    return "\n".join(lines)
+
+
 def public_members(module: ModuleType) -> list[tuple[str, Any]]:
     """Return the public classes and functions that a module defines, in its order."""
     return [

@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .._moved import refusing_renamed
+
+# of names that the module had in version 0.1
+__getattr__ = refusing_renamed(__name__)
+
 
 @dataclass(frozen=True)
 class Batching:

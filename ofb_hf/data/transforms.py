@@ -14,6 +14,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
+from .._moved import refusing_renamed
 from .augmentation_args import AugmentationArguments
 from .decoding import to_rgb
 from .processors import (
@@ -32,6 +33,9 @@ from .processors import (
 )
 from .randaugment import MIDDLE_GRAY, RESAMPLINGS, ColorJitter, RandAugment
 from .seeding import seed_example
+
+# of names that the module had in version 0.1
+__getattr__ = refusing_renamed(__name__)
 
 Transform = Callable[[Image.Image], Tensor]
 

@@ -1,7 +1,7 @@
 """Settings of a search that have no effect next to others: refused, so that they cannot mislead.
 
-A value that equals the preset's is not refused, wherever it comes from: it states what holds anyway,
-and a file that holds all fields of a config has to be readable again.
+A value that equals the preset's is not refused, wherever it comes from: it states what holds
+anyway, and a file that holds all fields of a config has to be readable again.
 """
 
 from collections.abc import Iterator

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._moved import refusing_renamed
 from ..cost.budget import BUDGETS
 from ..models.shapes import SHAPES
 from ..release.export import FORMATS
@@ -16,6 +17,9 @@ from ..space.configuration import BiMaskConfig
 from ..training.arguments import OFBTrainingArguments
 from .output import SEARCH_PHASES
 from .timing import CLOCKS
+
+# of names that the module had in version 0.1
+__getattr__ = refusing_renamed(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_OR_SHAPE = (

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .._moved import refusing_renamed
 from ..data import AugmentationArguments, DataArguments
 from ..families.subnet import SubnetSpec
 from ..models import REGISTERED
@@ -21,6 +22,9 @@ from .report import markdown_table, results_rows
 from .results import measured, source_of, write_output
 from .run import Run, require_push
 from .settings import training_settings
+
+# of names that the module had in version 0.1
+__getattr__ = refusing_renamed(__name__)
 
 
 def prepare(

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..data import AugmentationArguments, DataArguments
 from ..space.configuration import BiMaskConfig
 from ..token_search.learned_counts import TokenSearchConfig
+from .idle_settings import is_read
 
 TRANSFORMERS = "training arguments of transformers"
 MAX_WIDTH = 100
@@ -123,6 +124,11 @@ class CommandParser(HfArgumentParser):
         del actions["help"]
         return actions
 
+    def shown(self) -> list[str]:
+        """Return the names of the settings that the whole help shows: those that are read."""
+        command = self.command.name
+        return [name for name in self.flags() if name == "config" or is_read(command, name)]
+
     def setting_of(self, flag: str) -> str | None:
         """Return the setting that a flag sets (`--no-pmim` sets `pmim`), None for no flag."""
         action = self._option_string_actions.get(flag)
@@ -136,7 +142,7 @@ class CommandParser(HfArgumentParser):
         if not everything:
             return {title: list(names) for title, names in essentials.items()}
         groups: dict[str, list[str]] = {title: [] for title in GROUPS}
-        for name in self.flags():
+        for name in self.shown():
             groups[_group_of(name)].append(name)
         return {title: names for title, names in groups.items() if names}
 
@@ -148,7 +154,7 @@ class CommandParser(HfArgumentParser):
             entries = [_entry(name, flags[name]) for name in names]
             paragraphs.append("\n".join([f"{title}:", *entries]))
         if self.command.essentials and not everything:
-            paragraphs.append(f"`{self.prog} --help all` shows all {len(flags)} flags.")
+            paragraphs.append(f"`{self.prog} --help all` shows all {len(self.shown())} flags.")
         return "\n\n".join(paragraphs) + "\n"
 
     def suggest(self, names: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .._moved import refusing_renamed
 from ..cost.latency import (
     PICOSECONDS,
     LatencyTable,
@@ -42,6 +43,9 @@ from .inputs import load_for_counting
 from .measure import library_versions, processor, random_images, threads
 from .report import text_table
 from .timing import CLOCKS, Clock, Timeline, turn, whole_pass
+
+# of names that the module had in version 0.1
+__getattr__ = refusing_renamed(__name__)
 
 logger = logging.get_logger(__name__)
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..cost.latency import LATENCY_TABLE_FILE
+from ..space.presets import ALIASES, without_removed
 from ..training.arguments import OFBTrainingArguments
 from ..training.checkpoints import ASIDE, is_complete
 from ..training.history import HISTORY_FILE
@@ -144,6 +145,10 @@ def _check_checkpoint(checkpoint: Path, folder: Path, phases: tuple[str, ...]) -
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse to resume with other settings; only warn of another number of processes."""
     saved = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    # version 0.1 wrote an earlier name of the preset, and fields that have been removed
+    saved = without_removed(saved)
+    if "preset" in saved:
+        saved["preset"] = ALIASES.get(saved["preset"], saved["preset"])
     # what JSON makes of tuples and the like, as in the file
     settings = json.loads(json.dumps(settings))
     differing = {

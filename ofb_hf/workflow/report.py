@@ -3,6 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from .._moved import refusing_renamed
+
+# of names that the module had in version 0.1
+__getattr__ = refusing_renamed(__name__)
+
 
 # How the columns show their values, in the units that papers use.
 def _in_thousands(value: float) -> str:

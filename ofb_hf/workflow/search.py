@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
+from .._moved import refusing_renamed
 from ..data import AugmentationArguments, DataArguments
 from ..families.registry import describe
 from ..families.subnet import SubnetSpec
@@ -21,6 +22,9 @@ from .latency_table import warn_if_elsewhere
 from .report import markdown_table, results_rows
 from .results import measured, source_of, token_picture, write_output
 from .run import Run, require_start, search_settings
+
+# of names that the module had in version 0.1
+__getattr__ = refusing_renamed(__name__)
 
 
 def prepare(

@@ -1,7 +1,6 @@
 """Losses are finite with finite gradients wherever a search can take them, and pull in the
 direction they promise."""
 
-
 import pytest
 import torch
 from torch.nn import functional as F

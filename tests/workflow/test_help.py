@@ -10,9 +10,10 @@ from transformers import TrainingArguments
 
 import ofb_hf_command
 from ofb_hf import __version__, cli
+from ofb_hf.workflow import arguments, idle_settings
 from ofb_hf.workflow.command_line import command_line, parse
 from ofb_hf.workflow.flag_help import TRANSFORMERS, Command, CommandParser
-from ofb_hf.workflow.idle_settings import RULES
+from ofb_hf.workflow.idle_settings import READ, RULES, is_read
 
 ROOT = Path(__file__).parents[2]
 DEFINED = [value for value in vars(cli).values() if isinstance(value, Command)]
@@ -106,7 +107,8 @@ def test_every_flag_stands_in_one_group_of_the_whole_help(command):
     parser = CommandParser(command, "ofb-hf")
     flags, groups = parser.flags(), parser.groups(everything=True)
     grouped = [name for names in groups.values() for name in names]
-    assert sorted(grouped) == sorted(flags)
+    assert sorted(grouped) == sorted(parser.shown())
+    assert f"shows all {len(grouped)} flags" in parser.format_help() or not command.essentials
     own = set(flags) - set(TrainingArguments.__dataclass_fields__)
     assert not own & set(groups.get(TRANSFORMERS, ()))
     for names in parser.groups(everything=False).values():
@@ -157,6 +159,7 @@ def test_unknown_settings_of_a_file_are_refused_with_a_suggestion(tmp_path, caps
 
 # ------------------------------------------------------------------------ settings that do nothing
 
+DRY = "--model_dir out --dry_run --output_dir sent"
 NOTHING = [
     ("search", "--data_dir photos --dense_learning_rate 1e-3", "--dense_epochs"),
     ("search", "--finetune_epochs 0 --finetune_learning_rate 1e-3", "nothing is finetuned"),
@@ -195,13 +198,34 @@ NOTHING = [
     ("evaluate", "--learning_rate 1e-3", "trains nothing"),
     ("verify", "--ema_decay 0.9", "trains nothing"),
     ("verify", "--push_to_hub", "trains nothing"),
-    ("evaluate", "--distillation_type hard", "no phase learns from a teacher"),
+    ("evaluate", "--distillation_type hard", "trains nothing"),
+    ("evaluate", "--per_device_train_batch_size 8", "trains nothing"),
+    ("evaluate", "--warmup_steps 3 --lr_scheduler_type cosine", "trains nothing"),
+    ("verify", "--output_dir out", "trains nothing"),
+    ("verify", "--eval_strategy epoch", "trains nothing"),
+    ("plan", "--model_name_or_path digits_vit --learning_rate 1e-3", "a plan says"),
+    ("plan", "--model_name_or_path digits_vit --push_to_hub", "a plan says"),
+    ("plan", "--model_name_or_path digits_vit --retire_threshold 0.3", "a plan says"),
+    ("search", "--do_train", "scripts of transformers"),
+    ("finetune", "--do_eval --do_predict", "scripts of transformers"),
+    ("search", "--max_steps 3 --num_train_epochs 5", "--max_steps takes its place"),
+    ("finetune", "--max_steps 3 --num_train_epochs 5", "--max_steps takes its place"),
+    ("search-tokens", "--learning_rate 1e-3", "--token_learning_rate is its rate"),
+    ("search-tokens", "--finetune_epochs 1 --learning_rate 1e-3", "--finetune_learning_rate"),
+    ("search-tokens", "--data_dir photos --weight_decay 0.1", "moves no weights"),
+    ("search-tokens", "--data_dir photos --adam_beta1 0.8", "moves no weights"),
+    ("search-tokens", "--data_dir photos --adam_beta2 0.8", "moves no weights"),
+    ("search-tokens", "--data_dir photos --optim adamw_torch", "moves no weights"),
+    ("search", "--finetune_epochs 0 --data_dir photos --optim_args a=1", "an optimizer of its own"),
+    ("publish", f"{DRY} --private", "--dry_run sends nothing"),
+    ("publish", f"{DRY} --commit_message new", "--dry_run sends nothing"),
+    ("latency-table", "--model_name_or_path digits_vit --device cuda --num_threads 2", "the GPU"),
 ]
 
 
 def words_of(name, flags):
     """Return the words of a command line, on the CPU where the command has that flag."""
-    return [*flags.split(), *([] if name == "latency-table" else CPU)]
+    return [*flags.split(), *([] if name in ("latency-table", "publish") else CPU)]
 
 
 def command_of(name):
@@ -211,12 +235,32 @@ def command_of(name):
 
 
 @pytest.mark.parametrize(("name", "flags", "reason"), NOTHING)
-def test_settings_that_do_nothing_are_refused(name, flags, reason):
+def test_settings_that_do_nothing_are_refused(name, flags, reason, monkeypatch):
+    monkeypatch.setattr(arguments.torch.cuda, "is_available", lambda: "--device cuda" in flags)
     with pytest.raises(ValueError, match=re.escape(reason)) as refusal:
         parse(command_of(name), words_of(name, flags), DEMOS.get(name))
     message = str(refusal.value)
     assert any(f"{word} is given, but " in message for word in flags.split() if word[:2] == "--")
     assert "hf_secret" not in message
+
+
+@pytest.mark.parametrize("name", READ)
+def test_commands_that_train_nothing_refuse_every_setting_that_they_do_not_read(name):
+    """By a list of what they read: a flag that a class gets in future is refused, too."""
+    command = command_of(name)
+    flags = set(CommandParser(command, "").flags()) - {"config"}
+    read, reason = READ[name]
+    assert read <= flags
+    assert len(flags - read) > 50
+    whole_help = CommandParser(command, "").format_help(everything=True)
+    for flag in sorted(flags):
+        parts = [idle_settings.Settings(**{flag: "given"})]
+        shown = re.search(rf"^  --{flag}( |$)", whole_help, re.MULTILINE)
+        assert bool(shown) == is_read(name, flag) == (flag in read)
+        if flag in read:
+            continue
+        with pytest.raises(ValueError, match=rf"^--{flag} is given, but {reason}; leave it out"):
+            idle_settings.require_effect(name, {flag}, parts)
 
 
 def test_they_are_refused_before_anything_is_loaded(capsys, tmp_path, monkeypatch):
@@ -253,8 +297,18 @@ SOMETHING = [
     ("search", "--preset paper --teacher_name_or_path big --distillation_temperature 3"),
     ("search-tokens", "--distillation_temperature 3"),
     ("finetune", "--teacher_name_or_path big --distillation_temperature 3"),
-    ("plan", "--model_name_or_path digits_vit --num_labels 10 --learning_rate 1e-3"),
-    ("evaluate", "--per_device_train_batch_size 8 --logging_steps 1"),
+    ("search-tokens", "--finetune_epochs 1 --weight_decay 0.1 --optim adamw_torch"),
+    ("search-tokens", "--dense_epochs 1 --adam_beta1 0.8 --adam_beta2 0.9 --optim_args a=1"),
+    ("search", "--max_steps 3"),
+    ("search", "--max_steps -1 --num_train_epochs 5"),
+    ("finetune", "--optim_args a=1"),
+    ("publish", f"{DRY} --repo_id a/b --create_pr --revision new"),
+    ("publish", "--model_dir out --repo_id a/b --private --commit_message new"),
+    ("latency-table", "--model_name_or_path digits_vit --device cpu --num_threads 2"),
+    ("plan", "--model_name_or_path digits_vit --num_labels 10 --settle_at 0.3 --bf16"),
+    ("plan", "--model_name_or_path digits_vit --learning_rate 0 --save_strategy no"),
+    ("evaluate", "--per_device_eval_batch_size 8 --eval_strategy no --warmup_steps 0"),
+    ("evaluate", "--data_dir photos --train_split training --image_column picture"),
 ]
 
 

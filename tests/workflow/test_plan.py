@@ -11,7 +11,7 @@ from ofb_hf.space.configuration import default_config
 from ofb_hf.workflow.plan import describe_space
 from ofb_hf.workflow.trial import TrialSearch
 
-PLAN = [*QUICK[:5], "--per_device_train_batch_size", "2"]
+PLAN = [*QUICK[:3], "--per_device_train_batch_size", "2"]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from runs import QUICK, places, run_search
 from transformers import TrainerCallback
 
-from ofb_hf import cli
+from ofb_hf import ViTBiMaskConfig, cli
 from ofb_hf.training.classifier import ClassifierTrainer
 from ofb_hf.training.history import read_history
 from ofb_hf.training.interruption import TrainingInterrupted
@@ -241,6 +241,20 @@ def test_going_on_with_another_number_of_processes_is_said(stopped, caplog, monk
     )
     with pytest.raises(ValueError, match=r"total_train_batch_size': \(8, 16\)"):
         output_folder._check_settings(stopped, two | {"total_train_batch_size": 16})
+
+
+def test_the_settings_of_a_run_of_version_0_1_are_understood(tmp_path):
+    """It called the default preset "ours", and had fields that have been removed."""
+    settings = ViTBiMaskConfig().to_dict()
+    file = tmp_path / "run_settings.json"
+    earlier = {"preset": "ours", "importance_from": "first_order", "budget_ramp": 0.0}
+    file.write_text(json.dumps(settings | earlier))
+    output_folder._check_settings(tmp_path, settings)
+    with pytest.raises(ValueError, match=r"other settings.*'preset': \('default', 'paper'\)"):
+        output_folder._check_settings(tmp_path, settings | {"preset": "paper"})
+    file.write_text(json.dumps(settings | earlier | {"budget_ramp": 0.4}))
+    with pytest.raises(ValueError, match=r"budget_ramp is 0\.4, but version 0\.2 removed"):
+        output_folder._check_settings(tmp_path, settings)
 
 
 def test_precision_that_a_launcher_sets_is_compared(
