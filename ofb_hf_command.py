@@ -94,9 +94,15 @@ def version() -> str:
 
 
 def mistyped(name: str) -> str:
-    """Return what to tell somebody who typed a command that does not exist."""
+    """Return what to tell somebody who typed a command, or a flag, that does not exist."""
     import difflib  # only here: it is not needed when all is well
 
+    if name.startswith("-"):
+        flag = name.partition("=")[0]  # what follows "=" may be an access token
+        return (
+            f"error: unknown flag {flag}; `ofb-hf` alone has --help and --version, and other flags "
+            "follow a command: `ofb-hf COMMAND --help` shows them.\n"
+        )
     message = f"error: `ofb-hf` has no command {name!r}"
     similar = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
     if similar:

@@ -65,14 +65,22 @@ MODULE_NAMES = (
 # The same, and paths of common words, as they appear in strings and f-strings ({} = anything).
 PATHS_IN_TEXT = re.compile(
     rf"(?<![\w-])({MODULE_NAMES})(?!\w)|\b(vit|swin|encoder)\.(layers|embeddings|layernorm|encoder|\{{)"
+    r"|\battention\.(attention|query|key|value|output)\b|\b(intermediate|output)\.dense\b"
 )
 # The same, spelled as attributes: `model.vit.layers`, `layer.reduction`, `block.mlp.fc1`.
 PATHS_IN_CODE = re.compile(
     rf"\.({MODULE_NAMES}|vit|swin|reduction|layernorm)$|\b(encoder|model)\.layers$"
+    r"|\.classifier\.(weight|bias)$"
 )
+# What one layer of any model is taken from: `base.layers[0]`, `model.stages[i]`. An object's own
+# list may have such a name.
+CONTAINED = re.compile(r"(?<!^self)\.(layers?|stages|blocks)$")
 # Names that functions look up as attributes of a module: `getattr(layer, "reduction")`.
 LOOK_UPS = ("getattr", "setattr", "hasattr", "get_submodule", "get_parameter")
-PATHS_LOOKED_UP = re.compile(rf"^({MODULE_NAMES}|vit|swin|reduction|layernorm|classifier)(\.|$)")
+PATHS_LOOKED_UP = re.compile(
+    rf"^({MODULE_NAMES}|vit|swin|reduction|layernorm|classifier)(\.|$)"
+    r"|^(encoder|embeddings|layers?|stages|blocks)\."
+)
 MAY_SPELL_PATHS = ("families/", "models/")
 
 
@@ -251,6 +259,8 @@ def module_paths(source: str) -> list[tuple[int, str]]:
             found.append((node.lineno, text))
         if isinstance(node, ast.Attribute) and PATHS_IN_CODE.search(ast.unparse(node)):
             found.append((node.lineno, ast.unparse(node)))
+        if isinstance(node, ast.Subscript) and CONTAINED.search(ast.unparse(node.value)):
+            found.append((node.lineno, ast.unparse(node)))
         found += [(node.lineno, name) for name in looked_up(node) if PATHS_LOOKED_UP.search(name)]
     return found
 
@@ -270,6 +280,13 @@ def module_paths(source: str) -> list[tuple[int, str]]:
         'getattr(layer, "reduction", None)',
         "model.encoder.layers[0]",
         "supernet.model.layers[0]",
+        "base.layers[0]",
+        "norm = stage.blocks[-1].norm",
+        'model.get_submodule("stages.0.blocks.1")',
+        'model.get_submodule(f"layers.{layer}.mlp")',
+        "m.classifier.weight",
+        'path = f"{i}.attention.attention.query"',
+        'path = f"layer.{i}.output.dense.weight"',
     ],
 )
 def test_module_paths_are_noticed(source):
@@ -286,6 +303,10 @@ def test_module_paths_are_noticed(source):
         "config.num_attention_heads_per_layer",
         "family.tokens.layers",
         "add_mask_token_(model)",
+        "classifier.__name__",
+        "self.blocks[index]",
+        "for layer in family.tokens.layers(model): layers[0]",
+        'name = f"layers.{layer}.attention"',
     ],
 )
 def test_other_names_are_not_taken_for_module_paths(source):

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..families.description import Architecture, Term, quantities
 from ..families.registry import describe, require_classifier
 from ..families.subnet import SubnetSpec
-from ..families.token_reduction import meant_schedule, scheduled
+from ..families.token_reduction import followed_schedule, scheduled
 
 
 def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:
@@ -60,7 +60,7 @@ def count_cost(
     if schedule is None:
         architecture = describe(model)
     else:
-        architecture = scheduled(model, meant_schedule(model, schedule))
+        architecture = scheduled(model, followed_schedule(model, schedule))
     sizes = architecture.sizes
     if subnet is not None:
         sizes = sizes | subnet.shapes

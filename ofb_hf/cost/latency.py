@@ -253,6 +253,11 @@ def count_latency(
     return count_cost(model, table.terms, subnet)
 
 
+def threads_text(count: int) -> str:
+    """Return a number of threads as text: `1 thread`, `2 threads`."""
+    return f"{count} thread" if count == 1 else f"{count} threads"
+
+
 def milliseconds(picoseconds: float) -> float:
     """Return a time in milliseconds."""
     return picoseconds / PICOSECONDS

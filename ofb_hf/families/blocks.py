@@ -28,7 +28,7 @@ class BlockNames:
         attention_norm: the LayerNorm before the attention.
         attention_inputs: the linear layers to queries, keys and values.
         attention_output: the linear layer that writes into the residual stream.
-        attention_others: other layers of the attention, which are gone when it has no heads.
+        attention_others: other layers of the attention, which are missing when it has no heads.
         mlp_norm: the LayerNorm before the MLP.
         mlp_inputs: the linear layers from the residual stream to the hidden units. The bi-mask
             scales the first of them. Others (the gate projection of a gated MLP) multiply it, so a
@@ -57,7 +57,7 @@ class BlockNames:
 
     @property
     def layers(self) -> dict[str, tuple[str, ...]]:
-        """Half of the block -> its layers but the norm, which are gone when it has no units."""
+        """Half of the block -> its layers but the norm, which are missing when it has no units."""
         attention = (*self.attention_inputs, self.attention_output, *self.attention_others)
         return {"attention": attention, "mlp": (*self.mlp_inputs, self.mlp_output)}
 

@@ -241,14 +241,14 @@ class TokenReductions:
     """What a family offers whose classifiers can follow a token schedule.
 
     Its tokens begin with one class token, by whose attention patch tokens are ranked. Our config
-    class has `token_schedule`, `token_counts(layer)` and `meant_schedule(schedule)`, and its
+    class has `token_schedule`, `token_counts(layer)` and `stored_schedule(schedule)`, and its
     attentions are called `layers.0.attention`, `layers.1.attention`, ...: see `OFBViTConfig`.
 
     Args:
         parts: (config, schedule) -> the forward parts of the classifier under a token schedule
             whose counts do not rise; counts may be scalar tensors.
-        layer_parts: (config, layer, before, kept, merged, weighs) -> the forward parts of one
-            layer; counts as for `reducing_block`.
+        layer_parts: (layer, before, kept, merged, weighs) -> the forward parts of one layer;
+            counts as for `reducing_block`.
         layers: classifier -> its layers in order; each holds its token reduction, or None, as the
             attribute `reduction`.
     """
@@ -256,6 +256,26 @@ class TokenReductions:
     parts: Callable[[Any, Any], tuple[Part, ...]]
     layer_parts: Callable[..., tuple[Part, ...]]
     layers: Callable[[PreTrainedModel], Iterable[nn.Module]]
+
+
+@dataclass(frozen=True)
+class StockTwin:
+    """How our classifier becomes one of transformers' own, with equal widths in all layers.
+
+    Our config class has `attention_scale`, `layer_sizes(layer)` and, for each of `sizes`, a list
+    called `SIZE_per_layer`; the stock config has one field of each name.
+
+    Args:
+        sizes: names of the widths of a layer, `head_dim` among them.
+        query_parameters: number of a layer -> names of the tensors that make queries out of its
+            tokens.
+        with_layers: (state, numbers of layers) -> the state of a classifier that has these layers
+            only.
+    """
+
+    sizes: tuple[str, ...]
+    query_parameters: Callable[[int], list[str]]
+    with_layers: Callable[[dict[str, Tensor], list[int]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -276,6 +296,9 @@ class Family:
         bases: config of one of our classifiers -> where it may be rotated without a change of its
             function.
         tokens: None if the family's classifiers cannot follow a token schedule.
+        stock_twin: None if stock classifiers cannot have our widths, padded or not.
+        only_logits: pixel values (B, C, H, W) -> what our classifier is called with in addition
+            where nothing but its logits is needed; None for nothing.
     """
 
     stock_class: type[PreTrainedModel]
@@ -287,9 +310,11 @@ class Family:
     undecayed: tuple[str, ...]
     bases: Callable[[Any], Bases]
     tokens: TokenReductions | None = None
+    stock_twin: StockTwin | None = None
+    only_logits: Callable[[Tensor], dict[str, Any]] | None = None
 
     def from_dense(self, model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
-        """Copy a stock classifier, or one of ours, into our class; see its `from_dense`."""
+        """Copy a stock classifier, or one of this package, into our class; see its `from_dense`."""
         return self.model_class.from_dense(model, **changes)
 
 

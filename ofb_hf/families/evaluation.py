@@ -1,9 +1,12 @@
-"""Evaluation mode for the time of a block."""
+"""Evaluation mode for the time of a block, and logits without what they do not follow from."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .registry import FAMILIES
 
 
 @contextmanager
@@ -20,3 +23,20 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for model, training in zip(models, was_training, strict=True):
             model.train(training)
+
+
+def logits_of(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """Return the logits (B, classes) of any image classifier.
+
+    Ours leave out the tokens that logits do not follow from, where their family says how. The model
+    is called in any case: it may have hooks, or be wrapped or compiled.
+
+    Args:
+        pixel_values: (B, C, H, W).
+    """
+    arguments = {}
+    for family in FAMILIES.values():
+        # a subclass may take other arguments
+        if type(model) is family.model_class and family.only_logits is not None:
+            arguments = family.only_logits(pixel_values)
+    return model(pixel_values=pixel_values, **arguments).logits

@@ -1,4 +1,4 @@
-"""Make classifiers: load a complete one from the Hub or a folder, or rebuild one of ours."""
+"""Make classifiers: load a complete one from the Hub or a folder, or rebuild one of our class."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,11 +40,11 @@ def rebuild_classifier(
     config: PreTrainedConfig,
     state: Mapping[str, Tensor],
 ) -> PreTrainedModel:
-    """Build a classifier of ours from a config and tensors.
+    """Build a classifier of this package from a config and tensors.
 
     Args:
         like: the classifier whose device, dtype and training mode it gets.
-        config: of ours, with the widths of the tensors. The new classifier keeps the object.
+        config: of our class, with the widths of the tensors. The new classifier keeps it.
         state: tensors by name; those that a classifier with this config does not have (a mask
             token, learned token counts) are left out.
     """

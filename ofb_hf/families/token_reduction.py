@@ -14,7 +14,7 @@ from .description import Architecture, Part, TokenReductions, UnsupportedArchite
 from .forward_parts import REDUCTION
 from .registry import FAMILIES, describe, family_of
 
-# Fields of a stock config that one of ours is not made with.
+# Fields of a stock config that our config is not made with.
 NOT_GIVEN = ("model_type", "architectures", "transformers_version", "dtype")
 
 
@@ -54,7 +54,9 @@ def _reductions_of(config: PreTrainedConfig) -> TokenReductions:
 # --------------------------------------------------------------------------------------- schedules
 
 
-def meant_schedule(config: PreTrainedConfig, schedule: Sequence[Sequence[int]]) -> list[list[int]]:
+def followed_schedule(
+    config: PreTrainedConfig, schedule: Sequence[Sequence[int]]
+) -> list[list[int]]:
     """Return the token counts that a classifier has under a token schedule; they do not rise.
 
     Args:
@@ -76,9 +78,9 @@ def meant_schedule(config: PreTrainedConfig, schedule: Sequence[Sequence[int]]) 
         for name in NOT_GIVEN:
             fields.pop(name, None)
         config = config_class(**fields)
-    meant = config.meant_schedule(schedule)
-    if meant is not None:
-        return meant
+    stored = config.stored_schedule(schedule)
+    if stored is not None:
+        return stored
     return [[config.num_tokens, config.num_tokens] for _ in range(config.num_hidden_layers)]
 
 
@@ -105,7 +107,7 @@ def layer_parts(
     weighs: Any,
 ) -> tuple[Part, ...]:
     """Return the forward parts of one layer; counts as for `reducing_block`."""
-    return _reductions_of(config).layer_parts(config, layer, before, kept, merged, weighs)
+    return _reductions_of(config).layer_parts(layer, before, kept, merged, weighs)
 
 
 def scheduled(config: PreTrainedConfig, schedule: Sequence[Sequence[int]]) -> Architecture:
@@ -140,7 +142,7 @@ def set_token_reduction_(
     """Put a module in the place of a layer's token reduction; None lets all tokens pass.
 
     Args:
-        model: a classifier of ours.
+        model: a classifier of this package.
         layer: its number.
         reduction: called as `TokenReduction`, with tokens, their sizes and their importance.
     """

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
@@ -18,6 +19,7 @@ from .description import (
     Part,
     Sizes,
     Slot,
+    StockTwin,
     Submodule,
     Term,
     TokenReductions,
@@ -125,7 +127,7 @@ def _parts(config: ViTConfig, schedule: Sequence[Sequence[Any]]) -> tuple[Part, 
     before = patches + 1  # the class token
     weighs = False
     for layer, (kept, merged) in enumerate(schedule):
-        parts += _layer_parts(config, layer, before, kept, merged, weighs)
+        parts += _layer_parts(layer, before, kept, merged, weighs)
         before = merged
         weighs = weighs | (merged < kept)
     parts.append(end_part("head", WIDTH, config.num_labels))
@@ -133,7 +135,6 @@ def _parts(config: ViTConfig, schedule: Sequence[Sequence[Any]]) -> tuple[Part, 
 
 
 def _layer_parts(
-    config: ViTConfig,
     layer: int,
     before: Any,
     kept: Any,
@@ -198,13 +199,13 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(LAYERS)
 
 
-def query_parameters(layer: int) -> list[str]:
+def _query_parameters(layer: int) -> list[str]:
     """Return the names of the tensors that make queries out of a layer's tokens."""
     path = f"{LAYERS}.{layer}.attention.q_proj"
     return [slot.parameter for slot in linear_slots(path, 0)]
 
 
-def with_layers(state: dict[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
+def _with_layers(state: dict[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
     """Return the state of a ViT that has these layers only, renumbered from 0."""
     numbers = {str(old): new for new, old in enumerate(layers)}
     prefix = f"{LAYERS}."
@@ -217,6 +218,17 @@ def with_layers(state: dict[str, Tensor], layers: list[int]) -> dict[str, Tensor
         if old in numbers:
             renamed[f"{prefix}{numbers[old]}.{rest}"] = tensor
     return renamed
+
+
+def _only_logits(pixel_values: Tensor) -> dict[str, Any]:
+    """Return the argument with which a classifier computes the tokens that logits follow from.
+
+    Args:
+        pixel_values: (B, C, H, W).
+    """
+    # (B, 1), the number of the class token: logits are computed from that token only
+    wanted = torch.zeros(len(pixel_values), 1, dtype=torch.long, device=pixel_values.device)
+    return {"wanted": wanted}
 
 
 def _bases(config: ViTConfig) -> Bases:
@@ -247,4 +259,10 @@ VIT = Family(
     undecayed=("_token", "position_embeddings"),
     bases=_bases,
     tokens=TokenReductions(parts=_parts, layer_parts=_layer_parts, layers=_layers),
+    stock_twin=StockTwin(
+        sizes=("num_attention_heads", "head_dim", "intermediate_size"),
+        query_parameters=_query_parameters,
+        with_layers=_with_layers,
+    ),
+    only_logits=_only_logits,
 )

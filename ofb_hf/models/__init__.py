@@ -1,7 +1,7 @@
 """Stock transformers classifiers whose widths are read from lists in the config.
 
 The model and configuration files travel to the Hub with a checkpoint, so each is self-contained:
-torch, transformers and huggingface_hub only, nothing of ours but its own configuration file.
+torch, transformers and huggingface_hub only, and of this package their own configuration file.
 """
 
 from .configuration_ofb_swin import OFBSwinConfig

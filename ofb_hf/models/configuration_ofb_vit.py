@@ -77,7 +77,7 @@ class OFBViTConfig(ViTConfig):
         kept, merged = schedule[layer]
         return before, kept, merged
 
-    def meant_schedule(self, schedule: Sequence[Sequence[int]]) -> list[list[int]] | None:
+    def stored_schedule(self, schedule: Sequence[Sequence[int]]) -> list[list[int]] | None:
         """Return a schedule as `token_schedule` stores it.
 
         Returns:
@@ -131,7 +131,7 @@ class OFBViTConfig(ViTConfig):
                 f"attention_scale is {self.attention_scale}; it must be positive or None."
             )
         if self.token_schedule is not None:
-            self.token_schedule = self.meant_schedule(self.token_schedule)
+            self.token_schedule = self.stored_schedule(self.token_schedule)
 
     def _falling_schedule(self, schedule: Sequence[Sequence[int]]) -> list[list[int]]:
         """Check a schedule and return its running minimum."""

@@ -78,17 +78,17 @@ def equivalent_basis(
     """Return a copy of a classifier that computes the same logits in a basis that is easier to cut.
 
     Args:
-        model: a stock classifier or one of ours; it stays as it is.
+        model: a stock classifier or one of this package; it stays as it is.
         batches: images as the model takes them, (B, channels, height, width). No labels are needed,
             and some hundred images are enough.
         heads: rewrite queries, keys, values and output projections, head by head.
         streams: rotate the residual streams that the family allows to rotate.
 
     Returns:
-        A classifier of ours in evaluation mode. Half-precision weights are widened to float32, for
-        their rounding would change the function. Logits and attention maps are those of `model` up
-        to rounding (1e-10 of the largest logit in float64, 1e-4 in float32); hidden states are not,
-        once a stream was rotated.
+        A classifier of this package in evaluation mode. Half-precision weights are widened to
+        float32, for their rounding would change the function. Logits and attention maps are those
+        of `model` up to rounding (1e-10 of the largest logit in float64, 1e-4 in float32); hidden
+        states are not, once a stream was rotated.
 
     Raises:
         UnsupportedArchitectureError: if the model belongs to no supported family.

@@ -17,7 +17,7 @@ from ..families.description import Architecture, Submodule
 from ..families.loading import rebuild_classifier
 from ..families.registry import describe, family_of
 from ..families.subnet import Kept, SubnetSpec
-from ..families.token_reduction import meant_schedule
+from ..families.token_reduction import followed_schedule
 
 Entries = tuple[tuple[int, Tensor], ...]
 Plan = dict[str, Entries]
@@ -123,8 +123,8 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     family.pin(config)
     family.resize(config, architecture.sizes | subnet.shapes)
     if subnet.token_schedule is not None:
-        schedule = meant_schedule(config, subnet.token_schedule)
-        config.token_schedule = config.meant_schedule(schedule)
+        schedule = followed_schedule(config, subnet.token_schedule)
+        config.token_schedule = config.stored_schedule(schedule)
     # A half without units has no layers in the smaller model: its tensors are sliced for nothing,
     # and not loaded.
     sliced: dict[str, Tensor] = {}
@@ -184,7 +184,7 @@ def resize_(model: PreTrainedModel, sizes: dict[str, tuple[int, ...]]) -> None:
     stay.
 
     Args:
-        model: a classifier of ours.
+        model: a classifier of this package.
         sizes: submodule name -> (U,) or (heads, channels per head), of all submodules.
     """
     family = family_of(model.config)
@@ -237,7 +237,7 @@ def slice_optimizer_(
 
     Args:
         optimizer: it holds the old parameters.
-        replaced: old parameter -> new one, None if it is gone.
+        replaced: old parameter -> new one, None if it was removed.
         entries: old parameter -> how it was sliced; a parameter without entries starts with fresh
             state.
     """

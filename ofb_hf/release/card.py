@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..cost.latency import threads_text
 from ..families.subnet import SubnetSpec
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -14,7 +15,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 BUDGETS = {
     "target_macs": "MACs",
     "target_params": "parameters",
-    "target_latency_ms": "ms for a batch of {batch_size} with {num_threads} threads ({device}, "
+    "target_latency_ms": "ms for a batch of {batch_size} with {threads} ({device}, "
     "{dtype}), as predicted",
 }
 # Licences of models by the names that the Hub knows; it refuses a card with any other name.
@@ -50,6 +51,8 @@ TOKENS_KEPT = "Tokens kept after dropping, and left after merging, class token i
 OUR_CODE = "import ofb_hf  # registers the model class; or pass trust_remote_code=True instead\n"
 # Recipes whose file name alone is the program in the records of version 0.1.
 RECIPES = ("search_deit.py", "search_swin.py", "search_tokens.py", "finetune.py")
+# Phase in the results -> its name in a sentence.
+PHASES = {"dense": "dense training", "search": "search", "finetune": "finetuning"}
 # Key of a result -> type and name of the metric on the Hub.
 MEASURED = {"top1": ("accuracy", "top-1 %"), "top5": ("top_5_accuracy", "top-5 %")}
 
@@ -98,7 +101,7 @@ def render_finetuned_card(
         table: the results as a Markdown table.
         subnet: the units that the model keeps, where a search made it narrower.
         token_schedule: as in `OFBViTConfig`, where the model drops and merges tokens.
-        is_stock: whether the model is of a class of transformers, which needs no code of ours.
+        is_stock: whether the model is of a class of transformers, which needs none of our code.
     """
     # What the model has of a search that came before; nothing for a dense one.
     sections = []
@@ -139,7 +142,10 @@ def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> 
     if results["seconds"] is not None:
         time = f"{results['seconds'] / 60:.1f} minutes"
     fraction = final["macs"] / results["dense"]["macs"]
-    steps = [f"{count:,} steps of {phase}" for phase, count in results["steps"].items()]
+    steps = []
+    for phase, count in results["steps"].items():
+        noun = "step" if count == 1 else "steps"
+        steps.append(f"{count:,} {noun} of {PHASES[phase]}")
     versions = [f"{name} {version}" for name, version in results["versions"].items()]
     values = {
         "metadata": card_data(results).to_yaml(),
@@ -148,7 +154,8 @@ def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> 
         "fraction": f"{100 * fraction:.1f} %",
         "num_examples": f"{final['num_examples']:,}",
         "data": results["data"],
-        "hardware": results["hardware"],
+        # as the records of version 0.1 have it
+        "hardware": results["hardware"].replace(" 1 threads", " 1 thread"),
         "table": table,
         "lost": _lost(results["lost_classes"], "the dense model", "dense"),
         "budget": _budget(results),
@@ -180,7 +187,10 @@ def _budget(results: dict[str, Any]) -> str:
     """Return the budget of a search as text; nothing for a run that had none."""
     for name, unit in BUDGETS.items():
         if results.get(name) is not None:
-            return f"at most {results[name]:,} {unit.format_map(results.get('latency', {}))}"
+            latency = dict(results.get("latency") or {})
+            if "num_threads" in latency:
+                latency["threads"] = threads_text(latency["num_threads"])
+            return f"at most {results[name]:,} {unit.format_map(latency)}"
     return ""
 
 

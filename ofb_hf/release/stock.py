@@ -1,21 +1,21 @@
-"""Stock twin of a compressed ViT: transformers' own class, padded with zeros to equal widths."""
+"""Stock twin of a compressed model: transformers' own class, padded with zeros to equal widths.
+
+The family of a model says whether its classifiers have one (`Family.stock_twin`); ViT's have.
+"""
 
 import copy
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..families.description import Family, StockTwin
 from ..families.loading import rebuild_classifier
-from ..families.registry import describe
-from ..families.vit import query_parameters, with_layers
-from ..models import OFBViTConfig, OFBViTForImageClassification
+from ..families.registry import FAMILIES, describe
 from ..pruning.surgery import Entries, unit_group_plan
 
-SIZES = ("num_attention_heads", "head_dim", "intermediate_size")
 NOT_STOCK = {
-    # Fields of our config only.
-    *(f"{name}_per_layer" for name in SIZES),
+    # Fields of our config only, besides one list for each width.
     "attention_scale",
     "token_schedule",
     # Fields that describe our class, or that transformers fills in.
@@ -27,8 +27,8 @@ NOT_STOCK = {
 }
 
 
-def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
-    """Return a stock ViT classifier that computes what `model` does.
+def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a stock classifier that computes what `model` does.
 
     Every attention gets the most heads of all layers, every MLP the largest width. The padding is
     zero and changes no output, but it costs its MACs. Where all layers are equally wide (a search
@@ -40,20 +40,22 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
     multiplied into the queries.
 
     Args:
-        model: an `OFBViTForImageClassification`.
+        model: a classifier of this package whose family has stock twins.
 
     Returns:
         A classifier in eval mode, on the CPU, with the dtype of `model`. Logits are equal up to
         rounding, plus one rounding of `model`'s dtype where queries are multiplied.
 
     Raises:
-        TypeError: for other classes; stock Swin cannot have these widths.
+        TypeError: for other classes; a stock Swin, for example, cannot have these widths.
         ValueError: for a model with a `token_schedule`, which a stock model would not follow.
     """
-    if not isinstance(model, OFBViTForImageClassification):
+    family = _family_with_twins(model)
+    if family is None:
+        able = [each.model_class.__name__ for each in FAMILIES.values() if each.stock_twin]
         raise TypeError(
-            f"got a {type(model).__name__}; only OFBViTForImageClassification can be padded to a "
-            "stock checkpoint. Load others with ofb_hf, or with trust_remote_code=True."
+            f"got a {type(model).__name__}; only {' and '.join(able)} can be padded to a stock "
+            "checkpoint. Load others with ofb_hf, or with trust_remote_code=True."
         )
     if not has_stock_twin(model):
         raise ValueError(
@@ -61,24 +63,26 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
             "would keep all tokens and cost more. Load the model with ofb_hf, or with "
             "trust_remote_code=True."
         )
-    model = _without_empty_layers(model)
+    twin = family.stock_twin
+    model = _without_empty_layers(model, twin)
     config = model.config
     sizes = _layer_sizes(config)
-    widest = _widest(config, sizes)
+    widest = _widest(config, sizes, twin)
 
     fields = config.to_dict()
-    for name in NOT_STOCK:
+    for name in (*NOT_STOCK, *(f"{name}_per_layer" for name in twin.sizes)):
         fields.pop(name, None)
     fields |= widest
-    stock = ViTConfig(**fields, attn_implementation=config._attn_implementation)
-    padded = ViTForImageClassification(stock).to(model.dtype)
+    stock_config = family.stock_class.config_class
+    stock = stock_config(**fields, attn_implementation=config._attn_implementation)
+    padded = family.stock_class(stock).to(model.dtype)
     state = _padded_state(model, padded)
 
     for layer, size in enumerate(sizes):
         scale = config.attention_scale
         if scale is None:
             scale = (size["head_dim"] or 1) ** -0.5
-        for name in query_parameters(layer):
+        for name in twin.query_parameters(layer):
             if name in state:  # the bias is optional
                 # A stock model multiplies logits by head_dim ** -0.5.
                 state[name] = state[name] * (scale * widest["head_dim"] ** 0.5)
@@ -89,17 +93,28 @@ def pad_to_stock(model: PreTrainedModel) -> ViTForImageClassification:
 
 def has_stock_twin(model: PreTrainedModel) -> bool:
     """Return whether `pad_to_stock` takes the model."""
-    return isinstance(model, OFBViTForImageClassification) and model.config.token_schedule is None
+    schedule = getattr(model.config, "token_schedule", None)
+    return _family_with_twins(model) is not None and schedule is None
 
 
-def _layer_sizes(config: OFBViTConfig) -> list[dict[str, int]]:
+def _family_with_twins(model: PreTrainedModel) -> Family | None:
+    """Return the family of one of our classifiers, None if it has no stock twins."""
+    for family in FAMILIES.values():
+        if family.stock_twin is not None and isinstance(model, family.model_class):
+            return family
+    return None
+
+
+def _layer_sizes(config: PreTrainedConfig) -> list[dict[str, int]]:
     return [config.layer_sizes(layer) for layer in range(config.num_hidden_layers)]
 
 
-def _widest(config: OFBViTConfig, sizes: list[dict[str, int]]) -> dict[str, int]:
+def _widest(
+    config: PreTrainedConfig, sizes: list[dict[str, int]], twin: StockTwin
+) -> dict[str, int]:
     """Return the sizes of all layers of the stock model."""
     widest = {}
-    for name in SIZES:
+    for name in twin.sizes:
         in_layers = [size[name] for size in sizes]
         widest[name] = max([1, *in_layers])  # a stock layer has at least one of each
     if config.attention_scale:
@@ -112,18 +127,18 @@ def _widest(config: OFBViTConfig, sizes: list[dict[str, int]]) -> dict[str, int]
     return widest
 
 
-def _without_empty_layers(model: OFBViTForImageClassification) -> OFBViTForImageClassification:
+def _without_empty_layers(model: PreTrainedModel, twin: StockTwin) -> PreTrainedModel:
     """Return the same model without the layers that have neither attention nor MLP."""
     sizes = _layer_sizes(model.config)
     layers = [layer for layer, size in enumerate(sizes) if any(size.values())]
     if len(layers) == len(sizes):
         return model
     config = copy.deepcopy(model.config)
-    for name in SIZES:
+    for name in twin.sizes:
         remaining = [sizes[layer][name] for layer in layers]
         setattr(config, f"{name}_per_layer", remaining)
     config.num_hidden_layers = len(layers)
-    return rebuild_classifier(model, config, with_layers(model.state_dict(), layers))
+    return rebuild_classifier(model, config, twin.with_layers(model.state_dict(), layers))
 
 
 def _padded_state(model: PreTrainedModel, padded: PreTrainedModel) -> dict[str, Tensor]:

@@ -292,7 +292,7 @@ class Decisions(nn.Module):
         schedule = self.token_schedule
         if schedule is not None:
             # A config has none where all tokens stay.
-            schedule = self.model.config.meant_schedule(schedule)
+            schedule = self.model.config.stored_schedule(schedule)
         return SubnetSpec(kept, schedule)
 
     def decide_tokens_(self, schedule: Schedule | None) -> None:

@@ -108,7 +108,7 @@ class Phases:
             total_steps: optimizer steps, at least 1.
             images_per_step: of all ranks and micro-batches together; it bounds the observation.
         """
-        settled_after = settlement_step(settings.settle_at, total_steps)
+        settled_after = settling_step(settings.settle_at, total_steps)
         if not settings.importance_hold:
             return cls(settings, total_steps, 0, settled_after)
         # At least one step, or there would be nothing to rank units by.
@@ -235,7 +235,7 @@ def is_retirement_step(step: int, every: int, begin_step: float = 0) -> bool:
     return step > begin_step and step % every == 0
 
 
-def settlement_step(fraction: float, total: int) -> int:
+def settling_step(fraction: float, total: int) -> int:
     """Return after how many of `total` steps the choice is final, at least 1 and at most all.
 
     Args:

@@ -82,7 +82,7 @@ def reduce_tokens_(supernet: Supernet) -> dict[nn.Parameter, None]:
     before = set(supernet.parameters())
     config = supernet.config
     supernet.tokens.acts.fill_(True)
-    config.token_schedule = config.meant_schedule(supernet.decisions.token_schedule)
+    config.token_schedule = config.stored_schedule(supernet.decisions.token_schedule)
     supernet.remove_decoder_()
     # Sizes stay as they are: this makes the layers follow the config.
     resize_(supernet.model, supernet.architecture.sizes)

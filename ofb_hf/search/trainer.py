@@ -557,5 +557,5 @@ class SearchCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ):
-        """Decide and cut. Gradients are gone by now, and a checkpoint of this step has the cut."""
+        """Decide and cut. Gradients have been cleared; a checkpoint of this step has the cut."""
         self.trainer.end_search_step()

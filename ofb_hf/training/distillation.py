@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..models import OFBViTForImageClassification
+from ..families.evaluation import logits_of
 from .arguments import OFBTrainingArguments
 from .classifier import ClassifierTrainer
 from .losses import classification_loss, distillation_loss
@@ -70,7 +70,7 @@ class DistillationTrainer(ClassifierTrainer):
             loss = (1 - weight) * from_labels
         if weight > 0:
             with torch.no_grad():
-                teacher_logits = _logits(self.teacher, pixel_values)
+                teacher_logits = logits_of(self.teacher, pixel_values)
             from_teacher = distillation_loss(
                 logits,
                 teacher_logits,
@@ -79,17 +79,3 @@ class DistillationTrainer(ClassifierTrainer):
             )
             loss = loss + weight * from_teacher
         return loss
-
-
-def _logits(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """Return logits (B, classes), of our ViTs without the tokens that they do not follow from.
-
-    The model is called in any case: a teacher may have hooks, or be wrapped or compiled.
-    """
-    wanted = {}
-    if type(model) is OFBViTForImageClassification:  # a subclass may take other arguments
-        # (B, 1), the number of the class token: logits are computed from that token only
-        wanted["wanted"] = torch.zeros(
-            len(pixel_values), 1, dtype=torch.long, device=pixel_values.device
-        )
-    return model(pixel_values=pixel_values, **wanted).logits

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..families.loading import load_complete_classifier
 from ..release.export import FORMATS, Exported
 from .arguments import ExportArguments
-from .inputs import image_shape, load_image_processor, require_same_size
+from .inputs import image_shape, load_image_processor, require_findable, require_same_size
 
 
 def run_export(wanted: ExportArguments) -> Exported:
@@ -21,6 +21,7 @@ def run_export(wanted: ExportArguments) -> Exported:
     is_occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if is_occupied:
         raise ValueError(f"--output_dir {folder} is not an empty folder; give a new one.")
+    require_findable(name)
     processor = load_image_processor(name)
     model = load_complete_classifier(name)
     require_same_size(name, model, image_shape(processor))

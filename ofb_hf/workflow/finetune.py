@@ -16,7 +16,7 @@ from ..release.card import render_finetuned_card
 from ..training.arguments import OFBTrainingArguments
 from . import output
 from .arguments import MeasuredModelArguments, TrainedModelArguments
-from .inputs import load, load_subnet, load_teacher
+from .inputs import load, load_subnet, load_teacher, require_findable
 from .measure import measure
 from .report import markdown_table, results_rows
 from .results import measured, source_of, write_output
@@ -39,6 +39,7 @@ def prepare(
         ValueError: for whatever cannot work, with an explanation.
     """
     name = _named_model(model_args)
+    require_findable(name)
     _require_teacher(model_args, args)
     require_push(args)
     # what decides the result: a resumed run has to agree with it
@@ -75,16 +76,18 @@ def _named_model(model_args: MeasuredModelArguments) -> str:
 
 
 def _require_teacher(model_args: TrainedModelArguments, args: OFBTrainingArguments) -> None:
-    """Raise ValueError if a teacher is to be learned from and none is named."""
+    """Raise ValueError if a teacher is missing, or has a name that nothing can have."""
     if args.distillation_weight and model_args.teacher_name_or_path is None:
         raise ValueError(
             f"distillation_weight is {args.distillation_weight}, but there is no teacher; name "
             "one with --teacher_name_or_path, or leave the weight out."
         )
+    if model_args.teacher_name_or_path is not None:
+        require_findable(model_args.teacher_name_or_path)
 
 
 def is_stock(model: PreTrainedModel) -> bool:
-    """Return whether a model is of a class of transformers, which needs no code of ours."""
+    """Return whether a model is of a class of transformers, which needs no code of this package."""
     return not any(type(model) in row for row in REGISTERED)
 
 

@@ -1,5 +1,6 @@
 """Load what a run starts from: classifiers, their image processors, and data prepared for them."""
 
+import difflib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +64,32 @@ class Inputs:
     batch_augmentation: BatchAugmentation | None = None
 
 
+def require_findable(name_or_path: str) -> None:
+    """Raise ValueError for a name that neither a folder, nor a shape, nor a model on the Hub has.
+
+    Without this a mistyped shape would be looked for on the Hub, with all its retries.
+
+    Args:
+        name_or_path: key of `SHAPES`, a folder, or a Hub name.
+    """
+    # all image classifiers on the Hub have an owner
+    if name_or_path in SHAPES or "/" in name_or_path or Path(name_or_path).exists():
+        return
+    # with their words in order: "vit_digits" is "digits_vit"
+    shapes = {_in_order(name): name for name in SHAPES}
+    similar = difflib.get_close_matches(_in_order(name_or_path), shapes, n=1)
+    advice = f"did you mean {shapes[similar[0]]}?" if similar else "check the spelling."
+    raise ValueError(
+        f"{name_or_path!r} is no folder, no Hub name (OWNER/NAME) and none of the named shapes "
+        f"{', '.join(SHAPES)}; {advice}"
+    )
+
+
+def _in_order(name: str) -> str:
+    """Return the words of a name, in alphabetical order."""
+    return " ".join(sorted(name.lower().replace("-", "_").split("_")))
+
+
 def load(
     name_or_path: str,
     data_args: DataArguments,
@@ -81,6 +108,7 @@ def load(
     Raises:
         ValueError: if one of them cannot be loaded, or they do not go together.
     """
+    require_findable(name_or_path)
     augmentation_args = augmentation_args or AugmentationArguments()
     if augmentation_args.repeated_augmentation > 1 and not data_args.streaming:
         raise ValueError(
@@ -231,6 +259,7 @@ def load_for_counting(name_or_path: str, num_labels: int) -> PreTrainedModel:
         ValueError: if a checkpoint cannot be loaded.
         UnsupportedArchitectureError: if it is no classifier of a supported family.
     """
+    require_findable(name_or_path)
     if name_or_path in SHAPES:
         return load_classifier(name_or_path, [str(label) for label in range(num_labels)], seed=0)
     model = load_complete_classifier(name_or_path)

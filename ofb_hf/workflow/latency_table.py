@@ -29,6 +29,7 @@ from ..cost.latency import (
     fit_coefficients,
     frame_of,
     milliseconds,
+    threads_text,
 )
 from ..cost.latency_entries import SETTINGS
 from ..families.description import quantities
@@ -401,7 +402,7 @@ def table_text(table: LatencyTable) -> str:
     settings, check = table.settings, table.check
     conditions = [
         settings["device"],
-        f"{settings['num_threads']} threads",
+        threads_text(settings["num_threads"]),
         f"batch {settings['batch_size']}",
         settings["dtype"],
         settings["engine"],
@@ -465,8 +466,8 @@ def warn_if_elsewhere(table: LatencyTable | None, device: torch.device) -> None:
     there = [table.hardware]
     if measured_on.type == "cpu":
         # a process that trains on a GPU has a CPU, too, and that one is compared
-        here = [processor(measured_on), f"{torch.get_num_threads()} threads"]
-        there.append(f"{table.settings['num_threads']} threads")
+        here = [processor(measured_on), threads_text(torch.get_num_threads())]
+        there.append(threads_text(table.settings["num_threads"]))
     else:
         here = [processor(device)]
     if here != there:

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._version import __version__
 from ..cost.counting import count_macs, count_params
+from ..cost.latency import threads_text
 from ..families.description import image_sides
 from ..families.evaluation import evaluating
 from ..metrics import compute_topk, top5_indices
@@ -122,7 +123,7 @@ def hardware(device: torch.device) -> str:
     """Return what speed is measured on, for people to read."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{platform.machine()} CPU, {threads_text(torch.get_num_threads())}"
 
 
 def processor(device: torch.device) -> str:

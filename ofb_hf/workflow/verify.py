@@ -13,6 +13,7 @@ from ..release.folder import CARD, RESULTS
 from ..training.arguments import OFBTrainingArguments
 from .arguments import MeasuredModelArguments
 from .finetune import run_evaluate
+from .inputs import require_findable
 from .report import results_rows
 
 # Points of top-1 and top-5 by which another machine may come out differently.
@@ -41,6 +42,7 @@ def run_verify(
         raise ValueError(
             "--model_name_or_path is missing; give a repository or a folder with a card."
         )
+    require_findable(name)
     card = _file(name, CARD).read_text(encoding="utf-8")
     results = read_results(_file(name, RESULTS))
     in_card = _metadata(name, card)

@@ -27,7 +27,13 @@ from ofb_hf.choice.picks import ROUNDED
 from ofb_hf.choice.problem import Candidate
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.counting import evaluate_terms
-from ofb_hf.cost.latency import PICOSECONDS, LatencyTable, count_latency, fit_coefficients
+from ofb_hf.cost.latency import (
+    PICOSECONDS,
+    LatencyTable,
+    count_latency,
+    fit_coefficients,
+    threads_text,
+)
 from ofb_hf.families.description import Term, quantities
 from ofb_hf.families.registry import describe
 from ofb_hf.space.configuration import default_config
@@ -488,3 +494,7 @@ def test_a_table_may_be_given_as_it_is():
         search_config(latency_table=table).to_dict()
         == search_config(latency_table=table.to_dict()).to_dict()
     )
+
+
+def test_one_thread_is_no_plural():
+    assert [threads_text(count) for count in (1, 2)] == ["1 thread", "2 threads"]

@@ -1,7 +1,9 @@
 """The example of docs/ADD_A_MODEL_FAMILY.md is a family: it keeps every promise of one."""
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from transformers import (
     IJepaForImageClassification,
 )
 
+import ofb_hf
 from ofb_hf.cost.counting import count_macs
 from ofb_hf.families.description import UnsupportedArchitectureError
 from ofb_hf.families.registry import FAMILIES as REGISTERED
@@ -33,14 +36,60 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/ADD_A_MODEL_FAMILY.md"
 MODELS = (*FAMILIES, "example")
 
 
+# What the page says about the lists: the process edits them as a person would edit their files.
+LISTED = """
+import importlib, sys, types
+from pathlib import Path
+
+# the lists are read when the package is imported, so they are edited before
+package = types.ModuleType("ofb_hf")
+package.__path__ = [sys.argv[1]]
+sys.modules["ofb_hf"] = package
+models = importlib.import_module("ofb_hf.models")
+del sys.modules["ofb_hf"]
+model_blocks, description_blocks = (Path(name).read_text("utf-8") for name in sys.argv[2:])
+module = types.ModuleType("ijepa_family")
+sys.modules["ijepa_family"] = module
+exec(model_blocks, vars(module))
+names = ("OFBIJepaConfig", "OFBIJepaModel", "OFBIJepaForImageClassification")
+models.REGISTERED += (tuple(getattr(module, name) for name in names),)
+models.__all__ += names
+for name in names:
+    setattr(models, name, getattr(module, name))
+
+from ofb_hf import *
+assert OFBIJepaModel is module.OFBIJepaModel
+assert OFBViTForImageClassification and OFBTrainer and count_macs
+
+from transformers import AutoModel, AutoModelForImageClassification
+config = OFBIJepaConfig(
+    hidden_size=40, num_hidden_layers=2, num_attention_heads=5, intermediate_size=72,
+    image_size=16, patch_size=4, num_labels=3,
+)
+assert type(AutoModel.from_config(config)) is OFBIJepaModel
+model = AutoModelForImageClassification.from_config(config)
+assert type(model) is OFBIJepaForImageClassification
+
+exec(description_blocks, vars(module))
+from ofb_hf.families.registry import FAMILIES
+FAMILIES[module.IJepaConfig] = module.IJEPA
+supernet = install_bi_masks(model)
+supernet.decisions.settle_()
+assert count_macs(compress(supernet)) <= count_macs(model) / 2
+"""
+
+
+def page_blocks() -> list[str]:
+    """The code of the page, block by block."""
+    text = PAGE.read_text("utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
     """The family of the page, listed as a third one for the time of this module."""
     file = tmp_path_factory.mktemp("example") / "ijepa_family.py"
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
-    file.write_text("\n\n".join(blocks), encoding="utf-8")
+    file.write_text("\n\n".join(page_blocks()), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("ijepa_family", file)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
@@ -104,3 +153,22 @@ def test_a_family_without_token_reductions_is_refused_with_an_explanation(stock)
         require_class_token(stock.config)
     with pytest.raises(UnsupportedArchitectureError, match=r"token_schedule.*ijepa.*vit"):
         count_macs(stock, SubnetSpec({}, [[9, 9]] * 3))
+
+
+def test_a_listed_family_comes_with_the_package(tmp_path):
+    """In a process of its own: the lists of this one have been read already."""
+    files = []
+    for number, block in enumerate(page_blocks()):
+        file = tmp_path / f"block{number}.py"
+        file.write_text(block, encoding="utf-8")
+        files.append(str(file))
+    package = Path(ofb_hf.__file__).parent
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    process = subprocess.run(
+        [sys.executable, "-c", LISTED, str(package), *files],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr

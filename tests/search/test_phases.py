@@ -19,7 +19,7 @@ from ofb_hf.search.phases import (
     keep_ratio,
     one_hot_weight,
     ramp,
-    settlement_step,
+    settling_step,
 )
 
 STEPS = st.floats(-10, 1000)
@@ -98,9 +98,9 @@ def test_retirement_comes_every_few_steps_once_begun(every, begin):
 
 @given(VALUES, st.integers(1, 1000))
 def test_the_choice_falls_into_the_search(fraction, total):
-    assert 1 <= settlement_step(fraction, total) <= total
-    assert settlement_step(1.0, total) == total
-    assert settlement_step(0.0, total) == 1
+    assert 1 <= settling_step(fraction, total) <= total
+    assert settling_step(1.0, total) == total
+    assert settling_step(0.0, total) == 1
 
 
 # ------------------------------------------------------------------------------------ both presets

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 import ofb_hf_command
 from ofb_hf import __version__, cli
-from ofb_hf.workflow import arguments, idle_settings
+from ofb_hf.workflow import arguments, idle_settings, inputs
 from ofb_hf.workflow.command_line import command_line, parse
 from ofb_hf.workflow.flag_help import TRANSFORMERS, Command, CommandParser
 from ofb_hf.workflow.idle_settings import READ, RULES, is_read
@@ -71,6 +71,17 @@ def test_the_version_and_mistyped_commands(capsys):
     assert err == "error: `ofb-hf` has no command 'serch'; did you mean `ofb-hf search`?\n"
     assert "`ofb-hf search-tokens`" in run(capsys, "search_tokens")[1]
     assert "the commands are plan, latency-table," in run(capsys, "zzz")[1]
+
+
+@pytest.mark.parametrize("flag", ["--bogus", "-v", "--hub_token=hf_secret", "--target_macs"])
+def test_a_flag_without_a_command_is_an_unknown_flag(flag, capsys):
+    out, err, status = run(capsys, flag, "0.5")
+    assert (out, status) == ("", 2)
+    assert err.startswith(
+        f"error: unknown flag {flag.partition('=')[0]}; `ofb-hf` alone has --help"
+    )
+    assert "no command" not in err
+    assert "hf_secret" not in err
 
 
 @pytest.mark.slow
@@ -150,6 +161,52 @@ def test_unknown_flags_are_refused_with_a_suggestion(words, message, capsys):
     assert "hf_secret" not in err
 
 
+MISTYPED = [
+    ("plan", ["vit_digits"], "digits_vit"),
+    ("plan", ["digit_vit"], "digits_vit"),
+    ("latency-table", ["deit-smal"], "deit_small"),
+    ("export", ["digitsvit", "--output_dir", "out"], "digits_vit"),
+    ("verify", ["swin_digits"], "digits_swin"),
+    ("search", ["--model_name_or_path", "vit_digits"], "digits_vit"),
+    (
+        "search",
+        ["--model_name_or_path", "digits_vit", "--teacher_name_or_path", "deit_smal"],
+        "deit",
+    ),
+    ("search-tokens", ["--model_name_or_path", "vit_digits"], "digits_vit"),
+    ("finetune", ["--model_name_or_path", "vit_digits"], "digits_vit"),
+    ("finetune", ["--model_name_or_path", "a/b", "--teacher_name_or_path", "vit_digits"], "digits"),
+    ("evaluate", ["--model_name_or_path", "vit_digits"], "digits_vit"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "meant"), MISTYPED, ids=str)
+def test_a_mistyped_shape_is_answered_with_the_nearest_one(
+    name, words, meant, capsys, tmp_path, monkeypatch
+):
+    """And is looked for on no Hub, whose retries take minutes."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("nothing is loaded")
+
+    for function in ("load_image_processor", "load_image_data", "load_complete_classifier"):
+        monkeypatch.setattr(inputs, function, refuse)
+    wrong = next(word for word in reversed(words) if not word.startswith("--") and word != "out")
+    _, err, status = run(capsys, name, *words_of(name, " ".join(words)))
+    assert status == 2
+    assert f"error: {wrong!r} is no folder, no Hub name (OWNER/NAME) and none of the named" in err
+    assert f"; did you mean {meant}" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_like_no_shape_gets_no_suggestion():
+    with pytest.raises(ValueError, match=r"'resnet50' is no folder.*; check the spelling"):
+        inputs.require_findable("resnet50")
+    inputs.require_findable("owner/name")
+    inputs.require_findable(str(ROOT))
+
+
 def test_unknown_settings_of_a_file_are_refused_with_a_suggestion(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("finetune_epoch: 3\n")
     _, err, status = run(capsys, "search", "--config", str(tmp_path / "run.yaml"))
@@ -225,7 +282,7 @@ NOTHING = [
 
 def words_of(name, flags):
     """Return the words of a command line, on the CPU where the command has that flag."""
-    return [*flags.split(), *([] if name in ("latency-table", "publish") else CPU)]
+    return [*flags.split(), *([] if name in ("latency-table", "publish", "export") else CPU)]
 
 
 def command_of(name):

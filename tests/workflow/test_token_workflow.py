@@ -212,9 +212,7 @@ def test_tokens_for_milliseconds_and_their_record(checkpoint, images, measured, 
     assert results["searched"]["predicted_latency_ms"] == count_latency(model, table) / PICOSECONDS
     assert results["dense"]["predicted_latency_ms"] > results["target_latency_ms"]
     assert all(results[name]["latency_ms"] > 0 for name in ("dense", "searched"))
-    said = (
-        f"budget of at most {results['target_latency_ms']:,} ms for a batch of 256 with 1 threads"
-    )
+    said = f"budget of at most {results['target_latency_ms']:,} ms for a batch of 256 with 1 thread"
     assert said in (folder / "README.md").read_text()
     rows = [json.loads(line) for line in (folder / "search_history.jsonl").read_text().splitlines()]
     assert all(row["expected_latency_ms"] > 0 for row in rows if row["phase"] == "search")
