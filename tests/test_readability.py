@@ -26,7 +26,8 @@ NO_CODE = (
     tokenize.ENDMARKER,
 )
 AVOIDED = re.compile(
-    r"settlement|\bmeant_|\bof ours\b|\b(is|are|was|were|be|has) gone\b(?! on)|\bin words\b|\blikewise\b"
+    r"settlement|\bmeant_|\bof ours\b|\b(is|are|was|were|be|has) gone\b(?! on)"
+    r"|(?<!for word )\bin words\b|\blikewise\b"
 )
 
 
