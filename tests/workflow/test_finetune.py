@@ -71,7 +71,7 @@ def test_the_card_repeats_the_measured_numbers(searched, finetuned):
     for stage, title in (("dense", "before finetuning"), ("finetuned", "after finetuning")):
         assert f"| {title} | {results[stage]['top1']:.2f} | {results[stage]['top5']:.2f} |" in card
     assert f"{results['finetuned']['macs']:,} multiply-accumulates" in card
-    assert f"{STEPS} steps of finetune" in card
+    assert f"{STEPS} steps of finetuning" in card
     assert "Kept widths:" in card
     assert "- `embeddings`: " in card
     assert "import ofb_hf" in card
