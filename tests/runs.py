@@ -77,6 +77,24 @@ def start(script: str, *words: str, ranks: int = 1) -> warm.Process:
     return warm.start(TESTS / script, *words, ranks=ranks)
 
 
+def run_fresh(
+    script: Path, *words: str, environment: dict[str, str] | None = None, ranks: int = 1
+) -> tuple[int, str]:
+    """Run a script that has imported neither transformers nor this package yet, as a new
+    interpreter would, but without waiting for torch; return its exit status and everything it
+    said."""
+    return finish(warm.start(script, *words, ranks=ranks, environment=environment, fresh=True))
+
+
+def run_code(
+    folder: Path, code: str, *words: str, environment: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """Run code as `run_fresh` does, from a file that is written to a folder."""
+    script = folder / "code.py"
+    script.write_text(code, encoding="utf-8")
+    return run_fresh(script, *words, environment=environment)
+
+
 def finish(process: warm.Process, timeout: float = 300) -> tuple[int, str]:
     """Wait for a process and return its exit status and everything it said."""
     said, _ = process.communicate(timeout=timeout)

@@ -2,13 +2,12 @@
 too long."""
 
 import ast
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from runs import run_code
 
 import ofb_hf
 
@@ -349,26 +348,19 @@ except AttributeError as error:
 
 
 @pytest.mark.slow
-def test_importing_touches_neither_an_accelerator_nor_the_network():
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    result = subprocess.run(
-        [sys.executable, "-c", IMPORT_EVERYTHING],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+def test_importing_touches_neither_an_accelerator_nor_the_network(tmp_path):
+    status, said = run_code(tmp_path, IMPORT_EVERYTHING)
+    assert status == 0, said
 
 
 @pytest.mark.slow
-def test_importing_the_package_imports_the_models_only():
+def test_importing_the_package_imports_the_models_only(tmp_path):
     script = "import sys, ofb_hf; print(*sorted(m for m in sys.modules if m.startswith('ofb_hf')))"
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
-    loaded = {name for name in result.stdout.split() if not name.startswith("ofb_hf.models")}
+    status, said = run_code(tmp_path, script)
+    assert status == 0, said
+    loaded = {
+        name for name in said.splitlines()[-1].split() if not name.startswith("ofb_hf.models")
+    }
     assert loaded == {"ofb_hf", "ofb_hf._moved", "ofb_hf._version"}
 
 

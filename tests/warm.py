@@ -6,12 +6,16 @@ anything, and forks: every script runs in a fresh copy of it, with its own sessi
 streams and exit status. On several ranks, a launcher forks them and ends all of them when one
 fails, as torchrun does.
 
+Some libraries read the environment while they are imported: the address of the Hub, say. A second
+process, forked from the first one early, has imported `INDEPENDENT` only, which is most of the
+time; a script forked from it (`start(..., fresh=True)`) imports transformers and this package by
+itself, or proves that it can do without them.
+
 `start` returns an object with the part of the interface of `subprocess.Popen` that tests use.
-Scripts that depend on what an import finds in the environment (addresses of the Hub, say) cannot be
-started here.
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -25,15 +29,22 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+# Libraries of others that read nothing from the environment that tests change.
+INDEPENDENT = (
+    "aiohttp",
+    "matplotlib.pyplot",
+    "pyarrow.dataset",
+    "sklearn.datasets",
+    "sklearn.metrics",
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+)
 PRELOADED = (
     "accelerate",
     "datasets",
     "hypothesis",
-    "matplotlib.pyplot",
     "pytest",
-    "sklearn.datasets",
-    "torch",
-    "torch.distributed",
     "transformers",
     "transformers.trainer",
     "ofb_hf.cli",
@@ -108,12 +119,18 @@ class Process:
 
 # ----------------------------------------------------------------------------------- asking for one
 
+# What the address of the process with few imports ends in.
+FRESH = "-fresh"
 _server: subprocess.Popen | None = None
 _address: str | None = None
 
 
 def start(
-    script: Path, *words: str, ranks: int = 1, environment: dict[str, str] | None = None
+    script: Path,
+    *words: str,
+    ranks: int = 1,
+    environment: dict[str, str] | None = None,
+    fresh: bool = False,
 ) -> Process:
     """Start a script on one rank or several.
 
@@ -121,16 +138,17 @@ def start(
         script: a Python file, run as `__main__`.
         words: its command line.
         ranks: how many processes form one gloo group.
-        environment: variables to set in addition to those of this process.
+        environment: all its variables; by default, those of this process.
+        fresh: whether it imports transformers, huggingface_hub and this package by itself.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(_serve())
+    connection.connect(_serve() + (FRESH if fresh else ""))
     reading, writing = os.pipe()
     job = {
         "script": str(script),
         "words": list(words),
         "ranks": ranks,
-        "environment": dict(os.environ) | (environment or {}),
+        "environment": dict(os.environ) if environment is None else environment,
         "folder": os.getcwd(),
     }
     socket.send_fds(connection, [b" "], [writing])
@@ -161,17 +179,44 @@ def _serve() -> str:
 
 
 def serve(name: str, parent: int) -> None:
-    """Import everything, then fork a supervisor for every question until the parent is gone."""
-    for module in PRELOADED:
-        __import__(module)
+    """Import everything, then fork scripts until the parent is gone; so does a child of this
+    process that has imported less."""
     # Children are waited for by nobody here; their supervisors wait for the scripts.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Questions wait until there is somebody to answer them.
+    everything, fresh = _listen(name), _listen(name + FRESH)
+    sys.stdout.write("listening\n")
+    sys.stdout.flush()
+    for module in INDEPENDENT:
+        __import__(module)
+    early = {"huggingface_hub", "transformers", "ofb_hf"} & set(sys.modules)
+    if early:
+        raise RuntimeError(f"fresh scripts would find what read another environment: {early}")
+    # Scripts need not look for garbage among modules, nor copy their pages while they do.
+    gc.freeze()
+    first = os.getpid()
+    if os.fork() == 0:
+        everything.close()
+        _answer(fresh, first)
+        os._exit(0)
+    fresh.close()
+    for module in PRELOADED:
+        __import__(module)
+    gc.freeze()
+    _answer(everything, parent)
+
+
+def _listen(name: str) -> socket.socket:
+    """Return a socket that listens at an abstract address."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(f"\0{name}")
     listener.listen(64)
     listener.settimeout(2.0)
-    sys.stdout.write("listening\n")
-    sys.stdout.flush()
+    return listener
+
+
+def _answer(listener: socket.socket, parent: int) -> None:
+    """Fork a supervisor for every question until the parent is gone."""
     while os.getppid() == parent:
         try:
             connection, _ = listener.accept()

@@ -3,10 +3,7 @@ of the network."""
 
 import gc
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +26,7 @@ from pictures import (
     stream,
     write,
 )
+from runs import finish, run_fresh, start
 from stream_process import train
 
 from ofb_hf import hub_retries as network
@@ -85,6 +83,7 @@ def test_no_two_times_of_an_image_are_augmented_alike(shards):
 def test_rows_that_had_their_turn_are_let_go(shards):
     images, most = stream(shards), 0
     for _ in images.loader(1):
+        # without what conftest.py has frozen, which is most
         most = max(most, sum(type(thing) is Row for thing in gc.get_objects()))
     assert 8 <= most <= 8 + 6  # some are on their way
 
@@ -189,28 +188,9 @@ def test_a_trainer_resumes_where_it_was(shards, tmp_path, workers):
 
 
 def test_two_ranks_share_an_epoch_and_resume(shards, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv_backend",
-        "c10d",
-    ]
-    command += [
-        "--rdzv_endpoint",
-        "localhost:0",
-        str(TESTS / "stream_process.py"),
-        "train",
-        str(shards),
-        str(tmp_path),
-    ]
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert process.returncode == 0, process.stderr
+    process = start("stream_process.py", "train", str(shards), str(tmp_path), ranks=2)
+    status, said = finish(process)
+    assert status == 0, said
     ranks = [torch.load(tmp_path / f"seen-{rank}.pt", weights_only=True) for rank in range(2)]
     for seen in ranks:
         assert len(seen["straight"]) == 33
@@ -359,17 +339,15 @@ def hub(tmp_path_factory):
             *list(repositories)[4:],
             "lab/missing",
         ]
-        process = subprocess.run(
-            [sys.executable, str(TESTS / "stream_process.py"), "epochs", *names],
-            env=server.environment(tmp_path_factory.mktemp("hf")),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+        status, said = run_fresh(
+            TESTS / "stream_process.py",
+            "epochs",
+            *names,
+            environment=server.environment(tmp_path_factory.mktemp("hf")),
         )
-        assert process.returncode == 0, process.stderr
-        lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
-        return {line["name"]: line for line in lines}, server.requests, process.stderr
+        assert status == 0, said
+        lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+        return {line["name"]: line for line in lines}, server.requests, said
 
 
 @pytest.mark.parametrize("name", ["lab/steady", "lab/busy", "lab/down", "lab/cut"])

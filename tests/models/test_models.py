@@ -1,9 +1,6 @@
 """Our model classes are the stock ones with free widths: same numbers, same interfaces, same way to
 and from disk."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from factories import (
 )
 from invariants import NON_UNIFORM, images_for, ours
 from PIL import Image
+from runs import run_code
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -62,19 +60,6 @@ OLD_NAMES = {
     "vit": "vit.encoder.layer.0.attention.attention.query",
     "swin": "swin.encoder.layers.0.blocks.0.attention.self.query",
 }
-
-
-def run_python(script: str) -> subprocess.CompletedProcess:
-    """Runs a script in a fresh interpreter that knows our package and has no network."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
-    )
 
 
 def seeded_logits(model: torch.nn.Module, images: torch.Tensor, seed: int = 5) -> torch.Tensor:
@@ -406,21 +391,17 @@ for folder in {folders!r}:
 
 
 @pytest.mark.slow
-def test_reloading_in_a_fresh_process_is_bitwise_and_silent(saved_models):
+def test_reloading_in_a_fresh_process_is_bitwise_and_silent(saved_models, tmp_path):
     """Only `import ofb_hf`, then the Auto classes; loading the encoder alone drops the classifier
     without a word."""
-    result = run_python(RELOAD.format(folders=[str(folder) for _, _, folder in saved_models]))
-    assert result.returncode == 0, result.stderr
+    folders = [str(folder) for _, _, folder in saved_models]
+    status, said = run_code(tmp_path, RELOAD.format(folders=folders))
+    assert status == 0, said
     classes = [
         f"{OURS[family].__name__} {ENCODERS[family].__name__}" for family, _, _ in saved_models
     ]
-    assert result.stdout.splitlines() == classes
-    said = [
-        line
-        for line in result.stderr.splitlines()
-        if line.strip() and "Loading weights" not in line
-    ]
-    assert said == []
+    lines = [line for line in said.splitlines() if line.strip() and "Loading weights" not in line]
+    assert lines == classes
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,8 +4,6 @@ storing them."""
 import json
 import math
 import os
-import subprocess
-import sys
 
 import numpy as np
 import onnxruntime
@@ -14,6 +12,7 @@ import torch
 from factories import SCHEDULE, non_uniform_swin, scheduled_vit, tiny_images, tiny_swin, tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import run_code
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForImageClassification
@@ -357,10 +356,8 @@ with torch.no_grad():
 safetensors.torch.save_file(answers, {str(tmp_path / "answers.safetensors")!r})
 """
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
-    process = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    status, said = run_code(tmp_path, script, environment=environment)
+    assert status == 0, said[-3000:]
     with torch.no_grad():
         assert torch.equal(
             load_file(tmp_path / "answers.safetensors")["logits"], model(tiny_images()).logits

@@ -4,8 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from factories import non_uniform_swin, non_uniform_vit, tiny_images
 from hub_server import HubServer, Repository, Token
 from hub_uploads import Commit
 from huggingface_hub import parse_eval_result_entries
-from runs import run_search
+from runs import places, run_code, run_fresh, run_search
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
@@ -28,6 +26,8 @@ from ofb_hf.release.leaks import LeakError
 pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parents[1]
+PUBLISH = TESTS / "publish_process.py"
+COMMAND = "from ofb_hf.cli import main; main()"
 TOKENS = {
     "hf_write": Token("ann", organizations=("lab",)),
     "hf_read": Token("ann", "read"),
@@ -150,17 +150,11 @@ def outcomes(hub, output, tmp_path_factory):
     hub.fault, before = fault, digest(output)
     repositories = {f"case/{name}": Repository({}) for name, *_ in cases}
     hub.repositories.update(repositories)
-    process = subprocess.run(
-        [sys.executable, str(TESTS / "publish_process.py"), json.dumps(cases)],
-        env=hub.environment(tmp_path_factory.mktemp("hf")),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    environment = hub.environment(tmp_path_factory.mktemp("hf"))
+    status, said = run_fresh(PUBLISH, json.dumps(cases), environment=environment)
+    assert status == 0, said[-4000:]
     assert digest(output) == before
-    lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     return {line["name"]: line | {"faults left": left.get(line["name"])} for line in lines}
 
 
@@ -232,11 +226,8 @@ def test_what_another_checkpoint_left_goes_and_what_is_not_ours_stays(hub, outpu
     environment = hub.environment(tmp_path / "hf")
     hub.repositories.update({"case/a": Repository({}), "case/b": Repository({})})
     for case in cases:
-        command = [sys.executable, str(TESTS / "publish_process.py"), json.dumps([case])]
-        process = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert '"oid"' in process.stdout, process.stderr[-2000:]
+        _, said = run_fresh(PUBLISH, json.dumps([case]), environment=environment)
+        assert '"oid"' in said, said[-2000:]
         repository = hub.repositories["lab/turn"]
         if case[0] == "a":
             head = repository.at("main")
@@ -284,11 +275,9 @@ AutoImageProcessor.from_pretrained("lab/half", **{settings!r})
 print(type(model).__module__, sys.modules.get("ofb_hf") is not None)
 """
     environment = hub.environment(tmp_path / "hf") | {"PYTHONPATH": str(TESTS.parent)}
-    process = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    module, has_us = process.stdout.split()
+    status, said = run_code(tmp_path, script, environment=environment)
+    assert status == 0, said[-3000:]
+    module, has_us = said.splitlines()[-1].split()
     start = {
         "package": "ofb_hf.",
         "remote code": "transformers_modules.",
@@ -358,15 +347,12 @@ def test_a_hub_without_xet_is_told_in_words_how_to_go_on(hub, output, tmp_path):
     hub.fault = lambda path: None
     environment = hub.environment(tmp_path / "hf", token="hf_write")
     del environment["HF_HUB_DISABLE_XET"]
-    command = [sys.executable, "-c", "from ofb_hf.cli import main; main()", "publish", str(output)]
-    command += ["--repo_id", "lab/xet"]
-    process = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert process.returncode == 2
-    (line,) = [line for line in process.stderr.splitlines() if line.startswith("error:")]
+    words = ["publish", str(output), "--repo_id", "lab/xet"]
+    status, said = run_code(tmp_path, COMMAND, *words, environment=environment)
+    assert status == 2
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert "does not take uploads through Xet; set HF_HUB_DISABLE_XET=1." in line
-    assert "attempt" not in process.stderr
+    assert "attempt" not in said
     assert [commit.message for commit in hub.repositories["lab/xet"].commits] == ["initial commit"]
 
 
@@ -383,24 +369,10 @@ def test_a_search_publishes_its_result_or_says_at_once_that_it_cannot(
 ):
     hub.fault = lambda path: None
     output = tmp_path / "out"
-    command = [
-        sys.executable,
-        str(TESTS.parent / "recipes" / "search_deit.py"),
-        "--model_name_or_path",
-        str(checkpoint),
-    ]
-    command += [
-        "--data_dir",
-        str(images),
-        "--output_dir",
-        str(output),
-        "--max_steps",
-        "8",
-        "--finetune_max_steps",
-        "2",
-    ]
-    command += [
-        "--use_cpu",
+    recipe = TESTS.parent / "recipes" / "search_deit.py"
+    settings = places(checkpoint, images, output)
+    settings += ["--max_steps", "8", "--finetune_max_steps", "2", "--use_cpu"]
+    settings += [
         "--report_to",
         "none",
         "--push_to_hub",
@@ -408,26 +380,23 @@ def test_a_search_publishes_its_result_or_says_at_once_that_it_cannot(
         f"lab/search-{token[3:]}",
     ]
     environment = hub.environment(tmp_path / "hf", token=token)
-    process = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    status, said = run_fresh(recipe, *settings, environment=environment)
     if words is None:
-        assert process.returncode == 0, process.stderr[-3000:]
+        assert status == 0, said[-3000:]
         assert set(hub.repositories["lab/search-write"].files) - {".gitattributes"} == PUBLISHED
     else:
-        assert process.returncode == 2
-        assert words in process.stderr
+        assert status == 2
+        assert words in said
         assert not output.exists()
 
 
 def test_a_published_checkpoint_is_verified(hub, outcomes, images, tmp_path):
     hub.fault = lambda path: None
-    command = [sys.executable, "-c", "from ofb_hf.cli import main; main()", "verify", "lab/half"]
-    command += ["--data_dir", str(images), "--use_cpu", "--report_to", "none"]
+    words = ["verify", "lab/half", "--data_dir", str(images), "--use_cpu", "--report_to", "none"]
     environment = hub.environment(tmp_path / "hf")
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "Everything is as the card says." in process.stdout
+    status, said = run_code(tmp_path, COMMAND, *words, environment=environment)
+    assert status == 0, said[-3000:]
+    assert "Everything is as the card says." in said
 
 
 # Without a Hub
@@ -476,15 +445,12 @@ def test_a_token_in_training_arguments_is_found_and_the_push_refused(hub, output
     hub.fault = lambda path: None
     copy, token = shutil.copytree(output, tmp_path / "copy"), "hf_" + "Ab9" * 12
     torch.save(TrainingArguments("out", hub_token=token, use_cpu=True), copy / "training_args.bin")
-    command = [sys.executable, "-c", "from ofb_hf.cli import main; main()", "publish", str(copy)]
+    words = ["publish", str(copy), "--repo_id", "lab/arguments"]
     environment = hub.environment(tmp_path / "hf", token="hf_write")
-    command += ["--repo_id", "lab/arguments"]
-    process = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert process.returncode == 2
-    assert "training_args.bin holds an access token" in process.stderr
-    assert token not in process.stderr + process.stdout
+    status, said = run_code(tmp_path, COMMAND, *words, environment=environment)
+    assert status == 2
+    assert "training_args.bin holds an access token" in said
+    assert token not in said
     assert "lab/arguments" not in hub.repositories
 
     torch.save(TrainingArguments("out", use_cpu=True), copy / "training_args.bin")

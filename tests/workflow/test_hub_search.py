@@ -5,8 +5,6 @@ import functools
 import io
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ import yaml
 from hub_server import HubServer, Repository
 from pictures import LABELS, NUM_IMAGES, SHARD_ROWS, parquet
 from PIL import Image
-from runs import PRODUCT
+from runs import PRODUCT, run_fresh
 
 from ofb_hf.training.history import read_history
 
@@ -64,7 +62,7 @@ class Search:
     """One that has ended.
 
     Args:
-        output: its folder; status: of its process; said: on stderr.
+        output: its folder; status: of its process; said: everything that was printed.
         batches: numbers of the images of every batch of every rank; labels: in the same order.
     """
 
@@ -89,37 +87,13 @@ def run(hub, checkpoint, tmp_path_factory) -> Callable[..., Search]:
     def search(output: Path, ranks: int, workers: int, *flags: str, stop_after: int = 0) -> Search:
         records = output.with_name(f"{output.name}-records")
         records.mkdir(exist_ok=True)
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-            command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        command += [str(TESTS / "hub_search_process.py"), str(records), str(stop_after)]
-        command += [
-            "--model_name_or_path",
-            str(checkpoint),
-            "--dataset_name",
-            DATA,
-            "--streaming",
-            "true",
-        ]
-        command += [
-            "--shuffle_buffer",
-            "16",
-            "--dataloader_num_workers",
-            str(workers),
-            "--output_dir",
-            str(output),
-        ]
-        command += [*AUGMENTATION, *QUICK, "--max_steps", str(2 * epoch_length(ranks) + 3), *flags]
-        home = tmp_path_factory.mktemp("hf")
-        process = subprocess.run(
-            command,
-            env=hub.environment(home),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        words = [str(records), str(stop_after), "--model_name_or_path", str(checkpoint)]
+        words += ["--dataset_name", DATA, "--streaming", "true", "--shuffle_buffer", "16"]
+        words += ["--dataloader_num_workers", str(workers), "--output_dir", str(output)]
+        words += [*AUGMENTATION, *QUICK, "--max_steps", str(2 * epoch_length(ranks) + 3), *flags]
+        environment = hub.environment(tmp_path_factory.mktemp("hf"))
+        script = TESTS / "hub_search_process.py"
+        status, said = run_fresh(script, *words, ranks=ranks, environment=environment)
         files = [records / f"{rank}.jsonl" for rank in range(ranks)]
         lines = [
             [json.loads(line) for line in file.read_text().splitlines()]
@@ -129,7 +103,7 @@ def run(hub, checkpoint, tmp_path_factory) -> Callable[..., Search]:
         batches, labels = (
             [[line[key] for line in rank] for rank in lines] for key in ("numbers", "labels")
         )
-        return Search(output, process.returncode, process.stderr, batches, labels)
+        return Search(output, status, said, batches, labels)
 
     return search
 
@@ -287,26 +261,12 @@ def test_a_recipe_with_a_config_file_streams_under_accelerate_launch(hub, checkp
     }
     settings |= {"per_device_train_batch_size": BATCH_SIZE, "use_cpu": True, "report_to": "none"}
     config.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += [
-        "--config_file",
-        str(TESTS.parent / "recipes" / "accelerate" / "cpu.yaml"),
-        str(RECIPE),
-    ]
-    command += [
-        "--config",
-        str(config),
-        "--dataset_name",
-        DATA,
-        "--max_steps",
-        "4",
-        "--output_dir",
-        str(output),
-    ]
-    process = subprocess.run(
-        command, env=hub.environment(home), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
+    words = ["--config_file", str(TESTS.parent / "recipes" / "accelerate" / "cpu.yaml")]
+    words += [str(RECIPE), "--config", str(config), "--dataset_name", DATA]
+    words += ["--max_steps", "4", "--output_dir", str(output)]
+    script, environment = TESTS / "machine_process.py", hub.environment(home)
+    status, said = run_fresh(script, "", "accelerate", *words, environment=environment)
+    assert status == 0, said[-5000:]
     assert {path.name for path in output.iterdir()} >= PRODUCT
     history = read_history(output / "search_history.jsonl")
     assert [(row["phase"], row["step"]) for row in history] == [

@@ -6,11 +6,9 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
-from runs import QUICK, places, run_search
+from runs import QUICK, places, run_code, run_search
 from transformers import TrainerCallback
 
 from ofb_hf import ViTBiMaskConfig, cli
@@ -69,10 +67,8 @@ def test_killed_search_resumes_to_the_same_weights_with_random_augmentation(
     cut = tmp_path / "cut"
     settings = [*places(checkpoint, images, cut), *QUICK]
     settings += ["--max_steps", "16", "--finetune_max_steps", "3", *flags]
-    killed = subprocess.run(
-        [sys.executable, "-c", script, *settings], capture_output=True, text=True
-    )
-    assert killed.returncode == 9, killed.stderr
+    status, said = run_code(tmp_path, script, *settings)
+    assert status == 9, said
     assert "killed" in (cut / "FAILED.txt").read_text()
     cli.search([*settings, "--resume_from_checkpoint", "auto"])
     for name in ("subnet.json", "search/model/model.safetensors", "model.safetensors"):
