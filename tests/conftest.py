@@ -8,7 +8,10 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # also for the processes that tests start: they run side by side
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
+import logging
 import random
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -21,7 +24,12 @@ from transformers import ViTImageProcessorPil
 
 from ofb_hf.workflow import measure
 
+TESTS = Path(__file__).parent
+
 torch.set_num_threads(1)
+# pytest listens to every logger that does not propagate. This one, as soon as somebody listens,
+# describes each compilation in full, which costs as much time as a third of the compilation.
+logging.getLogger("torch.__trace").propagate = True
 transformers.utils.logging.disable_progress_bar()
 
 # `HYPOTHESIS_PROFILE=thorough pytest` looks at many more examples, and at other ones every time.
@@ -32,13 +40,49 @@ hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
+# The files that take longest, the longest first. They begin first, so that at the end of the suite
+# no process works on a long one while the others have nothing left to do. (Processes get whole
+# files, `--dist loadfile --no-loadscope-reorder`: what a file's tests share is made once.)
+LONGEST = (
+    "search/test_planted_task.py",
+    "workflow/test_hub_search.py",
+    "release/test_publish.py",
+    "workflow/test_resuming.py",
+    "release/test_export.py",
+    "search/test_distributed.py",
+    "workflow/test_several_budgets.py",
+    "search/test_search_trainer.py",
+    "workflow/test_recipe_configs.py",
+    "masks/test_gates.py",
+    "training/test_interruption.py",
+    "masks/test_masking.py",
+    "workflow/test_token_workflow.py",
+    "workflow/test_two_machines.py",
+    "workflow/test_workflow.py",
+    "models/test_token_reduction.py",
+    "search/test_first_order.py",
+    "search/test_kills.py",
+    "data/test_streaming.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Leaves out, unless `THOROUGH` is set, what shows once more what another test shows, and takes
-    long."""
+    """Order the files, and leave out, unless `THOROUGH` is set, what shows once more what another
+    test shows, and takes long."""
+    ranks = {TESTS / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     if not os.environ.get("THOROUGH"):
         for item in items:
             if item.get_closest_marker("thorough"):
                 item.add_marker(pytest.mark.skip(reason="THOROUGH=1 runs it"))
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what is there by now and stays: a million objects of imported
+    modules. accelerate collects garbage after every training, which takes half a second with them,
+    and nothing without."""
+    gc.collect()
+    gc.freeze()
 
 
 measure.SECONDS_PER_ROUND = 0.01  # speed is reported by these tests, and judged by none

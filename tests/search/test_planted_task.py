@@ -19,7 +19,7 @@ import planted_task
 @pytest.fixture(scope="module")
 def planted():
     units = planted_task.plant(seed=4)
-    return units, planted_task.train_dense(units, seed=4, steps=1000)
+    return units, planted_task.train_dense(units, seed=4, steps=600)
 
 
 @pytest.mark.slow
@@ -30,7 +30,7 @@ def test_ours_removes_the_useless_and_keeps_the_useful(planted, noise, removed):
     units, model = planted[0], copy.deepcopy(planted[1])
     torch.manual_seed(0)
     planted_task.CutOff(model, units).disturb_(noise)
-    result = planted_task.run("default", units, model, seed=4, steps=500)
+    result = planted_task.run("default", units, model, seed=4, steps=300)
     assert result["useless_removed"] >= removed
     assert result["useful_kept"] >= 95
     assert result["top1_after_cut"] >= result["dense_top1"] - 1.5
@@ -55,7 +55,7 @@ def test_blocks_that_add_nothing_are_left_out_and_no_others(seed):
 @pytest.mark.slow
 def test_paper_preset_meets_the_budget_but_is_not_led_by_the_data(planted):
     units, model = planted
-    result = planted_task.run("paper", units, model, seed=4, steps=200)
+    result = planted_task.run("paper", units, model, seed=4, steps=120)
     assert 0.98 * result["target"] <= result["macs_share"] <= result["target"]
     assert result["useless_removed"] < 70
 
