@@ -370,7 +370,8 @@ def test_a_search_publishes_its_result_or_says_at_once_that_it_cannot(
     hub.fault = lambda path: None
     output = tmp_path / "out"
     recipe = TESTS.parent / "recipes" / "search_deit.py"
-    settings = places(checkpoint, images, output)
+    settings = [str(recipe)]
+    settings += places(checkpoint, images, output)
     settings += ["--max_steps", "8", "--finetune_max_steps", "2", "--use_cpu"]
     settings += [
         "--report_to",
@@ -380,7 +381,7 @@ def test_a_search_publishes_its_result_or_says_at_once_that_it_cannot(
         f"lab/search-{token[3:]}",
     ]
     environment = hub.environment(tmp_path / "hf", token=token)
-    status, said = run_fresh(recipe, *settings, environment=environment)
+    status, said = run_fresh(TESTS / "recipe_process.py", *settings, environment=environment)
     if words is None:
         assert status == 0, said[-3000:]
         assert set(hub.repositories["lab/search-write"].files) - {".gitattributes"} == PUBLISHED

@@ -280,7 +280,9 @@ class Sizes(TrainerCallback):
 def test_a_compiled_search_is_the_eager_one(tmp_path, family):
     """Bit for bit with the backend that only traces; a shrink compiles anew once, other steps do
     not."""
-    settings = {"family": family, "max_steps": 20, "save_strategy": "no"}
+    # Candidates retire late: every shrink takes seconds to compile.
+    config = search_config(family, target_macs=0.6, retire_begin=0.7)
+    settings = {"config": config, "family": family, "max_steps": 20, "save_strategy": "no"}
     eager = searcher(tmp_path / "eager", **settings)
     eager.train()
     torch._dynamo.reset()
@@ -300,11 +302,10 @@ def test_a_compiled_search_is_the_eager_one(tmp_path, family):
     torch._dynamo.reset()
 
 
-def test_many_shrinks_do_not_exhaust_the_compiler(tmp_path, monkeypatch):
+def test_many_shrinks_do_not_exhaust_the_compiler(tmp_path):
     """torch gives up, and runs eagerly, once it has compiled a function for some number of shapes:
     eight, and here three, so that less needs to be compiled."""
     limit = 3
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
     sizes = Sizes()
     # the first step runs eagerly
     config = search_config(target_macs=0.6, settle_at=0.9, importance_hold=0.05)
@@ -325,7 +326,8 @@ def test_many_shrinks_do_not_exhaust_the_compiler(tmp_path, monkeypatch):
     trainer.add_callback(RetiresOne())
     torch._dynamo.reset()
     counters.clear()
-    trainer.train()
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        trainer.train()
     assert counters["stats"]["unique_graphs"] == len(set(sizes.seen)) > limit + 1
     torch._dynamo.reset()
 

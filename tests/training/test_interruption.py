@@ -87,22 +87,37 @@ def test_a_signal_in_a_program_of_ones_own_ends_training_and_gives_the_signals_b
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Return the trainer of a search with these settings that nothing interrupts; the same settings
+    are searched with once."""
+    finished = {}
+
+    def search(**settings):
+        key = tuple(settings.items())
+        if key not in finished:
+            finished[key] = searcher(tmp_path_factory.mktemp("straight"), **settings)
+            finished[key].train()
+        return finished[key]
+
+    return search
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "event", ["on_step_begin", "on_step_end", "on_log", "on_epoch_end", "on_evaluate"]
 )
-def test_a_signal_in_the_last_step_is_not_lost(tmp_path, event):
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path, straight, event):
     """Not even while the last evaluation runs; nothing is left to train afterwards."""
     settings = {"max_steps": 4, "eval_strategy": "epoch"}
-    straight = searcher(tmp_path / "straight", **settings)
-    straight.train()
     stopped = searcher(tmp_path / "stopped", **settings)
     stopped.add_callback(Sends(4, event))
     with pytest.raises(TrainingInterrupted):
         stopped.train()
     resumed = searcher(tmp_path / "stopped", **settings)
     resumed.train(resume_from_checkpoint="auto")
-    assert_equal_states(straight.compress().state_dict(), resumed.compress().state_dict())
+    expected = straight(**settings).compress().state_dict()
+    assert_equal_states(expected, resumed.compress().state_dict())
 
 
 def test_a_signal_that_comes_too_late_takes_its_usual_course(tmp_path):
@@ -120,7 +135,9 @@ def test_a_signal_that_comes_too_late_takes_its_usual_course(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4, 6])
 @pytest.mark.parametrize("strategy", ["epoch", "best"])
-def test_a_signal_does_not_disturb_what_belongs_to_the_end_of_an_epoch(tmp_path, step, strategy):
+def test_a_signal_does_not_disturb_what_belongs_to_the_end_of_an_epoch(
+    tmp_path, straight, step, strategy
+):
     """In the middle and at the end of an epoch (4 steps), with evaluation that draws random
     numbers."""
     settings = {
@@ -130,8 +147,6 @@ def test_a_signal_does_not_disturb_what_belongs_to_the_end_of_an_epoch(tmp_path,
         "family": "swin",
     }
     settings |= {"metric_for_best_model": "eval_loss"} if strategy == "best" else {}
-    straight = searcher(tmp_path / "straight", **settings)
-    straight.train()
     stopped = searcher(tmp_path / "stopped", **settings)
     stopped.add_callback(Sends(step))
     with pytest.raises(TrainingInterrupted):
@@ -141,12 +156,13 @@ def test_a_signal_does_not_disturb_what_belongs_to_the_end_of_an_epoch(tmp_path,
     )
     resumed = searcher(tmp_path / "stopped", **settings)
     resumed.train(resume_from_checkpoint="auto")
+    expected = straight(**settings)
     evaluated = [
         [row["step"] for row in t.state.log_history if "eval_loss" in row]
-        for t in (straight, resumed)
+        for t in (expected, resumed)
     ]
     assert evaluated[0] == evaluated[1] == [4, 8]
-    assert_equal_states(straight.compress().state_dict(), resumed.compress().state_dict())
+    assert_equal_states(expected.compress().state_dict(), resumed.compress().state_dict())
 
 
 def test_a_second_interrupt_stops_at_once_unless_it_is_the_first_passed_on(monkeypatch):

@@ -262,7 +262,8 @@ def test_a_recipe_with_a_config_file_streams_under_accelerate_launch(hub, checkp
     settings |= {"per_device_train_batch_size": BATCH_SIZE, "use_cpu": True, "report_to": "none"}
     config.write_text(yaml.safe_dump(settings))
     words = ["--config_file", str(TESTS.parent / "recipes" / "accelerate" / "cpu.yaml")]
-    words += [str(RECIPE), "--config", str(config), "--dataset_name", DATA]
+    words += [str(TESTS / "recipe_process.py"), str(RECIPE)]
+    words += ["--config", str(config), "--dataset_name", DATA]
     words += ["--max_steps", "4", "--output_dir", str(output)]
     script, environment = TESTS / "machine_process.py", hub.environment(home)
     status, said = run_fresh(script, "", "accelerate", *words, environment=environment)

@@ -117,7 +117,7 @@ def test_the_command_in_the_file_runs(tmp_path):
         "--finetune_max_steps",
         "1",
     ]
-    command += ["--max_eval_samples", "4", "--logging_steps", "1", "--dataloader_num_workers", "0"]
+    command += ["--max_eval_samples", "2", "--logging_steps", "1", "--dataloader_num_workers", "0"]
     with HubServer(repositories) as hub:
         process = subprocess.run(
             [*command, "--output_dir", str(output)],
