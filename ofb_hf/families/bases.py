@@ -15,11 +15,13 @@ class HeadBasis:
 
     Args:
         name: of the submodule.
+        module: path of the attention, which calls the four layers.
         num_heads, head_dim: its current size.
         queries, keys, values, output: module paths of its four linear layers.
     """
 
     name: str
+    module: str
     num_heads: int
     head_dim: int
     queries: str

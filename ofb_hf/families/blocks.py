@@ -109,6 +109,7 @@ class Block:
             constants=(self.at(f"{self.names.attention_output}.bias"),),
             block=self.path,
             entry=self.at(self.names.attention_norm),
+            output=self.at(self.names.attention_output),
         )
         mlp = Submodule(
             self.mlp,
@@ -118,6 +119,7 @@ class Block:
             constants=(self.at(f"{self.names.mlp_output}.bias"),),
             block=self.path,
             entry=self.at(self.names.mlp_norm),
+            output=self.at(self.names.mlp_output),
         )
         return attention, mlp
 
@@ -194,6 +196,7 @@ class Block:
         return [
             HeadBasis(
                 name=self.attention,
+                module=self.at(self.names.attention),
                 num_heads=self.sizes["num_attention_heads"],
                 head_dim=self.sizes["head_dim"],
                 queries=self.at(queries),

@@ -86,6 +86,7 @@ class Submodule:
             windows).
         block: path of the module that this attention or MLP is one half of; "" for residual widths.
         entry: path of the module that this half of a block calls first, its norm.
+        output: path of the layer by which this half of a block writes into the residual stream.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Submodule:
     variant: str = ""
     block: str = ""
     entry: str = ""
+    output: str = ""
 
     @property
     def gates(self) -> list[tuple[str, str, int]]:

@@ -3,11 +3,12 @@
 Families say in `Family.tokens` whether their classifiers can follow a token schedule, and how.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .description import Architecture, Part, TokenReductions, UnsupportedArchitectureError
@@ -147,3 +148,62 @@ def set_token_reduction_(
         reduction: called as `TokenReduction`, with tokens, their sizes and their importance.
     """
     setattr(token_layers(model)[layer], REDUCTION, reduction)
+
+
+@contextmanager
+def same_tokens(
+    leader: PreTrainedModel, follower: PreTrainedModel, decisions: Callable[[], dict[int, Any]]
+) -> Iterator[None]:
+    """Let one classifier reduce its tokens exactly as another one does, for the time of a block.
+
+    Args:
+        leader: decides, by its own token reductions; runs first.
+        follower: of the same layers; its own token reductions rest.
+        decisions: returns the dictionary, layer -> decision, that both passes over one batch share.
+    """
+    if not supports_tokens(leader.config):
+        yield
+        return
+    leading, following = token_reductions(leader), token_reductions(follower)
+    for layer, reduction in enumerate(leading):
+        if reduction is not None:
+            set_token_reduction_(leader, layer, _Leading(reduction, layer, decisions))
+        follows = None if reduction is None else _Following(layer, decisions)
+        set_token_reduction_(follower, layer, follows)
+    try:
+        yield
+    finally:
+        for layer, (leads, followed) in enumerate(zip(leading, following, strict=True)):
+            set_token_reduction_(leader, layer, leads)
+            set_token_reduction_(follower, layer, followed)
+
+
+class _Leading(nn.Module):
+    """Reduce tokens and remember how."""
+
+    def __init__(self, reduction: nn.Module, layer: int, decisions: Callable[[], dict[int, Any]]):
+        super().__init__()
+        self.reduction = reduction
+        self.layer = layer
+        self.decisions = decisions
+
+    def forward(
+        self, tokens: Tensor, sizes: Tensor | None, importance: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        decision = self.reduction.decide(tokens, importance)
+        self.decisions()[self.layer] = decision
+        return decision.reduce(tokens, sizes)
+
+
+class _Following(nn.Module):
+    """Reduce tokens as another network did."""
+
+    def __init__(self, layer: int, decisions: Callable[[], dict[int, Any]]):
+        super().__init__()
+        self.layer = layer
+        self.decisions = decisions
+
+    def forward(
+        self, tokens: Tensor, sizes: Tensor | None, importance: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.decisions()[self.layer].reduce(tokens, sizes)

@@ -9,6 +9,8 @@ next ones merged into the tokens that are most similar to them (DiffRate, arXiv:
 numbers are fixed, so all shapes are static.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -148,7 +150,13 @@ def merge_tokens(tokens: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Ten
     Returns:
         Tokens (B, count, C) and sizes (B, count).
     """
-    similarity, match = match_tokens(tokens, count)
+    return _join_tokens(tokens, sizes, count, *match_tokens(tokens, count))
+
+
+def _join_tokens(
+    tokens: Tensor, sizes: Tensor, count: int, similarity: Tensor, match: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merge each token from number `count` on into its match; see `merge_tokens`."""
     # Which token joins which: (B, N - count, count - 1). A product with this 0/1 matrix is
     # deterministic on every device, which scattered sums are not.
     joins = match[..., None] == torch.arange(1, count, device=match.device)
@@ -163,6 +171,41 @@ def merge_tokens(tokens: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Ten
     tokens = torch.cat([tokens[:, :1], patches.to(tokens.dtype)], 1)
     sizes = torch.cat([sizes[:, :1], sizes[:, 1:count] + gained], 1)
     return tokens, sizes
+
+
+@dataclass
+class TokenDecision:
+    """What a token reduction does to the tokens of one layer.
+
+    Args:
+        chosen: the tokens after dropping, (B, K), most important first.
+        count: tokens after merging.
+        similarity: of each chosen token from number `count` on to its match, (B, K - count); None
+            if nothing is merged.
+        match: number of its match, (B, K - count).
+    """
+
+    chosen: Tensor
+    count: int
+    similarity: Tensor | None = None
+    match: Tensor | None = None
+
+    def reduce(self, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return fewer tokens (B, count, C) and their sizes (B, count).
+
+        Args:
+            tokens: (B, N, C), those that the decision was made for, or others of the same images.
+            sizes: (B, N), None = all 1.
+        """
+        tokens = take_tokens(tokens, self.chosen)
+        if sizes is not None:
+            sizes = sizes.gather(1, self.chosen)
+        if self.match is None:
+            return tokens, sizes
+        if sizes is None:
+            wide = torch.promote_types(tokens.dtype, torch.float32)
+            sizes = torch.ones_like(self.chosen, dtype=wide)
+        return _join_tokens(tokens, sizes, self.count, self.similarity, self.match)
 
 
 class TokenReduction(nn.Module):
@@ -188,16 +231,21 @@ class TokenReduction(nn.Module):
             sizes: (B, N), None = all 1.
             importance: of the patch tokens, (B, N - 1).
         """
+        return self.decide(tokens, importance).reduce(tokens, sizes)
+
+    def decide(self, tokens: Tensor, importance: Tensor) -> "TokenDecision":
+        """Return which tokens stay and which of them the others join.
+
+        Args:
+            tokens: (B, N, C).
+            importance: of the patch tokens, (B, N - 1).
+        """
         kept = min(self.kept, tokens.shape[1])
         chosen = rank_tokens(importance.detach(), kept)
-        tokens = take_tokens(tokens, chosen)
-        if sizes is not None:
-            sizes = sizes.gather(1, chosen)
         if self.merged >= kept:
-            return tokens, sizes
-        if sizes is None:
-            sizes = torch.ones_like(chosen, dtype=importance.dtype)
-        return merge_tokens(tokens, sizes, self.merged)
+            return TokenDecision(chosen, kept)
+        match = match_tokens(take_tokens(tokens, chosen), self.merged)
+        return TokenDecision(chosen, self.merged, *match)
 
     def extra_repr(self) -> str:
         """Return what is shown when the model is printed."""

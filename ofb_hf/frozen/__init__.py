@@ -1,0 +1,1 @@
+"""Compression of a classifier whose weights stay frozen: no labels, no training steps."""

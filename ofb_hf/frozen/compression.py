@@ -1,0 +1,291 @@
+"""Compress a classifier whose weights stay frozen: measured on unlabeled images, fitted in closed
+form.
+
+In four steps, each one pass or a few over the calibration images: rewrite the network in a basis in
+which units are easy to cut (`pruning/equivalent_basis.py`), measure for every submodule what
+leaving units out costs (`curves.py`), choose sizes and tokens under the exact budget
+(`choice.py`), cut, and fit what is left (`pruning/fit.py`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..choice.error_curves import ErrorCurve
+from ..families.evaluation import evaluating
+from ..families.registry import describe, family_of, require_classifier
+from ..families.subnet import SubnetSpec
+from ..families.token_reduction import supports_tokens
+from ..pruning.equivalent_basis import equivalent_basis
+from ..pruning.fit import fit_
+from ..pruning.surgery import slice_model
+from ..search.searched_tokens import SearchedTokens
+from ..space.configuration import BiMaskConfig, default_config
+from ..space.search_space import SearchSpace
+from .choice import chosen_subnet
+from .curves import measure_curves
+
+# What may change its basis before the cut.
+BASES = ("equivalent", "heads", "given")
+# Images for the second moments of a basis.
+BASIS_IMAGES = 256
+# Floats that a fit may hold at once, 1 GiB; more images than fit into it make it hardly better.
+MEMORY = 2**28
+# Images that are computed together.
+BATCH = 16
+# Choices that are cut and fitted on a part of the images, to see how much of the budget tokens should
+# give up.
+TRIALS = 5
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed classifier and where it comes from.
+
+    Args:
+        model: the small classifier, of the stored type of the given one.
+        subnet: its units as units of `dense`.
+        dense: the given classifier in the basis that was cut.
+        curves: submodule -> what each of its sizes would cost.
+    """
+
+    model: PreTrainedModel
+    subnet: SubnetSpec
+    dense: PreTrainedModel
+    curves: dict[str, ErrorCurve]
+
+
+class FrozenCompressor:
+    """Measure a classifier once; compress it to any number of budgets.
+
+    Args:
+        model: a classifier, stock or ours; it stays as it is. Without a head (`num_labels` 0) its
+            features decide.
+        batches: calibration images, a sequence of (B, channels, height, width), the same on all
+            processes, which share the work. Each is read several times.
+        space: sizes to choose from and whether tokens are chosen; its budget does not matter. By
+            default `frozen_config` of the model.
+        basis: "equivalent": heads and, where the family allows, residual streams are rewritten
+            before the cut; "heads": heads only; "given": nothing, so only MLP units and whole heads
+            are cut.
+        seed: of the targets that are drawn from the model's own outputs.
+        progress: called as progress(step, done, total) after each batch.
+
+    Raises:
+        UnsupportedArchitectureError: if the model belongs to no supported family.
+        ValueError: for an unknown basis, without images, and for outputs that are not finite.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Tensor],
+        *,
+        space: BiMaskConfig | None = None,
+        basis: str = "equivalent",
+        seed: int = 0,
+        progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+    ):
+        require_classifier(model)
+        if basis not in BASES:
+            raise ValueError(f"basis is {basis!r}; allowed are {', '.join(map(repr, BASES))}.")
+        state = PartialState()
+        if len(batches) < state.num_processes:
+            raise ValueError(
+                f"there are {len(batches)} batches of calibration images for "
+                f"{state.num_processes} processes; give more images or smaller batches, so that "
+                "each process has one."
+            )
+        self.batches = batches
+        self.basis = basis
+        self.progress = progress
+        self.stored_type = model.dtype
+        self.config = space or frozen_config(model.config)
+        self.dense = self._rewritten(model)
+        self.space = _space(self.config, self.dense, basis)
+        self.tokens = None
+        if self.config.search_tokens:
+            self.tokens = SearchedTokens(self.dense.config).to(self.dense.device)
+        self.curves = measure_curves(
+            self.dense, self.space, batches, tokens=self.tokens, seed=seed, progress=self._step("measuring")
+        )
+
+    def _step(self, name: str) -> Callable[[int], None]:
+        return lambda done: self.progress(name, done, len(self.batches))
+
+    def _rewritten(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the model in the basis that is cut."""
+        if self.basis == "given":
+            dense = family_of(model.config).from_dense(model).float().eval()
+            family_of(dense.config).pin(dense.config)
+            return dense
+        images = 0
+        some: list[Tensor] = []
+        for batch in self.batches:
+            some.append(batch)
+            images += len(batch)
+            if images >= BASIS_IMAGES:
+                break
+        return equivalent_basis(model, some, streams=self.basis == "equivalent")
+
+    def compress(self, config: BiMaskConfig) -> Compressed:
+        """Return the classifier under one budget.
+
+        Args:
+            config: the budget; the space of sizes is that of the whole compressor.
+
+        Raises:
+            UnreachableBudgetError: if no subnet fits, naming the smallest possible cost.
+        """
+        subnet = chosen_subnet(
+            self.dense, config, self.space, self.curves, self.tokens, self._nearest
+        )
+        return Compressed(self._fitted(subnet, self._mine()), subnet, self.dense, self.curves)
+
+    def _fitted(self, subnet: SubnetSpec, batches: Sequence[Tensor]) -> PreTrainedModel:
+        small = slice_model(self.dense, subnet).eval()
+        fit_(small, self.dense, subnet, batches)
+        return small
+
+    def _mine(self) -> list[Tensor]:
+        """Return the batches that this process fits on."""
+        state = PartialState()
+        most = images_to_fit(self.dense) * state.num_processes
+        chosen, images = [], 0
+        for batch in self.batches:
+            if chosen and images >= most and len(chosen) >= state.num_processes:
+                break
+            chosen.append(batch)
+            images += len(batch)
+        return chosen[state.process_index :: state.num_processes]
+
+    def _nearest(self, subnets: list[SubnetSpec]) -> int:
+        """Return which subnet, cut and fitted on some images, predicts others most nearly."""
+        tried = _spread(len(subnets), TRIALS)
+        state = PartialState()
+        count = max(1, len(self.batches) // 8)
+        fitted_on = list(self.batches[: 2 * count])
+        measured_on = list(self.batches[2 * count : 3 * count]) or fitted_on
+        mine = fitted_on[state.process_index :: state.num_processes] or fitted_on[:1]
+        distances: dict[int, float] = {}
+        for index in tried:
+            small = self._fitted(subnets[index], mine)
+            distances[index] = divergence(small, self.dense, measured_on)
+        return min(distances, key=distances.get)
+
+
+@torch.no_grad()
+def divergence(small: PreTrainedModel, dense: PreTrainedModel, batches: Sequence[Tensor]) -> float:
+    """Return how far the predictions of two classifiers are apart: KL in nats, a mean over images.
+
+    Without a head it is the mean squared distance of features, relative to their variance.
+    """
+    total, images = 0.0, 0
+    with evaluating(small, dense):
+        for batch in batches:
+            batch = batch.to(dense.device, dense.dtype)
+            wanted = dense(pixel_values=batch).logits.float()
+            found = small(pixel_values=batch).logits.float()
+            if dense.config.num_labels:
+                wanted, found = wanted.log_softmax(-1), found.log_softmax(-1)
+                lost = F.kl_div(found, wanted, reduction="sum", log_target=True)
+            else:
+                lost = (found - wanted).square().mean(-1).sum() / wanted.var()
+            total += float(lost)
+            images += len(batch)
+    return total / images
+
+
+def images_to_fit(model: PreTrainedModel) -> int:
+    """Return how many images a fit should use, so that what waits in memory fits into `MEMORY`."""
+    architecture = describe(model.config)
+    rows, columns = architecture.patch_grid
+    widths = [shape[0] for shape in architecture.sizes.values() if len(shape) == 1]
+    # The residual streams of both networks, and the hidden units of one MLP of the smaller one.
+    held = (rows * columns + 1) * 3 * max(widths)
+    return max(1, MEMORY // held)
+
+
+def frozen_config(model_config: PreTrainedConfig, **values: Any) -> BiMaskConfig:
+    """Return the space that a frozen network is cut in: wider than that of a search that trains.
+
+    Attentions and MLPs may be left out, residual widths go down to an eighth, and tokens are chosen
+    as well where the family can reduce them.
+
+    Args:
+        model_config: of the classifier.
+        values: fields of `BiMaskConfig` to set, such as the budget.
+    """
+    values.setdefault("search_depth", True)
+    if values.get("search_embedding", True) and not values.get("embedding_candidates"):
+        values.setdefault("smallest_share", 1 / 8)
+    if "search_tokens" not in values:
+        able = supports_tokens(model_config) and getattr(model_config, "token_schedule", None) is None
+        by_params = values.get("target_params") is not None
+        values["search_tokens"] = able and not by_params
+    return default_config(model_config, **values)
+
+
+def _space(config: BiMaskConfig, dense: PreTrainedModel, basis: str) -> SearchSpace:
+    """Return the sizes to choose from: only streams whose basis was rotated are cut."""
+    rotated = set()
+    if basis == "equivalent":
+        rotated = {stream.name for stream in family_of(dense.config).bases(dense.config).streams}
+    spaces = []
+    for space in config.search_space(dense.config):
+        if space.kind == "embedding" and space.name not in rotated:
+            continue
+        if space.kind == "attention" and basis == "given":
+            # First channels mean nothing in the given basis.
+            whole = [size for size in space.dim_candidates if size in (0, space.head_dim)]
+            space = replace(space, dim_candidates=tuple(whole))
+        spaces.append(space)
+    return SearchSpace(tuple(spaces))
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """Return so many indices of a list, evenly spread, first and last among them."""
+    if length <= count:
+        return list(range(length))
+    return sorted({round(index * (length - 1) / (count - 1)) for index in range(count)})
+
+
+def compress_frozen(
+    model: PreTrainedModel,
+    images: Tensor | Sequence[Tensor],
+    *,
+    basis: str = "equivalent",
+    seed: int = 0,
+    **budget: Any,
+) -> Compressed:
+    """Compress a classifier without training, measured on unlabeled images.
+
+    Args:
+        model: a classifier, stock or ours; it stays as it is.
+        images: (N, channels, height, width) as the model takes them, or batches of them.
+        basis, seed: see `FrozenCompressor`.
+        budget: `target_macs`, `target_params` or `target_latency_ms` with `latency_table`, and
+            other fields of `BiMaskConfig` that say what may change.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from ofb_hf import compress_frozen, count_macs
+    >>> from ofb_hf.models.shapes import SHAPES
+
+    >>> model = SHAPES["vit_digits"].model(["even", "odd"])
+    >>> small = compress_frozen(model, torch.randn(16, 1, 8, 8), target_macs=0.5).model
+    >>> count_macs(small) <= 0.5 * count_macs(model)
+    True
+    ```"""
+    if isinstance(images, Tensor):
+        images = images.split(BATCH)
+    config = frozen_config(model.config, **budget)
+    return FrozenCompressor(model, images, space=config, basis=basis, seed=seed).compress(config)

@@ -1,0 +1,204 @@
+"""Fit the layers of a cut network, so that the remaining units make up for the removed ones.
+
+Layer by layer in the order of the forward pass, each linear layer is fitted by ridge regression to
+give out what the same layer of the uncut network does, on inputs as the layers before it now
+produce them (the reconstruction step of channel pruning, arXiv:1707.06168, eq. 1):
+
+- layers that write into the residual stream, whose inputs lost units;
+- where channels of a stream itself were cut, also the layers that read it: the norm before them
+  sees another mean and another length of what is left, and what the removed channels held is partly
+  in the others.
+
+Tokens are reduced while fitting: the uncut network follows the choices of the cut one, so that both
+see the same tokens, row by row.
+"""
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..families.description import Slot, Submodule
+from ..families.evaluation import evaluating
+from ..families.registry import describe, family_of
+from ..families.subnet import SubnetSpec
+from ..families.token_reduction import same_tokens
+from .paused_forward import PausedForward, Stops
+from .sums import Sums, with_ones
+from .surgery import flat_indices, unit_group_plan
+
+# How strongly weights are held where they are, relative to the mean square of the inputs; and how
+# much more strongly where rows are few, as for a head that reads one token of each image.
+RIDGE = 1e-2
+RIDGE_OF_FEW_ROWS = 1e-1
+FEW_ROWS_PER_INPUT = 20
+
+
+@torch.no_grad()
+def fit_(
+    small: PreTrainedModel,
+    dense: PreTrainedModel,
+    subnet: SubnetSpec,
+    batches: Sequence[Tensor],
+) -> list[str]:
+    """Fit a cut classifier to the one that it was cut from, in place.
+
+    Args:
+        small: `dense` cut to `subnet`, in float32 or wider.
+        dense: the uncut classifier, ours.
+        subnet: the units of `dense` that `small` has.
+        batches: images of this process, (B, channels, height, width) each, at least one batch. All
+            of them are in work at the same time.
+
+    Returns:
+        The names of the parameters that were fitted.
+    """
+    rows = kept_outputs(dense, subnet)
+    paths = [path for path in rows if isinstance(_layer(small, path), nn.Linear)]
+    shared = threading.local()
+    pairs: list[tuple[PausedForward, PausedForward]] = []
+
+    def start(model: PreTrainedModel, images: Tensor, decisions: dict) -> PausedForward:
+        def run() -> None:
+            shared.decisions = decisions
+            model(pixel_values=images.to(model.device, model.dtype))
+
+        return PausedForward(run)
+
+    fitted: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(small, dense))
+        stack.enter_context(same_tokens(small, dense, lambda: shared.decisions))
+        stack.enter_context(Stops(small, paths, before=True))
+        stack.enter_context(Stops(dense, paths, before=False))
+        try:
+            for images in batches:
+                decisions: dict = {}
+                # The cut network runs ahead, for the uncut one follows its choice of tokens.
+                pairs.append((start(small, images, decisions), start(dense, images, decisions)))
+            for _ in paths:
+                path = _fit_next(small, pairs, rows)
+                fitted += [f"{path}.{name}" for name, _ in _layer(small, path).named_parameters()]
+        finally:
+            for pair in pairs:
+                for forward in pair:
+                    forward.cancel()
+    return fitted
+
+
+def _layer(model: PreTrainedModel, path: str) -> nn.Module | None:
+    return dict(model.named_modules()).get(path)
+
+
+def kept_outputs(dense: PreTrainedModel, subnet: SubnetSpec) -> dict[str, Tensor | None]:
+    """Return which outputs remain of the layers that a cut leaves something to fit in.
+
+    Args:
+        dense: the uncut classifier.
+        subnet: its units that remain.
+
+    Returns:
+        Path of a layer -> the outputs that remain, (K,), or None for all. Layers that write into a
+        residual stream are all there; others, if some of their inputs are channels of a cut stream.
+    """
+    architecture = describe(dense.config)
+    kept: dict[str, Tensor] = {}
+    for name, shape in architecture.sizes.items():
+        if name in subnet.kept:
+            kept[name] = flat_indices(subnet, name, shape)
+    names = {name for name, _ in dense.named_parameters()}
+    plan = unit_group_plan(architecture.submodules, kept, names)
+    found: dict[str, Tensor | None] = {}
+    for path in (*writers(dense), *_readers_of_cut_streams(dense, subnet)):
+        outputs = [indices for axis, indices in plan.get(f"{path}.weight", ()) if axis == 0]
+        found[path] = outputs[0] if outputs else None
+    return found
+
+
+def writers(model: PreTrainedModel) -> dict[str, str]:
+    """Return the linear layers that write into a residual stream.
+
+    Returns:
+        Module path -> the residual width that the layer's outputs belong to.
+    """
+    found: dict[str, str] = {}
+    modules = dict(model.named_modules())
+    for submodule in describe(model.config).submodules:
+        for slot in submodule.slots:
+            path, _, name = slot.parameter.rpartition(".")
+            is_linear = isinstance(modules.get(path), nn.Linear)
+            if name == "weight" and is_linear and _is_written(submodule, slot):
+                found[path] = submodule.name
+    return found
+
+
+def _is_written(submodule: Submodule, slot: Slot) -> bool:
+    """Return whether a slot runs over outputs that are added to the residual stream."""
+    return submodule.kind == "embedding" and slot.gated and slot.axis == 0
+
+
+def _readers_of_cut_streams(dense: PreTrainedModel, subnet: SubnetSpec) -> list[str]:
+    """Return the layers that read a residual stream through its norms, of streams that were cut."""
+    sizes = describe(dense.config).sizes
+    readers: list[str] = []
+    for stream in family_of(dense.config).bases(dense.config).streams:
+        if subnet.shapes.get(stream.name, sizes[stream.name]) == sizes[stream.name]:
+            continue
+        for norm in stream.norms:
+            readers += norm.readers
+    return readers
+
+
+def _fit_next(
+    small: PreTrainedModel,
+    pairs: list[tuple[PausedForward, PausedForward]],
+    rows: dict[str, Tensor | None],
+) -> str:
+    """Let all passes go on to the next layer and fit it; return its path."""
+    sums = Sums()
+    path = ""
+    for forward, reference in pairs:
+        path, inputs = forward.advance()
+        behind, outputs = reference.advance()
+        if behind != path:
+            raise RuntimeError(f"the cut network is at {path}, the uncut one at {behind}.")
+        layer = small.get_submodule(path)
+        missing = _outputs(outputs, rows[path]) - _flat(F.linear(inputs, layer.weight, layer.bias))
+        inputs = _flat(inputs)
+        sums.add(("rows",), len(inputs))
+        if layer.bias is not None:
+            # The bias is the weight of an input that is always 1.
+            inputs = with_ones(inputs)
+        sums.add(("inputs",), inputs.mT @ inputs)
+        sums.add(("missing",), inputs.mT @ missing)
+    sums.reduce_()
+    _solve_(small.get_submodule(path), sums)
+    return path
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return the last axis in rows, at least in float32."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.flatten(0, -2).to(wide)
+
+
+def _outputs(tensor: Tensor, kept: Tensor | None) -> Tensor:
+    tensor = _flat(tensor)
+    return tensor if kept is None else tensor[:, kept.to(tensor.device)]
+
+
+def _solve_(layer: nn.Linear, sums: Sums) -> None:
+    """Give a layer the (W, b) that minimise |inputs W' + b - wanted|^2 + ridge |change|^2."""
+    gram, cross = sums[("inputs",)], sums[("missing",)]
+    is_few = float(sums[("rows",)]) < FEW_ROWS_PER_INPUT * layer.in_features
+    ridge = RIDGE_OF_FEW_ROWS if is_few else RIDGE
+    ridge = ridge * gram.diagonal().mean().clamp(min=1e-12)
+    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
+    change = torch.linalg.solve(gram, cross).mT.to(layer.weight)  # (out, in), with bias (out, in + 1)
+    layer.weight += change[:, : layer.in_features]
+    if layer.bias is not None:
+        layer.bias += change[:, -1]

@@ -1,0 +1,42 @@
+"""Sums over calibration images that fit into the same memory however many images there are."""
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+
+
+class Sums:
+    """Named sums of tensors, in float64 on the CPU, over the batches of all ranks.
+
+    Products are made in the precision of their factors, at least float32; only adding them up needs
+    more, and not every device has it. A batch gives the same product on whichever rank it is.
+    """
+
+    def __init__(self):
+        self._totals: dict[tuple, Tensor] = {}
+
+    def add(self, key: tuple, value: Tensor | float) -> None:
+        """Add a tensor or a number to the sum of this name."""
+        value = torch.as_tensor(value).detach().cpu().double()
+        total = self._totals.get(key)
+        if total is None:
+            self._totals[key] = value.clone()
+        else:
+            total += value
+
+    def reduce_(self) -> None:
+        """Add up the sums of all ranks; every rank has to call it, with the same names."""
+        for key in sorted(self._totals, key=repr):
+            self._totals[key] = reduce(self._totals[key], "sum")
+
+    def __getitem__(self, key: tuple) -> Tensor:
+        return self._totals[key]
+
+    def pop(self, key: tuple) -> Tensor:
+        """Return a sum and let go of it."""
+        return self._totals.pop(key)
+
+
+def with_ones(rows: Tensor) -> Tensor:
+    """Return rows (N, D) with a last column of ones, (N, D + 1), for their mean and number."""
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
