@@ -29,6 +29,7 @@ FLOORS = (
     ("masks", "training", "release", "pictures"),
     ("choice", "token_search"),
     ("search",),
+    ("frozen",),
     ("workflow",),
     ("cli", "__main__"),
 )

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from ..choice.error_curves import ErrorCurve
 from ..choice.knapsack import best_choice
-from ..choice.problem import Candidate, Candidates, Choice
+from ..choice.problem import Candidate, Choice
 from ..cost.counting import evaluate_terms
 from ..families.description import Architecture, quantities
 from ..families.registry import describe

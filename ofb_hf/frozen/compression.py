@@ -39,8 +39,8 @@ BASIS_IMAGES = 256
 MEMORY = 2**28
 # Images that are computed together.
 BATCH = 16
-# Choices that are cut and fitted on a part of the images, to see how much of the budget tokens should
-# give up.
+# Choices that are cut and fitted on a part of the images, to see how much of the budget the tokens
+# should give up.
 TRIALS = 5
 
 
@@ -113,7 +113,12 @@ class FrozenCompressor:
         if self.config.search_tokens:
             self.tokens = SearchedTokens(self.dense.config).to(self.dense.device)
         self.curves = measure_curves(
-            self.dense, self.space, batches, tokens=self.tokens, seed=seed, progress=self._step("measuring")
+            self.dense,
+            self.space,
+            batches,
+            tokens=self.tokens,
+            seed=seed,
+            progress=self._step("measuring"),
         )
 
     def _step(self, name: str) -> Callable[[int], None]:
@@ -150,7 +155,7 @@ class FrozenCompressor:
 
     def _fitted(self, subnet: SubnetSpec, batches: Sequence[Tensor]) -> PreTrainedModel:
         small = slice_model(self.dense, subnet).eval()
-        fit_(small, self.dense, subnet, batches)
+        fit_(small, self.dense, subnet, batches, shared=True)
         return small
 
     def _mine(self) -> list[Tensor]:
@@ -226,7 +231,9 @@ def frozen_config(model_config: PreTrainedConfig, **values: Any) -> BiMaskConfig
     if values.get("search_embedding", True) and not values.get("embedding_candidates"):
         values.setdefault("smallest_share", 1 / 8)
     if "search_tokens" not in values:
-        able = supports_tokens(model_config) and getattr(model_config, "token_schedule", None) is None
+        able = (
+            supports_tokens(model_config) and getattr(model_config, "token_schedule", None) is None
+        )
         by_params = values.get("target_params") is not None
         values["search_tokens"] = able and not by_params
     return default_config(model_config, **values)

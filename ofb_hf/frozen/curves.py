@@ -19,8 +19,8 @@ from ..choice.error_curves import (
 from ..families.bases import HeadBasis
 from ..families.registry import family_of
 from ..pruning.sums import Sums
-from ..space.search_space import SearchSpace, SubmoduleSpace
 from ..search.searched_tokens import SearchedTokens
+from ..space.search_space import SearchSpace, SubmoduleSpace
 from .observation import REPLAYED_IMAGES, Observation
 
 # All layers see the same channels missing from a stream: their errors add up as vectors, while
@@ -121,9 +121,7 @@ def _with_outputs(moments: Moments, weight: Tensor) -> Moments:
     return Moments(moments.units, cross, weight @ cross)
 
 
-def _head_curve(
-    head: HeadBasis, space: SubmoduleSpace, sums: Sums, num_images: int
-) -> ErrorCurve:
+def _head_curve(head: HeadBasis, space: SubmoduleSpace, sums: Sums, num_images: int) -> ErrorCurve:
     """Return the curve of an attention: over its heads, for each number of channels."""
     name = space.name
     metric = half_direction_metric(sums[(name, "gradients")])

@@ -125,7 +125,9 @@ class Observation:
         for name, head in self.heads.items():
             module = self.model.get_submodule(head.module)
             handles.append(
-                module.register_forward_pre_hook(partial(self._attends, name=name), with_kwargs=True)
+                module.register_forward_pre_hook(
+                    partial(self._attends, name=name), with_kwargs=True
+                )
             )
         return handles
 

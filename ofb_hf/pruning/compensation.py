@@ -10,49 +10,22 @@ over some hundred images, no labels and no gradients.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..families.description import Slot, Submodule
-from ..families.evaluation import evaluating
 from ..families.registry import describe
-from ..families.subnet import Kept, SubnetSpec
+from ..families.subnet import SubnetSpec
 from ..families.token_reduction import set_token_reduction_, supports_tokens, token_reductions
+from .fit import fit_, writers
 
-# How strongly weights are held where they are, relative to the mean square of the inputs.
-RIDGE = 1e-2
 # Floats of remembered outputs, 1 GiB. More images than this make the fit hardly better.
 MEMORY = 2**28
 MOST_IMAGES = 256
 IMAGES_FILE = "remembered_images.safetensors"
-
-
-def writers(model: PreTrainedModel) -> dict[str, str]:
-    """Return the linear layers that write into the residual stream.
-
-    Returns:
-        Module path -> the residual width that the layer's outputs belong to.
-    """
-    found: dict[str, str] = {}
-    modules = dict(model.named_modules())
-    for submodule in describe(model.config).submodules:
-        for slot in submodule.slots:
-            path, _, name = slot.parameter.rpartition(".")
-            is_linear = isinstance(modules.get(path), nn.Linear)
-            if name == "weight" and is_linear and _is_written(submodule, slot):
-                found[path] = submodule.name
-    return found
-
-
-def _is_written(submodule: Submodule, slot: Slot) -> bool:
-    """Return whether a slot runs over outputs that are added to the residual stream."""
-    return submodule.kind == "embedding" and slot.gated and slot.axis == 0
 
 
 def images_to_remember(model: PreTrainedModel) -> int:
@@ -134,71 +107,9 @@ def compensate_(
     Returns:
         The names of the parameters that were fitted.
     """
-    layers = writers(small)
-    fitted: list[str] = []
-    for path in layers:
-        layer = small.get_submodule(path)
-        fitted += [f"{path}.{name}" for name, _ in layer.named_parameters()]
-    kept = {path: subnet.kept.get(width) for path, width in layers.items()}
-    written = _outputs(dense, kept, pixel_values)
-    hooks = []
-    for path in layers:
-        fit = partial(_fit_first, wanted=written[path])
-        hooks.append(small.get_submodule(path).register_forward_pre_hook(fit))
-    _run(small, pixel_values, hooks)
-    return fitted
-
-
-def _outputs(
-    model: PreTrainedModel,
-    kept: dict[str, Kept | None],
-    pixel_values: Tensor,
-) -> dict[str, Tensor]:
-    """Return what layers write.
-
-    Args:
-        model: the classifier.
-        kept: module path -> the output channels to return, None for all.
-        pixel_values: (B, channels, height, width).
-
-    Returns:
-        Module path -> (rows, channels), a row for each token of each image.
-    """
-    outputs: dict[str, Tensor] = {}
-
-    def remember(
-        module: nn.Module,
-        args: tuple,
-        output: Tensor,
-        path: str,
-    ) -> None:
-        rows = output.flatten(0, -2)  # (B * N, channels)
-        channels = kept[path]
-        if channels is not None:
-            rows = rows[:, list(channels)]
-        outputs[path] = rows
-
-    hooks = []
-    for path in kept:
-        hook = partial(remember, path=path)
-        hooks.append(model.get_submodule(path).register_forward_hook(hook))
-    _run(model, pixel_values, hooks)
-    return outputs
-
-
-def _run(
-    model: PreTrainedModel,
-    pixel_values: Tensor,
-    hooks: list[torch.utils.hooks.RemovableHandle],
-) -> None:
-    """Run one forward pass in evaluation mode, and remove the hooks."""
-    try:
-        # Both networks have to see the same tokens, row by row.
-        with evaluating(model), _all_tokens(model):
-            model(pixel_values=pixel_values)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    # The search has cut no token yet when it fits.
+    with _all_tokens(small), _all_tokens(dense):
+        return fit_(small, dense, subnet, [pixel_values], readers=False)
 
 
 @contextmanager
@@ -216,36 +127,3 @@ def _all_tokens(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer, reduction in reductions.items():
             set_token_reduction_(model, layer, reduction)
-
-
-def _fit_first(
-    layer: nn.Linear,
-    args: tuple[Tensor],
-    wanted: Tensor,
-) -> None:
-    """Fit a layer right before it runs, on the inputs that it is about to get.
-
-    It gets the (W, b) that minimise |inputs W' + b - wanted|^2 + ridge |(W, b) - (W, b) before|^2.
-
-    Args:
-        layer: the layer.
-        args: its inputs, (..., in features).
-        wanted: (rows, out features).
-    """
-    inputs = args[0].flatten(0, -2).float()  # (rows, in features)
-    if layer.bias is not None:
-        # The bias is the weight of an input that is always 1.
-        ones = inputs.new_ones(len(inputs), 1)
-        inputs = torch.cat([inputs, ones], 1)
-    present = F.linear(args[0], layer.weight, layer.bias)
-    present = present.flatten(0, -2).float()
-    missing = wanted.float() - present  # (rows, out features)
-    # In double precision where it counts, and on the CPU: not every device has it.
-    gram = (inputs.mT @ inputs).cpu().double()  # (in, in)
-    cross = (inputs.mT @ missing).cpu().double()  # (in, out)
-    ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
-    gram += ridge * torch.eye(len(gram), dtype=gram.dtype)
-    change = torch.linalg.solve(gram, cross).mT.to(layer.weight)  # (out, in)
-    layer.weight += change[:, : layer.in_features]
-    if layer.bias is not None:
-        layer.bias += change[:, -1]

@@ -29,42 +29,19 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..families.bases import HeadBasis, NormReaders, StreamBasis
 from ..families.registry import family_of, require_classifier
+from .sums import Sums
 
 # Second moments are held away from singular by this fraction of their mean: what a head never uses
 # would otherwise be divided by nothing.
 FLOOR = 1e-6
 # Where there is no mean at all, as in a head that gives out zeros.
 TINY = 1e-30
-
-
-class Moments:
-    """Second moments of rows that arrive in batches; memory does not grow with their number.
-
-    Attributes:
-        total: sum of outer products, (..., D, D) in float64.
-        count: how many rows were added.
-    """
-
-    def __init__(self):
-        self.total: Tensor | None = None
-        self.count = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows (..., N, D); leading axes are kept apart."""
-        # In double precision: differences of nearly equal moments decide about the last channels.
-        rows = rows.double()
-        products = rows.mT @ rows  # (..., D, D)
-        self.total = products if self.total is None else self.total + products
-        self.count += rows.shape[-2]
-
-    def mean(self) -> Tensor:
-        """Return E[x x'], (..., D, D)."""
-        return self.total / self.count
 
 
 @torch.no_grad()
@@ -79,8 +56,9 @@ def equivalent_basis(
 
     Args:
         model: a stock classifier or one of this package; it stays as it is.
-        batches: images as the model takes them, (B, channels, height, width). No labels are needed,
-            and some hundred images are enough.
+        batches: images as the model takes them, (B, channels, height, width), the same on all
+            processes, which share the work. No labels are needed, and some hundred images are
+            enough.
         heads: rewrite queries, keys, values and output projections, head by head.
         streams: rotate the residual streams that the family allows to rotate.
 
@@ -113,7 +91,7 @@ def equivalent_basis(
     for head in bases.heads if heads else ():
         _rewrite_heads_(result, head, moments)
     for stream in rotated:
-        _rotate_(result, stream, _rotation(moments[stream.name].mean()))
+        _rotate_(result, stream, _rotation(_mean(moments, stream.name)))
     return result
 
 
@@ -206,16 +184,16 @@ def _observe(
     batches: Iterable[Tensor],
     heads: tuple[HeadBasis, ...],
     streams: list[StreamBasis],
-) -> dict[str, Moments]:
-    """Return the second moments of what layers give out, by module path; of all norms of a stream
-    together, by its name."""
-    moments: dict[str, Moments] = {}
+) -> Sums:
+    """Return sums over rows of outer products and rows of what layers give out, by module path; of
+    all norms of a stream together, by its name."""
+    moments = Sums()
+    state = PartialState()
     hooks = []
 
     def watch(path: str, key: str, view, before: bool = False) -> None:
-        moments.setdefault(key, Moments())
         module = model.get_submodule(path)
-        add = partial(_add, path=path, moments=moments[key], view=view)
+        add = partial(_add, path=path, key=key, moments=moments, view=view)
         if before:
             hooks.append(module.register_forward_pre_hook(lambda module, args: add(args[0])))
         else:
@@ -230,29 +208,38 @@ def _observe(
             watch(norm.norm, stream.name, partial(_per_token, tiles=norm.tiles))
     count = 0
     try:
-        for pixel_values in batches:
-            model(pixel_values=pixel_values.to(model.device, model.dtype))
+        for number, pixel_values in enumerate(batches):
             count += len(pixel_values)
+            if number % state.num_processes == state.process_index:
+                model(pixel_values=pixel_values.to(model.device, model.dtype))
     finally:
         for hook in hooks:
             hook.remove()
     if not count and (heads or streams):
         raise ValueError("batches holds no image; give at least one batch (B, C, H, W) of images.")
+    moments.reduce_()
     return moments
 
 
-def _add(output: Tensor, path: str, moments: Moments, view) -> None:
+def _add(output: Tensor, path: str, key: str, moments: Sums, view) -> None:
     if not bool(output.isfinite().all()):
         raise ValueError(
             f"{path} gives out numbers that are not finite for these images; check the checkpoint "
             "and how the images are normalized."
         )
-    moments.add(view(output))
+    rows = view(output)  # (..., N, D)
+    moments.add((key, "products"), rows.mT @ rows)
+    moments.add((key, "rows"), rows.shape[-2])
+
+
+def _mean(moments: Sums, key: str) -> Tensor:
+    """Return E[x x'], (..., D, D) in float64."""
+    return moments[(key, "products")] / moments[(key, "rows")]
 
 
 def _per_head(output: Tensor, head: HeadBasis, centered: bool = False) -> Tensor:
     """Return channels by head, (H, rows, D), from (..., N, H * D)."""
-    output = output.double().unflatten(-1, (head.num_heads, head.head_dim))  # (..., N, H, D)
+    output = output.unflatten(-1, (head.num_heads, head.head_dim))  # (..., N, H, D)
     if centered:
         # Softmax does not see what all keys of an image, or of a window, have in common.
         output = output - output.mean(-3, keepdim=True)
@@ -299,11 +286,11 @@ def balanced_maps(moments: Tensor, counterpart: Tensor) -> tuple[Tensor, Tensor]
     return first, second
 
 
-def _rewrite_heads_(model: PreTrainedModel, head: HeadBasis, moments: dict[str, Moments]) -> None:
+def _rewrite_heads_(model: PreTrainedModel, head: HeadBasis, moments: Sums) -> None:
     """Bring queries and keys, values and output projection of one attention into their basis."""
     queries, keys = model.get_submodule(head.queries), model.get_submodule(head.keys)
     values, output = model.get_submodule(head.values), model.get_submodule(head.output)
-    of_queries, of_keys = balanced_maps(moments[head.queries].mean(), moments[head.keys].mean())
+    of_queries, of_keys = balanced_maps(_mean(moments, head.queries), _mean(moments, head.keys))
     _map_rows_(queries, of_queries)
     _map_rows_(keys, of_keys)
     if keys.bias is not None:
@@ -311,7 +298,7 @@ def _rewrite_heads_(model: PreTrainedModel, head: HeadBasis, moments: dict[str, 
     by_head = output.weight.double().unflatten(1, (head.num_heads, head.head_dim))  # (C, H, D)
     columns = by_head.transpose(0, 1)  # (H, C, D)
     gram = columns.mT @ columns  # (H, D, D)
-    of_values, of_columns = balanced_maps(moments[head.output].mean(), gram)
+    of_values, of_columns = balanced_maps(_mean(moments, head.output), gram)
     _map_rows_(values, of_values)
     mapped = columns @ of_columns.mT  # (H, C, D)
     output.weight.copy_(mapped.transpose(0, 1).flatten(1))  # (C, H * D)

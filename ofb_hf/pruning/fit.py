@@ -44,21 +44,27 @@ def fit_(
     dense: PreTrainedModel,
     subnet: SubnetSpec,
     batches: Sequence[Tensor],
+    *,
+    readers: bool = True,
+    shared: bool = False,
 ) -> list[str]:
     """Fit a cut classifier to the one that it was cut from, in place.
 
     Args:
         small: `dense` cut to `subnet`, in float32 or wider.
-        dense: the uncut classifier, ours.
+        dense: the uncut classifier, ours or stock.
         subnet: the units of `dense` that `small` has.
         batches: images of this process, (B, channels, height, width) each, at least one batch. All
             of them are in work at the same time.
+        readers: whether to fit the layers that read a cut stream, too; then `dense` is ours.
+        shared: whether every process calls this with images of its own; their sums are added up.
 
     Returns:
         The names of the parameters that were fitted.
     """
-    rows = kept_outputs(dense, subnet)
-    paths = [path for path in rows if isinstance(_layer(small, path), nn.Linear)]
+    reading = _readers_of_cut_streams(dense, subnet) if readers else []
+    paths = [*writers(small), *(path for path in reading if _is_linear(small, path))]
+    rows = _kept_outputs(dense, subnet)
     shared = threading.local()
     pairs: list[tuple[PausedForward, PausedForward]] = []
 
@@ -81,8 +87,9 @@ def fit_(
                 # The cut network runs ahead, for the uncut one follows its choice of tokens.
                 pairs.append((start(small, images, decisions), start(dense, images, decisions)))
             for _ in paths:
-                path = _fit_next(small, pairs, rows)
-                fitted += [f"{path}.{name}" for name, _ in _layer(small, path).named_parameters()]
+                path = _fit_next(small, pairs, rows, reading, shared)
+                layer = small.get_submodule(path)
+                fitted += [f"{path}.{name}" for name, _ in layer.named_parameters()]
         finally:
             for pair in pairs:
                 for forward in pair:
@@ -90,21 +97,13 @@ def fit_(
     return fitted
 
 
-def _layer(model: PreTrainedModel, path: str) -> nn.Module | None:
-    return dict(model.named_modules()).get(path)
+def _is_linear(model: PreTrainedModel, path: str) -> bool:
+    """Return whether a model has a linear layer there; halves that were left out have none."""
+    return isinstance(dict(model.named_modules()).get(path), nn.Linear)
 
 
-def kept_outputs(dense: PreTrainedModel, subnet: SubnetSpec) -> dict[str, Tensor | None]:
-    """Return which outputs remain of the layers that a cut leaves something to fit in.
-
-    Args:
-        dense: the uncut classifier.
-        subnet: its units that remain.
-
-    Returns:
-        Path of a layer -> the outputs that remain, (K,), or None for all. Layers that write into a
-        residual stream are all there; others, if some of their inputs are channels of a cut stream.
-    """
+def _kept_outputs(dense: PreTrainedModel, subnet: SubnetSpec) -> dict[str, Tensor]:
+    """Return the outputs that remain, (K,), of the layers that lost some, by module path."""
     architecture = describe(dense.config)
     kept: dict[str, Tensor] = {}
     for name, shape in architecture.sizes.items():
@@ -112,10 +111,12 @@ def kept_outputs(dense: PreTrainedModel, subnet: SubnetSpec) -> dict[str, Tensor
             kept[name] = flat_indices(subnet, name, shape)
     names = {name for name, _ in dense.named_parameters()}
     plan = unit_group_plan(architecture.submodules, kept, names)
-    found: dict[str, Tensor | None] = {}
-    for path in (*writers(dense), *_readers_of_cut_streams(dense, subnet)):
-        outputs = [indices for axis, indices in plan.get(f"{path}.weight", ()) if axis == 0]
-        found[path] = outputs[0] if outputs else None
+    found: dict[str, Tensor] = {}
+    for parameter, entries in plan.items():
+        path, _, kind = parameter.rpartition(".")
+        for axis, indices in entries:
+            if kind == "weight" and axis == 0:
+                found[path] = indices
     return found
 
 
@@ -156,7 +157,9 @@ def _readers_of_cut_streams(dense: PreTrainedModel, subnet: SubnetSpec) -> list[
 def _fit_next(
     small: PreTrainedModel,
     pairs: list[tuple[PausedForward, PausedForward]],
-    rows: dict[str, Tensor | None],
+    rows: dict[str, Tensor],
+    reading: list[str],
+    shared: bool,
 ) -> str:
     """Let all passes go on to the next layer and fit it; return its path."""
     sums = Sums()
@@ -167,7 +170,9 @@ def _fit_next(
         if behind != path:
             raise RuntimeError(f"the cut network is at {path}, the uncut one at {behind}.")
         layer = small.get_submodule(path)
-        missing = _outputs(outputs, rows[path]) - _flat(F.linear(inputs, layer.weight, layer.bias))
+        missing = _outputs(outputs, rows.get(path)) - _flat(
+            F.linear(inputs, layer.weight, layer.bias)
+        )
         inputs = _flat(inputs)
         sums.add(("rows",), len(inputs))
         if layer.bias is not None:
@@ -175,8 +180,9 @@ def _fit_next(
             inputs = with_ones(inputs)
         sums.add(("inputs",), inputs.mT @ inputs)
         sums.add(("missing",), inputs.mT @ missing)
-    sums.reduce_()
-    _solve_(small.get_submodule(path), sums)
+    if shared:
+        sums.reduce_()
+    _solve_(small.get_submodule(path), sums, path in reading)
     return path
 
 
@@ -191,14 +197,16 @@ def _outputs(tensor: Tensor, kept: Tensor | None) -> Tensor:
     return tensor if kept is None else tensor[:, kept.to(tensor.device)]
 
 
-def _solve_(layer: nn.Linear, sums: Sums) -> None:
+def _solve_(layer: nn.Linear, sums: Sums, reads: bool) -> None:
     """Give a layer the (W, b) that minimise |inputs W' + b - wanted|^2 + ridge |change|^2."""
     gram, cross = sums[("inputs",)], sums[("missing",)]
     is_few = float(sums[("rows",)]) < FEW_ROWS_PER_INPUT * layer.in_features
-    ridge = RIDGE_OF_FEW_ROWS if is_few else RIDGE
+    ridge = RIDGE_OF_FEW_ROWS if reads and is_few else RIDGE
     ridge = ridge * gram.diagonal().mean().clamp(min=1e-12)
     gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
-    change = torch.linalg.solve(gram, cross).mT.to(layer.weight)  # (out, in), with bias (out, in + 1)
+    change = torch.linalg.solve(gram, cross).mT.to(
+        layer.weight
+    )  # (out, in), with bias (out, in + 1)
     layer.weight += change[:, : layer.in_features]
     if layer.bias is not None:
         layer.bias += change[:, -1]

@@ -14,7 +14,7 @@ from ofb_hf import ViTBiMaskConfig, count_macs
 from ofb_hf.choice import baselines
 from ofb_hf.data import BatchAugmentation
 from ofb_hf.families.registry import family_of
-from ofb_hf.pruning import compensation
+from ofb_hf.pruning import compensation, fit
 from ofb_hf.pruning.compensation import (
     IMAGES_FILE,
     Compensation,
@@ -65,8 +65,25 @@ def test_a_network_that_lost_nothing_stays_as_it_is(family):
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-5)
 
 
+def _outputs(model, kept):
+    """What layers write for `pixels()`, (rows, channels) each; only the kept channels."""
+    found, hooks = {}, []
+    for path, channels in kept.items():
+
+        def remember(module, args, output, path=path, channels=channels):
+            rows = output.flatten(0, -2)
+            found[path] = rows if channels is None else rows[:, list(channels)]
+
+        hooks.append(model.get_submodule(path).register_forward_hook(remember))
+    with torch.no_grad():
+        model(pixel_values=pixels())
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def test_a_unit_whose_double_stays_is_made_up_for_entirely(monkeypatch):
-    monkeypatch.setattr(compensation, "RIDGE", 1e-12)
+    monkeypatch.setattr(fit, "RIDGE", 1e-12)
     dense, _, _ = pair("vit", dtype=torch.float64)
     fc1 = dense.get_submodule("vit.layers.1.mlp.fc1")
     half = fc1.out_features // 2
@@ -91,10 +108,10 @@ def test_a_unit_whose_double_stays_is_made_up_for_entirely(monkeypatch):
 def test_the_cut_network_writes_more_like_the_uncut_one(family, depth, seed):
     dense, small, subnet = pair(family, seed, search_depth=depth)
     kept = {path: subnet.kept[of] for path, of in writers(small).items()}
-    wanted = compensation._outputs(dense, kept, pixels())
+    wanted = _outputs(dense, kept)
 
     def errors():
-        written = compensation._outputs(small, dict.fromkeys(kept), pixels())
+        written = _outputs(small, dict.fromkeys(kept))
         return torch.stack([(written[path] - wanted[path]).square().mean() for path in kept])
 
     before = errors()
