@@ -171,8 +171,8 @@ def first_channels_errors(covariance: Tensor, gradients: Tensor) -> Tensor:
         covariance: of what a norm gives out, (D, D) in float64.
         gradients: second moments of the loss's gradients there, (D, D).
     """
-    # Given the channels before them, the channels from k on have the covariance L[k:, k:] L[k:, k:]'
-    # with the Cholesky factor L. Its product with the gradients is a sum over the columns of L.
+    # With the Cholesky factor L, the channels from k on have the covariance L[k:, k:] L[k:, k:]'
+    # given those before. Its product with the gradients is a sum over the columns of L.
     factor = torch.linalg.cholesky(held(covariance))
     of_columns = ((gradients @ factor) * factor).sum(0)  # (D,)
     errors = of_columns.flip(0).cumsum(0).flip(0)

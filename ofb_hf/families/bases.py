@@ -8,6 +8,9 @@ terms of this file; `pruning.equivalent_basis` does the mathematics.
 
 from dataclasses import dataclass
 
+# Why the last stream of a network without a head keeps its basis.
+WITHOUT_HEAD = "the model has no classification head, so its channels are what the model gives out"
+
 
 @dataclass(frozen=True)
 class HeadBasis:

@@ -7,7 +7,7 @@ from transformers import SwinConfig, SwinForImageClassification
 
 from ..models.configuration_ofb_swin import OFBSwinConfig
 from ..models.modeling_ofb_swin import OFBSwinForImageClassification
-from .bases import Bases, HeadBasis, NormReaders, StreamBasis
+from .bases import WITHOUT_HEAD, Bases, HeadBasis, NormReaders, StreamBasis
 from .blocks import Block, BlockNames, common_scale, linear_slots, norm_slots
 from .description import (
     Architecture,
@@ -305,7 +305,10 @@ def _bases(config: SwinConfig) -> Bases:
         _width(0): "the norm of the patch embedding writes it, and the scale of that norm belongs "
         "to single channels"
     }
-    return Bases(heads=tuple(heads), streams=tuple(streams[1:]), fixed=fixed)
+    rotatable = streams[1:]
+    if not config.num_labels and rotatable:
+        fixed[rotatable.pop().name] = WITHOUT_HEAD
+    return Bases(heads=tuple(heads), streams=tuple(rotatable), fixed=fixed)
 
 
 SWIN = Family(

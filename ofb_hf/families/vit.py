@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from ..models.configuration_ofb_vit import OFBViTConfig
 from ..models.modeling_ofb_vit import OFBViTForImageClassification, TokenReduction
-from .bases import Bases, HeadBasis, NormReaders, StreamBasis
+from .bases import WITHOUT_HEAD, Bases, HeadBasis, NormReaders, StreamBasis
 from .blocks import Block, common_scale, linear_slots, norm_slots
 from .description import (
     Architecture,
@@ -246,6 +246,8 @@ def _bases(config: ViTConfig) -> Bases:
         tensors=(f"{EMBEDDINGS}.cls_token", f"{EMBEDDINGS}.position_embeddings", MASK_TOKEN),
         norms=(*norms, NormReaders(NORM, (CLASSIFIER,))),
     )
+    if not config.num_labels:
+        return Bases(tuple(heads), streams=(), fixed={WIDTH: WITHOUT_HEAD})
     return Bases(heads=tuple(heads), streams=(stream,), fixed={})
 
 

@@ -1,5 +1,7 @@
 """Which units, and how many tokens, a frozen network keeps under a budget."""
 
+import functools
+import math
 from collections.abc import Callable, Collection
 
 from transformers import PreTrainedModel
@@ -7,13 +9,16 @@ from transformers import PreTrainedModel
 from ..choice.error_curves import ErrorCurve
 from ..choice.knapsack import best_choice
 from ..choice.problem import Candidate, Choice
+from ..choice.schedule_candidates import attention_of, reducing_layers
+from ..cost.budget import UnreachableBudgetError
 from ..cost.counting import evaluate_terms
 from ..families.description import Architecture, quantities
 from ..families.registry import describe
 from ..families.subnet import Kept, SubnetSpec, all_units
-from ..search.searched_tokens import SearchedTokens
+from ..families.token_reduction import scheduled
 from ..space.configuration import BiMaskConfig
 from ..space.search_space import SearchSpace, SubmoduleSpace
+from ..tokens.schedules import Schedule, num_tokens
 
 
 def chosen_subnet(
@@ -21,19 +26,21 @@ def chosen_subnet(
     config: BiMaskConfig,
     space: SearchSpace,
     curves: dict[str, ErrorCurve],
-    tokens: SearchedTokens | None = None,
-    nearest: Callable[[list[SubnetSpec]], int] | None = None,
+    schedules: list[Schedule] | None = None,
+    distance: Callable[[SubnetSpec], float] = lambda subnet: 0.0,
 ) -> SubnetSpec:
     """Return the subnet whose errors add up to least within the budget.
+
+    How much of the budget tokens should give up is not added up but tried: with each token schedule
+    that is considered, the best widths are chosen for the rest of the budget.
 
     Args:
         model: the classifier to cut, in the basis that the curves are about.
         config: the budget.
         space: candidate sizes.
         curves: of every submodule of the space.
-        tokens: what merging tokens costs in every layer, if tokens are chosen as well.
-        nearest: returns which of several subnets, cut and fitted, predicts most nearly what the
-            model does; they differ in how much of the budget the tokens give up.
+        schedules: token schedules to choose from, with falling costs; None = that of the model.
+        distance: how far a subnet, cut and fitted, predicts from what the model does.
 
     Raises:
         UnreachableBudgetError: if no subnet fits the budget, naming the smallest possible cost.
@@ -44,9 +51,9 @@ def chosen_subnet(
     candidates = {one.name: _candidates(one, curves[one.name]) for one in space}
     fixed = {name: size for name, size in architecture.sizes.items() if name not in candidates}
 
-    def solve(counted: Architecture, needed: Collection[str]) -> Choice:
+    def solve(counted: Architecture, ranking: Collection[str]) -> Choice:
         allowed = dict(candidates)
-        for name in needed:
+        for name in ranking:
             if name in allowed:
                 allowed[name] = [candidate for candidate in allowed[name] if candidate.units]
         return best_choice(
@@ -58,39 +65,53 @@ def chosen_subnet(
             show=config.show,
         )
 
-    def subnet_of(choice: Choice) -> SubnetSpec:
+    def subnet_of(choice: Choice, schedule: Schedule | None) -> SubnetSpec:
         kept: dict[str, Kept] = {}
         for name, shape in architecture.sizes.items():
             kept[name] = all_units(shape)
         for name, candidate in choice.candidates.items():
             kept[name] = _kept_units(candidate.size, curves[name])
-        schedule = choice.token_schedule
         if schedule is not None:
             schedule = model.config.stored_schedule(schedule)
         return SubnetSpec(kept, schedule)
 
-    if tokens is None:
-        return subnet_of(solve(architecture, []))
+    if schedules is None:
+        return subnet_of(solve(architecture, []), None)
 
-    def choose(choices: list[Choice]) -> Choice:
-        distinct: list[Choice] = []
-        for choice in choices:
-            if choice not in distinct:
-                distinct.append(choice)
-        if nearest is None or len(distinct) == 1:
-            return distinct[0]
-        return distinct[nearest([subnet_of(choice) for choice in distinct])]
+    @functools.cache
+    def tried(index: int) -> tuple[float, SubnetSpec | UnreachableBudgetError]:
+        schedule = schedules[index]
+        reducing = reducing_layers(schedule, num_tokens(model.config))
+        try:
+            choice = solve(
+                scheduled(model.config, schedule), [attention_of(layer) for layer in reducing]
+            )
+        except UnreachableBudgetError as refusal:
+            return math.inf, refusal
+        subnet = subnet_of(choice, schedule)
+        return distance(subnet), subnet
 
-    choice = tokens.best_choice(
-        config=model.config,
-        sizes=architecture.sizes,
-        target=target,
-        total=1.0,
-        cost=config.terms_of,
-        solve=solve,
-        choose=choose,
-    )
-    return subnet_of(choice)
+    best = _lowest(len(schedules), lambda index: tried(index)[0])
+    _, subnet = tried(best)
+    if isinstance(subnet, UnreachableBudgetError):
+        raise subnet
+    return subnet
+
+
+def _lowest(length: int, value: Callable[[int], float]) -> int:
+    """Return where a value is lowest that falls and rises once along a list, or nearly so.
+
+    Every eighth entry is looked at, then others closer and closer around the best one.
+    """
+    every = range(length)
+    stride = max(1, length // 4)
+    looked_at = sorted({*every[::stride], length - 1})
+    best = min(looked_at, key=value)
+    while stride > 1:
+        stride = stride // 2
+        nearby = [index for index in (best, best - stride, best + stride) if index in every]
+        best = min(nearby, key=value)
+    return best
 
 
 def _candidates(space: SubmoduleSpace, curve: ErrorCurve) -> list[Candidate]:

@@ -7,6 +7,7 @@ leaving units out costs (`curves.py`), choose sizes and tokens under the exact b
 (`choice.py`), cut, and fit what is left (`pruning/fit.py`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,9 +26,9 @@ from ..families.token_reduction import supports_tokens
 from ..pruning.equivalent_basis import equivalent_basis
 from ..pruning.fit import fit_
 from ..pruning.surgery import slice_model
-from ..search.searched_tokens import SearchedTokens
 from ..space.configuration import BiMaskConfig, default_config
 from ..space.search_space import SearchSpace
+from ..tokens.graded_schedules import graded_schedules
 from .choice import chosen_subnet
 from .curves import measure_curves
 
@@ -39,9 +40,9 @@ BASIS_IMAGES = 256
 MEMORY = 2**28
 # Images that are computed together.
 BATCH = 16
-# Choices that are cut and fitted on a part of the images, to see how much of the budget the tokens
-# should give up.
-TRIALS = 5
+# Images on which a subnet is fitted to see whether tokens should give up more of the budget, or
+# less; half as many others tell.
+TRIED_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,13 @@ class FrozenCompressor:
         self.config = space or frozen_config(model.config)
         self.dense = self._rewritten(model)
         self.space = _space(self.config, self.dense, basis)
-        self.tokens = None
+        self.schedules = None
         if self.config.search_tokens:
-            self.tokens = SearchedTokens(self.dense.config).to(self.dense.device)
+            self.schedules = graded_schedules(self.dense.config)
         self.curves = measure_curves(
             self.dense,
             self.space,
             batches,
-            tokens=self.tokens,
             seed=seed,
             progress=self._step("measuring"),
         )
@@ -149,9 +149,10 @@ class FrozenCompressor:
             UnreachableBudgetError: if no subnet fits, naming the smallest possible cost.
         """
         subnet = chosen_subnet(
-            self.dense, config, self.space, self.curves, self.tokens, self._nearest
+            self.dense, config, self.space, self.curves, self.schedules, self._distance
         )
-        return Compressed(self._fitted(subnet, self._mine()), subnet, self.dense, self.curves)
+        small = self._fitted(subnet, self._mine()).to(self.stored_type)
+        return Compressed(small, subnet, self.dense, self.curves)
 
     def _fitted(self, subnet: SubnetSpec, batches: Sequence[Tensor]) -> PreTrainedModel:
         small = slice_model(self.dense, subnet).eval()
@@ -170,19 +171,14 @@ class FrozenCompressor:
             images += len(batch)
         return chosen[state.process_index :: state.num_processes]
 
-    def _nearest(self, subnets: list[SubnetSpec]) -> int:
-        """Return which subnet, cut and fitted on some images, predicts others most nearly."""
-        tried = _spread(len(subnets), TRIALS)
+    def _distance(self, subnet: SubnetSpec) -> float:
+        """Return how far a subnet is from the model if it is fitted on a part of the images."""
         state = PartialState()
-        count = max(1, len(self.batches) // 8)
-        fitted_on = list(self.batches[: 2 * count])
-        measured_on = list(self.batches[2 * count : 3 * count]) or fitted_on
-        mine = fitted_on[state.process_index :: state.num_processes] or fitted_on[:1]
-        distances: dict[int, float] = {}
-        for index in tried:
-            small = self._fitted(subnets[index], mine)
-            distances[index] = divergence(small, self.dense, measured_on)
-        return min(distances, key=distances.get)
+        count = max(state.num_processes, math.ceil(TRIED_IMAGES / len(self.batches[0])))
+        fitted_on = list(self.batches[:count])
+        measured_on = list(self.batches[count : count + (count + 1) // 2]) or fitted_on
+        small = self._fitted(subnet, fitted_on[state.process_index :: state.num_processes])
+        return divergence(small, self.dense, measured_on)
 
 
 @torch.no_grad()
@@ -254,13 +250,6 @@ def _space(config: BiMaskConfig, dense: PreTrainedModel, basis: str) -> SearchSp
             space = replace(space, dim_candidates=tuple(whole))
         spaces.append(space)
     return SearchSpace(tuple(spaces))
-
-
-def _spread(length: int, count: int) -> list[int]:
-    """Return so many indices of a list, evenly spread, first and last among them."""
-    if length <= count:
-        return list(range(length))
-    return sorted({round(index * (length - 1) / (count - 1)) for index in range(count)})
 
 
 def compress_frozen(

@@ -19,7 +19,6 @@ from ..choice.error_curves import (
 from ..families.bases import HeadBasis
 from ..families.registry import family_of
 from ..pruning.sums import Sums
-from ..search.searched_tokens import SearchedTokens
 from ..space.search_space import SearchSpace, SubmoduleSpace
 from .observation import REPLAYED_IMAGES, Observation
 
@@ -34,7 +33,6 @@ def measure_curves(
     space: SearchSpace,
     batches: Sequence[Tensor],
     *,
-    tokens: SearchedTokens | None = None,
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, ErrorCurve]:
@@ -45,7 +43,6 @@ def measure_curves(
         space: candidate sizes. Residual widths in it are those whose basis was rotated.
         batches: all calibration images, (B, channels, height, width) each; of several processes
             each takes its part.
-        tokens: observes what merging tokens costs; its `first_order` becomes a mean over images.
         seed: of the targets, which are drawn from the model's own outputs.
         progress: is called with the number of batches done.
 
@@ -54,7 +51,7 @@ def measure_curves(
     """
     channels = {one.name: list(one.dim_candidates) for one in space if one.kind == "attention"}
     widths = [one.name for one in space if one.kind == "embedding"]
-    observation = Observation(model, channels, widths, tokens)
+    observation = Observation(model, channels, widths)
     state = PartialState()
     was_trainable = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -74,8 +71,6 @@ def measure_curves(
         for parameter, trainable in zip(model.parameters(), was_trainable, strict=True):
             parameter.requires_grad_(trainable)
     observation.sums.reduce_()
-    if tokens is not None:
-        tokens.first_order.copy_(observation.sums[("tokens",)] / replayed)
     curves: dict[str, ErrorCurve] = {}
     for submodule in space:
         if submodule.kind == "embedding":

@@ -19,7 +19,6 @@ from ..families.bases import Bases, HeadBasis
 from ..families.description import Architecture
 from ..families.registry import describe, family_of
 from ..pruning.sums import Sums, with_ones
-from ..search.searched_tokens import SearchedTokens
 
 # An attention is run once more for each of its smaller heads. That many images are enough for it.
 REPLAYED_IMAGES = 128
@@ -35,7 +34,6 @@ class Observation:
             afterwards.
         channels: attention -> the numbers of first channels of a head to try.
         streams: residual widths whose first channels are to be tried.
-        tokens: observes what merging tokens costs, if that is wanted.
 
     Attributes:
         sums: see `curves_of` for their names.
@@ -47,10 +45,8 @@ class Observation:
         model: PreTrainedModel,
         channels: dict[str, list[int]],
         streams: Sequence[str],
-        tokens: SearchedTokens | None = None,
     ):
         self.model = model
-        self.tokens = tokens
         self.channels = channels
         self.sums = Sums()
         family = family_of(model.config)
@@ -84,9 +80,6 @@ class Observation:
         handles = self._watch(replay)
         self._calls = {}
         self._generator = generator
-        watches_tokens = replay and self.tokens is not None
-        if watches_tokens:
-            self.tokens.watch_(model)
         try:
             # The images carry the gradients: weights have none.
             pixel_values = pixel_values.to(model.device, model.dtype).requires_grad_()
@@ -97,14 +90,9 @@ class Observation:
                     "checkpoint and how the images are normalized."
                 )
             drawn_loss(outputs, model.config.num_labels, generator).backward()
-            if watches_tokens:
-                changes = self.tokens.changes(model, len(pixel_values))  # (B, layers, K)
-                self.sums.add(("tokens",), changes.square().sum(0))
         finally:
             for handle in handles:
                 handle.remove()
-            if watches_tokens:
-                self.tokens.watch_(model, on=False)
         with torch.no_grad():
             self._replay()
 
@@ -169,11 +157,13 @@ class Observation:
         """
         rows = with_ones(rows.float())
         self.sums.add((*key, "all"), rows.mT @ rows)
-        if bool(weights.sum() > 0):
-            count = max(1, len(rows) // DRAWN)
-            drawn = torch.multinomial(weights.cpu(), count, True, generator=self._generator)
-            drawn = rows[drawn.to(rows.device)]
-            self.sums.add((*key, "minded"), drawn.mT @ drawn * (weights.sum() / count))
+        count = max(1, len(rows) // DRAWN)
+        total = weights.sum()
+        # Where no gradient arrives at all, the loss minds all rows alike: not at all.
+        weights = torch.where(total > 0, weights, 1.0)
+        drawn = torch.multinomial(weights.cpu(), count, True, generator=self._generator)
+        drawn = rows[drawn.to(rows.device)]
+        self.sums.add((*key, "minded"), drawn.mT @ drawn * (total / count))
 
     # ---------------------------------------------------------------------------------- replaying
 

@@ -1,7 +1,7 @@
 """Sums over calibration images that fit into the same memory however many images there are."""
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 
@@ -25,16 +25,19 @@ class Sums:
             total += value
 
     def reduce_(self) -> None:
-        """Add up the sums of all ranks; every rank has to call it, with the same names."""
-        for key in sorted(self._totals, key=repr):
-            self._totals[key] = reduce(self._totals[key], "sum")
+        """Add up the sums of all ranks; every rank has to call it. A missing sum counts as 0."""
+        shapes: dict[tuple, tuple[int, ...]] = {}
+        own = {key: tuple(total.shape) for key, total in self._totals.items()}
+        for of_rank in gather_object([own]):
+            shapes |= of_rank
+        for key in sorted(shapes, key=repr):
+            total = self._totals.get(key)
+            if total is None:
+                total = torch.zeros(shapes[key], dtype=torch.float64)
+            self._totals[key] = reduce(total, "sum")
 
     def __getitem__(self, key: tuple) -> Tensor:
         return self._totals[key]
-
-    def pop(self, key: tuple) -> Tensor:
-        """Return a sum and let go of it."""
-        return self._totals.pop(key)
 
 
 def with_ones(rows: Tensor) -> Tensor:

@@ -24,4 +24,5 @@ def test_sums_of_half_precision_are_wide():
     sums = Sums()
     for _ in range(4096):
         sums.add(("ones",), torch.ones((), dtype=torch.float16))
-    assert sums[("ones",)].dtype == torch.float64 and sums[("ones",)] == 4096
+    assert sums[("ones",)].dtype == torch.float64
+    assert sums[("ones",)] == 4096
