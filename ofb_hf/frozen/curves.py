@@ -42,7 +42,7 @@ def measure_curves(
     """Return the error curve of every submodule of a space.
 
     Args:
-        model: a classifier of ours in the basis that is cut, in evaluation mode.
+        model: an OFB classifier in the basis that is cut, in evaluation mode.
         space: candidate sizes. Residual widths in it are those whose basis was rotated.
         batches: all calibration images, (B, channels, height, width) each; of several processes
             each takes its part.

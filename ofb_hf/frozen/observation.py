@@ -32,7 +32,7 @@ class Observation:
     """Second moments of a network's units, their effects and their gradients.
 
     Args:
-        model: a classifier of ours in the basis that is cut; its weights need no gradients
+        model: an OFB classifier in the basis that is cut; its weights need no gradients
             afterwards.
         channels: attention -> the numbers of first channels of a head to try.
         streams: residual widths whose first channels are to be tried.
