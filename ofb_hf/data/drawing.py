@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from .decoding import decode_image
@@ -181,4 +182,7 @@ def _read(images: Sequence[Row], index: int, transform: ImageTransform) -> _Read
         name = row.name
         return _Read(transform.levels(decode_image(row.image)), row.label)
     except Exception as error:  # decoders raise errors of any type
-        return _Read(problem=f"{name} ({type(error).__name__}: {error})")
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):  # which names an object in memory
+            why = "no image of a known format"
+        return _Read(problem=f"{name} ({why})")

@@ -14,6 +14,9 @@ TITLES = {
     "mlp": "Error of MLPs",
     "embedding": "Error of residual widths",
 }
+# Errors below this fraction of the largest one are drawn on a linear scale, down to 0.
+LINEAR = 1e-3
+TINY = 1e-30
 
 
 def plot_curves(
@@ -33,18 +36,23 @@ def plot_curves(
         path: PNG file to write.
     """
     shown = [kind for kind in TITLES if any(kinds[name] == kind for name in errors)]
-    ratios = [1.0] * len(shown) + [1.6]
-    if subnet.token_schedule:
-        ratios.append(0.9)
-    options = {"figsize": (5.2 * sum(ratios), 4.8), "width_ratios": ratios, "squeeze": False}
-    with drawing(path, 1, len(ratios), **options) as grid:
-        panels = list(grid[0])
-        for kind in shown:
+    columns = max(2, len(shown))
+    with drawing(path, 2, columns, figsize=(5.2 * columns, 9.0)) as grid:
+        for axes, kind in zip(grid[0], shown, strict=False):
             names = [name for name in errors if kinds[name] == kind]
-            _draw_curves(panels.pop(0), TITLES[kind], names, errors, subnet, dense_sizes)
-        draw_widths(panels.pop(0), subnet, dense_sizes)
-        for axes in panels:  # one, or none
-            draw_schedule(axes, subnet.token_schedule)
+            _draw_curves(axes, TITLES[kind], names, errors, subnet, dense_sizes)
+        for axes in grid[0][len(shown) :]:
+            axes.set_axis_off()
+        # The widths of all submodules need more room than one panel.
+        places = grid[0][0].get_gridspec()
+        for axes in grid[1]:
+            axes.remove()
+        figure = grid[0][0].figure
+        last = columns
+        if subnet.token_schedule:
+            last = columns - 1
+            draw_schedule(figure.add_subplot(places[1, last]), subnet.token_schedule)
+        draw_widths(figure.add_subplot(places[1, :last]), subnet, dense_sizes)
 
 
 def _draw_curves(
@@ -71,8 +79,9 @@ def _draw_curves(
         if chosen is not None:
             fraction = math.prod(size) / whole
             axes.plot(fraction, chosen, "o", color=color, markeredgecolor="black", zorder=3)
-    # Square roots show sizes that cost nothing as well as those that cost most.
-    axes.set_yscale("function", functions=(_root, _square))
+    # Full sizes cost nothing, and others may differ by powers of ten.
+    largest = max((max(errors[name].values()) for name in names), default=0.0)
+    axes.set_yscale("symlog", linthresh=max(largest, TINY) * LINEAR)
     axes.set(
         title=title,
         xlabel="fraction of the units",
@@ -80,7 +89,6 @@ def _draw_curves(
         xlim=(-0.03, 1.03),
         ylim=(0, None),
     )
-    axes.locator_params(axis="y", nbins=6)
     handles = [lines.Line2D([], [], marker="o", linestyle="", color="0.7", markeredgecolor="black")]
     labels = ["chosen size"]
     for position in sorted({0, len(names) - 1}):
@@ -100,11 +108,3 @@ def _envelope(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         if not best or error < best[-1][1]:
             best.append((fraction, error))
     return best
-
-
-def _root(values: Any) -> Any:
-    return values.clip(min=0) ** 0.5
-
-
-def _square(values: Any) -> Any:
-    return values**2

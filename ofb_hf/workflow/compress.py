@@ -46,7 +46,14 @@ from .agreement import DENSE, compare
 from .arguments import CompressArguments
 from .inputs import load_image_processor, require_findable, require_same_size
 from .latency_table import warn_if_elsewhere
-from .measure import describe_size, images_per_second, lost_classes, provenance
+from .measure import (
+    SECONDS_PER_ROUND,
+    SPEED_ROUNDS,
+    describe_size,
+    images_per_second,
+    lost_classes,
+    provenance,
+)
 from .report import budget_rows, markdown_table, results_rows, text_table
 from .results import fill_folder, source_of
 
@@ -62,8 +69,10 @@ PASSES = 12
 PASSES_PER_BUDGET = 6
 MOST_NAMED = 5
 SPEED_BATCH = 32
+# What it takes to measure the speed of a model.
+SECONDS_OF_SPEED = (SPEED_ROUNDS + 1) * SECONDS_PER_ROUND
 # Step of the compressor -> what the progress bar calls it.
-STEPS = {"basis": "rewriting the basis", "measuring": "measuring errors", "fitting": "fitting"}
+STEPS = {"measuring": "measuring errors"}
 
 
 @dataclass(kw_only=True)
@@ -164,6 +173,7 @@ def prepare(args: CompressArguments, image_args: ImageArguments) -> Compression:
     )
     model = load_classifier_or_features(name)
     require_classifier(model)
+    stored_type = model.dtype
     require_same_size(name, model, (transform.height, transform.width))
     configs: dict[str, BiMaskConfig] = {}
     for folder, fields in args.by_budget().items():
@@ -196,7 +206,7 @@ def prepare(args: CompressArguments, image_args: ImageArguments) -> Compression:
         args=args,
         image_args=image_args,
         model=model.float().eval().to(state.device),
-        stored_type=model.dtype,
+        stored_type=stored_type,
         processor=processor,
         source=source_of(name, model),
         configs=configs,
@@ -284,7 +294,10 @@ def _introduction(compression: Compression, seconds: float) -> list[str]:
     wanted = compression.image_args.num_images
     lines = [f"{found.name}: {len(drawn)} images of {len(found.pool):,}, without labels."]
     if len(drawn) < wanted:
-        lines[0] = f"{found.name}: all {len(drawn)} images ({wanted} were asked for), no labels."
+        lines[0] = (
+            f"{found.name}: all {len(drawn)} images that can be decoded ({wanted} were asked "
+            "for), without labels."
+        )
     if drawn.skipped:
         lines.append(f"Skipped, as they cannot be decoded: {_named(drawn.skipped)}.")
     measured = f"the split {found.measured_split}"
@@ -300,11 +313,22 @@ def _introduction(compression: Compression, seconds: float) -> list[str]:
         stored = str(compression.stored_type).removeprefix("torch.")
         lines.append(f"Weights are stored in {stored}: computed in float32, stored as given.")
     passes = PASSES + PASSES_PER_BUDGET * (len(compression.configs) - 1)
+    models = 1 + len(compression.configs)
+    measuring = seconds / compression.num_images * _num_measured(compression) * models
+    measuring += models * SECONDS_OF_SPEED
     lines.append(
-        f"This takes about {_duration(passes * seconds)}: {passes} times as long as the given "
-        f"model takes for these images ({_duration(seconds)})."
+        f"This takes about {_duration(passes * seconds + measuring)}: {passes} times as long as "
+        f"the given model takes for these images ({_duration(seconds)}), and the result is "
+        "measured."
     )
     return lines
+
+
+def _num_measured(compression: Compression) -> int:
+    """Return how many images the result is measured on."""
+    if compression.found.measured is None:
+        return compression.held_out
+    return min(len(compression.found.measured), compression.image_args.max_eval_samples)
 
 
 def _named(names: list[str]) -> str:
@@ -335,6 +359,8 @@ def run_compress(compression: Compression) -> dict[str, Any]:
     is_shown = state.is_main_process and not compression.args.disable_tqdm
     progress = Progress(is_shown)
     configs = compression.configs
+    # seconds of each step
+    timings = {"loading": _elapsed(compression, {})}
     compressor = FrozenCompressor(
         compression.model,
         compression.batches,
@@ -343,18 +369,33 @@ def run_compress(compression: Compression) -> dict[str, Any]:
         seed=compression.args.seed,
         progress=progress,
     )
+    timings["measuring errors"] = _elapsed(compression, timings)
     done: dict[str, Compressed] = {}
-    for name, config in configs.items():
+    for number, (name, config) in enumerate(configs.items()):
+        progress("choosing and fitting", number, len(configs))
         done[name] = compressor.compress(config)
+        # it was computed in float32
+        done[name].model.to(compression.stored_type)
+    progress("choosing and fitting", len(configs), len(configs))
     progress.close()
+    timings["choosing and fitting"] = _elapsed(compression, timings)
     results, images = _measured(compression, done, progress)
     progress.close()
+    timings["measuring the result"] = _elapsed(compression, timings)
+    for result in results.values():
+        result["seconds"] = round(time.monotonic() - compression.began)
+        result["timings"] = timings
     if state.is_main_process:
         output.write_whole(compression.folder, partial(_write, compression, done, results))
         rows = budget_rows(results) if len(results) > 1 else results_rows(*results.values())
         summary = "\n".join(_conclusion(compression, results, images))
         logger.warning("\n%s\n\n%s", text_table(rows), summary)
     return results if len(results) > 1 else next(iter(results.values()))
+
+
+def _elapsed(compression: Compression, timings: dict[str, float]) -> float:
+    """Return the seconds since the beginning that are not those of earlier steps."""
+    return round(time.monotonic() - compression.began - sum(timings.values()), 2)
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -421,9 +462,8 @@ class Measuring:
             self.count = compression.held_out
             self.what = f"{self.count} images that were held out"
         else:
-            limit = compression.image_args.max_eval_samples
-            self.numbers = evaluated_rows(len(found.measured), limit)
-            self.count = len(self.numbers)
+            self.count = _num_measured(compression)
+            self.numbers = evaluated_rows(len(found.measured), self.count)
             self.what = f"the split {found.measured_split}"
             if self.count < len(found.measured):
                 self.what = f"{self.count} images of {self.what}, drawn at random"
@@ -465,7 +505,6 @@ def _results(
     results[config.budget[0]] = config.absolute(config.target(dense_cost))
     results |= {DENSE: measured[DENSE], "compressed": measured[name]}
     results |= provenance(compression.args.seed, compression.model.device)
-    results["seconds"] = round(time.monotonic() - compression.began)
     # nothing is trained
     results["steps"] = {}
     results["source"] = compression.source
