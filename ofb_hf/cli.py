@@ -45,7 +45,7 @@ from .workflow.arguments import (
     TrainedModelArguments,
 )
 from .workflow.command_line import parse
-from .workflow.compress import PASSES
+from .workflow.compress_inputs import PASSES, prepare
 from .workflow.flag_help import Command
 from .workflow.report import text_table
 from .workflow.results import push
@@ -314,7 +314,7 @@ def compress(argv: list[str] | None = None) -> dict[str, Any]:
     # Nothing is written before everything is there, so that no error leaves a half of it.
     with exit_with_message():
         parsed = parse(COMPRESS, _leading(("--model_name_or_path", "--images"), argv))
-        results = compress_workflow.run_compress(compress_workflow.prepare(*parsed))
+        results = compress_workflow.run_compress(prepare(*parsed))
     _end_together()
     return results
 

@@ -308,11 +308,14 @@ def _in_tables(splits: DatasetDict, args: ImageArguments) -> FoundImages:
     if not filled:
         raise ValueError(f"{public_name(args)} has no rows.")
     drawn, measured = _chosen_splits(list(filled), args)
-    columns = _columns(next(iter(filled.values())), args)
+    image_column, label_column = _columns(next(iter(filled.values())), args)
+    read = [image_column]
+    if label_column is not None:
+        read.append(label_column)
 
     def table(names: list[str]) -> ImageTable:
-        parts = [filled[name].select_columns([one for one in columns if one]) for name in names]
-        return ImageTable(concatenate_datasets(parts), *columns)
+        parts = [filled[name].select_columns(read) for name in names]
+        return ImageTable(concatenate_datasets(parts), image_column, label_column)
 
     pool = table(list(filled) if drawn is None else drawn)
     if measured is None:

@@ -35,7 +35,8 @@ def plot_curves(
         dense_sizes: submodule -> units of the given model.
         path: PNG file to write.
     """
-    shown = [kind for kind in TITLES if any(kinds[name] == kind for name in errors)]
+    present = {kinds[name] for name in errors}
+    shown = [kind for kind in TITLES if kind in present]
     columns = max(2, len(shown))
     with drawing(path, 2, columns, figsize=(5.2 * columns, 9.0)) as grid:
         for axes, kind in zip(grid[0], shown, strict=False):

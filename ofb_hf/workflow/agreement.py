@@ -15,6 +15,8 @@ from ..pruning.sums import Sums
 # Of the model that the others are compared with.
 DENSE = "dense"
 TOP = 5
+# Where all features are equal.
+TINY = 1e-12
 # A class with fewer images says nothing about what it lost.
 FEWEST_OF_A_CLASS = 10
 
@@ -79,10 +81,11 @@ def _add_distance(sums: Sums, name: str, wanted: Tensor, found: Tensor, num_labe
     if not num_labels:
         sums.add((name, "distance"), (found - wanted).square().sum())
         return
-    sums.add((name, "agreeing"), (found.argmax(-1) == wanted.argmax(-1)).sum())
-    divergence = F.kl_div(
-        found.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True
-    )
+    agreeing = found.argmax(-1) == wanted.argmax(-1)  # (B,)
+    sums.add((name, "agreeing"), agreeing.sum())
+    expected = wanted.log_softmax(-1)
+    predicted = found.log_softmax(-1)
+    divergence = F.kl_div(predicted, expected, reduction="sum", log_target=True)
     sums.add((name, "distance"), divergence)
 
 
@@ -111,26 +114,41 @@ def _summary(
         results[name] = {"num_examples": images}
         if name != DENSE and images:
             results[name] |= _nearness(sums, name, num_labels)
-        if not num_labels:
-            continue
-        labelled = sums[(name, "labelled")]
-        count = int(labelled.sum())
-        if count:
-            for key, hits in (("top1", "right"), ("top5", "top5")):
-                results[name][key] = round(100 * float(sums[(name, hits)].sum()) / count, 4)
-            results[name]["num_labelled"] = count
-        percent = 100 * sums[(name, "right")] / labelled
-        percent[labelled < FEWEST_OF_A_CLASS] = math.nan
-        by_class[name] = percent.round(decimals=4).tolist()
+        if num_labels:
+            results[name] |= _accuracy(sums, name)
+            by_class[name] = _top1_by_class(sums, name)
     return results, by_class
 
 
+def _accuracy(sums: Sums, name: str) -> dict[str, Any]:
+    """Return top-1 and top-5 in percent; nothing without labels."""
+    count = int(sums[(name, "labelled")].sum())
+    if not count:
+        return {}
+    accuracy: dict[str, Any] = {"num_labelled": count}
+    for key, hits in (("top1", "right"), ("top5", "top5")):
+        percent = 100 * float(sums[(name, hits)].sum()) / count
+        accuracy[key] = round(percent, 4)
+    return accuracy
+
+
+def _top1_by_class(sums: Sums, name: str) -> list[float]:
+    """Return top-1 of every class in percent, NaN where there are too few images."""
+    labelled = sums[(name, "labelled")]
+    percent = 100 * sums[(name, "right")] / labelled
+    percent[labelled < FEWEST_OF_A_CLASS] = math.nan
+    return percent.round(decimals=4).tolist()
+
+
 def _nearness(sums: Sums, name: str, num_labels: int) -> dict[str, float]:
+    """Return how near a model is to the dense one: its first class and its logits, or features."""
     images = float(sums[("images",)])
-    distance = float(sums[(name, "distance")])
+    distance = float(sums[(name, "distance")]) / images
     if num_labels:
         agreement = 100 * float(sums[(name, "agreeing")]) / images
-        return {"agreement": round(agreement, 4), "kl": round(distance / images, 6)}
+        return {"agreement": round(agreement, 4), "kl": round(distance, 6)}
     mean = sums[("features",)] / images
-    variance = float(sums[("energy",)]) / images - float(mean.square().sum())
-    return {"feature_error": round(distance / images / max(variance, 1e-12), 6)}
+    energy = float(sums[("energy",)]) / images
+    variance = energy - float(mean.square().sum())
+    error = distance / max(variance, TINY)
+    return {"feature_error": round(error, 6)}

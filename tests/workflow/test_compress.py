@@ -1,6 +1,5 @@
 """`ofb-hf compress` as a user runs it: a model and unlabeled images in, an output folder out."""
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +8,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import save_checkpoint
 from factories import tiny_images, tiny_swin, tiny_vit
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -20,8 +18,7 @@ from warm import start
 
 from ofb_hf import SubnetSpec, cli, count_macs, count_params
 from ofb_hf.pruning.surgery import slice_model
-from ofb_hf.release.card import render_compressed_card
-from ofb_hf.workflow import compress, output
+from ofb_hf.workflow import compress
 
 ROOT = Path(__file__).parents[2]
 PRODUCT = {
@@ -84,7 +81,7 @@ def compressed(checkpoint, photos, tmp_path_factory):
     return folder, run(checkpoint, photos, folder, *flags)
 
 
-# -------------------------------------------------------------------------------- what comes of it
+# ---------------------------------------------------------------------------- what comes of it
 
 
 def test_output_folder_is_complete_and_consistent(compressed):
@@ -166,7 +163,7 @@ def test_it_loads_by_all_doors(compressed, tmp_path):
     assert (sent / "compress.png").is_file()
 
 
-# --------------------------------------------------------------------------------- images and labels
+# ----------------------------------------------------------------------------- images and labels
 
 
 def test_labels_are_only_for_measuring(checkpoint, images, tmp_path):
@@ -212,7 +209,7 @@ def test_parquet_files_with_and_without_labels(checkpoint, images, tmp_path):
     assert (results["num_images"], results["compressed"]["num_examples"]) == (24, 4)
 
 
-# --------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------- models
 
 
 def test_a_model_without_a_head_is_compressed_by_its_features(photos, tmp_path, caplog):
@@ -256,7 +253,7 @@ def test_swin_with_several_budgets_from_one_measuring(swin_checkpoint, photos, t
         assert count_macs(model) == result["compressed"]["macs"] <= result["target_macs"]
 
 
-# ------------------------------------------------------------------------------- folder and failures
+# --------------------------------------------------------------------------- folder and failures
 
 
 def test_a_run_is_replaced_only_on_request_and_only_by_a_whole_one(
@@ -374,7 +371,7 @@ def test_a_basis_that_the_architecture_does_not_allow_is_refused(photos, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------- two processes
+# --------------------------------------------------------------------------------- two processes
 
 
 @pytest.mark.slow
