@@ -123,15 +123,9 @@ def write_output(
     folder = run.folder
     aside = folder / f"{ASIDE}-output"
     output.remove(aside)
-    model.save_pretrained(aside)
-    run.inputs.processor.save_pretrained(aside)
-    text = json.dumps(results, indent=2) + "\n"
-    (aside / "eval_results.json").write_text(text, encoding="utf-8")
-    if subnet is not None:
-        (aside / output.SUBNET).write_text(subnet.to_json(), encoding="utf-8")
-    (aside / "README.md").write_text(card, encoding="utf-8")
-    for name, draw in pictures.items():
-        draw(aside / name)
+    fill_folder(
+        aside, model, run.inputs.processor, results, card=card, subnet=subnet, pictures=pictures
+    )
     if run.model_args.keep_dense:
         save_dense(run)
     # A kill here leaves whole files of one run or the other, and FAILED.txt, which goes last.
@@ -139,6 +133,28 @@ def write_output(
         path.replace(folder / path.name)
     aside.rmdir()
     logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), folder)
+
+
+def fill_folder(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: Any,
+    results: dict[str, Any],
+    *,
+    card: str,
+    subnet: SubnetSpec | None = None,
+    pictures: dict[str, Draw],
+) -> None:
+    """Write a model and everything that is known about it; arguments as for `write_output`."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    text = json.dumps(results, indent=2) + "\n"
+    (folder / "eval_results.json").write_text(text, encoding="utf-8")
+    if subnet is not None:
+        (folder / output.SUBNET).write_text(subnet.to_json(), encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    for name, draw in pictures.items():
+        draw(folder / name)
 
 
 def save_dense(run: Run) -> None:

@@ -41,7 +41,7 @@ def test_help_lists_every_command_with_examples(capsys):
         assert f"  {name} " in out
         assert command.summary in out
         assert len(command.summary) <= 80
-    assert out.count("\n  ofb-hf ") == 3
+    assert out.count("\n  ofb-hf ") == 4
     assert run(capsys, "-h") == (out, err, status)
     assert run(capsys) == ("", out, 2)
 
