@@ -20,6 +20,9 @@ from ..space.configuration import BiMaskConfig
 from ..space.search_space import SearchSpace, SubmoduleSpace
 from ..tokens.schedules import Schedule, num_tokens
 
+# Lists of more schedules than this are searched in steps of two.
+LONG = 16
+
 
 def chosen_subnet(
     model: PreTrainedModel,
@@ -99,19 +102,26 @@ def chosen_subnet(
 
 
 def _lowest(length: int, value: Callable[[int], float]) -> int:
-    """Return where a value is lowest that falls and rises once along a list, or nearly so.
+    """Return about where a value is lowest that falls and then rises along a list.
 
-    Every eighth entry is looked at, then others closer and closer around the best one.
+    A few entries are looked at, evenly spread, then others closer and closer around the best one.
+    In a long list every second entry is as good as its neighbour.
     """
     every = range(length)
     stride = max(1, length // 4)
-    looked_at = sorted({*every[::stride], length - 1})
+    looked_at = list(every[stride // 2 :: stride])
     best = min(looked_at, key=value)
-    while stride > 1:
-        stride = stride // 2
+    if math.isinf(value(best)):
+        # Only the last entries may be possible at all.
+        return min(every, key=value)
+    finest = 2 if length > LONG else 1
+    stride = max(1, stride // 2)
+    while True:
         nearby = [index for index in (best, best - stride, best + stride) if index in every]
         best = min(nearby, key=value)
-    return best
+        if stride <= finest:
+            return best
+        stride //= 2
 
 
 def _candidates(space: SubmoduleSpace, curve: ErrorCurve) -> list[Candidate]:

@@ -14,7 +14,7 @@ see the same tokens, row by row.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -47,6 +47,7 @@ def fit_(
     *,
     readers: bool = True,
     shared: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Fit a cut classifier to the one that it was cut from, in place.
 
@@ -54,10 +55,11 @@ def fit_(
         small: `dense` cut to `subnet`, in float32 or wider.
         dense: the uncut classifier, ours or stock.
         subnet: the units of `dense` that `small` has.
-        batches: images of this process, (B, channels, height, width) each, at least one batch. All
-            of them are in work at the same time.
+        batches: images of this process, (B, channels, height, width) each, at least one batch. Each
+            is read once; what the networks make of all of them is in memory at the same time.
         readers: whether to fit the layers that read a cut stream, too; then `dense` is ours.
         shared: whether every process calls this with images of its own; their sums are added up.
+        progress: is called with the numbers of layers done and to do.
 
     Returns:
         The names of the parameters that were fitted.
@@ -65,36 +67,63 @@ def fit_(
     reading = _readers_of_cut_streams(dense, subnet) if readers else []
     paths = [*writers(small), *(path for path in reading if _is_linear(small, path))]
     rows = _kept_outputs(dense, subnet)
-    shared = threading.local()
-    pairs: list[tuple[PausedForward, PausedForward]] = []
-
-    def start(model: PreTrainedModel, images: Tensor, decisions: dict) -> PausedForward:
-        def run() -> None:
-            shared.decisions = decisions
-            model(pixel_values=images.to(model.device, model.dtype))
-
-        return PausedForward(run)
-
     fitted: list[str] = []
+    pairs: list[_Pair] = []
     with ExitStack() as stack:
         stack.enter_context(evaluating(small, dense))
-        stack.enter_context(same_tokens(small, dense, lambda: shared.decisions))
+        stack.enter_context(same_tokens(small, dense, lambda: _running.decisions))
         stack.enter_context(Stops(small, paths, before=True))
         stack.enter_context(Stops(dense, paths, before=False))
         try:
-            for images in batches:
-                decisions: dict = {}
-                # The cut network runs ahead, for the uncut one follows its choice of tokens.
-                pairs.append((start(small, images, decisions), start(dense, images, decisions)))
-            for _ in paths:
+            pairs += [_Pair(small, dense, batches, number) for number in range(len(batches))]
+            for number in range(len(paths)):
                 path = _fit_next(small, pairs, rows, reading, shared)
                 layer = small.get_submodule(path)
                 fitted += [f"{path}.{name}" for name, _ in layer.named_parameters()]
+                progress(number + 1, len(paths))
         finally:
             for pair in pairs:
-                for forward in pair:
-                    forward.cancel()
+                pair.small.cancel()
+                pair.dense.cancel()
     return fitted
+
+
+# What the pass that runs in a thread shares with the other one over the same images.
+_running = threading.local()
+
+
+class _Pair:
+    """The passes of the cut and the uncut network over one batch; the cut one runs ahead.
+
+    Attributes:
+        decisions: layer -> which tokens the cut network chose there; the uncut one follows.
+    """
+
+    def __init__(
+        self,
+        small: PreTrainedModel,
+        dense: PreTrainedModel,
+        batches: Sequence[Tensor],
+        number: int,
+    ):
+        self.decisions: dict = {}
+        self._batches = batches
+        self._number = number
+        self._images: Tensor | None = None
+        self.small = PausedForward(lambda: self._run(small))
+        self.dense = PausedForward(lambda: self._run(dense))
+
+    def _run(self, model: PreTrainedModel) -> None:
+        _running.decisions = self.decisions
+        model(pixel_values=self._taken().to(model.device, model.dtype))
+
+    def _taken(self) -> Tensor:
+        """Return the images: read for the first pass, let go of by the second one."""
+        if self._images is None:
+            self._images = self._batches[self._number]
+            return self._images
+        images, self._images = self._images, None
+        return images
 
 
 def _is_linear(model: PreTrainedModel, path: str) -> bool:
@@ -156,7 +185,7 @@ def _readers_of_cut_streams(dense: PreTrainedModel, subnet: SubnetSpec) -> list[
 
 def _fit_next(
     small: PreTrainedModel,
-    pairs: list[tuple[PausedForward, PausedForward]],
+    pairs: list[_Pair],
     rows: dict[str, Tensor],
     reading: list[str],
     shared: bool,
@@ -164,9 +193,9 @@ def _fit_next(
     """Let all passes go on to the next layer and fit it; return its path."""
     sums = Sums()
     path = ""
-    for forward, reference in pairs:
-        path, inputs = forward.advance()
-        behind, outputs = reference.advance()
+    for pair in pairs:
+        path, inputs = pair.small.advance()
+        behind, outputs = pair.dense.advance()
         if behind != path:
             raise RuntimeError(f"the cut network is at {path}, the uncut one at {behind}.")
         layer = small.get_submodule(path)

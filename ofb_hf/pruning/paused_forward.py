@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 class _Cancelled(BaseException):
-    """End the thread of a pass that nobody will go on with."""
+    """End the thread of a pass that is given up."""
 
 
 class PausedForward:

@@ -210,6 +210,13 @@ def test_a_name_like_no_shape_gets_no_suggestion():
     inputs.require_findable(str(ROOT))
 
 
+def test_a_teacher_with_random_weights_is_refused():
+    with pytest.raises(ValueError, match="the teacher is digits_vit, a named shape with random"):
+        inputs.require_possible_teacher("digits_vit")
+    inputs.require_possible_teacher(None)
+    inputs.require_possible_teacher("owner/name")
+
+
 def test_unknown_settings_of_a_file_are_refused_with_a_suggestion(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("finetune_epoch: 3\n")
     _, err, status = run(capsys, "search", "--config", str(tmp_path / "run.yaml"))
