@@ -27,6 +27,8 @@ class SubnetSpec:
             An empty `()` or `{}` leaves out the attention or MLP.
         token_schedule: tokens that leave each layer, as in `OFBViTConfig`; None = that of the
             parent.
+        basis: of the dense parent if it was rewritten before the cut, for example "equivalent":
+            the units are not those of the model that was given. None = it was not.
 
     Raises:
         ValueError: for indices that are negative, unsorted or repeated, and for heads that keep no
@@ -35,6 +37,7 @@ class SubnetSpec:
 
     kept: dict[str, Kept]
     token_schedule: list[list[int]] | None = None
+    basis: str | None = None
 
     def __post_init__(self):
         for name, kept in self.kept.items():
@@ -96,7 +99,8 @@ class SubnetSpec:
                 head = heads[position]
                 grid[head] = tuple(before[head][channel] for channel in channels)
             kept[name] = grid
-        return SubnetSpec(kept, self.token_schedule or parent.token_schedule)
+        schedule = self.token_schedule or parent.token_schedule
+        return SubnetSpec(kept, schedule, parent.basis)
 
     def to_json(self) -> str:
         """Return the subnet as JSON with one line per submodule; `from_json` reads it."""
@@ -110,6 +114,8 @@ class SubnetSpec:
         if self.token_schedule:
             schedule = json.dumps(self.token_schedule)
             text += f',\n  "token_schedule": {schedule}'
+        if self.basis:
+            text += f',\n  "basis": {json.dumps(self.basis)}'
         return text + "\n}\n"
 
     @classmethod
@@ -128,7 +134,7 @@ class SubnetSpec:
             raise ValueError(
                 'not a subnet: expected a JSON object {"kept": {submodule: indices}}.'
             ) from error
-        return cls(kept, content.get("token_schedule"))
+        return cls(kept, content.get("token_schedule"), content.get("basis"))
 
 
 def _check_indices(name: str, indices: Any) -> None:

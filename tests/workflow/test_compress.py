@@ -100,7 +100,7 @@ def test_output_folder_is_complete_and_consistent(compressed):
     given = tiny_vit()
     images = tiny_images()
     torch.testing.assert_close(dense(images).logits, given(images).logits, rtol=0, atol=1e-4)
-    assert results["basis"] == "equivalent"
+    assert results["basis"] == subnet.basis == "equivalent"
     with Image.open(folder / "compress.png") as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("L").getcolors(256)) > 10
