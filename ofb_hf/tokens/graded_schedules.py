@@ -37,7 +37,7 @@ def graded_schedules(
 
     Args:
         config: of a ViT. A layer without attention hands on all tokens that enter it.
-        target: a budget, in what `cost` counts. The largest schedule within it is added to the list.
+        target: a budget, in what `cost` counts. The largest schedule within it is added.
         cost: what counts.
     """
     levels = _levels(config)
