@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
@@ -222,7 +223,7 @@ def find_images(args: ImageArguments) -> FoundImages:
             return _in_folder(path, args)
     try:
         splits = _tables(args)
-    except DatasetsError as error:
+    except (DatasetsError, pa.ArrowInvalid) as error:
         source = args.dataset_name or args.data_dir
         raise ValueError(f"{source} cannot be read: {error}") from error
     return _in_tables(splits, args)
@@ -267,15 +268,13 @@ def _in_folder(folder: Path, args: ImageArguments) -> FoundImages:
         )
     by_split: dict[str, list[PurePosixPath]] = {}
     for path in paths:
-        # Images that lie in the folder itself belong to no split.
+        # Images that lie in the folder itself are a split without a name.
         top = path.parts[0] if len(path.parts) > 1 else ""
         by_split.setdefault(top, []).append(path)
-    drawn, measured = _chosen_splits([name for name in by_split if name], args)
+    drawn, measured = _chosen_splits(list(by_split), args)
+    pool = paths
     if drawn is not None:
         pool = [path for name in drawn for path in by_split[name]]
-        pool += [] if args.split else by_split.get("", [])
-    else:
-        pool = paths
     found = ImageFolder(folder, sorted(pool))
     if measured is None:
         return FoundImages(public_name(args), found)
@@ -343,8 +342,8 @@ def _chosen_splits(names: list[str], args: ImageArguments) -> tuple[list[str] | 
     for flag, name in (("--split", args.split), ("--eval_split", args.eval_split)):
         if name is not None and name not in names:
             raise ValueError(
-                f"{flag} is {name!r}, but the data has {sorted(names) or 'no splits'}; name one "
-                "of these, or leave it out."
+                f"{flag} is {name!r}, but the data has {sorted(filter(None, names))}; name one of "
+                "these, or leave it out."
             )
     measured = args.eval_split
     if measured is None:

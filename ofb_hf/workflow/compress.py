@@ -25,7 +25,7 @@ from .agreement import DENSE, compare
 from .compress_inputs import Compression, Progress, duration, named
 from .measure import SPEED_BATCH, describe_size, images_per_second, lost_classes, provenance
 from .report import budget_rows, markdown_table, results_rows, text_table
-from .results import fill_folder
+from .results import add_latency, fill_folder
 
 logger = logging.get_logger(__name__)
 
@@ -99,7 +99,9 @@ def _measured(
         models[name] = copy.deepcopy(compressed.model).float()
     images = Measuring(compression, progress)
     measured, by_class = compare(models, images)
-    if PartialState().is_main_process:
+    # Other processes write nothing.
+    is_main = PartialState().is_main_process
+    if is_main:
         batch = ImageBatches(compression.drawn.levels, compression.transform, SPEED_BATCH)[0]
         for name, speed in images_per_second(models, batch).items():
             measured[name]["images_per_second"] = speed
@@ -113,6 +115,10 @@ def _measured(
             classes = _classes(compression.model)
             lost = lost_classes(by_class[DENSE], by_class[name], classes)
         results[name]["lost_classes"] = lost
+        table = compression.configs[name].table
+        if table is not None and is_main:
+            pair = {DENSE: models[DENSE], "compressed": models[name]}
+            add_latency(results[name], pair, table)
     return results, images
 
 
@@ -189,7 +195,7 @@ def _results(
     results: dict[str, Any] = {"target_macs": None, "target_params": None}
     dense_cost = count_cost(compression.model, config.terms)
     results[config.budget[0]] = config.absolute(config.target(dense_cost))
-    results |= {DENSE: measured[DENSE], "compressed": measured[name]}
+    results |= {DENSE: dict(measured[DENSE]), "compressed": measured[name]}
     results |= provenance(compression.args.seed, compression.model.device)
     # nothing is trained
     results["steps"] = {}

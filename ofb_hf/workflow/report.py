@@ -67,6 +67,7 @@ def results_rows(results: dict[str, Any]) -> list[list[str]]:
     titles = TITLES
     compressed = results.get("compressed")
     if compressed:
+        # what could be measured: there may be no labels, or no head
         columns = tuple(column for column in (*NEARNESS, *columns) if column[1] in compressed)
     elif not results.get("searched"):
         # Nothing was searched: the first model is that before finetuning, dense or not.

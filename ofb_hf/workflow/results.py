@@ -59,7 +59,7 @@ def measured(run: Run, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     # With a latency table milliseconds are reported for every budget, not only for one in
     # milliseconds.
     if run.config is not None and run.config.table is not None:
-        _add_latency(results, models, run.config.table)
+        add_latency(results, models, run.config.table)
     return results
 
 
@@ -84,10 +84,16 @@ def _left_out(run: Run) -> dict[str, int]:
     return steps
 
 
-def _add_latency(
+def add_latency(
     results: dict[str, Any], models: dict[str, PreTrainedModel], table: LatencyTable
 ) -> None:
-    """Add what the table predicts for every model, and what it takes under the same settings."""
+    """Add what the table predicts for every model, and what it takes under the same settings.
+
+    Args:
+        results: content of `eval_results.json`, with an entry for every model.
+        models: by the names of these entries.
+        table: of this machine.
+    """
     results["latency"] = {"hardware": table.hardware, **table.settings}
     for name, model in models.items():
         results[name]["predicted_latency_ms"] = milliseconds(count_latency(model, table))

@@ -8,15 +8,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from factories import tiny_images, tiny_swin, tiny_vit
+from factories import invented_table, tiny_images, tiny_swin, tiny_vit
+from hub_server import HubServer, Repository, Token
 from huggingface_hub import ModelCard
 from PIL import Image
-from runs import finish
-from safetensors.torch import load_file
+from runs import TESTS, finish, run_code, run_fresh
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification, ViTImageProcessorPil
 from warm import start
 
 from ofb_hf import SubnetSpec, cli, count_macs, count_params
+from ofb_hf.cost.latency import count_latency, milliseconds
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.workflow import compress
 
@@ -147,6 +149,7 @@ def test_what_is_said(checkpoint, photos, tmp_path, caplog):
     assert "corrupt.jpg (no image of a known format)" in caplog.text
 
 
+@pytest.mark.slow
 def test_it_loads_by_all_doors(compressed, tmp_path):
     folder, _ = compressed
     sent = tmp_path / "sent"
@@ -159,8 +162,47 @@ def test_it_loads_by_all_doors(compressed, tmp_path):
     torch.testing.assert_close(twin(images).logits, logits, rtol=0, atol=1e-5)
     hidden = AutoModel.from_pretrained(folder).eval()(images).last_hidden_state
     assert hidden.shape[-1] == model.config.hidden_size
-    assert (sent / "modeling_ofb_vit.py").is_file()
-    assert (sent / "compress.png").is_file()
+    # without this package, by the code that comes with the checkpoint
+    save_file({"images": images}, tmp_path / "images.safetensors")
+    script = f"""
+import sys; sys.modules["ofb_hf"] = None
+import safetensors.torch, torch
+from transformers import AutoModel, AutoModelForImageClassification
+images = safetensors.torch.load_file({str(tmp_path / "images.safetensors")!r})["images"]
+settings = {{"trust_remote_code": True}}
+model = AutoModelForImageClassification.from_pretrained({str(sent)!r}, **settings).eval()
+AutoModel.from_pretrained({str(sent)!r}, **settings)
+answers = {{"logits": model(images).logits.detach()}}
+safetensors.torch.save_file(answers, {str(tmp_path / "answers.safetensors")!r})
+"""
+    status, said = run_code(tmp_path, script, environment={"HF_HOME": str(tmp_path / "hf")})
+    assert status == 0, said[-3000:]
+    answers = load_file(tmp_path / "answers.safetensors")["logits"]
+    torch.testing.assert_close(answers, logits, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_it_is_published_and_verified(checkpoint, images, compressed, tmp_path, capsys):
+    tokens = {"hf_write": Token("ann", organizations=("lab",))}
+    case = ["one", str(compressed[0]), "lab/half", "hf_write", {}]
+    with HubServer({"case/one": Repository({})}, tokens=tokens) as hub:
+        environment = hub.environment(tmp_path / "hf")
+        script = TESTS / "publish_process.py"
+        status, said = run_fresh(script, json.dumps([case]), environment=environment)
+        assert status == 0, said[-3000:]
+        assert '"error"' not in said
+        files = set(hub.repositories["lab/half"].files)
+    sent = (PRODUCT - {"run_settings.json"}) | {"modeling_ofb_vit.py", "configuration_ofb_vit.py"}
+    assert files - {".gitattributes"} == sent
+    run(checkpoint, images, tmp_path / "out")
+    capsys.readouterr()
+    words = [str(tmp_path / "out"), "--data_dir", str(images), "--use_cpu", "--report_to", "none"]
+    cli.verify(words)
+    assert "Everything is as the card says." in capsys.readouterr().out
+    # Without labels there is no accuracy to compare.
+    with pytest.raises(SystemExit):
+        cli.verify([str(compressed[0]), *words[1:]])
+    assert "has no results in its metadata" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------- images and labels
@@ -239,6 +281,18 @@ def test_half_precision_is_kept_and_said_once(photos, tmp_path, caplog):
     assert caplog.text.count("bfloat16") == 1
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
     assert results["compressed"]["bytes"] < results["dense"]["bytes"]
+
+
+def test_a_budget_in_milliseconds(checkpoint, photos, tmp_path):
+    table = invented_table(tiny_vit())
+    (tmp_path / "table.json").write_text(json.dumps(table.to_dict()))
+    whole = milliseconds(count_latency(tiny_vit(), table))
+    flags = ("--latency_table", tmp_path / "table.json", "--target_latency_ms", 0.6 * whole)
+    results = run(checkpoint, photos, tmp_path / "out", *flags)
+    assert results["compressed"]["predicted_latency_ms"] <= results["target_latency_ms"]
+    assert results["dense"]["predicted_latency_ms"] == whole
+    assert results["target_macs"] is None
+    assert "ms for a batch of 1 with 1 thread" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_swin_with_several_budgets_from_one_measuring(swin_checkpoint, photos, tmp_path):
