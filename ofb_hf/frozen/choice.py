@@ -18,10 +18,8 @@ from ..families.subnet import Kept, SubnetSpec, all_units
 from ..families.token_reduction import scheduled
 from ..space.configuration import BiMaskConfig
 from ..space.search_space import SearchSpace, SubmoduleSpace
+from ..tokens.graded_schedules import graded_schedules
 from ..tokens.schedules import Schedule, num_tokens
-
-# Lists of more schedules than this are searched in steps of two.
-LONG = 16
 
 
 def chosen_subnet(
@@ -29,7 +27,7 @@ def chosen_subnet(
     config: BiMaskConfig,
     space: SearchSpace,
     curves: dict[str, ErrorCurve],
-    schedules: list[Schedule] | None = None,
+    tokens: bool = False,
     distance: Callable[[SubnetSpec], float] = lambda subnet: 0.0,
 ) -> SubnetSpec:
     """Return the subnet whose errors add up to least within the budget.
@@ -42,7 +40,7 @@ def chosen_subnet(
         config: the budget.
         space: candidate sizes.
         curves: of every submodule of the space.
-        schedules: token schedules to choose from, with falling costs; None = that of the model.
+        tokens: whether to choose a token schedule; otherwise that of the model stays.
         distance: how far a subnet, cut and fitted, predicts from what the model does.
 
     Raises:
@@ -78,8 +76,9 @@ def chosen_subnet(
             schedule = model.config.stored_schedule(schedule)
         return SubnetSpec(kept, schedule)
 
-    if schedules is None:
+    if not tokens:
         return subnet_of(solve(architecture, []), None)
+    schedules = graded_schedules(model.config, target, config.terms_of)
 
     @functools.cache
     def tried(index: int) -> tuple[float, SubnetSpec | UnreachableBudgetError]:
@@ -105,7 +104,6 @@ def _lowest(length: int, value: Callable[[int], float]) -> int:
     """Return about where a value is lowest that falls and then rises along a list.
 
     A few entries are looked at, evenly spread, then others closer and closer around the best one.
-    In a long list every second entry is as good as its neighbour.
     """
     every = range(length)
     stride = max(1, length // 4)
@@ -114,12 +112,11 @@ def _lowest(length: int, value: Callable[[int], float]) -> int:
     if math.isinf(value(best)):
         # Only the last entries may be possible at all.
         return min(every, key=value)
-    finest = 2 if length > LONG else 1
     stride = max(1, stride // 2)
     while True:
         nearby = [index for index in (best, best - stride, best + stride) if index in every]
         best = min(nearby, key=value)
-        if stride <= finest:
+        if stride == 1:
             return best
         stride //= 2
 

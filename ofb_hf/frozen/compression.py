@@ -28,7 +28,6 @@ from ..pruning.fit import fit_
 from ..pruning.surgery import slice_model
 from ..space.configuration import BiMaskConfig, default_config
 from ..space.search_space import SearchSpace
-from ..tokens.graded_schedules import graded_schedules
 from .choice import chosen_subnet
 from .curves import measure_curves
 
@@ -130,9 +129,6 @@ class FrozenCompressor:
         self._answers: list[Tensor] | None = None
         self.dense = self._rewritten(model)
         self.space = _space(self.config, self.dense, basis)
-        self.schedules = None
-        if self.config.search_tokens:
-            self.schedules = graded_schedules(self.dense.config)
         self.curves = measure_curves(
             self.dense,
             self.space,
@@ -165,7 +161,7 @@ class FrozenCompressor:
             UnreachableBudgetError: if no subnet fits, naming the smallest possible cost.
         """
         subnet = chosen_subnet(
-            self.dense, config, self.space, self.curves, self.schedules, self._distance
+            self.dense, config, self.space, self.curves, self.config.search_tokens, self._distance
         )
         # What waits in memory while fitting is shared by the processes.
         processes = PartialState().num_processes
