@@ -57,16 +57,13 @@ def run_compress(compression: Compression) -> dict[str, Any]:
     )
     timings["measuring errors"] = _elapsed(compression, timings)
     done: dict[str, Compressed] = {}
-    for number, (name, config) in enumerate(configs.items()):
-        progress("choosing and fitting", number, len(configs))
+    for name, config in configs.items():
         done[name] = compressor.compress(config)
         # it was computed in float32
         done[name].model.to(compression.stored_type)
-    progress("choosing and fitting", len(configs), len(configs))
     progress.close()
     timings["choosing and fitting"] = _elapsed(compression, timings)
     results, images = _measured(compression, done, progress)
-    progress.close()
     timings["measuring the result"] = _elapsed(compression, timings)
     for result in results.values():
         result["seconds"] = round(time.monotonic() - compression.began)
@@ -99,6 +96,7 @@ def _measured(
         models[name] = copy.deepcopy(compressed.model).float()
     images = Measuring(compression, progress)
     measured, by_class = compare(models, images)
+    progress.close()
     # Other processes write nothing.
     is_main = PartialState().is_main_process
     if is_main:

@@ -52,7 +52,11 @@ MOST_NAMED = 5
 # What it takes to measure the speed of a model.
 SECONDS_OF_SPEED = (SPEED_ROUNDS + 1) * SECONDS_PER_ROUND
 # Step of the compressor -> what the progress bar calls it.
-STEPS = {"measuring": "measuring errors"}
+STEPS = {
+    "rewriting": "rewriting the basis",
+    "measuring": "measuring errors",
+    "fitting": "fitting weights",
+}
 
 
 @dataclass(kw_only=True)
