@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..families.registry import describe
 from ..families.subnet import SubnetSpec
 from ..families.token_reduction import set_token_reduction_, supports_tokens, token_reductions
-from .fit import RIDGE, fit_, writers
+from .fit import fit_, writers
 
 # Floats of remembered outputs, 1 GiB. More images than this make the fit hardly better.
 MEMORY = 2**28

@@ -37,7 +37,8 @@ def graded_schedules(
 
     Args:
         config: of a ViT. A layer without attention hands on all tokens that enter it.
-        target: a budget, in what `cost` counts. The largest schedule within it is added.
+        target: a budget, in what `cost` counts. The largest schedule within it is then the
+            last of the list: with fewer tokens, the budget could not be used up.
         cost: what counts.
     """
     levels = _levels(config)
@@ -56,9 +57,9 @@ def graded_schedules(
         while high - low > FINENESS:
             middle = (low + high) / 2
             low, high = (low, middle) if cost_at(middle) <= target else (middle, high)
-        grades.append(high)
+        grades = [grade for grade in grades if grade < high] + [high]
     schedules: list[Schedule] = []
-    for grade in sorted(grades):
+    for grade in grades:
         schedule = _schedule(config, _between(levels, grade))
         if schedule not in schedules:
             schedules.append(schedule)

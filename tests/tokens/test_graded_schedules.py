@@ -32,14 +32,15 @@ def test_costs_fall_from_all_tokens_to_one_patch(shape):
 
 
 @pytest.mark.parametrize("fraction", [0.95, 0.7, 0.431, 0.2])
-def test_the_largest_schedule_within_a_budget_is_there(fraction):
+def test_the_largest_schedule_within_a_budget_is_the_last(fraction):
     config = SHAPES["deit_tiny"].config(["cat", "dog"])
     dense = schedule_cost(config, full_schedule(config))
     target = int(fraction * dense)
     costs = [schedule_cost(config, each) for each in graded_schedules(config, target)]
-    within = max(cost for cost in costs if cost <= target)
-    assert within >= target - 0.005 * dense
-    assert sorted(costs, reverse=True) == costs
+    *others, within = costs
+    # With fewer tokens the widths could not use the budget up.
+    assert target - 0.005 * dense <= within <= target
+    assert all(cost > target for cost in others)
 
 
 @pytest.mark.parametrize(("shape", "width"), [("deit_tiny", 192), ("deit_small", 384)])
