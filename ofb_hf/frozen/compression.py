@@ -40,7 +40,7 @@ MEMORY = 2**28
 # Images that are computed together.
 BATCH = 16
 # Images on which a subnet is fitted to see whether tokens should give up more of the budget, or
-# less; half as many others tell.
+# less; as many others tell.
 TRIED_IMAGES = 64
 
 
@@ -189,7 +189,7 @@ class FrozenCompressor:
         processes = PartialState().num_processes
         count = max(processes, math.ceil(TRIED_IMAGES / len(batches[0])))
         count = min(count, len(batches))
-        others = range(count, min(len(batches), count + (count + 1) // 2))
+        others = range(count, min(len(batches), 2 * count))
         fitted_on = Part(batches, range(count))
         measured_on = Part(batches, others) if others else fitted_on
         small = self._fitted(subnet, fitted_on)

@@ -55,7 +55,7 @@ def measure_curves(
     channels = {one.name: list(one.dim_candidates) for one in space if one.kind == "attention"}
     widths = [one.name for one in space if one.kind == "embedding"]
     count = _enough_batches(model, batches)
-    observation = Observation(model, channels, widths, count)
+    observation = Observation(model, channels, widths, count * len(batches[0]))
     state = PartialState()
     # The first batches of all processes together are enough for what costs most.
     replayed = math.ceil(REPLAYED_IMAGES / len(batches[0]))

@@ -24,6 +24,8 @@ from ..pruning.sums import Sums, with_ones
 REPLAYED_IMAGES = 96
 # Of so many tokens one is drawn to measure errors where the loss minds them.
 DRAWN = 8
+# Images whose activations are in memory at the same time.
+TOGETHER = 4
 # Rows for each column of a matrix of second moments.
 ROWS_PER_COLUMN = 40
 
@@ -36,7 +38,7 @@ class Observation:
             afterwards.
         channels: attention -> the numbers of first channels of a head to try.
         streams: residual widths whose first channels are to be tried.
-        num_batches: how many batches will be observed, on all processes together.
+        num_images: how many images will be observed, about, on all processes together.
 
     Attributes:
         sums: of all images, by (submodule or norm, what is summed).
@@ -49,10 +51,10 @@ class Observation:
         model: PreTrainedModel,
         channels: dict[str, list[int]],
         streams: Sequence[str],
-        num_batches: int,
+        num_images: int,
     ):
         self.model = model
-        self.num_batches = num_batches
+        self.num_images = num_images
         self.channels = channels
         self.sums = Sums()
         family = family_of(model.config)
@@ -70,6 +72,7 @@ class Observation:
             for norm in stream.norms
         }
         self._calls: dict[str, tuple] = {}
+        self._are_watched = True
 
     def add(self, pixel_values: Tensor, generator: torch.Generator, replay: bool) -> None:
         """Observe a batch.
@@ -82,26 +85,36 @@ class Observation:
         Raises:
             ValueError: if the network gives out numbers that are not finite.
         """
-        model = self.model
         handles = self._watch(replay)
-        self._calls = {}
         self._generator = generator
         try:
-            # The images carry the gradients: weights have none.
-            pixel_values = pixel_values.to(model.device, model.dtype).requires_grad_()
-            outputs = model(pixel_values=pixel_values).logits
-            if not bool(outputs.isfinite().all()):
-                raise ValueError(
-                    "the model's outputs for the calibration images are not finite; check the "
-                    "checkpoint and how the images are normalized."
-                )
-            drawn_loss(outputs, model.config.num_labels, generator).backward()
-            self.sums.add(("images",), len(pixel_values))
+            # What a backward pass needs is much more than what a forward pass holds.
+            for images in pixel_values.split(TOGETHER):
+                self._observe(images)
         finally:
             for handle in handles:
                 handle.remove()
-        with torch.no_grad():
-            self._replay()
+        self.sums.add(("images",), len(pixel_values))
+
+    def _observe(self, pixel_values: Tensor) -> None:
+        model = self.model
+        self._calls = {}
+        self._together = len(pixel_values)
+        # The images carry the gradients: weights have none.
+        pixel_values = pixel_values.to(model.device, model.dtype).requires_grad_()
+        outputs = model(pixel_values=pixel_values).logits
+        if not bool(outputs.isfinite().all()):
+            raise ValueError(
+                "the model's outputs for the calibration images are not finite; check the "
+                "checkpoint and how the images are normalized."
+            )
+        drawn_loss(outputs, model.config.num_labels, self._generator).backward()
+        self._are_watched = False
+        try:
+            with torch.no_grad():
+                self._replay()
+        finally:
+            self._are_watched = True
 
     # ----------------------------------------------------------------------------------- watching
 
@@ -127,9 +140,12 @@ class Observation:
         return handles
 
     def _attends(self, module: nn.Module, args: tuple, kwargs: dict, name: str) -> None:
-        self._calls[name] = (_detached(args), _detached(kwargs))
+        if self._are_watched:
+            self._calls[name] = (_detached(args), _detached(kwargs))
 
     def _writes(self, layer: nn.Linear, args: tuple, output: Tensor, name: str) -> None:
+        if not self._are_watched:
+            return
         inputs = args[0].detach()
 
         def add(gradient: Tensor) -> None:
@@ -140,7 +156,7 @@ class Observation:
             if name in self._calls:
                 self._calls[name] += (weights, _rows(inputs))
             if name not in self.heads:
-                self._add_units((name,), _rows(inputs), weights)
+                self._add_units((name,), _rows(inputs), weights, self.num_images)
 
         output.register_hook(add)
 
@@ -157,14 +173,21 @@ class Observation:
 
         output.register_hook(add)
 
-    def _add_units(self, key: tuple, rows: Tensor, weights: Tensor) -> None:
+    def _add_units(self, key: tuple, rows: Tensor, weights: Tensor, images: int) -> None:
         """Add the moments of rows (N, D), and those of rows drawn by how much the loss minds them.
 
         Drawn rows instead of weighted ones cost little, and their moments are the same in the mean.
+
+        Args:
+            key: of the sums.
+            rows: of the images in work.
+            weights: how much the loss minds each row, (N,).
+            images: of how many images rows will be added in all.
         """
         rows = with_ones(rows.float())
         # No more rows than the moments of so many columns need.
-        stride = max(1, len(rows) * self.num_batches // (ROWS_PER_COLUMN * rows.shape[1]))
+        rows_of_all = len(rows) // self._together * images
+        stride = max(1, rows_of_all // (ROWS_PER_COLUMN * rows.shape[1]))
         some = rows[::stride]
         self.sums.add((*key, "all"), some.mT @ some)
         count = max(1, len(some) // DRAWN)
@@ -179,6 +202,7 @@ class Observation:
 
     def _replay(self) -> None:
         """Run each attention again with fewer channels in its heads."""
+        replayed = min(REPLAYED_IMAGES, self.num_images)
         for name, call in self._calls.items():
             if len(call) == 2:
                 continue  # no gradient reached it
@@ -190,7 +214,7 @@ class Observation:
                 if channels < head.head_dim:
                     units = self._with_channels(head, channels, args, kwargs)
                 rows = torch.cat([units, written], 1)  # (N, H * C + D)
-                self._add_units((name, channels), rows, weights)
+                self._add_units((name, channels), rows, weights, replayed)
         self._calls = {}
 
     def _with_channels(self, head: HeadBasis, channels: int, args: tuple, kwargs: dict) -> Tensor:

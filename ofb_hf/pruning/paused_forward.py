@@ -74,7 +74,8 @@ class PausedForward:
         self._arrived.acquire()
         if self._error is not None:
             raise self._error
-        return self._call
+        call, self._call = self._call, None
+        return call
 
     def cancel(self) -> None:
         """Let go of a pass that waits."""
