@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..choice.error_curves import ErrorCurve
 from ..families.evaluation import evaluating
 from ..families.registry import describe, family_of, require_classifier
-from ..families.subnet import SubnetSpec
+from ..families.subnet import BASES as BASES
+from ..families.subnet import SubnetSpec, require_basis
 from ..families.token_reduction import supports_tokens
 from ..pruning.equivalent_basis import equivalent_basis
 from ..pruning.fit import fit_
@@ -32,8 +33,6 @@ from ..tokens.graded_schedules import graded_schedules
 from .choice import chosen_subnet
 from .curves import measure_curves
 
-# What may change its basis before the cut.
-BASES = ("equivalent", "heads", "given")
 # Images for the second moments of a basis.
 BASIS_IMAGES = 256
 # Floats that a fit may hold at once, 1 GiB; more images than fit into it make it hardly better.
@@ -94,8 +93,7 @@ class FrozenCompressor:
         progress: Callable[[str, int, int], None] = lambda step, done, total: None,
     ):
         require_classifier(model)
-        if basis not in BASES:
-            raise ValueError(f"basis is {basis!r}; allowed are {', '.join(map(repr, BASES))}.")
+        require_basis(basis)
         state = PartialState()
         if len(batches) < state.num_processes:
             raise ValueError(
@@ -151,6 +149,7 @@ class FrozenCompressor:
         subnet = chosen_subnet(
             self.dense, config, self.space, self.curves, self.schedules, self._distance
         )
+        subnet = replace(subnet, basis=self.basis)
         small = self._fitted(subnet, self._mine()).to(self.stored_type)
         return Compressed(small, subnet, self.dense, self.curves)
 
