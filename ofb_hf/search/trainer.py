@@ -104,7 +104,7 @@ class OFBTrainer(DistillationTrainer):
         set_seed(args.seed)
         given = model
         if not isinstance(model, Supernet):
-            model = in_basis(given, bi_mask_config, args.seed, **kwargs)
+            model = in_basis(given, bi_mask_config, args, **kwargs)
             supernet = install_bi_masks(model, bi_mask_config)
         elif bi_mask_config is None:
             supernet = model

@@ -201,8 +201,8 @@ class Run:
         if self.is_done("basis"):
             self.dense = self.load_result("basis").train()
             return
-        images = images_for_basis(self.inputs.train_plain, self.args.seed)
-        self.dense = rewritten(self.dense, images, self.config.basis)
+        images = images_for_basis(self.inputs.train_plain, self.args)
+        self.dense = rewritten(self.dense, images, self.config.basis, self.args)
         self.keep_result("basis", self.dense.save_pretrained)
 
     def finetune(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> PreTrainedModel:
