@@ -27,6 +27,10 @@ COMMANDS = {
         "Measure the parts of a model on this machine, for budgets in milliseconds.",
         "ofb_hf.cli:latency_table",
     ),
+    "compress": Command(
+        "Make a classifier smaller in minutes, without labels and without training.",
+        "ofb_hf.cli:compress",
+    ),
     "search": Command(
         "Search a smaller version of a classifier under a budget, prune and finetune it.",
         "ofb_hf.cli:search",
@@ -60,6 +64,7 @@ COMMANDS = {
 EXAMPLES = """\
 examples:
   ofb-hf search                              the demonstration on handwritten digits, in minutes
+  ofb-hf compress MODEL IMAGES               half the cost in minutes, without labels
   ofb-hf plan deit_small --target_macs 0.5   what a search would cost
   ofb-hf search --model_name_or_path facebook/deit-small-patch16-224 --data_dir PHOTOS \\
       --target_macs 0.5 --output_dir runs/half

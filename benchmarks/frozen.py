@@ -1,5 +1,6 @@
 """Compare ways to compress a classifier without training: one checkpoint, same images and budgets.
 
+    dense           the given classifier
     compress        `ofb_hf.frozen.compression`: basis, error curves, tokens, fit
     widths          the same without tokens
     one_shot        first-order scores and a fit of the layers that write into the residual stream
@@ -32,7 +33,7 @@ from transformers import PreTrainedModel
 from ofb_hf import count_macs
 from ofb_hf.choice import baselines
 from ofb_hf.cost.budget import UnreachableBudgetError
-from ofb_hf.data import DataArguments
+from ofb_hf.data import DataArguments, build_transform, with_image_transform
 from ofb_hf.families.registry import describe, family_of
 from ofb_hf.frozen.compression import FrozenCompressor, frozen_config
 from ofb_hf.pruning.compensation import compensate_
@@ -45,6 +46,7 @@ from ofb_hf.workflow.report import markdown_table
 
 RESULTS = "results.jsonl"
 CONTESTANTS = (
+    "dense",
     "compress",
     "widths",
     "one_shot",
@@ -69,17 +71,34 @@ class Comparison:
         num_images: calibration images.
         seed: of their draw from the training split.
         max_eval_samples: images of the evaluation split, None = all.
+        eval_crop_pct: as for `DataArguments`.
     """
 
     def __init__(
-        self, model: str, data_dir: str, num_images: int, seed: int, max_eval_samples: int | None
+        self,
+        model: str,
+        data_dir: str,
+        num_images: int,
+        seed: int,
+        max_eval_samples: int | None,
+        eval_crop_pct: float | None,
     ):
-        data = DataArguments(data_dir=data_dir, max_eval_samples=max_eval_samples)
+        data = DataArguments(
+            data_dir=data_dir,
+            max_eval_samples=max_eval_samples,
+            eval_crop_pct=eval_crop_pct,
+        )
         self.dense, self.inputs = load(model, data, 0)
         self.dense.eval()
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.inputs.train), generator=generator)[:num_images]
-        chosen = [self.inputs.train[int(index)]["pixel_values"] for index in order]
+        # As the evaluated ones are prepared, not augmented.
+        plain = build_transform(
+            self.inputs.processor, "none", train=False, eval_crop_pct=eval_crop_pct
+        )
+        split = self.inputs.data
+        rows = with_image_transform(split.train, plain, split.image_column, split.label_column)
+        chosen = [rows[int(index)]["pixel_values"] for index in order]
         self.images = torch.stack(chosen)
         self.batches = self.images.split(BATCH)
         self.seed = seed
@@ -264,6 +283,8 @@ def fixed_merging(comparison: Comparison, fraction: float) -> PreTrainedModel:
 
 def made_by(contestant: str, comparison: Comparison, fraction: float) -> tuple[Any, float | None]:
     """Return a contestant's network, and its MACs where they cannot be counted from it."""
+    if contestant == "dense":
+        return comparison.dense, None
     if contestant == "compress":
         return compressed(comparison, fraction, tokens=True), None
     if contestant == "widths":
@@ -292,7 +313,12 @@ def run(wanted: argparse.Namespace, results: Path) -> None:
                 if any(key.items() <= row.items() for row in done):
                     continue
                 comparison = comparison or Comparison(
-                    wanted.model, wanted.data_dir, wanted.num_images, seed, wanted.max_eval_samples
+                    wanted.model,
+                    wanted.data_dir,
+                    wanted.num_images,
+                    seed,
+                    wanted.max_eval_samples,
+                    wanted.eval_crop_pct,
                 )
                 began = time.monotonic()
                 try:
@@ -345,6 +371,7 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=512, help="calibration images")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="draws of these images")
     parser.add_argument("--max_eval_samples", type=int)
+    parser.add_argument("--eval_crop_pct", type=float, help="0.875: resize to 256, crop 224")
     wanted = parser.parse_args()
     if wanted.contestants is None:
         missing = set() if find_spec("torch_pruning") else {"torch_pruning"}

@@ -25,6 +25,8 @@ _LAZY = {
     "install_bi_masks": "search.supernet",
     "read_subnet": "search.supernet",
     "compress": "search.supernet",
+    "compress_frozen": "frozen.compression",
+    "equivalent_basis": "pruning.equivalent_basis",
     "SearchSpace": "space.search_space",
     "SubmoduleSpace": "space.search_space",
     "SubnetSpec": "families.subnet",
@@ -40,6 +42,8 @@ _LAZY |= dict.fromkeys(_SEARCH_CONFIGS, "space.configuration")
 if TYPE_CHECKING:
     from .cost.counting import count_macs, count_params
     from .families.subnet import SubnetSpec
+    from .frozen.compression import compress_frozen
+    from .pruning.equivalent_basis import equivalent_basis
     from .release.hub import publish
     from .search.supernet import compress, install_bi_masks, read_subnet
     from .search.trainer import OFBTrainer
@@ -83,8 +87,10 @@ __all__ = [
     "TokenTrainer",
     "__version__",
     "compress",
+    "compress_frozen",
     "count_macs",
     "count_params",
+    "equivalent_basis",
     "install_bi_masks",
     "publish",
     "read_subnet",

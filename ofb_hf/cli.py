@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from ofb_hf_command import COMMANDS, main
 
 from .cost.latency import LatencyTable
-from .data import AugmentationArguments, DataArguments
+from .data import AugmentationArguments, DataArguments, ImageArguments
 from .families.registry import FAMILIES
 from .release import hub
 from .release.export import ExportError
 from .token_search.learned_counts import TokenSearchConfig
 from .training.arguments import OFBTrainingArguments
+from .workflow import compress as compress_workflow
 from .workflow import export as export_workflow
 from .workflow import finetune as finetune_workflow
 from .workflow import latency_table as latency_table_workflow
@@ -30,6 +32,7 @@ from .workflow import search_tokens as tokens_workflow
 from .workflow import several_budgets as several_budgets_workflow
 from .workflow import verify as verify_workflow
 from .workflow.arguments import (
+    CompressArguments,
     ExportArguments,
     FinetuneArguments,
     LatencyTableArguments,
@@ -42,11 +45,13 @@ from .workflow.arguments import (
     TrainedModelArguments,
 )
 from .workflow.command_line import parse
+from .workflow.compress_inputs import PASSES, prepare
 from .workflow.flag_help import Command
 from .workflow.report import text_table
 from .workflow.results import push
 from .workflow.run import Run
 
+FIELDS_OF_IMAGES = tuple(field.name for field in fields(ImageArguments))
 BUDGET = ("target_macs", "target_params", "target_latency_ms", "latency_table")
 DATA = ("dataset_name", "data_dir")
 MODEL_TYPES = ", ".join(config.model_type for config in FAMILIES)
@@ -128,6 +133,39 @@ FINETUNE = Command(
             *("weight_decay", "per_device_train_batch_size"),
         ),
         "output": ("output_dir", "resume_from_checkpoint"),
+    },
+)
+
+COMPRESS = Command(
+    "compress",
+    (CompressArguments, ImageArguments),
+    f"""{COMMANDS["compress"].summary}
+
+    ofb-hf compress MODEL IMAGES --target_macs 0.5
+
+MODEL is a classifier of transformers or of this package, of type {MODEL_TYPES}.
+IMAGES are some hundred photos of the kind that the model is for: a folder of any layout, parquet
+files, or a data set of the Hub. They need no labels; where there are labels that the model knows,
+its accuracy is reported as well.
+
+It takes about as long as the model takes for {PASSES} x --num_images images. The result agrees as
+nearly with the given model as the budget allows. Several budgets (--target_macs 0.7,0.5,0.35) are
+met from one measuring. For more accuracy under a strong budget, train afterwards (`ofb-hf
+finetune`) or search (`ofb-hf search`).""",
+    {
+        "model and images": (
+            *("model_name_or_path", "data_dir", "dataset_name", "num_images", "eval_split"),
+        ),
+        "budget": ("target_macs", "target_params", "target_latency_ms", "latency_table"),
+        "how it is computed": ("basis", "use_cpu"),
+        "output": ("output_dir", "overwrite_output_dir", "keep_dense"),
+    },
+    {
+        "model and images": ("config", "model_name_or_path", *FIELDS_OF_IMAGES),
+        "budget": (*BUDGET, "budgets"),
+        "what may be cut": ("basis", "search_*", "multiple_of"),
+        "how it is computed": ("batch_size", "seed", "use_cpu", "disable_tqdm"),
+        "output": ("output_dir", "overwrite_output_dir", "keep_dense"),
     },
 )
 
@@ -271,6 +309,16 @@ def search_tokens(argv: list[str] | None = None) -> dict[str, Any]:
     return _finish(run, tokens_workflow.run_search_tokens)
 
 
+def compress(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run `ofb-hf compress` or `recipes/compress.py`, and return the results."""
+    # Nothing is written before everything is there, so that no error leaves a half of it.
+    with exit_with_message():
+        parsed = parse(COMPRESS, _leading(("--model_name_or_path", "--images"), argv))
+        results = compress_workflow.run_compress(prepare(*parsed))
+    _end_together()
+    return results
+
+
 def finetune(argv: list[str] | None = None) -> dict[str, Any]:
     """Run `ofb-hf finetune` or `recipes/finetune.py`, and return the results."""
     with exit_with_message():
@@ -339,12 +387,16 @@ def publish(argv: list[str] | None = None) -> None:
     sys.stdout.write("\n".join([*lines, ""]))
 
 
-def _leading(flag: str, argv: list[str] | None) -> list[str]:
-    """Return the words of a command line; a first word that is no flag is the value of `flag`."""
+def _leading(flags: str | tuple[str, ...], argv: list[str] | None) -> list[str]:
+    """Return the words of a command line; first words that are no flags are values of `flags`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-"):
-        return [flag, *argv]
-    return argv
+    flags = (flags,) if isinstance(flags, str) else flags
+    named: list[str] = []
+    for flag in flags:
+        if not argv or argv[0].startswith("-"):
+            break
+        named += [flag, argv.pop(0)]
+    return named + argv
 
 
 @contextmanager
@@ -382,6 +434,7 @@ def _end_together() -> None:
 
 
 __all__ = [
+    "compress",
     "evaluate",
     "export",
     "finetune",

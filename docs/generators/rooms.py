@@ -8,6 +8,7 @@ from .results import ROOT
 ROOMS = {
     "cli": "ofb-hf, recipes",
     "workflow": "a run from checkpoint to folder",
+    "frozen": "compression without training",
     "search": "widths, depth, tokens",
     "choice": "best sizes under a budget",
     "token_search": "token counts alone",

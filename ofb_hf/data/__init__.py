@@ -11,6 +11,7 @@ from .access import DatasetAccessError
 from .augmentation_args import AugmentationArguments
 from .decoding import TooManyBadImagesError
 from .digits import load_digits_data
+from .drawing import ImageBatches, draw, evaluated_rows, labelled_batches
 from .loading import DataArguments, load_image_data
 from .mixing import BatchAugmentation
 from .splits import ImageData, align_labels, require_decodable
@@ -22,12 +23,16 @@ from .transforms import (
     cropping,
     with_image_transform,
 )
+from .unlabeled import FoundImages, ImageArguments, class_numbers, find_images
 
 __all__ = [
     "AugmentationArguments",
     "BatchAugmentation",
     "DataArguments",
     "DatasetAccessError",
+    "FoundImages",
+    "ImageArguments",
+    "ImageBatches",
     "ImageData",
     "ImageStream",
     "ImageTransform",
@@ -37,7 +42,12 @@ __all__ = [
     "TooManyBadImagesError",
     "align_labels",
     "build_transform",
+    "class_numbers",
     "cropping",
+    "draw",
+    "evaluated_rows",
+    "find_images",
+    "labelled_batches",
     "load_digits_data",
     "load_image_data",
     "require_decodable",

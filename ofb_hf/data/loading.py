@@ -259,7 +259,7 @@ def load_image_data(args: DataArguments) -> ImageData:
 
 def _load(args: DataArguments) -> ImageData:
     path, options = _location(args)
-    available = _load_splits(path, **options)
+    available = load_splits(path, **options)
     splits = {name: available[name] for name in _choose_splits(list(available), args)}
     for name, dataset in splits.items():
         if len(dataset) == 0:
@@ -280,7 +280,7 @@ def _load(args: DataArguments) -> ImageData:
     else:
         train, evaluation = _hold_out_eval(train, label_column, args.eval_share)
     return ImageData(
-        name=_public_name(args),
+        name=public_name(args),
         train=train,
         eval=evaluation,
         image_column=image_column,
@@ -326,7 +326,7 @@ def _load_streamed(args: DataArguments) -> ImageData:
             f"split {train_split!r} is empty; add its rows, or name another with --train_split."
         )
     return ImageData(
-        name=_public_name(args),
+        name=public_name(args),
         train=train,
         eval=encoded[eval_split],
         image_column=image_column,
@@ -362,12 +362,12 @@ def _load_alone(builder: DatasetBuilder, split: str, features: Features) -> Data
     # From its files, because `load_dataset(..., split=...)` would download all the other splits.
     files = {split: list(builder.config.data_files[split])}
     splits = patiently(
-        lambda: _load_splits(builder.name, data_files=files, features=features), f"loading {split}"
+        lambda: load_splits(builder.name, data_files=files, features=features), f"loading {split}"
     )
     return splits[split]
 
 
-def _public_name(args: DataArguments) -> str:
+def public_name(args: DataArguments) -> str:
     """Return the name of the data in reports."""
     # Reports are published: they have the name of a local folder, not its path.
     name = args.dataset_name if args.data_dir is None else args.data_dir
@@ -382,7 +382,7 @@ def _location(args: DataArguments) -> tuple[str, dict[str, Any]]:
     return _folder_location(Path(args.data_dir).expanduser(), args)
 
 
-def _load_splits(path: str, **kwargs: Any) -> DatasetDict:
+def load_splits(path: str, **kwargs: Any) -> DatasetDict:
     try:
         return load_dataset(path, **kwargs)
     except ValueError as error:

@@ -127,7 +127,7 @@ class RowGroups:
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in islice(enumerate(rows), start, None):
                 image, label = (row[column] for column in self.columns)
-                yield _row(image, label, f"row {offset + number} of {file_name}")
+                yield stored_row(image, label, f"row {offset + number} of {file_name}")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class ImageFiles:
         if start == 0:
             path = self.paths[block].as_py()
             label = self.labels[block].as_py()
-            yield _row(path, label, f"row {block}")
+            yield stored_row(path, label, f"row {block}")
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class Shards:
             for number, rows in enumerate(shard.iter(1)):
                 if passed >= start:
                     image, label = (rows[column][0] for column in self.columns)
-                    yield _row(image, label, f"row {number} of shard {block}")
+                    yield stored_row(image, label, f"row {number} of shard {block}")
                 passed += 1
             is_empty = passed == before
             if not self.equally_long or is_empty:
@@ -364,7 +364,7 @@ def _open(url: str) -> Any:
     return filesystem.open(path, "rb", **UNBUFFERED)
 
 
-def _row(image: Any, label: Any, name: str) -> Row:
+def stored_row(image: Any, label: Any, name: str) -> Row:
     """Return a row, and read the image's file if the table has only its path.
 
     Args:

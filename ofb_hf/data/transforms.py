@@ -229,6 +229,10 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the tensor (3, H, W) of a PIL image of any mode, as `to_tensor` makes it."""
+        return self.to_tensor(self.levels(image))
+
+    def levels(self, image: Image.Image) -> np.ndarray:
+        """Return the gray levels (H, W, 3), uint8, of a PIL image of any mode, prepared."""
         if not isinstance(image, Image.Image):
             raise TypeError(
                 f"got {type(image).__name__}, expected a PIL image; check the image column for "
@@ -241,7 +245,7 @@ class ImageTransform:
                 f"{self.width} x {self.height} and the image processor does not resize; set its "
                 "do_resize."
             )
-        return self.to_tensor(np.asarray(image))
+        return np.asarray(image)
 
     def prepare(self, image: Image.Image) -> Image.Image:
         """Return an RGB image of the model's size, from an RGB image of any size."""

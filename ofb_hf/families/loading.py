@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -17,22 +18,49 @@ def load_complete_classifier(name_or_path: str | Path) -> PreTrainedModel:
         ValueError: if it cannot be loaded, or if the file lacks weights, which transformers would
             initialise at random.
     """
+    model, missing = _loaded(name_or_path)
+    _require_complete(name_or_path, missing)
+    return model
+
+
+def load_classifier_or_features(name_or_path: str | Path) -> PreTrainedModel:
+    """Load an image classifier; without its head if the checkpoint has none, as an encoder's.
+
+    Such a model has `num_labels` 0 and gives out features. transformers would make up a head with
+    random weights.
+
+    Raises:
+        ValueError: if it cannot be loaded, or if other weights than those of the head are missing.
+    """
+    model, missing = _loaded(name_or_path)
+    base = f"{model.base_model_prefix}."
+    if missing and not any(name.startswith(base) for name in missing):
+        model, missing = _loaded(name_or_path, num_labels=0)
+    _require_complete(name_or_path, missing)
+    return model
+
+
+def _loaded(name_or_path: str | Path, **config: Any) -> tuple[PreTrainedModel, list[str]]:
+    """Load an image classifier with some fields of its config set; also return what is missing."""
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
-            name_or_path, output_loading_info=True
+            name_or_path, output_loading_info=True, **config
         )
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"cannot load an image classifier from {str(name_or_path)!r}: {error} Give a Hub name "
             "or a folder written by save_pretrained."
         ) from error
-    missing = sorted(report["missing_keys"])
+    return model, sorted(report["missing_keys"])
+
+
+def _require_complete(name_or_path: str | Path, missing: list[str]) -> None:
+    """Raise ValueError if a checkpoint lacks tensors."""
     if missing:
         raise ValueError(
             f"{name_or_path} is no complete image classifier: {len(missing)} of its tensors are "
             f"missing, such as {missing[0]}."
         )
-    return model
 
 
 def rebuild_classifier(

@@ -7,8 +7,9 @@ from typing import Any
 
 # Unit indices of a plain axis, or {head index: channel indices inside that head}.
 Kept = tuple[int, ...] | dict[int, tuple[int, ...]]
-# Which of its weights a network is rewritten in before units are counted: none; queries, keys,
-# values and output of every head; and residual streams as well. See `pruning/equivalent_basis.py`.
+# In which basis a network's units are counted: as it was given; with queries, keys, values and
+# output of every head rewritten; with residual streams rewritten as well, where its family allows
+# it. See `pruning/equivalent_basis.py`.
 BASES = ("given", "heads", "equivalent")
 
 

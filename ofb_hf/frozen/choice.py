@@ -18,6 +18,7 @@ from ..families.subnet import Kept, SubnetSpec, all_units
 from ..families.token_reduction import scheduled
 from ..space.configuration import BiMaskConfig
 from ..space.search_space import SearchSpace, SubmoduleSpace
+from ..tokens.graded_schedules import graded_schedules
 from ..tokens.schedules import Schedule, num_tokens
 
 
@@ -26,7 +27,7 @@ def chosen_subnet(
     config: BiMaskConfig,
     space: SearchSpace,
     curves: dict[str, ErrorCurve],
-    schedules: list[Schedule] | None = None,
+    tokens: bool = False,
     distance: Callable[[SubnetSpec], float] = lambda subnet: 0.0,
 ) -> SubnetSpec:
     """Return the subnet whose errors add up to least within the budget.
@@ -39,7 +40,7 @@ def chosen_subnet(
         config: the budget.
         space: candidate sizes.
         curves: of every submodule of the space.
-        schedules: token schedules to choose from, with falling costs; None = that of the model.
+        tokens: whether to choose a token schedule; otherwise that of the model stays.
         distance: how far a subnet, cut and fitted, predicts from what the model does.
 
     Raises:
@@ -75,8 +76,9 @@ def chosen_subnet(
             schedule = model.config.stored_schedule(schedule)
         return SubnetSpec(kept, schedule)
 
-    if schedules is None:
+    if not tokens:
         return subnet_of(solve(architecture, []), None)
+    schedules = graded_schedules(model.config, target, config.terms_of)
 
     @functools.cache
     def tried(index: int) -> tuple[float, SubnetSpec | UnreachableBudgetError]:
@@ -99,19 +101,24 @@ def chosen_subnet(
 
 
 def _lowest(length: int, value: Callable[[int], float]) -> int:
-    """Return where a value is lowest that falls and rises once along a list, or nearly so.
+    """Return about where a value is lowest that falls and then rises along a list.
 
-    Every eighth entry is looked at, then others closer and closer around the best one.
+    A few entries are looked at, evenly spread, then others closer and closer around the best one.
     """
     every = range(length)
     stride = max(1, length // 4)
-    looked_at = sorted({*every[::stride], length - 1})
+    looked_at = list(every[stride // 2 :: stride])
     best = min(looked_at, key=value)
-    while stride > 1:
-        stride = stride // 2
+    if math.isinf(value(best)):
+        # Only the last entries may be possible at all.
+        return min(every, key=value)
+    stride = max(1, stride // 2)
+    while True:
         nearby = [index for index in (best, best - stride, best + stride) if index in every]
         best = min(nearby, key=value)
-    return best
+        if stride == 1:
+            return best
+        stride //= 2
 
 
 def _candidates(space: SubmoduleSpace, curve: ErrorCurve) -> list[Candidate]:

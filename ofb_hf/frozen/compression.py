@@ -21,7 +21,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..choice.error_curves import ErrorCurve
 from ..families.evaluation import evaluating
 from ..families.registry import describe, family_of, require_classifier
-from ..families.subnet import BASES as BASES
 from ..families.subnet import SubnetSpec, require_basis
 from ..families.token_reduction import supports_tokens
 from ..pruning.equivalent_basis import equivalent_basis
@@ -29,12 +28,11 @@ from ..pruning.fit import fit_
 from ..pruning.surgery import slice_model
 from ..space.configuration import BiMaskConfig, default_config
 from ..space.search_space import SearchSpace
-from ..tokens.graded_schedules import graded_schedules
 from .choice import chosen_subnet
 from .curves import measure_curves
 
 # Images for the second moments of a basis.
-BASIS_IMAGES = 256
+BASIS_IMAGES = 128
 # Floats that a fit may hold at once, 1 GiB; more images than fit into it make it hardly better.
 MEMORY = 2**28
 # Images that are computed together.
@@ -59,6 +57,25 @@ class Compressed:
     subnet: SubnetSpec
     dense: PreTrainedModel
     curves: dict[str, ErrorCurve]
+
+
+class Part(Sequence):
+    """Some batches of a sequence, read when they are asked for.
+
+    Args:
+        batches: the sequence.
+        numbers: which of them.
+    """
+
+    def __init__(self, batches: Sequence[Tensor], numbers: range):
+        self.batches = batches
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.batches[self.numbers[number]]
 
 
 class FrozenCompressor:
@@ -106,11 +123,9 @@ class FrozenCompressor:
         self.progress = progress
         self.stored_type = model.dtype
         self.config = space or frozen_config(model.config)
+        self._answers: list[Tensor] | None = None
         self.dense = self._rewritten(model)
         self.space = _space(self.config, self.dense, basis)
-        self.schedules = None
-        if self.config.search_tokens:
-            self.schedules = graded_schedules(self.dense.config)
         self.curves = measure_curves(
             self.dense,
             self.space,
@@ -119,8 +134,8 @@ class FrozenCompressor:
             progress=self._step("measuring"),
         )
 
-    def _step(self, name: str) -> Callable[[int], None]:
-        return lambda done: self.progress(name, done, len(self.batches))
+    def _step(self, name: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(name, done, total)
 
     def _rewritten(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the model in the basis that is cut."""
@@ -128,14 +143,10 @@ class FrozenCompressor:
             dense = family_of(model.config).from_dense(model).float().eval()
             family_of(dense.config).pin(dense.config)
             return dense
-        images = 0
-        some: list[Tensor] = []
-        for batch in self.batches:
-            some.append(batch)
-            images += len(batch)
-            if images >= BASIS_IMAGES:
-                break
-        return equivalent_basis(model, some, streams=self.basis == "equivalent")
+        count = min(len(self.batches), math.ceil(BASIS_IMAGES / len(self.batches[0])))
+        some = Part(self.batches, range(count))
+        streams = self.basis == "equivalent"
+        return equivalent_basis(model, some, streams=streams, progress=self._step("rewriting"))
 
     def compress(self, config: BiMaskConfig) -> Compressed:
         """Return the classifier under one budget.
@@ -147,58 +158,75 @@ class FrozenCompressor:
             UnreachableBudgetError: if no subnet fits, naming the smallest possible cost.
         """
         subnet = chosen_subnet(
-            self.dense, config, self.space, self.curves, self.schedules, self._distance
+            self.dense, config, self.space, self.curves, self.config.search_tokens, self._distance
         )
         subnet = replace(subnet, basis=self.basis)
-        small = self._fitted(subnet, self._mine()).to(self.stored_type)
+        # What waits in memory while fitting is shared by the processes.
+        processes = PartialState().num_processes
+        most = max(processes, images_to_fit(self.dense) * processes // len(self.batches[0]))
+        fitted_on = Part(self.batches, range(min(len(self.batches), most)))
+        small = self._fitted(subnet, fitted_on, self._step("fitting")).to(self.stored_type)
         return Compressed(small, subnet, self.dense, self.curves)
 
-    def _fitted(self, subnet: SubnetSpec, batches: Sequence[Tensor]) -> PreTrainedModel:
-        small = slice_model(self.dense, subnet).eval()
-        fit_(small, self.dense, subnet, batches, shared=True)
-        return small
-
-    def _mine(self) -> list[Tensor]:
-        """Return the batches that this process fits on."""
+    def _fitted(
+        self,
+        subnet: SubnetSpec,
+        batches: Sequence[Tensor],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> PreTrainedModel:
+        """Return the network of a subnet, fitted on batches that the processes share."""
         state = PartialState()
-        most = images_to_fit(self.dense) * state.num_processes
-        chosen, images = [], 0
-        for batch in self.batches:
-            if chosen and images >= most and len(chosen) >= state.num_processes:
-                break
-            chosen.append(batch)
-            images += len(batch)
-        return chosen[state.process_index :: state.num_processes]
+        mine = Part(batches, range(state.process_index, len(batches), state.num_processes))
+        small = slice_model(self.dense, subnet).eval()
+        fit_(small, self.dense, subnet, mine, shared=True, progress=progress)
+        return small
 
     def _distance(self, subnet: SubnetSpec) -> float:
         """Return how far a subnet is from the model if it is fitted on a part of the images."""
-        state = PartialState()
-        count = max(state.num_processes, math.ceil(TRIED_IMAGES / len(self.batches[0])))
-        fitted_on = list(self.batches[:count])
-        measured_on = list(self.batches[count : count + (count + 1) // 2]) or fitted_on
-        small = self._fitted(subnet, fitted_on[state.process_index :: state.num_processes])
-        return divergence(small, self.dense, measured_on)
+        batches = self.batches
+        processes = PartialState().num_processes
+        count = max(processes, math.ceil(TRIED_IMAGES / len(batches[0])))
+        count = min(count, len(batches))
+        others = range(count, min(len(batches), count + (count + 1) // 2))
+        fitted_on = Part(batches, range(count))
+        measured_on = Part(batches, others) if others else fitted_on
+        small = self._fitted(subnet, fitted_on)
+        if self._answers is None:
+            self._answers = [logits_of(self.dense, images) for images in measured_on]
+        return _divergence(small, measured_on, self._answers)
 
 
-@torch.no_grad()
 def divergence(small: PreTrainedModel, dense: PreTrainedModel, batches: Sequence[Tensor]) -> float:
     """Return how far the predictions of two classifiers are apart: KL in nats, a mean over images.
 
     Without a head it is the mean squared distance of features, relative to their variance.
+
+    Args:
+        small, dense: the classifiers.
+        batches: images, (B, channels, height, width) each.
     """
+    return _divergence(small, batches, [logits_of(dense, images) for images in batches])
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, images: Tensor) -> Tensor:
+    """Return logits, or features of a model without a head, in float32 in evaluation mode."""
+    with evaluating(model):
+        return model(pixel_values=images.to(model.device, model.dtype)).logits.float()
+
+
+def _divergence(small: PreTrainedModel, batches: Sequence[Tensor], answers: list[Tensor]) -> float:
+    """Return the divergence from given answers of the dense classifier."""
     total, images = 0.0, 0
-    with evaluating(small, dense):
-        for batch in batches:
-            batch = batch.to(dense.device, dense.dtype)
-            wanted = dense(pixel_values=batch).logits.float()
-            found = small(pixel_values=batch).logits.float()
-            if dense.config.num_labels:
-                wanted, found = wanted.log_softmax(-1), found.log_softmax(-1)
-                lost = F.kl_div(found, wanted, reduction="sum", log_target=True)
-            else:
-                lost = (found - wanted).square().mean(-1).sum() / wanted.var()
-            total += float(lost)
-            images += len(batch)
+    for batch, wanted in zip(batches, answers, strict=True):
+        found = logits_of(small, batch)
+        if small.config.num_labels:
+            found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)
+            lost = F.kl_div(found, wanted, reduction="sum", log_target=True)
+        else:
+            lost = (found - wanted).square().mean(-1).sum() / wanted.var().clamp(min=1e-12)
+        total += float(lost)
+        images += len(batch)
     return total / images
 
 

@@ -1,5 +1,6 @@
 """Error curves of every submodule of a classifier, measured on calibration images."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from ..choice.error_curves import (
     moments_of,
 )
 from ..families.bases import HeadBasis
-from ..families.registry import family_of
+from ..families.registry import describe, family_of
 from ..pruning.sums import Sums
 from ..space.search_space import SearchSpace, SubmoduleSpace
 from .observation import REPLAYED_IMAGES, Observation
@@ -26,6 +27,8 @@ from .observation import REPLAYED_IMAGES, Observation
 # errors of different submodules add up as squares. (Found on a ViT of six layers; 1 to 3 differ
 # little.)
 STREAM_FACTOR = 3.0
+# Tokens that curves are measured on, 256 images of 14 x 14 patches.
+MEASURED_TOKENS = 256 * 196
 
 
 def measure_curves(
@@ -34,43 +37,41 @@ def measure_curves(
     batches: Sequence[Tensor],
     *,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, ErrorCurve]:
     """Return the error curve of every submodule of a space.
 
     Args:
-        model: a classifier of ours in the basis that is cut, in evaluation mode.
+        model: an OFB classifier in the basis that is cut, in evaluation mode.
         space: candidate sizes. Residual widths in it are those whose basis was rotated.
         batches: all calibration images, (B, channels, height, width) each; of several processes
             each takes its part.
         seed: of the targets, which are drawn from the model's own outputs.
-        progress: is called with the number of batches done.
+        progress: is called with the numbers of batches done and to do.
 
     Raises:
         ValueError: if the model gives out numbers that are not finite.
     """
     channels = {one.name: list(one.dim_candidates) for one in space if one.kind == "attention"}
     widths = [one.name for one in space if one.kind == "embedding"]
-    observation = Observation(model, channels, widths)
+    count = _enough_batches(model, batches)
+    observation = Observation(model, channels, widths, count)
     state = PartialState()
+    # The first batches of all processes together are enough for what costs most.
+    replayed = math.ceil(REPLAYED_IMAGES / len(batches[0]))
     was_trainable = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)
     try:
-        num_images, replayed = 0, 0
-        for number, images in enumerate(batches):
-            # The first batches of all processes together are enough for what costs most.
-            replay = replayed < REPLAYED_IMAGES
-            replayed += len(images) if replay else 0
-            num_images += len(images)
-            if number % state.num_processes == state.process_index:
-                # The same targets whichever process has the batch.
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                observation.add(images, generator, replay)
-            progress(number + 1)
+        for number in range(state.process_index, count, state.num_processes):
+            # The same targets whichever process has the batch.
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            observation.add(batches[number], generator, replay=number < replayed)
+            progress(min(number + state.num_processes, count), count)
     finally:
         for parameter, trainable in zip(model.parameters(), was_trainable, strict=True):
             parameter.requires_grad_(trainable)
     observation.sums.reduce_()
+    num_images = int(observation.sums[("images",)])
     curves: dict[str, ErrorCurve] = {}
     for submodule in space:
         if submodule.kind == "embedding":
@@ -81,6 +82,14 @@ def measure_curves(
         else:
             curves[submodule.name] = _unit_curve(model, submodule, observation, num_images)
     return curves
+
+
+def _enough_batches(model: PreTrainedModel, batches: Sequence[Tensor]) -> int:
+    """Return how many of the batches curves are measured on; a fit gains more from the others."""
+    rows, columns = describe(model.config).patch_grid
+    images = math.ceil(MEASURED_TOKENS / (rows * columns))
+    wanted = math.ceil(images / len(batches[0]))
+    return min(len(batches), max(wanted, PartialState().num_processes))
 
 
 def _scale(sums: Sums, name: str, num_images: int) -> float:

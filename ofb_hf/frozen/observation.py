@@ -21,23 +21,27 @@ from ..families.registry import describe, family_of
 from ..pruning.sums import Sums, with_ones
 
 # An attention is run once more for each of its smaller heads. That many images are enough for it.
-REPLAYED_IMAGES = 128
-# Of that many tokens one is drawn to measure errors where the loss minds them.
+REPLAYED_IMAGES = 96
+# Of so many tokens one is drawn to measure errors where the loss minds them.
 DRAWN = 8
+# Rows for each column of a matrix of second moments.
+ROWS_PER_COLUMN = 40
 
 
 class Observation:
     """Second moments of a network's units, their effects and their gradients.
 
     Args:
-        model: a classifier of ours in the basis that is cut; its weights need no gradients
+        model: an OFB classifier in the basis that is cut; its weights need no gradients
             afterwards.
         channels: attention -> the numbers of first channels of a head to try.
         streams: residual widths whose first channels are to be tried.
+        num_batches: how many batches will be observed, on all processes together.
 
     Attributes:
-        sums: see `curves_of` for their names.
-        num_images: how many images were observed.
+        sums: of all images, by (submodule or norm, what is summed).
+        heads: attention -> its heads and layers.
+        outputs: layer that writes into the residual stream -> its submodule.
     """
 
     def __init__(
@@ -45,8 +49,10 @@ class Observation:
         model: PreTrainedModel,
         channels: dict[str, list[int]],
         streams: Sequence[str],
+        num_batches: int,
     ):
         self.model = model
+        self.num_batches = num_batches
         self.channels = channels
         self.sums = Sums()
         family = family_of(model.config)
@@ -90,6 +96,7 @@ class Observation:
                     "checkpoint and how the images are normalized."
                 )
             drawn_loss(outputs, model.config.num_labels, generator).backward()
+            self.sums.add(("images",), len(pixel_values))
         finally:
             for handle in handles:
                 handle.remove()
@@ -156,8 +163,11 @@ class Observation:
         Drawn rows instead of weighted ones cost little, and their moments are the same in the mean.
         """
         rows = with_ones(rows.float())
-        self.sums.add((*key, "all"), rows.mT @ rows)
-        count = max(1, len(rows) // DRAWN)
+        # No more rows than the moments of so many columns need.
+        stride = max(1, len(rows) * self.num_batches // (ROWS_PER_COLUMN * rows.shape[1]))
+        some = rows[::stride]
+        self.sums.add((*key, "all"), some.mT @ some)
+        count = max(1, len(some) // DRAWN)
         total = weights.sum()
         # Where no gradient arrives at all, the loss minds all rows alike: not at all.
         weights = torch.where(total > 0, weights, 1.0)

@@ -9,6 +9,8 @@ from ..families.subnet import SubnetSpec
 
 # A row of `search_history.jsonl`, or a part of `eval_results.json`.
 Row = dict[str, Any]
+# Of what is measured after a phase.
+COLORS = {"searched": "tab:orange", "compressed": "tab:green", "finetuned": "tab:blue"}
 
 
 def rows_of(history: list[Row], phase: str) -> list[Row]:
@@ -74,7 +76,7 @@ def plot_search(
     with drawing(path, 1, len(ratios), **options) as (cost, candidates, widths, *tokens):
         _draw_cost(cost, rows, target, budget)
         _draw_candidates(candidates, rows)
-        _draw_widths(widths, subnet, dense_sizes)
+        draw_widths(widths, subnet, dense_sizes)
         for axes in tokens:  # one, or none
             draw_schedule(axes, subnet.token_schedule)
 
@@ -107,25 +109,33 @@ def plot_accuracy_over_cost(results: dict[str, Row], path: str | Path) -> None:
     """
     of_budgets = list(results.values())
     dense = of_budgets[0]["dense"]
+    # Without labels, how near the predictions, or else the features, are to those of the model.
+    measures = {
+        "top1": ("Accuracy", "top-1 (%)", dense.get("top1")),
+        "agreement": ("Agreement with the dense model", "same first class (%)", 100.0),
+        "feature_error": ("Error of the features", "of their variance", 0.0),
+    }
+    final = of_budgets[0].get("compressed") or dense
+    key = next(key for key in measures if key in final)
+    title, label, of_dense = measures[key]
     with drawing(path, figsize=(6.5, 4.6)) as axes:
-        for phase, color in (("searched", "tab:orange"), ("finetuned", "tab:blue")):
+        for phase, color in COLORS.items():
             rows = [content[phase] for content in of_budgets if content.get(phase)]
             if rows:
                 macs = column(rows, "macs", 1e6)
-                top1 = column(rows, "top1")
-                axes.plot(macs, top1, marker="o", label=phase, color=color)
+                axes.plot(macs, column(rows, key), marker="o", label=phase, color=color)
         axes.plot(
             dense["macs"] / 1e6,
-            dense["top1"],
+            of_dense,
             marker="s",
             label="dense",
             color="0.3",
             linestyle="",
         )
         axes.set(
-            title="Accuracy over cost",
+            title=f"{title} over cost",
             xlabel="MACs of one image (M)",
-            ylabel="top-1 (%)",
+            ylabel=label,
             xlim=(0, None),
         )
         axes.legend()
@@ -223,11 +233,18 @@ def _draw_candidates(axes: Any, rows: list[Row]) -> None:
     )
 
 
-def _draw_widths(
+def draw_widths(
     axes: Any,
     subnet: SubnetSpec,
     dense_sizes: dict[str, tuple[int, ...]],
 ) -> None:
+    """Draw how many units every submodule keeps, of those that it had.
+
+    Args:
+        axes: of matplotlib.
+        subnet: the kept units.
+        dense_sizes: submodule name -> units of the dense model, (U,) or (heads, channels).
+    """
     names = list(dense_sizes)
     shapes = subnet.shapes
     for position, name in enumerate(names):

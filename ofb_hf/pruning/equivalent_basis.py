@@ -25,7 +25,7 @@ MLP channels keep their basis, for the activation stands between their two layer
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -51,6 +51,7 @@ def equivalent_basis(
     *,
     heads: bool = True,
     streams: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreTrainedModel:
     """Return a copy of a classifier that computes the same logits in a basis that is easier to cut.
 
@@ -61,6 +62,7 @@ def equivalent_basis(
             enough.
         heads: rewrite queries, keys, values and output projections, head by head.
         streams: rotate the residual streams that the family allows to rotate.
+        progress: is called with the numbers of batches done and to do.
 
     Returns:
         A classifier of this package in evaluation mode; its config names the basis. Half-precision
@@ -87,7 +89,8 @@ def equivalent_basis(
     if heads:
         for head in bases.heads:
             _absorb_value_bias_(result, head)
-    moments = _observe(result, batches, bases.heads if heads else (), rotated)
+    batches = list(batches) if not isinstance(batches, Sequence) else batches
+    moments = _observe(result, batches, bases.heads if heads else (), rotated, progress)
     for head in bases.heads if heads else ():
         _rewrite_heads_(result, head, moments)
     for stream in rotated:
@@ -185,9 +188,10 @@ def _tensors(model: PreTrainedModel, stream: StreamBasis) -> list[nn.Parameter]:
 
 def _observe(
     model: PreTrainedModel,
-    batches: Iterable[Tensor],
+    batches: Sequence[Tensor],
     heads: tuple[HeadBasis, ...],
     streams: list[StreamBasis],
+    progress: Callable[[int, int], None],
 ) -> Sums:
     """Return sums over rows of outer products and rows of what layers give out, by module path; of
     all norms of a stream together, by its name."""
@@ -210,17 +214,15 @@ def _observe(
     for stream in streams:
         for norm in stream.norms:
             watch(norm.norm, stream.name, partial(_per_token, tiles=norm.tiles))
-    count = 0
+    if not len(batches) and (heads or streams):
+        raise ValueError("batches holds no image; give at least one batch (B, C, H, W) of images.")
     try:
-        for number, pixel_values in enumerate(batches):
-            count += len(pixel_values)
-            if number % state.num_processes == state.process_index:
-                model(pixel_values=pixel_values.to(model.device, model.dtype))
+        for number in range(state.process_index, len(batches), state.num_processes):
+            model(pixel_values=batches[number].to(model.device, model.dtype))
+            progress(number + 1, len(batches))
     finally:
         for hook in hooks:
             hook.remove()
-    if not count and (heads or streams):
-        raise ValueError("batches holds no image; give at least one batch (B, C, H, W) of images.")
     moments.reduce_()
     return moments
 

@@ -14,12 +14,15 @@ see the same tokens, row by row.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..families.description import Slot, Submodule
@@ -27,7 +30,7 @@ from ..families.evaluation import evaluating
 from ..families.registry import describe, family_of
 from ..families.subnet import SubnetSpec
 from ..families.token_reduction import same_tokens
-from .paused_forward import PausedForward, Stops
+from .paused_forward import Call, PausedForward, waiting_at
 from .sums import Sums, with_ones
 from .surgery import flat_indices, unit_group_plan
 
@@ -47,6 +50,7 @@ def fit_(
     *,
     readers: bool = True,
     shared: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Fit a cut classifier to the one that it was cut from, in place.
 
@@ -54,47 +58,188 @@ def fit_(
         small: `dense` cut to `subnet`, in float32 or wider.
         dense: the uncut classifier, ours or stock.
         subnet: the units of `dense` that `small` has.
-        batches: images of this process, (B, channels, height, width) each, at least one batch. All
-            of them are in work at the same time.
+        batches: images of this process, (B, channels, height, width) each, at least one batch. Each
+            is read once; what the networks make of all of them is in memory at the same time.
         readers: whether to fit the layers that read a cut stream, too; then `dense` is ours.
         shared: whether every process calls this with images of its own; their sums are added up.
+        progress: is called with the numbers of layers done and to do.
 
     Returns:
         The names of the parameters that were fitted.
     """
     reading = _readers_of_cut_streams(dense, subnet) if readers else []
     paths = [*writers(small), *(path for path in reading if _is_linear(small, path))]
+    units = _units(small, paths)
     rows = _kept_outputs(dense, subnet)
-    shared = threading.local()
-    pairs: list[tuple[PausedForward, PausedForward]] = []
-
-    def start(model: PreTrainedModel, images: Tensor, decisions: dict) -> PausedForward:
-        def run() -> None:
-            shared.decisions = decisions
-            model(pixel_values=images.to(model.device, model.dtype))
-
-        return PausedForward(run)
-
     fitted: list[str] = []
+    pairs: list[_Pair] = []
     with ExitStack() as stack:
         stack.enter_context(evaluating(small, dense))
-        stack.enter_context(same_tokens(small, dense, lambda: shared.decisions))
-        stack.enter_context(Stops(small, paths, before=True))
-        stack.enter_context(Stops(dense, paths, before=False))
+        stack.enter_context(same_tokens(small, dense, lambda: _current.decisions))
+        stack.enter_context(waiting_at(small, units))
+        stack.enter_context(waiting_at(dense, units))
         try:
-            for images in batches:
-                decisions: dict = {}
-                # The cut network runs ahead, for the uncut one follows its choice of tokens.
-                pairs.append((start(small, images, decisions), start(dense, images, decisions)))
-            for _ in paths:
-                path = _fit_next(small, pairs, rows, reading, shared)
-                layer = small.get_submodule(path)
-                fitted += [f"{path}.{name}" for name, _ in layer.named_parameters()]
+            pairs += [_Pair(small, dense, batches, number) for number in range(len(batches))]
+            for number in range(len(units)):
+                for pair in pairs:
+                    pair.go_on()
+                unit = pairs[0].unit
+                for stage in _stages(small, unit, units[unit], reading):
+                    _fit_stage_(pairs, stage, rows, reading, shared)
+                    for path in stage:
+                        layer = small.get_submodule(path)
+                        fitted += [f"{path}.{name}" for name, _ in layer.named_parameters()]
+                for pair in pairs:
+                    pair.compute()
+                progress(number + 1, len(units))
         finally:
             for pair in pairs:
-                for forward in pair:
-                    forward.cancel()
+                pair.cancel()
     return fitted
+
+
+def _units(small: PreTrainedModel, paths: list[str]) -> dict[str, list[str]]:
+    """Return the modules that passes wait at, with the layers to fit in each.
+
+    They are the transformer blocks, and the layers that are in none of them.
+    """
+    blocks = {each.block for each in describe(small.config).submodules if each.block}
+    units: dict[str, list[str]] = {}
+    for path in paths:
+        of_block = [block for block in blocks if path.startswith(f"{block}.")]
+        units.setdefault(of_block[0] if of_block else path, []).append(path)
+    return units
+
+
+def _stages(
+    small: PreTrainedModel, unit: str, paths: list[str], reading: list[str]
+) -> list[list[str]]:
+    """Return the layers of a unit in the order of the forward pass, those with one input together.
+
+    Args:
+        small: the model.
+        unit: a module that passes wait at.
+        paths: the layers to fit in it.
+        reading: those that read a cut stream.
+    """
+    stages: list[list[str]] = []
+    for submodule in describe(small.config).submodules:
+        if submodule.block != unit or submodule.output not in paths:
+            continue
+        # What reads the stream for this half of the block: its slots run over the same units.
+        own = {slot.parameter.rpartition(".")[0] for slot in submodule.slots if slot.axis == 0}
+        stages += [[path for path in paths if path in own and path in reading]]
+        stages += [[submodule.output]]
+    stages = [stage for stage in stages if stage]
+    return stages or [paths]
+
+
+class _Reached(Exception):
+    """End a computation that has given what was wanted."""
+
+
+# What a computation shares with the other network over the same images.
+_current = threading.local()
+
+
+class _Pair:
+    """The passes of the cut and the uncut network over one batch.
+
+    Attributes:
+        unit: the module that both wait at.
+        decisions: layer -> which tokens the cut network chose there; the uncut one follows.
+    """
+
+    def __init__(
+        self,
+        small: PreTrainedModel,
+        dense: PreTrainedModel,
+        batches: Sequence[Tensor],
+        number: int,
+    ):
+        self.models = (small, dense)
+        self.decisions: dict = {}
+        self.unit = ""
+        self._batches = batches
+        self._number = number
+        self._images: Tensor | None = None
+        self._forwards = [PausedForward(partial(self._run, model)) for model in self.models]
+        self._calls: list[Call | None] = [None, None]
+        self._results: list[Any] = [None, None]
+
+    def _run(self, model: PreTrainedModel) -> None:
+        model(pixel_values=self._images.to(model.device, model.dtype))
+
+    def go_on(self) -> None:
+        """Let both passes go on to the next unit, with the results of this one."""
+        if not self.unit:
+            self._images = self._batches[self._number]
+        results, self._results = self._results, [None, None]
+        for number, forward in enumerate(self._forwards):
+            self._calls[number] = forward.send(results[number])
+            results[number] = None
+        self._images = None
+        self.unit = self._calls[0].path
+        if self._calls[1].path != self.unit:
+            raise RuntimeError(
+                f"the cut network is at {self.unit}, the uncut one at {self._calls[1].path}."
+            )
+
+    def compute(self) -> None:
+        """Compute this unit, now that it is fitted."""
+        _current.decisions = self.decisions
+        # The cut network runs ahead: it decides about tokens.
+        for number in (0, 1):
+            self._results[number] = self._call(number)
+            self._calls[number] = None
+
+    def inputs(self, path: str) -> Tensor:
+        """Return what a layer of the cut network gets."""
+        layer = self.models[0].get_submodule(path)
+        seen: list[Tensor] = []
+
+        def stop(layer: nn.Module, args: tuple) -> None:
+            seen.append(args[0])
+            raise _Reached
+
+        self._call_until(0, [layer.register_forward_pre_hook(stop)])
+        return seen[0]
+
+    def outputs(self, paths: list[str]) -> list[Tensor]:
+        """Return what layers of the uncut network give out that read the same input."""
+        seen: dict[str, Tensor] = {}
+
+        def stop(layer: nn.Module, args: tuple, output: Tensor, path: str) -> None:
+            seen[path] = output
+            if len(seen) == len(paths):
+                raise _Reached
+
+        handles = []
+        for path in paths:
+            layer = self.models[1].get_submodule(path)
+            handles.append(layer.register_forward_hook(partial(stop, path=path)))
+        self._call_until(1, handles)
+        return [seen[path] for path in paths]
+
+    def _call_until(self, number: int, handles: list[RemovableHandle]) -> None:
+        _current.decisions = self.decisions
+        try:
+            self._call(number)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _call(self, number: int) -> Any:
+        """Compute the unit that a pass waits at."""
+        call = self._calls[number]
+        return self.models[number].get_submodule(call.path)(*call.args, **call.kwargs)
+
+    def cancel(self) -> None:
+        """Let go of both passes."""
+        for forward in self._forwards:
+            forward.cancel()
 
 
 def _is_linear(model: PreTrainedModel, path: str) -> bool:
@@ -154,36 +299,32 @@ def _readers_of_cut_streams(dense: PreTrainedModel, subnet: SubnetSpec) -> list[
     return readers
 
 
-def _fit_next(
-    small: PreTrainedModel,
-    pairs: list[tuple[PausedForward, PausedForward]],
+def _fit_stage_(
+    pairs: list[_Pair],
+    stage: list[str],
     rows: dict[str, Tensor],
     reading: list[str],
     shared: bool,
-) -> str:
-    """Let all passes go on to the next layer and fit it; return its path."""
+) -> None:
+    """Fit layers that read the same input, in place."""
+    small = pairs[0].models[0]
     sums = Sums()
-    path = ""
-    for forward, reference in pairs:
-        path, inputs = forward.advance()
-        behind, outputs = reference.advance()
-        if behind != path:
-            raise RuntimeError(f"the cut network is at {path}, the uncut one at {behind}.")
-        layer = small.get_submodule(path)
-        missing = _outputs(outputs, rows.get(path)) - _flat(
-            F.linear(inputs, layer.weight, layer.bias)
-        )
-        inputs = _flat(inputs)
+    for pair in pairs:
+        given = pair.inputs(stage[0])
+        wanted = pair.outputs(stage)
+        inputs = _flat(given)
+        # The bias is the weight of an input that is always 1.
+        extended = with_ones(inputs)
         sums.add(("rows",), len(inputs))
-        if layer.bias is not None:
-            # The bias is the weight of an input that is always 1.
-            inputs = with_ones(inputs)
-        sums.add(("inputs",), inputs.mT @ inputs)
-        sums.add(("missing",), inputs.mT @ missing)
+        sums.add(("inputs",), extended.mT @ extended)
+        for path, outputs in zip(stage, wanted, strict=True):
+            layer = small.get_submodule(path)
+            present = _flat(F.linear(given, layer.weight, layer.bias))
+            sums.add((path,), extended.mT @ (_outputs(outputs, rows.get(path)) - present))
     if shared:
         sums.reduce_()
-    _solve_(small.get_submodule(path), sums, path in reading)
-    return path
+    for path in stage:
+        _solve_(small.get_submodule(path), sums, path, path in reading)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -197,9 +338,11 @@ def _outputs(tensor: Tensor, kept: Tensor | None) -> Tensor:
     return tensor if kept is None else tensor[:, kept.to(tensor.device)]
 
 
-def _solve_(layer: nn.Linear, sums: Sums, reads: bool) -> None:
+def _solve_(layer: nn.Linear, sums: Sums, path: str, reads: bool) -> None:
     """Give a layer the (W, b) that minimise |inputs W' + b - wanted|^2 + ridge |change|^2."""
-    gram, cross = sums[("inputs",)], sums[("missing",)]
+    gram, cross = sums[("inputs",)], sums[(path,)]
+    if layer.bias is None:
+        gram, cross = gram[:-1, :-1], cross[:-1]
     is_few = float(sums[("rows",)]) < FEW_ROWS_PER_INPUT * layer.in_features
     ridge = RIDGE_OF_FEW_ROWS if reads and is_few else RIDGE
     ridge = ridge * gram.diagonal().mean().clamp(min=1e-12)

@@ -1,6 +1,7 @@
 """Sums over calibration images that fit into the same memory however many images there are."""
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
@@ -30,11 +31,14 @@ class Sums:
         own = {key: tuple(total.shape) for key, total in self._totals.items()}
         for of_rank in gather_object([own]):
             shapes |= of_rank
+        state = PartialState()
+        device = state.device if state.use_distributed else "cpu"
         for key in sorted(shapes, key=repr):
             total = self._totals.get(key)
             if total is None:
                 total = torch.zeros(shapes[key], dtype=torch.float64)
-            self._totals[key] = reduce(total, "sum")
+            # Some backends only know tensors of the device.
+            self._totals[key] = reduce(total.to(device), "sum").cpu()
 
     def __getitem__(self, key: tuple) -> Tensor:
         return self._totals[key]

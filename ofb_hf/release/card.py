@@ -18,6 +18,13 @@ BUDGETS = {
     "target_latency_ms": "ms for a batch of {batch_size} with {threads} ({device}, "
     "{dtype}), as predicted",
 }
+# Basis of a cut without training -> what was rewritten before it.
+BASES = {
+    "equivalent": "its heads and residual streams were rewritten in an equivalent basis, which "
+    "changes no output",
+    "heads": "its heads were rewritten in an equivalent basis, which changes no output",
+    "given": "nothing was rewritten",
+}
 # Licences of models by the names that the Hub knows; it refuses a card with any other name.
 LICENSES = {
     "afl-3.0",
@@ -47,13 +54,21 @@ LICENSES = {
     "unknown",
     "unlicense",
 }
+CLASSIFY = """from transformers import pipeline
+
+classify = pipeline("image-classification", "PATH_OR_REPOSITORY")"""
+EXTRACT = """from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("PATH_OR_REPOSITORY")
+model = AutoModel.from_pretrained("PATH_OR_REPOSITORY")"""
 TOKENS_KEPT = "Tokens kept after dropping, and left after merging, class token included:"
 # Basis of a subnet -> what its indices count.
 COUNTED_IN = {
     "heads": "The indices in `subnet.json` count units of the dense model in an equivalent basis: "
     "its heads were rewritten before the cut, which changes no output.",
     "equivalent": "The indices in `subnet.json` count units of the dense model in an equivalent "
-    "basis: its heads and residual streams were rewritten before the cut, which changes no output.",
+    "basis: its heads, and residual streams where the architecture allows it, were rewritten "
+    "before the cut, which changes no output.",
 }
 OUR_CODE = "import ofb_hf  # registers the model class; or pass trust_remote_code=True instead\n"
 # Recipes whose file name alone is the program in the records of version 0.1.
@@ -130,6 +145,51 @@ def render_finetuned_card(
     )
 
 
+def render_compressed_card(results: dict[str, Any], subnet: SubnetSpec, table: str) -> str:
+    """Return the card of a model that was compressed without training.
+
+    Args:
+        results: content of `eval_results.json`, from which every number comes.
+        subnet: the kept units, and the token schedule if there is one.
+        table: the results as a Markdown table.
+    """
+    sections = [f"Kept widths, in the basis of the cut:\n\n{_widths(subnet, {})}"]
+    if subnet.token_schedule is not None:
+        sections.append(f"{TOKENS_KEPT}\n\n{_table(subnet.token_schedule)}")
+    final = final_results(results)
+    has_head = "agreement" in final
+    if has_head:
+        nearness = (
+            f"Its first class is that of the given model for {final['agreement']:.2f} % of the "
+            f"images, with a divergence (KL) of {final['kl']:.4f} nats"
+        )
+    else:
+        nearness = (
+            "There is no classification head: the squared distance of its features from those of "
+            f"the given model is {final['feature_error']:.4f} of their variance"
+        )
+    accuracy = "There were no labels that it knows, so that accuracy is not known."
+    has_top1 = "top1" in final
+    if has_top1:
+        accuracy = (
+            "Labels were used only for measuring: "
+            f"{final['top1']:.2f} % top-1 on {final['num_labelled']:,} labelled images."
+        )
+    return _filled(
+        "compressed_card.md",
+        results,
+        table,
+        nearness=nearness,
+        accuracy=accuracy,
+        basis=BASES[results["basis"]],
+        num_images=f"{results['num_images']:,}",
+        use=CLASSIFY if has_head else EXTRACT,
+        lost=_lost(results["lost_classes"], "the dense model", "dense") + "\n" if has_top1 else "",
+        measured_on=results["measured_on"],
+        architecture="".join(f"\n{section}\n" for section in sections),
+    )
+
+
 def _table(token_schedule: list[list[int]]) -> str:
     """Return a token schedule as a Markdown table."""
     lines = ["| layer | after dropping | after merging |", "| ---: | ---: | ---: |"]
@@ -179,7 +239,8 @@ def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> 
 
 def _title(results: dict[str, Any]) -> str:
     source = results["source"]["model"]
-    return f"OFB {source}" if results.get("searched") else f"{source}, finetuned"
+    cut = results.get("searched") or results.get("compressed")
+    return f"OFB {source}" if cut else f"{source}, finetuned"
 
 
 def _command(recorded: str) -> str:
@@ -202,8 +263,8 @@ def _budget(results: dict[str, Any]) -> str:
 
 
 def final_results(results: dict[str, Any]) -> dict[str, Any]:
-    """Return what was measured on the checkpoint: after finetuning, or right after the search."""
-    return results.get("finetuned") or results["searched"]
+    """Return what was measured on the checkpoint: after finetuning, or right after the cut."""
+    return results.get("finetuned") or results.get("searched") or results["compressed"]
 
 
 def card_data(results: dict[str, Any], is_stock: bool = False) -> ModelCardData:
@@ -224,15 +285,20 @@ def card_data(results: dict[str, Any], is_stock: bool = False) -> ModelCardData:
         "dataset_type": data,
         "dataset_name": data,
     }
+    # Without a head there is nothing that classifies.
+    task = "image-feature-extraction" if "feature_error" in final else "image-classification"
     metrics = []
     for key, (kind, name) in MEASURED.items():
+        # Compression needs no labels, and images that it held out are no split of the data.
+        if key not in final or results.get("held_out"):
+            continue
         value = final[key]
         metrics.append(
             EvalResult(metric_type=kind, metric_name=name, metric_value=value, **evaluation)
         )
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=task,
         tags=["vision-transformer"] if is_stock else ["ofb", "pruning", "vision-transformer"],
         license=license if known else "other",
         license_name=None if known else license,
@@ -240,7 +306,7 @@ def card_data(results: dict[str, Any], is_stock: bool = False) -> ModelCardData:
         base_model=source if "/" in source else None,
         datasets=[data] if "/" in data else None,
         model_name=_title(results),
-        eval_results=metrics,
+        eval_results=metrics or None,
     )
 
 
@@ -256,10 +322,15 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON: {error}") from error
     final = None
     if isinstance(results, dict):
-        final = results.get("finetuned") or results.get("searched")
+        final = results.get("finetuned") or results.get("searched") or results.get("compressed")
     if not isinstance(final, dict):
-        raise ValueError(f"{path} has no results: neither 'finetuned' nor 'searched' is in it.")
-    needed = (*MEASURED, "num_examples", "macs", "params")
+        raise ValueError(
+            f"{path} has no results: neither 'finetuned' nor 'searched' nor 'compressed' is in it."
+        )
+    needed = ["num_examples", "macs", "params"]
+    # Compression needs no labels, so that there may be no accuracy.
+    if final is not results.get("compressed") or "top1" in final:
+        needed += MEASURED
     missing = [key for key in needed if not _is_number(final.get(key))]
     if missing:
         raise ValueError(f"{path} has no numbers for {missing} in its final results.")

@@ -34,6 +34,7 @@ OPTIONAL = (
     "search_history.jsonl",
     "search.png",
     "finetune.png",
+    "compress.png",
 )
 EVALUATIONS = ".eval_results"
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageClassification")
@@ -75,7 +76,9 @@ def stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) 
     if (folder / RESULTS).is_file():
         results = read_results(folder / RESULTS)
     _describe_weights(folder, loaded, results.get("source", {}))
-    if "/" in results.get("data", ""):  # a data set on the Hub
+    # a data set on the Hub; without labels there is no accuracy
+    is_measured = "top1" in final_results(results) if results else False
+    if "/" in results.get("data", "") and is_measured and not results.get("held_out"):
         _add_evaluation(folder, results)
     if not (folder / CARD).is_file():
         schedule = getattr(loaded.config, "token_schedule", None)

@@ -101,7 +101,8 @@ class BiMaskConfig(Budget):
         None,
         "Rewrite the network, before its units are counted, in a basis in which they are easier to "
         "cut; no logit changes. 'given': leave it as it is; 'heads': queries, keys, values and "
-        "output of every head; 'equivalent': residual streams as well. subnet.json then counts "
+        "output of every head; 'equivalent': residual streams as well, where the architecture "
+        "allows it. subnet.json then counts "
         "units of the rewritten network, which --keep_dense keeps. Preset.",
     )
     prune_during_search: bool = _field(

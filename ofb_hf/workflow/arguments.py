@@ -5,12 +5,14 @@ Values that cannot work are refused when an instance is made, before anything is
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._moved import refusing_renamed
 from ..cost.budget import BUDGETS
+from ..families.subnet import BASES
 from ..models.shapes import SHAPES
 from ..release.export import FORMATS
 from ..space.configuration import BiMaskConfig
@@ -118,11 +120,8 @@ class SearchArguments(BiMaskConfig):
         name = self.budget[0]
         configs = {}
         for budget in self.budgets:
-            # MACs and parameters are whole numbers: the folder is target_macs-1100000000
-            is_count = name != "target_latency_ms" and budget > 1
-            shown = int(budget) if is_count else budget
             values = self.to_dict() | {name: budget}
-            configs[f"{name}-{shown}"] = BiMaskConfig(**values).to_dict()
+            configs[_budget_folder(name, budget)] = BiMaskConfig(**values).to_dict()
         return configs
 
     @property
@@ -175,6 +174,122 @@ class TokenPhaseArguments(FinetuneArguments):
     """How a search for tokens is followed by finetuning: by default nothing is trained."""
 
     finetune_epochs: float = _setting(0.0, "Epochs after the search; 0 = no finetuning.")
+
+
+@dataclass
+class CompressArguments:
+    """Which classifier to compress without training, and what the result may cost.
+
+    Attributes:
+        given: the numbers that were given for one of `BUDGETS`.
+    """
+
+    model_name_or_path: str | None = _setting(
+        None, "A Hub name or folder with an image classifier, or with a model without a head."
+    )
+    target_macs: list[str] | None = _setting(
+        None,
+        "Budget in MACs: at most 1 = fraction of the given model, above 1 = absolute. 0.5 if no "
+        "target is given. Several budgets (0.7,0.5,0.35) give a model each, in a subfolder of its "
+        "own.",
+    )
+    target_params: list[str] | None = _setting(
+        None, "Budget in parameters instead, given in the same way."
+    )
+    target_latency_ms: list[str] | None = _setting(
+        None,
+        "Budget in milliseconds of one batch instead, as --latency_table predicts them; always "
+        "absolute.",
+    )
+    latency_table: str | None = _setting(
+        None, "File of `ofb-hf latency-table`, which measures this machine for this model."
+    )
+    budgets: list[str] | None = _setting(None, "The same as --target_macs with several budgets.")
+    basis: str | None = _setting(
+        None,
+        "What may be rewritten before the cut: 'equivalent' (heads, and residual streams where the "
+        "architecture allows it), 'heads', or 'given' (nothing). By default all that is allowed.",
+    )
+    search_embedding: bool | None = _setting(
+        None, "Cut the width of the residual stream (of every stage). By default true."
+    )
+    search_attention: bool | None = _setting(None, "Cut heads and their channels. By default true.")
+    search_mlp: bool | None = _setting(None, "Cut MLP channels. By default true.")
+    search_depth: bool | None = _setting(
+        None, "Leave whole attentions and MLPs out. By default true."
+    )
+    search_tokens: bool | None = _setting(
+        None, "Drop and merge tokens as well. By default where the architecture can do it."
+    )
+    multiple_of: int | None = _setting(
+        None, "Channel counts are multiples of this where the given size is. By default 8."
+    )
+    batch_size: int = _setting(16, "Images that are computed together.")
+    seed: int = _setting(0, "Decides which images are drawn.")
+    use_cpu: bool = _setting(False, "Compute on the CPU, even if there is a GPU.")
+    disable_tqdm: bool = _setting(False, "Show no progress bars.")
+    output_dir: str | None = _setting(
+        None, "A new folder for model, results and picture; by default runs/MODEL-compressed."
+    )
+    overwrite_output_dir: bool = _setting(
+        False, "Replace the run that OUTPUT_DIR holds; not before the new one is complete."
+    )
+    keep_dense: bool = _setting(
+        False,
+        "Keep the given model, in the basis that subnet.json counts in, in OUTPUT_DIR/dense.",
+    )
+
+    def __post_init__(self):
+        if self.model_name_or_path is None:
+            raise ValueError(
+                "no model is named; give a Hub name or a folder with an image classifier as the "
+                "first word, or with --model_name_or_path."
+            )
+        if self.model_name_or_path in SHAPES:
+            raise ValueError(
+                f"{self.model_name_or_path} is a named shape, whose weights are random: there is "
+                "nothing in it to keep. Give a trained model."
+            )
+        if self.basis is not None and self.basis not in BASES:
+            raise ValueError(
+                f"--basis is {self.basis!r}; allowed are {', '.join(map(repr, BASES))}."
+            )
+        _require_at_least(self, {"batch_size": 1, "multiple_of": 1, "seed": 0})
+        if self.output_dir is None:
+            name = Path(self.model_name_or_path).resolve().name
+            self.output_dir = f"runs/{name}-compressed"
+        self._read_budgets()
+        self.by_budget()  # refuses each budget that is none
+
+    def _read_budgets(self) -> None:
+        flags = [name for name in (*BUDGETS, "budgets") if getattr(self, name) is not None]
+        if len(flags) > 1:
+            raise ValueError(
+                f"{' and '.join(f'--{name}' for name in flags)} are given together; give one of "
+                "them, with several numbers for several budgets."
+            )
+        name = flags[0] if flags else "target_macs"
+        numbers = _numbers(name, getattr(self, name))
+        self.given = (name if name in BUDGETS else "target_macs", numbers or [0.5])
+        if len(set(self.given[1])) < len(self.given[1]):
+            raise ValueError(f"--{name} is {self.given[1]}, with a budget twice; give each once.")
+
+    def by_budget(self) -> dict[str, dict[str, Any]]:
+        """Return for each budget its subfolder of the output, and fields of a `BiMaskConfig`.
+
+        Raises:
+            ValueError: for a budget that is no fraction and no count.
+        """
+        names = ("search_embedding", "search_attention", "search_mlp", "search_depth")
+        names += ("search_tokens", "multiple_of", "latency_table")
+        values = {name: getattr(self, name) for name in names}
+        values = {name: value for name, value in values.items() if value is not None}
+        kind, numbers = self.given
+        configs = {}
+        for budget in numbers:
+            configs[_budget_folder(kind, budget)] = values | {kind: budget}
+            BiMaskConfig(**configs[_budget_folder(kind, budget)])
+        return configs
 
 
 @dataclass
@@ -320,6 +435,13 @@ def _numbers(name: str, words: list[Any] | float | None) -> list[float]:
     except ValueError:
         shown = ", ".join(numbers)
         raise ValueError(f"{name} is {shown}; give numbers, as 0.5 or 0.7,0.5,0.35.") from None
+
+
+def _budget_folder(name: str, budget: float) -> str:
+    """Return the subfolder for one of several budgets."""
+    # MACs and parameters are whole numbers: the folder is target_macs-1100000000
+    is_count = name != "target_latency_ms" and budget > 1
+    return f"{name}-{int(budget) if is_count else budget}"
 
 
 def changed(args: OFBTrainingArguments, **changes: Any) -> OFBTrainingArguments:

@@ -16,7 +16,13 @@ from ..release.card import render_finetuned_card
 from ..training.arguments import OFBTrainingArguments
 from . import output
 from .arguments import MeasuredModelArguments, TrainedModelArguments
-from .inputs import load, load_subnet, load_teacher, require_findable
+from .inputs import (
+    load,
+    load_subnet,
+    load_teacher,
+    require_findable,
+    require_possible_teacher,
+)
 from .measure import measure
 from .report import markdown_table, results_rows
 from .results import measured, source_of, write_output
@@ -82,8 +88,7 @@ def _require_teacher(model_args: TrainedModelArguments, args: OFBTrainingArgumen
             f"distillation_weight is {args.distillation_weight}, but there is no teacher; name "
             "one with --teacher_name_or_path, or leave the weight out."
         )
-    if model_args.teacher_name_or_path is not None:
-        require_findable(model_args.teacher_name_or_path)
+    require_possible_teacher(model_args.teacher_name_or_path)
 
 
 def is_stock(model: PreTrainedModel) -> bool:

@@ -32,6 +32,9 @@ def _names(*classes: type) -> tuple[str, ...]:
     return tuple(each.name for one in classes for each in fields(one))
 
 
+OF_TRAININGS = frozenset(_names(TrainingArguments, AugmentationArguments))
+
+
 # Groups of `--help all` and patterns of the flags in them. A flag stands in the first group that
 # has a pattern for it, so the last groups may take whatever a class has besides.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -80,12 +83,14 @@ class Command:
         classes: dataclasses; every field is a flag.
         description: what the command does and how it is called, at the top of the help.
         essentials: group -> flags of the short help. Without them the help shows all flags.
+        groups: groups of the whole help and patterns of the flags in them.
     """
 
     name: str
     classes: tuple[type, ...]
     description: str
     essentials: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    groups: dict[str, tuple[str, ...]] = field(default_factory=lambda: GROUPS)
 
 
 class CommandParser(HfArgumentParser):
@@ -141,9 +146,9 @@ class CommandParser(HfArgumentParser):
             return {"settings": list(self.flags())}
         if not everything:
             return {title: list(names) for title, names in essentials.items()}
-        groups: dict[str, list[str]] = {title: [] for title in GROUPS}
+        groups: dict[str, list[str]] = {title: [] for title in self.command.groups}
         for name in self.shown():
-            groups[_group_of(name)].append(name)
+            groups[_group_of(name, self.command.groups)].append(name)
         return {title: names for title, names in groups.items() if names}
 
     def format_help(self, everything: bool = False) -> str:
@@ -169,17 +174,19 @@ class CommandParser(HfArgumentParser):
             bare = name.lstrip("-").replace("-", "_")
             similar = difflib.get_close_matches(bare, known, n=1)
             advice = f" (did you mean --{similar[0]}?)" if similar else ""
+            if not similar and bare in OF_TRAININGS:
+                advice = f" (it is for trainings, and `ofb-hf {self.command.name}` trains nothing)"
             unknown.append(f"--{bare}{advice}")
         shown = ", ".join(unknown)
         return f"unknown setting {shown}; `{self.prog} --help all` shows all of them."
 
 
-def _group_of(name: str) -> str:
+def _group_of(name: str, groups: dict[str, tuple[str, ...]]) -> str:
     """Return the title of the group that a setting stands in."""
-    for title, patterns in GROUPS.items():
+    for title, patterns in groups.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             return title
-    raise KeyError(f"{name} stands in no group of the help; add it to GROUPS.")
+    raise KeyError(f"{name} stands in no group of the help; add it to one of them.")
 
 
 def _entry(name: str, action: argparse.Action) -> str:

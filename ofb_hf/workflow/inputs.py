@@ -87,6 +87,18 @@ def require_findable(name_or_path: str) -> None:
     )
 
 
+def require_possible_teacher(name_or_path: str | None) -> None:
+    """Raise ValueError for a teacher that could not be loaded or has nothing to teach."""
+    if name_or_path is None:
+        return
+    require_findable(name_or_path)
+    if name_or_path in SHAPES:
+        raise ValueError(
+            f"the teacher is {name_or_path}, a named shape with random weights; name a trained "
+            "classifier, or leave --teacher_name_or_path out."
+        )
+
+
 def _in_order(name: str) -> str:
     """Return the words of a name, in alphabetical order."""
     return " ".join(sorted(name.lower().replace("-", "_").split("_")))

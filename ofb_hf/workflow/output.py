@@ -21,6 +21,7 @@ logger = logging.get_logger(__name__)
 
 FAILED_FILE = "FAILED.txt"
 SETTINGS_FILE = "run_settings.json"
+RESUME = "Continue with --resume_from_checkpoint auto, or start over with --overwrite_output_dir."
 # The number of processes, and what changes with it if the total batch is to stay as it is.
 WORLD_SIZE = "num_processes"
 SPREAD = (WORLD_SIZE, "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -38,6 +39,7 @@ RESULT = "model"
 SUBNET = "subnet.json"
 SEARCH_PICTURE = "search.png"
 FINETUNE_PICTURE = "finetune.png"
+COMPRESS_PICTURE = "compress.png"
 # Shows images of the data, so it is not published.
 TOKEN_PICTURE = "tokens.png"
 # Of a run with several budgets.
@@ -51,6 +53,7 @@ PRODUCT = (
     HISTORY_FILE,
     SEARCH_PICTURE,
     FINETUNE_PICTURE,
+    COMPRESS_PICTURE,
     TOKEN_PICTURE,
     "README.md",
     "eval_results.json",
@@ -107,14 +110,7 @@ def check_free(
         ValueError: saying what is there and which flags to use.
     """
     folder = Path(args.output_dir)
-    if folder.is_file():
-        raise ValueError(f"output_dir {folder} is a file; give a folder.")
-    # every run writes its settings before anything else
-    is_ours = (folder / SETTINGS_FILE).is_file()
-    if not is_ours and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(
-            f"output_dir {folder} holds other files than those of a run; give another folder."
-        )
+    is_ours = _holds_run(folder)
     if args.resume_from_checkpoint is not None:
         if args.resume_from_checkpoint != "auto":
             _check_checkpoint(Path(args.resume_from_checkpoint), folder, phases)
@@ -125,6 +121,64 @@ def check_free(
             f"output_dir {folder} holds a run; continue it with --resume_from_checkpoint auto, "
             "start over with --overwrite_output_dir, or give another folder."
         )
+
+
+def require_free(folder: Path, overwrite: bool) -> None:
+    """Refuse the output folder of a command that cannot be resumed, unless it is free.
+
+    Args:
+        folder: the output folder.
+        overwrite: whether a run of this package may be replaced.
+
+    Raises:
+        ValueError: saying what is there and what to do.
+    """
+    if _holds_run(folder) and not overwrite:
+        raise ValueError(
+            f"output_dir {folder} holds a run; replace it with --overwrite_output_dir, or give "
+            "another folder."
+        )
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"output_dir {folder} cannot be written; give another folder.")
+
+
+def _holds_run(folder: Path) -> bool:
+    """Return whether an output folder holds a run; raise ValueError if it holds other things."""
+    if folder.is_file():
+        raise ValueError(f"output_dir {folder} is a file; give a folder.")
+    # every run writes its settings before anything else
+    is_ours = (folder / SETTINGS_FILE).is_file()
+    if not is_ours and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"output_dir {folder} holds other files than those of a run; give another folder."
+        )
+    return is_ours
+
+
+def write_whole(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a folder next to an output folder, then put it in its place.
+
+    Files of an earlier run are removed, and others stay. A kill leaves either run, but for the
+    moment of renaming, in which `FAILED.txt` marks the folder.
+
+    Args:
+        folder: free, or the folder of a run.
+        write: writes everything, the settings among it.
+    """
+    if not _holds_run(folder):
+        write_aside(folder, write)
+        return
+    aside = folder.with_name(f"{ASIDE}-{folder.name}")
+    remove(aside)
+    write(aside)
+    advice = "Start over with --overwrite_output_dir."
+    mark_failed(folder, "it was killed while files were replaced.", advice)
+    _remove_run(folder)
+    for path in aside.iterdir():
+        path.replace(folder / path.name)
+    aside.rmdir()
+    remove(folder / FAILED_FILE)
 
 
 def _check_checkpoint(checkpoint: Path, folder: Path, phases: tuple[str, ...]) -> None:
@@ -202,11 +256,10 @@ def _remove_run(folder: Path) -> None:
         remove(settings.parent)
 
 
-def mark_failed(folder: Path, reason: str) -> None:
+def mark_failed(folder: Path, reason: str, advice: str = RESUME) -> None:
     """Write `FAILED.txt`, which says why and how to go on."""
     (folder / FAILED_FILE).write_text(
-        f"This run has not finished: {reason}\nContinue with --resume_from_checkpoint auto, or "
-        "start over with --overwrite_output_dir.\n",
+        f"This run has not finished: {reason}\n{advice}\n",
         encoding="utf-8",
     )
 

@@ -36,12 +36,23 @@ COLUMNS: tuple[Column, ...] = (
     ("MiB", "bytes", _mebibytes),
     ("images/s", "images_per_second", _in_thousands),
 )
+# Of compression without training: how near the predictions are to those of the given model.
+NEARNESS: tuple[Column, ...] = (
+    ("agreement %", "agreement", "{:.2f}".format),
+    ("KL", "kl", "{:.4f}".format),
+    ("feature error", "feature_error", "{:.4f}".format),
+)
 # Of runs with a latency table.
 LATENCY_COLUMNS: tuple[Column, ...] = (
     ("ms", "latency_ms", "{:.3f}".format),
     ("predicted", "predicted_latency_ms", "{:.3f}".format),
 )
-TITLES = {"dense": "dense", "searched": "after search", "finetuned": "after finetuning"}
+TITLES = {
+    "dense": "dense",
+    "searched": "after search",
+    "compressed": "compressed",
+    "finetuned": "after finetuning",
+}
 
 
 def results_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -54,7 +65,11 @@ def results_rows(results: dict[str, Any]) -> list[list[str]]:
     if results.get("latency"):
         columns += LATENCY_COLUMNS
     titles = TITLES
-    if not results.get("searched"):
+    compressed = results.get("compressed")
+    if compressed:
+        # what could be measured: there may be no labels, or no head
+        columns = tuple(column for column in (*NEARNESS, *columns) if column[1] in compressed)
+    elif not results.get("searched"):
         # Nothing was searched: the first model is that before finetuning, dense or not.
         titles = TITLES | {"dense": "before finetuning"}
     rows = [["model", *(title for title, _, _ in columns)]]

@@ -59,7 +59,7 @@ def measured(run: Run, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     # With a latency table milliseconds are reported for every budget, not only for one in
     # milliseconds.
     if run.config is not None and run.config.table is not None:
-        _add_latency(results, models, run.config.table)
+        add_latency(results, models, run.config.table)
     return results
 
 
@@ -84,10 +84,16 @@ def _left_out(run: Run) -> dict[str, int]:
     return steps
 
 
-def _add_latency(
+def add_latency(
     results: dict[str, Any], models: dict[str, PreTrainedModel], table: LatencyTable
 ) -> None:
-    """Add what the table predicts for every model, and what it takes under the same settings."""
+    """Add what the table predicts for every model, and what it takes under the same settings.
+
+    Args:
+        results: content of `eval_results.json`, with an entry for every model.
+        models: by the names of these entries.
+        table: of this machine.
+    """
     results["latency"] = {"hardware": table.hardware, **table.settings}
     for name, model in models.items():
         results[name]["predicted_latency_ms"] = milliseconds(count_latency(model, table))
@@ -123,15 +129,9 @@ def write_output(
     folder = run.folder
     aside = folder / f"{ASIDE}-output"
     output.remove(aside)
-    model.save_pretrained(aside)
-    run.inputs.processor.save_pretrained(aside)
-    text = json.dumps(results, indent=2) + "\n"
-    (aside / "eval_results.json").write_text(text, encoding="utf-8")
-    if subnet is not None:
-        (aside / output.SUBNET).write_text(subnet.to_json(), encoding="utf-8")
-    (aside / "README.md").write_text(card, encoding="utf-8")
-    for name, draw in pictures.items():
-        draw(aside / name)
+    fill_folder(
+        aside, model, run.inputs.processor, results, card=card, subnet=subnet, pictures=pictures
+    )
     if run.model_args.keep_dense:
         save_dense(run)
     # A kill here leaves whole files of one run or the other, and FAILED.txt, which goes last.
@@ -139,6 +139,28 @@ def write_output(
         path.replace(folder / path.name)
     aside.rmdir()
     logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), folder)
+
+
+def fill_folder(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: Any,
+    results: dict[str, Any],
+    *,
+    card: str,
+    subnet: SubnetSpec | None = None,
+    pictures: dict[str, Draw],
+) -> None:
+    """Write a model and everything that is known about it; arguments as for `write_output`."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    text = json.dumps(results, indent=2) + "\n"
+    (folder / "eval_results.json").write_text(text, encoding="utf-8")
+    if subnet is not None:
+        (folder / output.SUBNET).write_text(subnet.to_json(), encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    for name, draw in pictures.items():
+        draw(folder / name)
 
 
 def save_dense(run: Run) -> None:

@@ -25,7 +25,7 @@ from ..training.history import HISTORY_FILE, HistoryCallback, read_history
 from ..training.ranks import decided_by_rank_0
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, TrainedModelArguments, changed
-from .inputs import Inputs, require_findable
+from .inputs import Inputs, require_findable, require_possible_teacher
 from .measure import METRICS
 from .settings import training_settings
 
@@ -256,9 +256,8 @@ def require_start(model_args: ModelArguments, args: OFBTrainingArguments) -> str
             "--model_name_or_path is missing; give a Hub name, a folder, or one of "
             f"{sorted(SHAPES)}."
         )
-    for named in (name, model_args.teacher_name_or_path):
-        if named is not None:
-            require_findable(named)
+    require_findable(name)
+    require_possible_teacher(model_args.teacher_name_or_path)
     # The finished output folder is pushed, not the search.
     check_search_arguments(changed(args, push_to_hub=False))
     require_push(args)

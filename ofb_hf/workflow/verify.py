@@ -47,7 +47,7 @@ def run_verify(
     results = read_results(_file(name, RESULTS))
     in_card = _metadata(name, card)
     final = final_results(results)
-    in_results = {key: final[key] for key in COMPARED}
+    in_results = {key: final[key] for key in COMPARED if key in final}
     found = run_evaluate(model_args, data_args, args)
     rows = [["", "stated in", "stated", "found", ""]]
     rows += _measured_rows(CARD, in_card, found)

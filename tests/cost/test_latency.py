@@ -397,7 +397,7 @@ def predicted_ms(table):
 @pytest.mark.slow
 def test_a_plan_predicts_milliseconds(digits, capsys):
     file, table = digits
-    flags = ["digits_vit", "--num_labels", "10", "--latency_table", str(file), *QUICK[:5]]
+    flags = ["digits_vit", "--num_labels", "10", "--latency_table", str(file), *QUICK[:3]]
     plan = cli.plan([*flags, "--target_macs", "0.5", "--per_device_train_batch_size", "2"])
     budget, dense = plan["budgets"]["target_macs-0.5"], plan["dense"]
     assert dense["latency_ms"] == predicted_ms(table)

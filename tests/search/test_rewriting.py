@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factories import FAMILIES, search_config, tiny_images, tiny_model, tiny_supernet
+from factories import FAMILIES, search_config, tiny_images, tiny_model
 from invariants import assert_equal_states
 from runs import arguments, finish, results, rows, searcher, start_search
 from torch.utils.data import IterableDataset
@@ -183,12 +183,14 @@ def test_bi_masks_are_installed_on_a_network_in_the_basis_of_the_config():
     assert shapes(slice_model(model, given)) == shapes(slice_model(model, subnet))
 
 
-def test_a_supernet_is_searched_in_the_basis_that_it_is_in(tmp_path):
-    trainer = searcher(tmp_path)
+def test_a_network_that_is_searched_as_it_is_is_not_rewritten(tmp_path):
+    assert searcher(tmp_path).rewritten_dense is None
+    model = equivalent_basis(tiny_model("vit"), [tiny_images(8)])
+    supernet = install_bi_masks(model, search_config(basis="equivalent"))
+    trainer = OFBTrainer(supernet, arguments(tmp_path), train_dataset=rows())
     assert trainer.rewritten_dense is None
-    supernet = tiny_supernet()
-    trainer = OFBTrainer(supernet, trainer.args, train_dataset=rows())
-    assert trainer.rewritten_dense is None
+    assert trainer.read_subnet().basis == "equivalent"
+    assert_equal_states(model.state_dict(), trainer.teacher.state_dict())
 
 
 def test_the_mode_of_a_model_stays(tmp_path):

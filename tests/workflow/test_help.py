@@ -41,7 +41,7 @@ def test_help_lists_every_command_with_examples(capsys):
         assert f"  {name} " in out
         assert command.summary in out
         assert len(command.summary) <= 80
-    assert out.count("\n  ofb-hf ") == 3
+    assert out.count("\n  ofb-hf ") == 4
     assert run(capsys, "-h") == (out, err, status)
     assert run(capsys) == ("", out, 2)
 
@@ -208,6 +208,13 @@ def test_a_name_like_no_shape_gets_no_suggestion():
         inputs.require_findable("resnet50")
     inputs.require_findable("owner/name")
     inputs.require_findable(str(ROOT))
+
+
+def test_a_teacher_with_random_weights_is_refused():
+    with pytest.raises(ValueError, match="the teacher is digits_vit, a named shape with random"):
+        inputs.require_possible_teacher("digits_vit")
+    inputs.require_possible_teacher(None)
+    inputs.require_possible_teacher("owner/name")
 
 
 def test_unknown_settings_of_a_file_are_refused_with_a_suggestion(tmp_path, capsys):

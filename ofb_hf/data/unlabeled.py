@@ -1,0 +1,407 @@
+"""Images that need no labels: a folder of any layout, parquet files, or a data set of the Hub.
+
+They are drawn from one part of the data and measured on another one, where there is such a split.
+Labels are kept as they are stored: `class_numbers` finds out whether a model knows them.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets
+from datasets.exceptions import DatasetsError
+from PIL import Image as PILImage
+
+from .access import DatasetAccessError, explained_hub_refusals
+from .columns import column_values, find_image_column, find_label_column
+from .loading import EVAL_SPLITS, METADATA_NAMES, TABLES, load_splits, public_name
+from .row_blocks import Row, stored_row
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass
+class ImageArguments:
+    """Store which images to look at; they need no labels.
+
+    Raises:
+        ValueError: for several sources, or none, and for numbers out of range.
+    """
+
+    images: str | None = field(
+        default=None,
+        metadata={
+            "help": "The same as --data_dir or --dataset_name, whichever it is; after the model, "
+            "the flag may be left out."
+        },
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder with images, in any layout and at any depth, or with parquet files; "
+            "or one parquet file."
+        },
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of that data set, if it has several."}
+    )
+    num_images: int = field(
+        default=512,
+        metadata={"help": "How many images to draw, at random; all of them if there are fewer."},
+    )
+    split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split, or subfolder, to draw from; by default everything outside of "
+            f"{', '.join(EVAL_SPLITS)}."
+        },
+    )
+    eval_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split, or subfolder, to measure the result on; by default the first of "
+            f"{', '.join(EVAL_SPLITS)}, or else a part of the drawn images that is held out."
+        },
+    )
+    max_eval_samples: int = field(
+        default=1000,
+        metadata={"help": "Measure on a random subset of that split (always the same one)."},
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column with the images; by default found by its type."}
+    )
+    label_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the class, for the accuracy of the result; by default found by "
+            "type and name."
+        },
+    )
+    eval_crop_pct: float | None = field(
+        default=None,
+        metadata={
+            "help": "Prepare images as timm does: resize the shorter side to size / eval_crop_pct "
+            "(DeiT 0.875, Swin 0.9) and cut out the middle. By default images are prepared by "
+            "the model's image processor."
+        },
+    )
+
+    def __post_init__(self):
+        sources = ("images", "data_dir", "dataset_name")
+        given = [f"--{name} {getattr(self, name)}" for name in sources if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; images come from one place.")
+        if not given:
+            raise ValueError(
+                "no images are named; give a folder of images, parquet files or a data set of the "
+                "Hub after the model, or with --data_dir or --dataset_name. They need no labels."
+            )
+        if self.images is not None:
+            is_here = Path(self.images).expanduser().exists()
+            # A name like this that is no folder is looked for on the Hub.
+            if not is_here and HUB_NAME.fullmatch(self.images):
+                self.dataset_name = self.images
+            else:
+                self.data_dir = self.images
+        if self.dataset_name is None and self.dataset_config_name is not None:
+            raise ValueError(
+                f"dataset_config_name is {self.dataset_config_name!r}, but {self.data_dir} has no "
+                "configurations; leave it out."
+            )
+        for name, least in (("num_images", 2), ("max_eval_samples", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.eval_crop_pct is not None and not 0 < self.eval_crop_pct <= 1:
+            raise ValueError(
+                f"eval_crop_pct is {self.eval_crop_pct}; it must lie above 0 and be at most 1, "
+                "e.g. 0.875."
+            )
+
+
+class ImageFolder(Sequence[Row]):
+    """Image files of a folder; the label of an image is the name of the folder that it lies in.
+
+    Args:
+        root: the folder.
+        paths: of the files, relative to it.
+    """
+
+    def __init__(self, root: Path, paths: list[PurePosixPath]):
+        self.root = root
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Row:
+        path = self.paths[index]
+        return Row((self.root / path).read_bytes(), path.parent.name, str(path))
+
+    def label_names(self) -> list[str] | None:
+        """Return the names that labels are indices of; here they are names themselves."""
+        return None
+
+    def labels(self) -> set[Any]:
+        """Return all labels, as they are stored."""
+        return {path.parent.name for path in self.paths}
+
+
+class ImageTable(Sequence[Row]):
+    """Rows of a data set, whose images are not decoded.
+
+    Args:
+        dataset: the rows.
+        image_column: column with the images.
+        label_column: column with the labels, None if there is none.
+    """
+
+    def __init__(self, dataset: Dataset, image_column: str, label_column: str | None):
+        self.dataset = dataset.cast_column(image_column, Image(decode=False))
+        self.image_column = image_column
+        self.label_column = label_column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        row = self.dataset[int(index)]
+        label = None if self.label_column is None else row[self.label_column]
+        return stored_row(row[self.image_column], label, f"row {index}")
+
+    def label_names(self) -> list[str] | None:
+        """Return the names that labels are indices of, if their column knows them."""
+        if self.label_column is None:
+            return None
+        feature = self.dataset.features[self.label_column]
+        return feature.names if isinstance(feature, ClassLabel) else None
+
+    def labels(self) -> set[Any]:
+        """Return all labels, as they are stored; none if they are no single values."""
+        if self.label_column is None:
+            return set()
+        values = column_values(self.dataset, self.label_column)
+        return {value for value in values if isinstance(value, int | str)}
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """Hold what was found under the name of some images.
+
+    Attributes:
+        name: for reports: a Hub name, or the name of a folder or a file.
+        pool: what to draw from.
+        measured: the split to measure on, None if images have to be held out.
+        measured_split: its name.
+    """
+
+    name: str
+    pool: ImageFolder | ImageTable
+    measured: ImageFolder | ImageTable | None = None
+    measured_split: str | None = None
+
+
+def find_images(args: ImageArguments) -> FoundImages:
+    """Find images and their splits; nothing is decoded.
+
+    Raises:
+        ValueError: if there are none, with what is expected.
+        DatasetAccessError: for data on the Hub that is gated, private or missing.
+    """
+    if args.data_dir is not None:
+        path = Path(args.data_dir).expanduser()
+        if not path.exists():
+            raise ValueError(
+                f"{args.data_dir} does not exist; give a folder of images, parquet files, or a "
+                "data set of the Hub (OWNER/NAME)."
+            )
+        if path.is_dir() and not _has_tables(path):
+            return _in_folder(path, args)
+    try:
+        splits = _tables(args)
+    except (DatasetsError, pa.ArrowInvalid) as error:
+        source = args.dataset_name or args.data_dir
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    return _in_tables(splits, args)
+
+
+# ------------------------------------------------------------------------------------------ folders
+
+
+def _files(folder: Path) -> list[PurePosixPath]:
+    """Return the paths of all files in a folder, at any depth, relative to it and in order.
+
+    Hidden files and folders are left out, as caches and what some systems put into archives.
+    """
+    found: list[PurePosixPath] = []
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        relative = PurePosixPath(Path(parent).relative_to(folder).as_posix())
+        found += [relative / name for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _has_tables(folder: Path) -> bool:
+    """Return whether a folder holds parquet files or archives, other than tables of metadata."""
+    return any(path.suffix in TABLES and path.name not in METADATA_NAMES for path in _files(folder))
+
+
+def _in_folder(folder: Path, args: ImageArguments) -> FoundImages:
+    # PIL also knows formats that it can write but not open.
+    extensions = PILImage.registered_extensions().items()
+    suffixes = {suffix for suffix, kind in extensions if kind in PILImage.OPEN}
+    paths = [path for path in _files(folder) if path.suffix.lower() in suffixes]
+    if not paths:
+        raise ValueError(
+            f"{args.data_dir} holds no images; give a folder with image files (at any depth) or "
+            "with parquet files."
+        )
+    by_split: dict[str, list[PurePosixPath]] = {}
+    for path in paths:
+        # Images that lie in the folder itself are a split without a name.
+        top = path.parts[0] if len(path.parts) > 1 else ""
+        by_split.setdefault(top, []).append(path)
+    drawn, measured = _chosen_splits(list(by_split), args)
+    pool = paths
+    if drawn is not None:
+        pool = [path for name in drawn for path in by_split[name]]
+    found = ImageFolder(folder, sorted(pool))
+    if measured is None:
+        return FoundImages(public_name(args), found)
+    return FoundImages(public_name(args), found, ImageFolder(folder, by_split[measured]), measured)
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def _tables(args: ImageArguments) -> DatasetDict:
+    """Load all splits of parquet files, archives, or a data set of the Hub."""
+    if args.data_dir is None:
+        try:
+            with explained_hub_refusals(args.dataset_name):
+                return load_splits(args.dataset_name, name=args.dataset_config_name)
+        except DatasetAccessError as error:
+            if args.images is None:
+                raise
+            raise DatasetAccessError(f"there is no folder {args.images}, and {error}") from error
+    path = Path(args.data_dir).expanduser()
+    if path.is_dir():
+        return load_splits(str(path))
+    if path.suffix != ".parquet":
+        raise ValueError(f"{args.data_dir} is a file; give a folder of images, or parquet files.")
+    return load_splits("parquet", data_files={"train": [str(path)]})
+
+
+def _in_tables(splits: DatasetDict, args: ImageArguments) -> FoundImages:
+    filled = {name: rows for name, rows in splits.items() if len(rows)}
+    if not filled:
+        raise ValueError(f"{public_name(args)} has no rows.")
+    drawn, measured = _chosen_splits(list(filled), args)
+    image_column, label_column = _columns(next(iter(filled.values())), args)
+    read = [image_column]
+    if label_column is not None:
+        read.append(label_column)
+
+    def table(names: list[str]) -> ImageTable:
+        parts = [filled[name].select_columns(read) for name in names]
+        return ImageTable(concatenate_datasets(parts), image_column, label_column)
+
+    pool = table(list(filled) if drawn is None else drawn)
+    if measured is None:
+        return FoundImages(public_name(args), pool)
+    return FoundImages(public_name(args), pool, table([measured]), measured)
+
+
+def _columns(rows: Dataset, args: ImageArguments) -> tuple[str, str | None]:
+    """Return the columns of images and, if there is one, of labels."""
+    image_column = find_image_column(rows.features, args.image_column)
+    try:
+        return image_column, find_label_column(rows.features, args.label_column)
+    except ValueError:
+        if args.label_column is not None:
+            raise
+        return image_column, None
+
+
+def _chosen_splits(names: list[str], args: ImageArguments) -> tuple[list[str] | None, str | None]:
+    """Return the splits to draw from, None for everything, and the one to measure on, if any.
+
+    Raises:
+        ValueError: if a split that the user named is not there.
+    """
+    for flag, name in (("--split", args.split), ("--eval_split", args.eval_split)):
+        if name is not None and name not in names:
+            raise ValueError(
+                f"{flag} is {name!r}, but the data has {sorted(filter(None, names))}; name one of "
+                "these, or leave it out."
+            )
+    measured = args.eval_split
+    if measured is None:
+        usual = [name for name in EVAL_SPLITS if name in names and name != args.split]
+        measured = usual[0] if usual else None
+    if args.split is not None:
+        # What is drawn from the split itself is held out of it.
+        return [args.split], None if measured == args.split else measured
+    # No split that is for evaluation is drawn from, also if another one is measured on.
+    drawn = [name for name in names if name not in (*EVAL_SPLITS, measured)]
+    if drawn:
+        return drawn, measured
+    if args.eval_split is not None:
+        others = [name for name in names if name != measured]
+        return others or None, measured if others else None
+    return None, None
+
+
+# ------------------------------------------------------------------------------------------- labels
+
+
+def class_numbers(
+    images: ImageFolder | ImageTable, classes: list[str]
+) -> tuple[dict[Any, int], str | None]:
+    """Return which class of a model every stored label is.
+
+    Args:
+        images: with their labels.
+        classes: names of the model's classes, in the order of their numbers.
+
+    Returns:
+        Stored label -> number, empty if the model knows none of them; and a remark where that is
+        not plain.
+    """
+    names = images.label_names()
+    stored = set(range(len(names))) if names is not None else images.labels()
+    if not stored:
+        return {}, None
+    by_name = {_plain(name): number for number, name in enumerate(classes)}
+    if len(by_name) < len(classes):  # names that differ in case only
+        by_name = {name: number for number, name in enumerate(classes)}
+    numbers: dict[Any, int] = {}
+    for label in stored:
+        name = str(label if names is None else names[label])
+        number = by_name.get(name, by_name.get(_plain(name)))
+        if number is not None:
+            numbers[label] = number
+    if numbers:
+        return numbers, None
+    labels = sorted(label for label in stored if isinstance(label, int) and label >= 0)
+    if labels == list(range(len(classes))):
+        return (
+            dict(zip(labels, labels, strict=True)),
+            "labels are matched by number, for the model has other names for them",
+        )
+    return {}, None
+
+
+def _plain(name: str) -> str:
+    """Return a class name without what differs between folders and configs."""
+    return " ".join(name.replace("_", " ").split()).casefold()
