@@ -51,7 +51,8 @@ class OFBSwinConfig(SwinConfig):
     head_dim_per_block: list[list[int]] | None = None
     intermediate_size_per_block: list[list[int]] | None = None
     attention_scale_per_stage: list[float] | None = None
-    basis: str | None = None
+    # No field of the dataclass: configs of networks that were never rewritten do not hold it.
+    basis = None
 
     def stage_width(self, stage: int) -> int:
         """Return the channels of one stage's residual stream."""

@@ -61,7 +61,8 @@ class OFBViTConfig(ViTConfig):
     attention_scale: float | None = None
     # Not `list[list[int]]`: tuples and numbers of numpy are accepted as well, and converted.
     token_schedule: Any = None
-    basis: str | None = None
+    # No field of the dataclass: configs of networks that were never rewritten do not hold it.
+    basis = None
 
     @property
     def num_tokens(self) -> int:
