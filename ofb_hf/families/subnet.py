@@ -7,6 +7,17 @@ from typing import Any
 
 # Unit indices of a plain axis, or {head index: channel indices inside that head}.
 Kept = tuple[int, ...] | dict[int, tuple[int, ...]]
+# In which basis a network's units are counted: as it was given; with queries, keys, values and
+# output of every head rewritten; with residual streams rewritten as well, where its family allows
+# it. See `pruning/equivalent_basis.py`.
+BASES = ("given", "heads", "equivalent")
+
+
+def require_basis(basis: str) -> None:
+    """Raise ValueError unless a basis is one of `BASES`."""
+    if basis not in BASES:
+        allowed = ", ".join(map(repr, BASES))
+        raise ValueError(f"basis is {basis!r}; allowed are {allowed}.")
 
 
 def all_units(shape: tuple[int, ...]) -> Kept:
@@ -27,19 +38,21 @@ class SubnetSpec:
             An empty `()` or `{}` leaves out the attention or MLP.
         token_schedule: tokens that leave each layer, as in `OFBViTConfig`; None = that of the
             parent.
-        basis: of the dense parent if it was rewritten before the cut, for example "equivalent":
-            the units are not those of the model that was given. None = it was not.
+        basis: in which basis of the parent the indices count: "given" for the parent as it is,
+            "heads" or "equivalent" for what `equivalent_basis` made of it.
 
     Raises:
         ValueError: for indices that are negative, unsorted or repeated, and for heads that keep no
-            channels or different numbers of them. The message names the submodule.
+            channels or different numbers of them, with the name of the submodule; for an unknown
+            basis.
     """
 
     kept: dict[str, Kept]
     token_schedule: list[list[int]] | None = None
-    basis: str | None = None
+    basis: str = "given"
 
     def __post_init__(self):
+        require_basis(self.basis)
         for name, kept in self.kept.items():
             if not kept:
                 continue  # left out
@@ -83,9 +96,22 @@ class SubnetSpec:
     def within(self, parent: "SubnetSpec") -> "SubnetSpec":
         """Return the same units, counted as those of the network that `parent` was cut from.
 
+        The result counts in the basis of the earlier cut.
+
         Args:
             parent: the earlier cut; the indices of this subnet count the units that it kept.
+
+        Raises:
+            ValueError: if the smaller network was rewritten before this cut: its units are then
+                mixtures of those that it had.
         """
+        if self.basis != "given":
+            raise ValueError(
+                f"this subnet counts units of a network in basis {self.basis!r}, which was "
+                f"rewritten after the cut of its parent (basis {parent.basis!r}): they are no "
+                "units of the parent's parent. Rewrite a network before its first cut only, and "
+                'cut again with basis="given".'
+            )
         kept: dict[str, Kept] = {}
         for name, units in self.kept.items():
             before = parent.kept[name]
@@ -99,8 +125,7 @@ class SubnetSpec:
                 head = heads[position]
                 grid[head] = tuple(before[head][channel] for channel in channels)
             kept[name] = grid
-        schedule = self.token_schedule or parent.token_schedule
-        return SubnetSpec(kept, schedule, parent.basis)
+        return SubnetSpec(kept, self.token_schedule or parent.token_schedule, parent.basis)
 
     def to_json(self) -> str:
         """Return the subnet as JSON with one line per submodule; `from_json` reads it."""
@@ -114,8 +139,9 @@ class SubnetSpec:
         if self.token_schedule:
             schedule = json.dumps(self.token_schedule)
             text += f',\n  "token_schedule": {schedule}'
-        if self.basis:
-            text += f',\n  "basis": {json.dumps(self.basis)}'
+        if self.basis != "given":
+            basis = json.dumps(self.basis)
+            text += f',\n  "basis": {basis}'
         return text + "\n}\n"
 
     @classmethod
@@ -123,7 +149,7 @@ class SubnetSpec:
         """Return the subnet that `to_json` wrote.
 
         Raises:
-            ValueError: if `text` is no such JSON.
+            ValueError: if `text` is no such JSON, and for an unknown basis.
         """
         try:
             content = json.loads(text)
@@ -134,7 +160,7 @@ class SubnetSpec:
             raise ValueError(
                 'not a subnet: expected a JSON object {"kept": {submodule: indices}}.'
             ) from error
-        return cls(kept, content.get("token_schedule"), content.get("basis"))
+        return cls(kept, content.get("token_schedule"), content.get("basis", "given"))
 
 
 def _check_indices(name: str, indices: Any) -> None:

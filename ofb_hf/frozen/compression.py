@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..choice.error_curves import ErrorCurve
 from ..families.evaluation import evaluating
 from ..families.registry import describe, family_of, require_classifier
-from ..families.subnet import SubnetSpec
+from ..families.subnet import SubnetSpec, require_basis
 from ..families.token_reduction import supports_tokens
 from ..pruning.equivalent_basis import equivalent_basis
 from ..pruning.fit import fit_
@@ -31,8 +31,6 @@ from ..space.search_space import SearchSpace
 from .choice import chosen_subnet
 from .curves import measure_curves
 
-# What may change its basis before the cut.
-BASES = ("equivalent", "heads", "given")
 # Images for the second moments of a basis.
 BASIS_IMAGES = 128
 # Floats that a fit may hold at once, 1 GiB; more images than fit into it make it hardly better.
@@ -112,8 +110,7 @@ class FrozenCompressor:
         progress: Callable[[str, int, int], None] = lambda step, done, total: None,
     ):
         require_classifier(model)
-        if basis not in BASES:
-            raise ValueError(f"basis is {basis!r}; allowed are {', '.join(map(repr, BASES))}.")
+        require_basis(basis)
         state = PartialState()
         if len(batches) < state.num_processes:
             raise ValueError(
@@ -163,6 +160,7 @@ class FrozenCompressor:
         subnet = chosen_subnet(
             self.dense, config, self.space, self.curves, self.config.search_tokens, self._distance
         )
+        subnet = replace(subnet, basis=self.basis)
         # What waits in memory while fitting is shared by the processes.
         processes = PartialState().num_processes
         most = max(processes, images_to_fit(self.dense) * processes // len(self.batches[0]))

@@ -24,11 +24,15 @@ class OFBSwinConfig(SwinConfig):
             Factor on the attention logits. A compressed model keeps `dense_head_dim ** -0.5`,
             whatever the present width of its heads; `None` derives it from the head's width as the
             stock model does.
+        basis (`str`, *optional*):
+            The basis that the network, or the one that it was cut from, was rewritten in:
+            `"heads"` or `"equivalent"`; `None` if it never was. The indices of a cut count units
+            in it. It does not change what the model computes.
 
     Raises:
         ValueError: for a list that does not match `depths`, for a negative width and a stage of
             width 0, for more heads than `num_heads`, and for a first width other than `embed_dim`.
-            The message names the field, the place and the value.
+            The message names the field, the place and the value. For an unknown basis.
 
     Example:
 
@@ -47,6 +51,8 @@ class OFBSwinConfig(SwinConfig):
     head_dim_per_block: list[list[int]] | None = None
     intermediate_size_per_block: list[list[int]] | None = None
     attention_scale_per_stage: list[float] | None = None
+    # No field of the dataclass: configs of networks that were never rewritten do not hold it.
+    basis = None
 
     def stage_width(self, stage: int) -> int:
         """Return the channels of one stage's residual stream."""
@@ -80,6 +86,10 @@ class OFBSwinConfig(SwinConfig):
             raise ValueError(
                 "token_schedule is given, but Swin has no class token to rank patches by, and its "
                 "windows need the whole grid; leave it out, or take a ViT."
+            )
+        if self.basis not in (None, "heads", "equivalent"):
+            raise ValueError(
+                f"basis is {self.basis!r}; allowed are 'heads', 'equivalent' and None."
             )
         stages = len(self.depths)
         self._check_list("hidden_size_per_stage", self.hidden_size_per_stage, stages, "stage")

@@ -31,12 +31,17 @@ class OFBViTConfig(ViTConfig):
             back, so an entry above an earlier one has the effect of the earlier one; the running
             minimum is what is stored. `None` keeps all tokens everywhere, and so does a schedule of
             full counts only, which is stored as `None`.
+        basis (`str`, *optional*):
+            The basis that the network, or the one that it was cut from, was rewritten in:
+            `"heads"` or `"equivalent"`; `None` if it never was. The indices of a cut count units
+            in it. It does not change what the model computes.
 
     Raises:
         ValueError: for a list whose length is not `num_hidden_layers`, for a negative width, for
             more heads than `num_attention_heads`, and for token counts that are no pair of whole
             numbers, below 2 (the class token and a patch), above the tokens of an image, or falling
             in a layer without attention. The message names the field, the layer and the value.
+            For an unknown basis.
 
     Example:
 
@@ -56,6 +61,8 @@ class OFBViTConfig(ViTConfig):
     attention_scale: float | None = None
     # Not `list[list[int]]`: tuples and numbers of numpy are accepted as well, and converted.
     token_schedule: Any = None
+    # No field of the dataclass: configs of networks that were never rewritten do not hold it.
+    basis = None
 
     @property
     def num_tokens(self) -> int:
@@ -129,6 +136,10 @@ class OFBViTConfig(ViTConfig):
         if self.attention_scale is not None and not self.attention_scale > 0:
             raise ValueError(
                 f"attention_scale is {self.attention_scale}; it must be positive or None."
+            )
+        if self.basis not in (None, "heads", "equivalent"):
+            raise ValueError(
+                f"basis is {self.basis!r}; allowed are 'heads', 'equivalent' and None."
             )
         if self.token_schedule is not None:
             self.token_schedule = self.stored_schedule(self.token_schedule)

@@ -65,10 +65,10 @@ def equivalent_basis(
         progress: is called with the numbers of batches done and to do.
 
     Returns:
-        A classifier of this package in evaluation mode. Half-precision weights are widened to
-        float32, for their rounding would change the function. Logits and attention maps are those
-        of `model` up to rounding (1e-10 of the largest logit in float64, 1e-4 in float32); hidden
-        states are not, once a stream was rotated.
+        A classifier of this package in evaluation mode; its config names the basis. Half-precision
+        weights are widened to float32, for their rounding would change the function. Logits and
+        attention maps are those of `model` up to rounding (1e-10 of the largest logit in float64,
+        1e-4 in float32); hidden states are not, once a stream was rotated.
 
     Raises:
         UnsupportedArchitectureError: if the model belongs to no supported family.
@@ -95,6 +95,10 @@ def equivalent_basis(
         _rewrite_heads_(result, head, moments)
     for stream in rotated:
         _rotate_(result, stream, _rotation(_mean(moments, stream.name)))
+    if streams:
+        result.config.basis = "equivalent"
+    elif heads:
+        result.config.basis = "heads"
     return result
 
 

@@ -103,9 +103,10 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
         subnet: which units to keep.
 
     Raises:
-        ValueError: for submodules or indices that `model` does not have, and for a token schedule
-            that it cannot follow.
+        ValueError: for submodules or indices that `model` does not have, for a token schedule that
+            it cannot follow, and for a subnet that counts in a basis that it is not in.
     """
+    _require_basis(model, subnet)
     family = family_of(model.config)
     if not isinstance(model, family.model_class):
         model = family.from_dense(model)
@@ -131,6 +132,17 @@ def slice_model(model: nn.Module, subnet: SubnetSpec) -> nn.Module:
     for name, tensor in state.items():
         sliced[name] = slice_tensor(tensor, plan.get(name, ()))
     return rebuild_classifier(model, config, sliced)
+
+
+def _require_basis(model: nn.Module, subnet: SubnetSpec) -> None:
+    """Raise ValueError if a subnet counts units of a network in another basis than this one's."""
+    basis = getattr(model.config, "basis", None)
+    if subnet.basis not in ("given", basis):
+        raise ValueError(
+            f"the subnet counts units of a network in basis {subnet.basis!r}, but the config of "
+            f"this model has basis {basis!r}; cut the rewritten network (the one that --keep_dense "
+            "keeps, or the result of equivalent_basis)."
+        )
 
 
 def check_subnet(subnet: SubnetSpec, architecture: Architecture) -> None:

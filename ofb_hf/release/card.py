@@ -62,6 +62,14 @@ EXTRACT = """from transformers import AutoImageProcessor, AutoModel
 processor = AutoImageProcessor.from_pretrained("PATH_OR_REPOSITORY")
 model = AutoModel.from_pretrained("PATH_OR_REPOSITORY")"""
 TOKENS_KEPT = "Tokens kept after dropping, and left after merging, class token included:"
+# Basis of a subnet -> what its indices count.
+COUNTED_IN = {
+    "heads": "The indices in `subnet.json` count units of the dense model in an equivalent basis: "
+    "its heads were rewritten before the cut, which changes no output.",
+    "equivalent": "The indices in `subnet.json` count units of the dense model in an equivalent "
+    "basis: its heads, and residual streams where the architecture allows it, were rewritten "
+    "before the cut, which changes no output.",
+}
 OUR_CODE = "import ofb_hf  # registers the model class; or pass trust_remote_code=True instead\n"
 # Recipes whose file name alone is the program in the records of version 0.1.
 RECIPES = ("search_deit.py", "search_swin.py", "search_tokens.py", "finetune.py")
@@ -380,7 +388,7 @@ def _lost(classes: dict[str, list[float]], reference: str, column: str) -> str:
 
 
 def _widths(subnet: SubnetSpec, left_out: dict[str, int]) -> str:
-    """Return a list of the kept widths.
+    """Return a list of the kept widths, and in which basis they were cut.
 
     Args:
         subnet: the kept units.
@@ -389,6 +397,8 @@ def _widths(subnet: SubnetSpec, left_out: dict[str, int]) -> str:
     lines = []
     for name, size in subnet.sizes.items():
         lines.append(f"- `{name}`: {_width(size, left_out.get(name))}")
+    if subnet.basis in COUNTED_IN:
+        lines += ["", COUNTED_IN[subnet.basis]]
     return "\n".join(lines)
 
 

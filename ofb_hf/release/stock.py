@@ -18,6 +18,7 @@ NOT_STOCK = {
     # Fields of our config only, besides one list for each width.
     "attention_scale",
     "token_schedule",
+    "basis",
     # Fields that describe our class, or that transformers fills in.
     "model_type",
     "architectures",

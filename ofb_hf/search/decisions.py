@@ -293,7 +293,7 @@ class Decisions(nn.Module):
         if schedule is not None:
             # A config has none where all tokens stay.
             schedule = self.model.config.stored_schedule(schedule)
-        return SubnetSpec(kept, schedule)
+        return SubnetSpec(kept, schedule, self.config.basis)
 
     def decide_tokens_(self, schedule: Schedule | None) -> None:
         """Decide on a token schedule unless it is None; it acts once widths are settled and cut."""

@@ -459,6 +459,13 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
 
 def _require_searchable(model_config: PreTrainedConfig, config: BiMaskConfig) -> None:
     """Raise an error with an explanation for a model that bi-masks cannot work on."""
+    basis = getattr(model_config, "basis", None)
+    if config.basis not in ("given", basis):
+        raise ValueError(
+            f"basis is {config.basis!r}, but the model is not in that basis (its config says "
+            f"{basis!r}), and there are no images here by which to rewrite it. Give the result of "
+            "ofb_hf.pruning.equivalent_basis.equivalent_basis, or let OFBTrainer rewrite it."
+        )
     if getattr(model_config, "token_schedule", None) is not None:
         raise UnsupportedArchitectureError(
             "the model has a token_schedule, and widths cannot be searched on top of it: masked "

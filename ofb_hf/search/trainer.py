@@ -42,11 +42,14 @@ from .observation import Observation
 from .parameter_groups import learning_rate_factors, parameter_groups
 from .phases import Phases, SearchStep
 from .pmim import hidden_first, mask_patches, normalize_target, reconstruction_loss, refine_mask
+from .rewriting import in_basis
 from .shrinking import shrink_, shrink_to_
 from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
 from .trial_cuts import nearest_choice
 
 BI_MASK_CONFIG_FILE = "bi_mask_config.json"
+# The dense network in the basis that is searched, in every checkpoint of a search that rewrote it.
+REWRITTEN_FILE = "rewritten_dense.safetensors"
 
 
 class ChoiceLosses(NamedTuple):
@@ -65,10 +68,15 @@ class OFBTrainer(DistillationTrainer):
         model: a classifier (bi-masks are installed on a copy of it) or a supernet from
             `install_bi_masks`.
         args: `OFBTrainingArguments`; `max_steps` or `num_train_epochs` is the length of the search.
-        bi_mask_config: what to search, when `model` is no supernet yet.
+        bi_mask_config: what to search, when `model` is no supernet yet. With a `basis` other than
+            "given" the model is rewritten first, by 256 images of `train_dataset`.
         teacher: classifier to learn from; by default the dense model itself where the preset
             distils.
         kwargs: as for `DistillationTrainer`.
+
+    Attributes:
+        rewritten_dense: the given classifier in the basis that is searched, whose units
+            `read_subnet` counts; None if it is searched as it is.
 
     Raises:
         ValueError: for arguments that contradict each other or a search, before any data is read.
@@ -94,7 +102,9 @@ class OFBTrainer(DistillationTrainer):
         check_search_arguments(args)
         # The random start of the masks belongs to the run, as the order of the data does.
         set_seed(args.seed)
+        given = model
         if not isinstance(model, Supernet):
+            model = in_basis(given, bi_mask_config, args, **kwargs)
             supernet = install_bi_masks(model, bi_mask_config)
         elif bi_mask_config is None:
             supernet = model
@@ -105,6 +115,7 @@ class OFBTrainer(DistillationTrainer):
             )
         config = supernet.bi_mask_config
         dense = dense_parent(supernet) if supernet.is_fresh else None
+        self.rewritten_dense = dense if model is not given else None
         weight = args.distillation_weight
         if weight is None:
             weight = config.distillation_weight or float(teacher is not None)
@@ -500,10 +511,18 @@ class OFBTrainer(DistillationTrainer):
             self.bi_mask_config.save(folder / BI_MASK_CONFIG_FILE)
             if self.compensation is not None:
                 self.compensation.save(folder)
+            if self.rewritten_dense is not None:
+                weights = self.rewritten_dense.state_dict()
+                safetensors.torch.save_file(weights, folder / REWRITTEN_FILE)
 
     def _load_weights(self, checkpoint: Path) -> None:
         saved = type(self.bi_mask_config).load(checkpoint / BI_MASK_CONFIG_FILE)
         require_same_search(saved.to_dict(), self.bi_mask_config.to_dict(), checkpoint)
+        if self.rewritten_dense is not None:
+            # This machine may just have found another basis than the one that is searched. The
+            # network is that of teacher and compensation.
+            weights = safetensors.torch.load_file(checkpoint / REWRITTEN_FILE)
+            self.rewritten_dense.load_state_dict(weights)
         state = safetensors.torch.load_file(checkpoint / SAFE_WEIGHTS_NAME)
         shrink_to_(self.supernet, state)
         if self.supernet.is_folded:

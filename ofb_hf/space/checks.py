@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
+from ..families.subnet import require_basis
+
 # Which halves of a block may be left out.
 DepthSearch = Literal[False, True, "attention", "mlp"]
 ALPHA_INITS = ("zeros", "uniform")
@@ -42,6 +44,7 @@ def check_settings(config: Any) -> None:
     Args:
         config: a `BiMaskConfig` with the values of its preset filled in.
     """
+    require_basis(config.basis)
     _check_ranges(config)
     _check_importance(config)
     _check_searched(config)

@@ -15,7 +15,7 @@ from ..families.token_reduction import supports_tokens, with_fewest_tokens
 from .candidates import check_candidates, full_sizes, submodule_space, tie_layers, up_to
 from .checks import DepthSearch, check_settings, may_vanish
 from .idle_settings import require_effect
-from .presets import ALIASES, PRESETS, require_one_preset, without_removed
+from .presets import ADDED, ALIASES, PRESETS, require_one_preset, without_removed
 from .search_space import SearchSpace
 
 
@@ -96,6 +96,14 @@ class BiMaskConfig(Budget):
     )
     smallest_share: float | None = _field(
         None, "Smallest residual width as a fraction of the full one. Preset."
+    )
+    basis: str | None = _field(
+        None,
+        "Rewrite the network, before its units are counted, in a basis in which they are easier to "
+        "cut; no logit changes. 'given': leave it as it is; 'heads': queries, keys, values and "
+        "output of every head; 'equivalent': residual streams as well, where the architecture "
+        "allows it. subnet.json then counts "
+        "units of the rewritten network, which --keep_dense keeps. Preset.",
     )
     prune_during_search: bool = _field(
         True, "Remove units physically while searching; False cuts once, at the end."
@@ -332,7 +340,7 @@ class BiMaskConfig(Budget):
     @classmethod
     def load(cls, path: str | Path) -> "BiMaskConfig":
         """Return the config that `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return cls.from_dict(ADDED | json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 @dataclass

@@ -77,6 +77,12 @@ def _idle_candidates(config: Any) -> Iterator[Idle]:
     if not (config.search_attention or config.search_mlp):
         reason = "search_attention and search_mlp are False, and residual widths are never tied"
         yield reason, "turn one of them on", ("uniform_across_layers",)
+    if config.basis == "heads" and not config.search_attention:
+        reason = "search_attention is False, and another basis of the heads changes no other cut"
+        yield reason, "turn search_attention on", ("basis",)
+    if config.basis == "equivalent" and not (config.search_attention or config.search_embedding):
+        reason = "search_attention and search_embedding are False, and MLPs keep their basis"
+        yield reason, "turn one of them on", ("basis",)
 
 
 def _idle_decisions(config: Any) -> Iterator[Idle]:

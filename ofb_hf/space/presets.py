@@ -11,6 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         # Kernels are slow for channel counts that are no multiples of 8.
         "multiple_of": 8,
         "smallest_share": 0.25,
+        "basis": "given",
         # sigmoid(1.5) = 0.82: near the given network, but not where the sigmoid is flat.
         "importance_init_mean": 1.5,
         "importance_init_std": 0.0,
@@ -41,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "multiple_of": 1,
         "smallest_share": 0.5,
+        "basis": "given",
         "importance_init_mean": 0.0,
         "importance_init_std": 0.2,
         "alpha_init": "uniform",
@@ -73,6 +75,8 @@ REMOVED: dict[str, Any] = {
     "hold_learning_rate": None,
     "budget_ramp": 0,
 }
+# Fields that version 0.2 added -> values that change nothing. Files of version 0.1 lack them.
+ADDED: dict[str, Any] = {"basis": "given"}
 # Earlier names of presets: files that were written with them can still be read.
 ALIASES = {"ours": "default"}
 

@@ -12,7 +12,7 @@ import torch
 
 from .._moved import refusing_renamed
 from ..cost.budget import BUDGETS
-from ..frozen.compression import BASES
+from ..families.subnet import BASES
 from ..models.shapes import SHAPES
 from ..release.export import FORMATS
 from ..space.configuration import BiMaskConfig

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,14 +249,13 @@ def _write_one(
         plot_curves(errors, kinds, compressed.subnet, architecture.sizes, path)
 
     table = markdown_table(results_rows(results))
-    rewritten = None if compression.basis == "given" else compression.basis
     fill_folder(
         folder,
         compressed.model,
         compression.processor,
         results,
         card=render_compressed_card(results, compressed.subnet, table),
-        subnet=replace(compressed.subnet, basis=rewritten),
+        subnet=compressed.subnet,
         pictures={output.COMPRESS_PICTURE: draw_picture},
     )
 

@@ -46,7 +46,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "budget": ("target_*", "latency_table"),
     "search space": (
         *("preset", "search_*", "*_candidates", "uniform_across_layers"),
-        *("multiple_of", "smallest_share", "prune_during_search"),
+        *("multiple_of", "smallest_share", "basis", "prune_during_search"),
     ),
     "masked image modelling": ("pmim*", "keep_ratio_*"),
     "token search": _names(TokenSearchConfig),

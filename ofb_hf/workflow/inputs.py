@@ -54,6 +54,7 @@ class Inputs:
         data: the splits as they were loaded.
         train: augmented rows of {"pixel_values" (3, H, W), "labels"}.
         eval: rows of the same kind that are not augmented.
+        train_plain: the training rows, not augmented.
         batch_augmentation: augments whole batches of training images, if anything does.
     """
 
@@ -61,6 +62,7 @@ class Inputs:
     data: ImageData
     train: Any
     eval: Any
+    train_plain: Any
     batch_augmentation: BatchAugmentation | None = None
 
 
@@ -159,8 +161,10 @@ def _prepared(
     # A stream shuffles and deals out its images by itself; others are indexed by a sampler.
     if isinstance(data.train, StreamedSplit):
         train = ImageStream(data.train, augmented, seed, augmentation_args.repeated_augmentation)
+        train_plain = ImageStream(data.train, plain, seed)
     else:
         train = SeededImages(data.train, augmented, *columns, seed)
+        train_plain = with_image_transform(data.train, plain, *columns)
     # Mixing and erasing need whole batches, on the device.
     batch_augmentation = None
     if data_args.augmentation == "deit":
@@ -172,7 +176,7 @@ def _prepared(
         # transforms above still crop by themselves.
         processor = cropping(processor, data_args.eval_crop_pct)
     evaluation = with_image_transform(data.eval, plain, *columns)
-    return Inputs(processor, data, train, evaluation, batch_augmentation)
+    return Inputs(processor, data, train, evaluation, train_plain, batch_augmentation)
 
 
 def _require_images(name: str, model: PreTrainedModel, inputs: Inputs) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..cost.latency import LATENCY_TABLE_FILE
-from ..space.presets import ALIASES, without_removed
+from ..space.presets import ADDED, ALIASES, without_removed
 from ..training.arguments import OFBTrainingArguments
 from ..training.checkpoints import ASIDE, is_complete
 from ..training.history import HISTORY_FILE
@@ -26,8 +26,14 @@ RESUME = "Continue with --resume_from_checkpoint auto, or start over with --over
 WORLD_SIZE = "num_processes"
 SPREAD = (WORLD_SIZE, "per_device_train_batch_size", "gradient_accumulation_steps")
 # Name of a phase in the history -> its subfolder, which holds its checkpoints and its result.
-PHASES = {"dense": "dense_training", "search": "search", "finetune": "finetune"}
-SEARCH_PHASES = tuple(PHASES.values())
+PHASES = {
+    "dense": "dense_training",
+    "basis": "basis",
+    "search": "search",
+    "finetune": "finetune",
+}
+# Those that train, and write checkpoints.
+SEARCH_PHASES = tuple(folder for phase, folder in PHASES.items() if phase != "basis")
 # Of the model that a finished phase leaves, in the folder of the phase.
 RESULT = "model"
 SUBNET = "subnet.json"
@@ -199,8 +205,9 @@ def _check_checkpoint(checkpoint: Path, folder: Path, phases: tuple[str, ...]) -
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse to resume with other settings; only warn of another number of processes."""
     saved = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    # version 0.1 wrote an earlier name of the preset, and fields that have been removed
-    saved = without_removed(saved)
+    # version 0.1 wrote an earlier name of the preset, fields that have been removed, and not those
+    # that were added
+    saved = ADDED | without_removed(saved)
     if "preset" in saved:
         saved["preset"] = ALIASES.get(saved["preset"], saved["preset"])
     # what JSON makes of tuples and the like, as in the file
@@ -240,7 +247,7 @@ def begin(args: OFBTrainingArguments, settings: dict[str, Any]) -> None:
 
 def _remove_run(folder: Path) -> None:
     """Remove everything that a run may have written, and nothing that it did not write."""
-    for name in ("dense", RESULT, *SEARCH_PHASES, *PRODUCT, BUDGETS_RESULTS, BUDGETS_PICTURE):
+    for name in ("dense", RESULT, *PHASES.values(), *PRODUCT, BUDGETS_RESULTS, BUDGETS_PICTURE):
         remove(folder / name)
     for checkpoint in folder.glob("checkpoint-*"):
         remove(checkpoint)

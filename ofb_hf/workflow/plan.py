@@ -57,7 +57,8 @@ def run_plan(
     model = load_for_counting(wanted.model_name_or_path, wanted.num_labels)
     configs = {}
     for name, values in search.by_budget().items():
-        configs[name] = default_config(model.config, **values)
+        # There are no images to find another basis by, and sizes and speed are the same in all.
+        configs[name] = default_config(model.config, **values | {"basis": "given"})
     # refuses what no subnet meets, before anything is measured
     budgets = {name: _outcome(model, config) for name, config in configs.items()}
     first = next(iter(configs.values()))  # the budgets have everything else in common

@@ -15,6 +15,7 @@ from ..data import DataArguments
 from ..families.subnet import SubnetSpec
 from ..models.shapes import SHAPES
 from ..release.hub import require_write_access
+from ..search.rewriting import images_for_basis, rewritten
 from ..space.configuration import BiMaskConfig
 from ..token_search.learned_counts import TokenSearchConfig
 from ..training.arguments import OFBTrainingArguments, check_search_arguments
@@ -189,6 +190,20 @@ class Run:
         )
         self.train(ClassifierTrainer(self.dense, args, **self.datasets()), "dense")
         self.keep_result("dense", self.dense.save_pretrained)
+
+    def rewrite_dense(self) -> None:
+        """Rewrite the dense model in the basis that is to be searched; keep it for a resumed run.
+
+        No logit changes: it stays the reference of all measurements.
+        """
+        if self.config.basis == "given":
+            return
+        if self.is_done("basis"):
+            self.dense = self.load_result("basis").train()
+            return
+        images = images_for_basis(self.inputs.train_plain, self.args)
+        self.dense = rewritten(self.dense, images, self.config.basis, self.args)
+        self.keep_result("basis", self.dense.save_pretrained)
 
     def finetune(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> PreTrainedModel:
         """Finetune a model in place and return it, or return what a resumed run finds.

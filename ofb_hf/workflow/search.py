@@ -1,5 +1,6 @@
 """Search an image classifier for a smaller one, finetune it, and write it down."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def prepare(
     for folder, fields in config.by_budget().items():
         configs[folder] = default_config(dense.config, **fields)
         # refuses what cannot be searched and budgets that cannot be met, before anything starts
-        supernet = install_bi_masks(dense, configs[folder])
+        supernet = install_bi_masks(dense, replace(configs[folder], basis="given"))
         costs[folder] = configs[folder].absolute(supernet.target)
     # Each model is searched on from the next larger one, so the largest budget comes first.
     targets = dict(sorted(costs.items(), key=lambda item: item[1], reverse=True))
@@ -95,6 +96,7 @@ def run_search(run: Run) -> dict[str, Any]:
     """
     with run.unfinished():
         run.train_dense()
+        run.rewrite_dense()
         results, _, _ = meet_budget(run)
     return results
 
@@ -142,8 +144,12 @@ def search(run: Run) -> tuple[PreTrainedModel, SubnetSpec]:
 def _trainer(run: Run) -> OFBTrainer:
     """Return the trainer of a search that begins with the dense model, or with a smaller one."""
     args = run.phase_arguments("search")
-    start = run.dense
     teacher = run.teacher
+    if run.config.basis != "given":
+        # The dense model is in that basis already.
+        supernet = install_bi_masks(run.dense, run.config)
+        return OFBTrainer(supernet, args, teacher=teacher, **run.datasets())
+    start = run.dense
     if run.start is not None:
         start = run.start
         weight = args.distillation_weight

@@ -34,6 +34,7 @@ def run_several_budgets(run: Run) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with run.unfinished():
         run.train_dense()
+        run.rewrite_dense()
         before = run
         for name in run.targets:
             member = _run_for(run, before, name)
@@ -76,7 +77,10 @@ def _config_for(run: Run, before: Run, target: int | float) -> BiMaskConfig:
     cost = run.config.absolute(count_cost(before.start, run.config.terms))
     # The search before may have ended below this budget already; then nothing is to be removed.
     reachable = min(target, cost)
-    return run.config.fitted_to(before.start.config, **{run.config.budget[0]: reachable})
+    # What was cut from the rewritten model is not rewritten again: its units would no longer be
+    # those of the dense one.
+    changes = {run.config.budget[0]: reachable, "basis": "given"}
+    return run.config.fitted_to(before.start.config, **changes)
 
 
 def _part_of_the_epochs(run: Run, name: str) -> OFBTrainingArguments:

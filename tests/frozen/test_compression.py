@@ -234,7 +234,9 @@ def test_two_ranks_give_the_network_of_one(tmp_path, family):
 
 def test_bad_input_is_refused_by_name():
     model = tiny_vit()
-    with pytest.raises(ValueError, match=r"basis is 'rotated'; allowed are 'equivalent', 'heads'"):
+    with pytest.raises(
+        ValueError, match=r"basis is 'rotated'; allowed are 'given', 'heads', 'equivalent'"
+    ):
         FrozenCompressor(model, batches_of(), basis="rotated")
     with pytest.raises(ValueError, match="0 batches of calibration images for 1 processes"):
         FrozenCompressor(model, [])

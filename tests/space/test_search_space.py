@@ -20,10 +20,11 @@ from factories import (
 from hypothesis import given
 from hypothesis import strategies as st
 from invariants import ours
-from transformers import SwinConfig
+from transformers import AutoModelForImageClassification, SwinConfig
 
 from ofb_hf import SearchSpace, SubmoduleSpace, SubnetSpec, SwinBiMaskConfig, ViTBiMaskConfig
 from ofb_hf.families.registry import describe
+from ofb_hf.families.subnet import BASES, all_units
 from ofb_hf.pruning.surgery import slice_model
 
 GRID = {"num_heads": 4, "head_dim": 6, "head_candidates": (2, 4), "dim_candidates": (3, 6)}
@@ -43,7 +44,8 @@ def subnets(draw: st.DrawFn) -> SubnetSpec:
             "embeddings": draw(indices),
             "layers.0.attention": attention,
             "layers.0.mlp": draw(indices),
-        }
+        },
+        basis=draw(st.sampled_from(BASES)),
     )
 
 
@@ -146,6 +148,62 @@ def test_impossible_depths_are_refused(fields, message):
 def test_zero_among_given_candidates_is_refused_with_the_way_to_add_it():
     with pytest.raises(ValueError, match=r"mlp_candidates is \[0, 72\]; .*search_depth=True"):
         ViTBiMaskConfig(mlp_candidates=[0, 72]).search_space(vit_config())
+
+
+@pytest.mark.parametrize("make", [ViTBiMaskConfig, SwinBiMaskConfig, vit_config, swin_config])
+def test_unknown_bases_are_refused_by_name(make):
+    """In the config of a search and in those of our models."""
+    if make in (vit_config, swin_config):
+        family = "vit" if make is vit_config else "swin"
+        make = type(ours(family).config)
+    with pytest.raises(
+        ValueError, match=r"basis is 'fourier'; allowed are .*'heads', 'equivalent'"
+    ):
+        make(basis="fourier")
+
+
+def test_a_file_of_an_earlier_version_searches_the_network_as_it_is(tmp_path):
+    values = ViTBiMaskConfig().to_dict()
+    assert values.pop("basis") == "given"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert ViTBiMaskConfig.load(tmp_path / "config.json") == ViTBiMaskConfig()
+
+
+def test_a_subnet_names_its_basis():
+    subnet = SubnetSpec({"embeddings": (1, 5)}, basis="heads")
+    assert json.loads(subnet.to_json())["basis"] == "heads"
+    # Files of networks that were cut as they were given stay as they are.
+    assert "basis" not in SubnetSpec({"embeddings": (1, 5)}).to_json()
+    with pytest.raises(ValueError, match=r"basis is 'fourier'; allowed are 'given', 'heads', "):
+        SubnetSpec.from_json('{"kept": {}, "basis": "fourier"}')
+
+
+def test_units_are_counted_in_the_basis_of_the_first_cut():
+    parent = SubnetSpec({"embeddings": (1, 4, 6)}, basis="equivalent")
+    child = SubnetSpec({"embeddings": (0, 2)})
+    assert child.within(parent) == SubnetSpec({"embeddings": (1, 6)}, basis="equivalent")
+    for basis in ("given", "equivalent"):
+        with pytest.raises(ValueError, match=r"'heads', which was rewritten after the cut"):
+            dataclasses.replace(child, basis="heads").within(
+                dataclasses.replace(parent, basis=basis)
+            )
+
+
+def test_a_model_keeps_its_basis_through_cuts_and_files(tmp_path):
+    for family in FAMILIES:
+        model = ours(family)
+        assert "basis" not in json.loads(model.config.to_json_string())
+        model.config.basis = "heads"
+        units = {name: all_units(shape) for name, shape in describe(model.config).sizes.items()}
+        small = slice_model(model, SubnetSpec(units, basis="heads"))
+        small.save_pretrained(tmp_path / family)
+        assert (
+            AutoModelForImageClassification.from_pretrained(tmp_path / family).config.basis
+            == small.config.basis
+            == "heads"
+        )
+        with pytest.raises(ValueError, match=r"basis 'equivalent', but .* basis 'heads'"):
+            slice_model(model, SubnetSpec(units, basis="equivalent"))
 
 
 def test_sizes_of_a_subnet():
@@ -518,6 +576,13 @@ IDLE = [
     ("multiple_of", 4, LISTS, "are listed"),
     ("multiple_of", 4, NO_BLOCKS | {"embedding_candidates": [20, 40]}, "are listed"),
     ("uniform_across_layers", True, NO_BLOCKS, "residual widths are never tied"),
+    ("basis", "heads", {"search_attention": False}, "search_attention is False"),
+    (
+        "basis",
+        "equivalent",
+        {"search_attention": False, "search_embedding": False},
+        "MLPs keep their basis",
+    ),
     ("retire_threshold", 0.3, {"retire_begin": 0.15}, "retire_begin is 0.15 and settle_at 0.15"),
     ("retire_events", 10, {"retire_begin": 1.0}, "retire_begin is 1.0"),
     ("retire_events", 10, {"retire_threshold": 0.0}, "retire_threshold is 0"),

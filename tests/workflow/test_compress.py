@@ -388,7 +388,7 @@ BAD = {
     ),
     "unknown basis": (
         lambda tmp: {"flags": ["--basis", "fourier"]},
-        "allowed are 'equivalent', 'heads', 'given'",
+        "allowed are 'given', 'heads', 'equivalent'",
     ),
     "a flag of trainings": (
         lambda tmp: {"flags": ["--learning_rate", "1e-3", "--num_train_epochs", "2"]},
