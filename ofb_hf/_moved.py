@@ -34,7 +34,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "candidates": ("choice.scores",),
     "checkpoints": ("training.checkpoints", "families.loading"),
     "choices": ("search.decisions",),
-    "compensation": ("pruning.compensation",),
+    "compensation": ("pruning.compensation", "pruning.fit"),
     "configuration": ("space.configuration",),
     "consistency": ("training.ranks",),
     "data.blocks": ("data.row_blocks",),

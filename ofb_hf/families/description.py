@@ -228,6 +228,11 @@ class Architecture:
         return {submodule.name: submodule.shape for submodule in self.submodules}
 
     @property
+    def embeddings(self) -> str:
+        """Path of the module that makes tokens of pixels; it has the mask token."""
+        return self.mask_token.rpartition(".")[0]
+
+    @property
     def left_out(self) -> list[str]:
         """Names of the submodules that have no units."""
         return [name for name, shape in self.sizes.items() if not math.prod(shape)]

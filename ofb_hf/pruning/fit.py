@@ -59,7 +59,7 @@ def fit_(
         dense: the uncut classifier, ours or stock.
         subnet: the units of `dense` that `small` has.
         batches: images of this process, (B, channels, height, width) each, at least one batch. Each
-            is read once; what the networks make of all of them is in memory at the same time.
+            is read once; the residual streams of all of them are in memory at the same time.
         readers: whether to fit the layers that read a cut stream, too; then `dense` is ours.
         shared: whether every process calls this with images of its own; their sums are added up.
         progress: is called with the numbers of layers done and to do.
@@ -69,7 +69,8 @@ def fit_(
     """
     reading = _readers_of_cut_streams(dense, subnet) if readers else []
     paths = [*writers(small), *(path for path in reading if _is_linear(small, path))]
-    units = _units(small, paths)
+    embeddings = describe(small.config).embeddings
+    units = {embeddings: [], **_units(small, paths)}
     rows = _kept_outputs(dense, subnet)
     fitted: list[str] = []
     pairs: list[_Pair] = []
@@ -79,8 +80,11 @@ def fit_(
         stack.enter_context(waiting_at(small, units))
         stack.enter_context(waiting_at(dense, units))
         try:
-            pairs += [_Pair(small, dense, batches, number) for number in range(len(batches))]
-            for number in range(len(units)):
+            for images in batches:
+                pairs.append(_Pair(small, dense, images.shape))
+                pairs[-1].go_on()
+                pairs[-1].embed(images)
+            for number in range(len(units) - 1):
                 for pair in pairs:
                     pair.go_on()
                 unit = pairs[0].unit
@@ -91,7 +95,7 @@ def fit_(
                         fitted += [f"{path}.{name}" for name, _ in layer.named_parameters()]
                 for pair in pairs:
                     pair.compute()
-                progress(number + 1, len(units))
+                progress(number + 1, len(units) - 1)
         finally:
             for pair in pairs:
                 pair.cancel()
@@ -145,52 +149,53 @@ _current = threading.local()
 class _Pair:
     """The passes of the cut and the uncut network over one batch.
 
+    Args:
+        small, dense: the networks; they wait where pixels become tokens, and at every unit.
+        shape: of the images, (B, channels, height, width).
+
     Attributes:
         unit: the module that both wait at.
         decisions: layer -> which tokens the cut network chose there; the uncut one follows.
     """
 
-    def __init__(
-        self,
-        small: PreTrainedModel,
-        dense: PreTrainedModel,
-        batches: Sequence[Tensor],
-        number: int,
-    ):
+    def __init__(self, small: PreTrainedModel, dense: PreTrainedModel, shape: torch.Size):
         self.models = (small, dense)
         self.decisions: dict = {}
         self.unit = ""
-        self._batches = batches
-        self._number = number
-        self._images: Tensor | None = None
-        self._forwards = [PausedForward(partial(self._run, model)) for model in self.models]
+        self._forwards: list[PausedForward] = []
+        for model in self.models:
+            # A pass keeps what it was called with, so it gets something that takes no memory.
+            stand_in = torch.zeros((), dtype=model.dtype, device=model.device).expand(shape)
+            self._forwards.append(PausedForward(partial(model, pixel_values=stand_in)))
         self._calls: list[Call | None] = [None, None]
         self._results: list[Any] = [None, None]
 
-    def _run(self, model: PreTrainedModel) -> None:
-        model(pixel_values=self._images.to(model.device, model.dtype))
-
     def go_on(self) -> None:
         """Let both passes go on to the next unit, with the results of this one."""
-        if not self.unit:
-            self._images = self._batches[self._number]
         results, self._results = self._results, [None, None]
         for number, forward in enumerate(self._forwards):
             self._calls[number] = forward.send(results[number])
             results[number] = None
-        self._images = None
         self.unit = self._calls[0].path
         if self._calls[1].path != self.unit:
             raise RuntimeError(
                 f"the cut network is at {self.unit}, the uncut one at {self._calls[1].path}."
             )
 
+    def embed(self, images: Tensor) -> None:
+        """Turn pixels into tokens, where both passes wait first."""
+        for number, model in enumerate(self.models):
+            images = images.to(model.device, model.dtype)
+            self._results[number] = self._call(number, images)
+            self._calls[number] = None
+
     def compute(self) -> None:
         """Compute this unit, now that it is fitted."""
         _current.decisions = self.decisions
         # The cut network runs ahead: it decides about tokens.
         for number in (0, 1):
-            self._results[number] = self._call(number)
+            stream = self._calls[number].args[0]
+            self._results[number] = _in_place(stream, self._call(number, stream))
             self._calls[number] = None
 
     def inputs(self, path: str) -> Tensor:
@@ -224,22 +229,36 @@ class _Pair:
     def _call_until(self, number: int, handles: list[RemovableHandle]) -> None:
         _current.decisions = self.decisions
         try:
-            self._call(number)
+            self._call(number, self._calls[number].args[0])
         except _Reached:
             pass
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _call(self, number: int) -> Any:
-        """Compute the unit that a pass waits at."""
+    def _call(self, number: int, first: Tensor) -> Any:
+        """Compute the unit that a pass waits at, of this first argument."""
         call = self._calls[number]
-        return self.models[number].get_submodule(call.path)(*call.args, **call.kwargs)
+        unit = self.models[number].get_submodule(call.path)
+        return unit(first, *call.args[1:], **call.kwargs)
 
     def cancel(self) -> None:
         """Let go of both passes."""
         for forward in self._forwards:
             forward.cancel()
+
+
+def _in_place(stream: Tensor, result: Any) -> Any:
+    """Return a unit's result in the memory of the stream that it was computed from.
+
+    The frames of a pass keep the streams before and after, so they had better be the same.
+    """
+    is_alone = isinstance(result, Tensor)
+    after = result if is_alone else result[0]
+    if after.shape != stream.shape or after.data_ptr() == stream.data_ptr():
+        return result
+    stream.copy_(after)
+    return stream if is_alone else (stream, *result[1:])
 
 
 def _is_linear(model: PreTrainedModel, path: str) -> bool:
