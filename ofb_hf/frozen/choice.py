@@ -21,6 +21,9 @@ from ..space.search_space import SearchSpace, SubmoduleSpace
 from ..tokens.graded_schedules import graded_schedules
 from ..tokens.schedules import Schedule, num_tokens
 
+# From the last token schedule to the next one that is tried: neighbours differ too little to tell.
+FIRST_STRIDE = 2
+
 
 def chosen_subnet(
     model: PreTrainedModel,
@@ -103,22 +106,17 @@ def chosen_subnet(
 def _lowest(length: int, value: Callable[[int], float]) -> int:
     """Return about where a value is lowest that falls and then rises along a list.
 
-    A few entries are looked at, evenly spread, then others closer and closer around the best one.
+    It is looked for from the end of the list in growing steps, then in halved ones around the best.
     """
-    every = range(length)
-    stride = max(1, length // 4)
-    looked_at = list(every[stride // 2 :: stride])
-    best = min(looked_at, key=value)
-    if math.isinf(value(best)):
-        # Only the last entries may be possible at all.
-        return min(every, key=value)
-    stride = max(1, stride // 2)
-    while True:
-        nearby = [index for index in (best, best - stride, best + stride) if index in every]
-        best = min(nearby, key=value)
-        if stride == 1:
-            return best
+    best, stride = length - 1, FIRST_STRIDE
+    while best >= stride and value(best - stride) < value(best):
+        best -= stride
+        stride *= 2
+    while stride > 1:
         stride //= 2
+        nearby = [index for index in (best, best - stride, best + stride) if 0 <= index < length]
+        best = min(nearby, key=value)
+    return best
 
 
 def _candidates(space: SubmoduleSpace, curve: ErrorCurve) -> list[Candidate]:

@@ -33,7 +33,9 @@ from .curves import measure_curves
 
 # Images for the second moments of a basis.
 BASIS_IMAGES = 128
-# Floats that a fit may hold at once, 1 GiB; more images than fit into it make it hardly better.
+# Tokens that a fit should see for each input of a layer; more make it hardly better.
+TOKENS_PER_INPUT = 64
+# Floats that a fit may hold at once, 1 GiB.
 MEMORY = 2**28
 # Images that are computed together.
 BATCH = 16
@@ -231,13 +233,16 @@ def _divergence(small: PreTrainedModel, batches: Sequence[Tensor], answers: list
 
 
 def images_to_fit(model: PreTrainedModel) -> int:
-    """Return how many images a fit should use, so that what waits in memory fits into `MEMORY`."""
+    """Return how many images a fit should use: enough for its widest layer, if memory allows it."""
     architecture = describe(model.config)
     rows, columns = architecture.patch_grid
-    widths = [shape[0] for shape in architecture.sizes.values() if len(shape) == 1]
-    # The residual streams of both networks, and the hidden units of one MLP of the smaller one.
-    held = (rows * columns + 1) * 3 * max(widths)
-    return max(1, MEMORY // held)
+    tokens = rows * columns + 1
+    (width,) = architecture.sizes[architecture.first_width]
+    widest = max(math.prod(shape) for shape in architecture.sizes.values())
+    enough = math.ceil(TOKENS_PER_INPUT * widest / tokens)
+    # The residual streams of both networks.
+    possible = MEMORY // (2 * tokens * width)
+    return max(1, min(enough, possible))
 
 
 def frozen_config(model_config: PreTrainedConfig, **values: Any) -> BiMaskConfig:

@@ -25,7 +25,7 @@ REPLAYED_IMAGES = 96
 # Of so many tokens one is drawn to measure errors where the loss minds them.
 DRAWN = 8
 # Images whose activations are in memory at the same time.
-TOGETHER = 4
+TOGETHER = 2
 # Rows for each column of a matrix of second moments.
 ROWS_PER_COLUMN = 40
 
@@ -56,7 +56,8 @@ class Observation:
         self.model = model
         self.num_images = num_images
         self.channels = channels
-        self.sums = Sums()
+        # They rank units and sizes, all at the same time in memory; no weight is computed of them.
+        self.sums = Sums(torch.float32)
         family = family_of(model.config)
         self.architecture: Architecture = describe(model.config)
         bases: Bases = family.bases(model.config)

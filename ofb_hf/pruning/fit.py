@@ -88,8 +88,10 @@ def fit_(
                 for pair in pairs:
                     pair.go_on()
                 unit = pairs[0].unit
-                for stage in _stages(small, unit, units[unit], reading):
-                    _fit_stage_(pairs, stage, rows, reading, shared)
+                stages = _stages(small, unit, units[unit], reading)
+                for stage in stages:
+                    is_last = stage is stages[-1]
+                    _fit_stage_(pairs, stage, rows, reading, shared, is_last)
                     for path in stage:
                         layer = small.get_submodule(path)
                         fitted += [f"{path}.{name}" for name, _ in layer.named_parameters()]
@@ -190,13 +192,12 @@ class _Pair:
             self._calls[number] = None
 
     def compute(self) -> None:
-        """Compute this unit, now that it is fitted."""
-        _current.decisions = self.decisions
-        # The cut network runs ahead: it decides about tokens.
-        for number in (0, 1):
-            stream = self._calls[number].args[0]
-            self._results[number] = _in_place(stream, self._call(number, stream))
-            self._calls[number] = None
+        """Compute this unit of the cut network, now that it is fitted; the other one has been."""
+        self._finish(0, self._call(0, self._calls[0].args[0]))
+
+    def _finish(self, number: int, result: Any) -> None:
+        self._results[number] = _in_place(self._calls[number].args[0], result)
+        self._calls[number] = None
 
     def inputs(self, path: str) -> Tensor:
         """Return what a layer of the cut network gets."""
@@ -210,34 +211,43 @@ class _Pair:
         self._call_until(0, [layer.register_forward_pre_hook(stop)])
         return seen[0]
 
-    def outputs(self, paths: list[str]) -> list[Tensor]:
-        """Return what layers of the uncut network give out that read the same input."""
+    def outputs(self, paths: list[str], finish: bool) -> list[Tensor]:
+        """Return what layers of the uncut network give out that read the same input.
+
+        Args:
+            paths: of the layers.
+            finish: whether to compute the rest of the unit as well; nothing of it is asked for
+                later. The cut network runs ahead: it has decided about tokens.
+        """
         seen: dict[str, Tensor] = {}
 
-        def stop(layer: nn.Module, args: tuple, output: Tensor, path: str) -> None:
+        def see(layer: nn.Module, args: tuple, output: Tensor, path: str) -> None:
             seen[path] = output
-            if len(seen) == len(paths):
+            if len(seen) == len(paths) and not finish:
                 raise _Reached
 
         handles = []
         for path in paths:
             layer = self.models[1].get_submodule(path)
-            handles.append(layer.register_forward_hook(partial(stop, path=path)))
-        self._call_until(1, handles)
+            handles.append(layer.register_forward_hook(partial(see, path=path)))
+        result = self._call_until(1, handles)
+        if finish:
+            self._finish(1, result)
         return [seen[path] for path in paths]
 
-    def _call_until(self, number: int, handles: list[RemovableHandle]) -> None:
-        _current.decisions = self.decisions
+    def _call_until(self, number: int, handles: list[RemovableHandle]) -> Any:
+        """Compute a unit, as far as hooks let it; return its result if it comes to its end."""
         try:
-            self._call(number, self._calls[number].args[0])
+            return self._call(number, self._calls[number].args[0])
         except _Reached:
-            pass
+            return None
         finally:
             for handle in handles:
                 handle.remove()
 
     def _call(self, number: int, first: Tensor) -> Any:
         """Compute the unit that a pass waits at, of this first argument."""
+        _current.decisions = self.decisions
         call = self._calls[number]
         unit = self.models[number].get_submodule(call.path)
         return unit(first, *call.args[1:], **call.kwargs)
@@ -324,13 +334,23 @@ def _fit_stage_(
     rows: dict[str, Tensor],
     reading: list[str],
     shared: bool,
+    is_last: bool,
 ) -> None:
-    """Fit layers that read the same input, in place."""
+    """Fit layers that read the same input, in place.
+
+    Args:
+        pairs: over all batches.
+        stage: the layers.
+        rows: outputs that remain, by layer.
+        reading: layers that read a cut stream.
+        shared: whether sums are added up over processes.
+        is_last: whether they are the last ones of the unit.
+    """
     small = pairs[0].models[0]
     sums = Sums()
     for pair in pairs:
         given = pair.inputs(stage[0])
-        wanted = pair.outputs(stage)
+        wanted = pair.outputs(stage, is_last)
         inputs = _flat(given)
         # The bias is the weight of an input that is always 1.
         extended = with_ones(inputs)

@@ -7,18 +7,22 @@ from torch import Tensor
 
 
 class Sums:
-    """Named sums of tensors, in float64 on the CPU, over the batches of all ranks.
+    """Named sums of tensors, on the CPU, over the batches of all ranks.
 
     Products are made in the precision of their factors, at least float32; only adding them up needs
     more, and not every device has it. A batch gives the same product on whichever rank it is.
+
+    Args:
+        dtype: in which they are kept. float32 takes half the memory.
     """
 
-    def __init__(self):
+    def __init__(self, dtype: torch.dtype = torch.float64):
+        self.dtype = dtype
         self._totals: dict[tuple, Tensor] = {}
 
     def add(self, key: tuple, value: Tensor | float) -> None:
         """Add a tensor or a number to the sum of this name."""
-        value = torch.as_tensor(value).detach().cpu().double()
+        value = torch.as_tensor(value).detach().cpu().to(self.dtype)
         total = self._totals.get(key)
         if total is None:
             self._totals[key] = value.clone()
@@ -36,12 +40,13 @@ class Sums:
         for key in sorted(shapes, key=repr):
             total = self._totals.get(key)
             if total is None:
-                total = torch.zeros(shapes[key], dtype=torch.float64)
+                total = torch.zeros(shapes[key], dtype=self.dtype)
             # Some backends only know tensors of the device.
             self._totals[key] = reduce(total.to(device), "sum").cpu()
 
     def __getitem__(self, key: tuple) -> Tensor:
-        return self._totals[key]
+        """Return a sum in float64."""
+        return self._totals[key].double()
 
 
 def with_ones(rows: Tensor) -> Tensor:

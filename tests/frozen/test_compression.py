@@ -103,9 +103,9 @@ def test_units_that_do_nothing_go_first_and_cost_nothing():
 def test_fitting_helps(family, basis):
     model = tiny_model(family)
     config = frozen_config(model.config, target_macs=0.6)
-    result = FrozenCompressor(model, batches_of(), space=config, basis=basis).compress(config)
+    result = FrozenCompressor(model, batches_of(96), space=config, basis=basis).compress(config)
     cut = slice_model(result.dense, result.subnet).eval()
-    others = batches_of(16, seed=7)
+    others = batches_of(64, seed=7)
     fitted = divergence(result.model, result.dense, others)
     assert fitted < divergence(cut, result.dense, others)
 
