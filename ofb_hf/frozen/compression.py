@@ -30,6 +30,7 @@ from ..space.configuration import BiMaskConfig, default_config
 from ..space.search_space import SearchSpace
 from .choice import chosen_subnet
 from .curves import measure_curves
+from .memory import trim_memory
 
 # Images for the second moments of a basis.
 BASIS_IMAGES = 128
@@ -135,6 +136,7 @@ class FrozenCompressor:
             seed=seed,
             progress=self._step("measuring"),
         )
+        trim_memory()
 
     def _step(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(name, done, total)
@@ -163,11 +165,13 @@ class FrozenCompressor:
             self.dense, config, self.space, self.curves, self.config.search_tokens, self._distance
         )
         subnet = replace(subnet, basis=self.basis)
+        trim_memory()
         # What waits in memory while fitting is shared by the processes.
         processes = PartialState().num_processes
         most = max(processes, images_to_fit(self.dense) * processes // len(self.batches[0]))
         fitted_on = Part(self.batches, range(min(len(self.batches), most)))
         small = self._fitted(subnet, fitted_on, self._step("fitting")).to(self.stored_type)
+        trim_memory()
         return Compressed(small, subnet, self.dense, self.curves)
 
     def _fitted(

@@ -224,7 +224,7 @@ class CompressArguments:
     multiple_of: int | None = _setting(
         None, "Channel counts are multiples of this where the given size is. By default 8."
     )
-    batch_size: int = _setting(16, "Images that are computed together.")
+    batch_size: int = _setting(8, "Images that are computed together.")
     seed: int = _setting(0, "Decides which images are drawn.")
     use_cpu: bool = _setting(False, "Compute on the CPU, even if there is a GPU.")
     disable_tqdm: bool = _setting(False, "Show no progress bars.")

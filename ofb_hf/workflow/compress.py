@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -89,11 +90,11 @@ def _measured(
 ) -> tuple[dict[str, dict[str, Any]], "Measuring"]:
     """Return subfolder -> content of its `eval_results.json`, and what was measured on."""
     models = {DENSE: compression.model}
-    sizes = {DENSE: describe_size(copy.deepcopy(compression.model).to(compression.stored_type))}
+    sizes = {DENSE: describe_size(_of_type(compression.model, compression.stored_type))}
     for name, compressed in done.items():
         sizes[name] = describe_size(compressed.model)
         # what is measured are the weights as they are stored, computed in float32
-        models[name] = copy.deepcopy(compressed.model).float()
+        models[name] = _of_type(compressed.model, torch.float32)
     images = Measuring(compression, progress)
     measured, by_class = compare(models, images)
     progress.close()
@@ -123,6 +124,11 @@ def _measured(
 def _classes(model: PreTrainedModel) -> list[str]:
     """Return the names of a model's classes, in the order of their numbers."""
     return [model.config.id2label[number] for number in range(model.config.num_labels)]
+
+
+def _of_type(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model whose weights are of a type: itself, or a copy."""
+    return model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
 
 
 class Measuring:
