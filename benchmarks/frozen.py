@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from ofb_hf import count_macs
 from ofb_hf.choice import baselines
 from ofb_hf.cost.budget import UnreachableBudgetError
-from ofb_hf.data import DataArguments, build_transform, with_image_transform
+from ofb_hf.data import DataArguments
 from ofb_hf.families.registry import describe, family_of
 from ofb_hf.frozen.compression import FrozenCompressor, frozen_config
 from ofb_hf.pruning.compensation import compensate_
@@ -93,11 +93,7 @@ class Comparison:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.inputs.train), generator=generator)[:num_images]
         # As the evaluated ones are prepared, not augmented.
-        plain = build_transform(
-            self.inputs.processor, "none", train=False, eval_crop_pct=eval_crop_pct
-        )
-        split = self.inputs.data
-        rows = with_image_transform(split.train, plain, split.image_column, split.label_column)
+        rows = self.inputs.train_plain
         chosen = [rows[int(index)]["pixel_values"] for index in order]
         self.images = torch.stack(chosen)
         self.batches = self.images.split(BATCH)
