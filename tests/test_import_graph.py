@@ -28,8 +28,8 @@ FLOORS = (
     ("space", "tokens", "pruning"),
     ("masks", "training", "release", "pictures"),
     ("choice", "token_search"),
-    ("search",),
     ("frozen",),
+    ("search",),
     ("workflow",),
     ("cli", "__main__"),
 )

@@ -44,6 +44,53 @@ class ErrorCurve:
         return tuple(sorted(order[len(order) - count :]))
 
 
+def unit_scores(curve: ErrorCurve, shape: tuple[int, ...]) -> Tensor:
+    """Return scores of single units whose sums follow an error curve.
+
+    What a size adds to the error of the next larger one is divided among the units in between. No
+    unit gets less than one that goes before it, so that the best units are always those that the
+    curve keeps; where a curve is not convex, scores are too high.
+
+    Args:
+        curve: of a submodule.
+        shape: of its units, (U,) or (heads, channels per head).
+
+    Returns:
+        Shaped like the units, in float64. On a grid a unit's score is that of its head times the
+        fraction that its channel has of the error of a head.
+    """
+    if len(shape) == 1:
+        errors = {size: error for (size,), error in curve.errors.items()}
+        return _scores_of(errors, curve.orders[0], shape[0])
+    heads, channels = shape
+    without = curve.errors.get((0, 0))
+    by_heads = {size[0]: error for size, error in curve.errors.items() if size[1] == channels}
+    by_channels = {size[1]: error for size, error in curve.errors.items() if size[0] == heads}
+    if without is not None:
+        by_heads[0] = by_channels[0] = without
+    of_heads = _scores_of(by_heads, curve.orders[channels], heads)  # (H,)
+    order = tuple(reversed(range(channels)))  # the first channels stay
+    of_channels = _scores_of(by_channels, order, channels)  # (D,)
+    return torch.outer(of_heads, of_channels / of_channels.sum().clamp(min=TINY))  # (H, D)
+
+
+def _scores_of(errors: dict[int, float], order: Sequence[int], count: int) -> Tensor:
+    """Return scores (U,) of units that go in a given order, by the errors of some numbers of them.
+
+    Units that no number leaves out count as much as the last one that goes.
+    """
+    scores = torch.zeros(count, dtype=torch.float64)
+    highest = 0.0
+    sizes = sorted(errors, reverse=True)
+    for larger, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
+        if smaller in errors:
+            rise = (errors[smaller] - errors[larger]) / max(larger - smaller, 1)
+            highest = max(highest, rise)
+        for unit in order[count - larger : count - smaller]:
+            scores[unit] = highest
+    return scores
+
+
 @dataclass(frozen=True)
 class Moments:
     """Centred second moments of units and of what they write, all in float64.

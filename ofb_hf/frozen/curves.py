@@ -112,7 +112,8 @@ def _unit_curve(
     scale = _scale(sums, name, num_images)
     errors: dict[tuple[int, ...], float] = {(space.num_units,): 0.0}
     order: list[int] = []
-    sizes = [size for (size,) in space.sizes if size < space.num_units]
+    # Also without any unit, which may be no candidate: then the error of the last ones is known.
+    sizes = sorted({size for (size,) in space.sizes if size < space.num_units} | {0}, reverse=True)
     for removed, units, layer in eliminate(fitted, 1, sizes):
         errors[(len(units),)] = scale * minded.error(layer, units)
         order = removed
@@ -177,5 +178,6 @@ def _stream_curve(
         covariance = sums[(norm.norm, "normed")] / sums[(norm.norm, "rows")]
         gradients = sums[(norm.norm, "gradients")] / num_images
         total += first_channels_errors(covariance, gradients)
-    errors = {(size,): STREAM_FACTOR * float(total[size]) for (size,) in space.sizes}
+    sizes = {size for (size,) in space.sizes} | {0}
+    errors = {(size,): STREAM_FACTOR * float(total[size]) for size in sizes}
     return ErrorCurve(errors, {0: tuple(reversed(range(space.num_units)))})

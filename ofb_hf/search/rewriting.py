@@ -53,7 +53,8 @@ def in_basis(
         config = default_config(model.config)
     if config.basis == "given":
         return model
-    install_bi_masks(model, replace(config, basis="given"))
+    as_given = replace(config, basis="given", importance_source="gradients")
+    install_bi_masks(model, as_given)
     if train_dataset is None:
         raise ValueError(
             f"basis is {config.basis!r}, but there is no train_dataset with images to find it by; "

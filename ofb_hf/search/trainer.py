@@ -38,11 +38,12 @@ from ..training.distillation import DistillationTrainer
 from ..training.losses import flops_loss
 from ..training.ranks import decided_by_rank_0, require_identical_ranks
 from ..training.resumable import require_same_search
+from .curve_scores import require_curves, score_by_error_curves_
 from .observation import Observation
 from .parameter_groups import learning_rate_factors, parameter_groups
 from .phases import Phases, SearchStep
 from .pmim import hidden_first, mask_patches, normalize_target, reconstruction_loss, refine_mask
-from .rewriting import in_basis
+from .rewriting import images_for_basis, in_basis
 from .shrinking import shrink_, shrink_to_
 from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
 from .trial_cuts import nearest_choice
@@ -114,6 +115,8 @@ class OFBTrainer(DistillationTrainer):
                 "it out."
             )
         config = supernet.bi_mask_config
+        if config.importance_source == "error_curves":
+            require_curves(supernet)
         dense = dense_parent(supernet) if supernet.is_fresh else None
         self.rewritten_dense = dense if model is not given else None
         weight = args.distillation_weight
@@ -362,6 +365,9 @@ class OFBTrainer(DistillationTrainer):
         supernet = self.supernet
         decisions = supernet.decisions
         supernet.watch_tokens_(False)
+        if self.bi_mask_config.importance_source == "error_curves":
+            images = images_for_basis(self.train_dataset, self.args, self.batch_augmentation)
+            score_by_error_curves_(supernet, list(images), self.args.seed)
 
         def nearest(choices: list[Choice]) -> Choice:
             return nearest_choice(supernet, choices, self.observation.images)

@@ -9,6 +9,7 @@ from ..families.subnet import require_basis
 # Which halves of a block may be left out.
 DepthSearch = Literal[False, True, "attention", "mlp"]
 ALPHA_INITS = ("zeros", "uniform")
+IMPORTANCE_SOURCES = ("gradients", "error_curves")
 
 # Of the steps, of patches, of a full size, or of a bi-mask.
 FRACTIONS = (
@@ -76,6 +77,7 @@ def _check_ranges(config: Any) -> None:
 
 
 def _check_importance(config: Any) -> None:
+    _check_importance_source(config)
     if not config.importance_hold and not config.importance_learning_rate:
         raise ValueError(
             "importance_hold and importance_learning_rate are 0, so nothing would find out "
@@ -86,6 +88,26 @@ def _check_importance(config: Any) -> None:
         raise ValueError(
             f"importance_hold is {config.importance_hold}, but settle_at is {config.settle_at}; "
             "the choice cannot come before importance is known."
+        )
+
+
+def _check_importance_source(config: Any) -> None:
+    source = config.importance_source
+    if source not in IMPORTANCE_SOURCES:
+        allowed = " and ".join(map(repr, IMPORTANCE_SOURCES))
+        raise ValueError(f"importance_source is {source!r}; allowed are {allowed}.")
+    if source == "gradients":
+        return
+    if config.basis != "equivalent":
+        raise ValueError(
+            f"importance_source is {source!r} and basis {config.basis!r}: error curves count the "
+            'first channels of a rewritten network. Give basis="equivalent" as well.'
+        )
+    if config.search_tokens:
+        raise ValueError(
+            f"importance_source is {source!r} and search_tokens True: tokens are ranked by "
+            "gradients, which cannot be compared with error curves. Leave one of them out; "
+            "ofb-hf compress chooses tokens and widths by error curves."
         )
 
 

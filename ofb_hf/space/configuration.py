@@ -120,6 +120,12 @@ class BiMaskConfig(Budget):
         "observed, at most 2,048 images; then importance and alpha are set from them. 0 = no such "
         "phase. Preset.",
     )
+    importance_source: str = _field(
+        "gradients",
+        "What importance is set from at the end of importance_hold. 'gradients': the observed "
+        "first-order changes of the loss; 'error_curves': what leaving units out costs after the "
+        "rest has made up for it, as ofb-hf compress measures it; this needs basis 'equivalent'.",
+    )
     warmup: float | None = _field(
         None, "Fraction of the steps over which lambda and the keep ratio move. Preset."
     )

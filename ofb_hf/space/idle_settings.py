@@ -129,6 +129,9 @@ def _idle_training(config: Any) -> Iterator[Idle]:
             "importance_hold has observed it"
         )
         yield reason, "give importance_init_std a value", ("importance_init_mean",)
+    if not config.importance_hold:
+        reason = "importance_hold is 0, so importance is learned from its first value"
+        yield reason, "give importance_hold a fraction of the steps", ("importance_source",)
     importance_rests = config.importance_learning_rate == 0
     alpha_rests = config.architecture_learning_rate == 0
     if importance_rests:

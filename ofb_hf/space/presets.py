@@ -76,7 +76,7 @@ REMOVED: dict[str, Any] = {
     "budget_ramp": 0,
 }
 # Fields that version 0.2 added -> values that change nothing. Files of version 0.1 lack them.
-ADDED: dict[str, Any] = {"basis": "given"}
+ADDED: dict[str, Any] = {"basis": "given", "importance_source": "gradients"}
 # Earlier names of presets: files that were written with them can still be read.
 ALIASES = {"ours": "default"}
 

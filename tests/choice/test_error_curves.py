@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 
 from ofb_hf.choice.error_curves import (
     RIDGE,
+    ErrorCurve,
     eliminate,
     first_channels_errors,
     half_direction_metric,
     held,
     means_of,
     moments_of,
+    unit_scores,
 )
 
 
@@ -129,3 +131,38 @@ def test_the_metric_minds_all_directions_and_some_more():
     values = torch.linalg.eigvalsh(full)
     assert values.min() >= 0.5 - 1e-9
     assert float(full.trace()) == pytest.approx(6.0)
+
+
+@given(
+    st.lists(st.floats(0.0, 10.0), min_size=2, max_size=12),
+    st.integers(1, 4),
+    st.randoms(use_true_random=False),
+)
+@settings(deadline=None, max_examples=50)
+def test_scores_of_units_add_up_to_a_convex_curve(steps, step, random):
+    """The rises grow along the curve: then every size's error is the sum over what it leaves out."""
+    steps = sorted(steps)
+    count = step * len(steps)
+    order = list(range(count))
+    random.shuffle(order)
+    errors = {(count - step * number,): sum(steps[:number]) for number in range(len(steps) + 1)}
+    curve = ErrorCurve(errors, {0: tuple(order)})
+    scores = unit_scores(curve, (count,))
+    for (size,), error in errors.items():
+        kept = curve.remaining(size)
+        removed = [unit for unit in range(count) if unit not in kept]
+        assert float(scores[removed].sum()) == pytest.approx(error, abs=1e-9)
+
+
+def test_scores_of_a_curve_that_is_not_convex_never_fall_along_the_order():
+    curve = ErrorCurve({(4,): 0.0, (3,): 2.0, (2,): 2.5, (1,): 5.0}, {0: (1, 3, 0, 2)})
+    assert unit_scores(curve, (4,)).tolist() == [2.5, 2.0, 2.5, 2.0]
+
+
+def test_scores_of_a_grid_follow_its_heads_and_its_channels():
+    errors = {(2, 4): 0.0, (1, 4): 1.0, (0, 0): 4.0, (2, 2): 0.5, (1, 2): 1.5}
+    curve = ErrorCurve(errors, {4: (1, 0), 2: (1, 0)})
+    scores = unit_scores(curve, (2, 4))
+    assert scores.sum(1).tolist() == pytest.approx([3.0, 1.0])
+    assert float(scores[:, 2:].sum()) == pytest.approx(0.5)
+    assert float(scores.sum()) == pytest.approx(4.0)
