@@ -88,11 +88,11 @@ def test_a_checkpoint_of_another_basis_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks_search_in_one_basis(tmp_path, family):
+@pytest.mark.parametrize(("family", "source"), [("vit", "error_curves"), ("swin", "gradients")])
+def test_two_ranks_search_in_one_basis(tmp_path, family, source):
     options = {
         "family": family,
-        "config": {"basis": "equivalent"},
+        "config": {"basis": "equivalent", "importance_source": source},
         "arguments": {"max_steps": 12, "per_device_train_batch_size": 4},
         "compare_ranks": True,
     }
