@@ -140,7 +140,7 @@ def test_the_metric_minds_all_directions_and_some_more():
 )
 @settings(deadline=None, max_examples=50)
 def test_scores_of_units_add_up_to_a_convex_curve(steps, step, random):
-    """The rises grow along the curve: then every size's error is the sum over what it leaves out."""
+    """The rises grow along the curve: then an error is the sum over the units that are left out."""
     steps = sorted(steps)
     count = step * len(steps)
     order = list(range(count))
