@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset, default_collate
 from transformers import PreTrainedModel, set_seed
 
 from ..pruning.equivalent_basis import equivalent_basis
+from ..space.checks import AS_GIVEN
 from ..space.configuration import BiMaskConfig, default_config
 from ..training.arguments import OFBTrainingArguments
 from ..training.classifier import BatchAugmentation
@@ -53,8 +54,7 @@ def in_basis(
         config = default_config(model.config)
     if config.basis == "given":
         return model
-    as_given = replace(config, basis="given", importance_source="gradients")
-    install_bi_masks(model, as_given)
+    install_bi_masks(model, replace(config, **AS_GIVEN))
     if train_dataset is None:
         raise ValueError(
             f"basis is {config.basis!r}, but there is no train_dataset with images to find it by; "

@@ -10,6 +10,8 @@ from ..families.subnet import require_basis
 DepthSearch = Literal[False, True, "attention", "mlp"]
 ALPHA_INITS = ("zeros", "uniform")
 IMPORTANCE_SOURCES = ("gradients", "error_curves")
+# Settings of a search in a network that is not rewritten first.
+AS_GIVEN = {"basis": "given", "importance_source": "gradients"}
 
 # Of the steps, of patches, of a full size, or of a bi-mask.
 FRACTIONS = (

@@ -14,6 +14,7 @@ from ..pictures.plots import plot_search
 from ..release.card import render_card
 from ..search.supernet import install_bi_masks
 from ..search.trainer import OFBTrainer
+from ..space.checks import AS_GIVEN
 from ..space.configuration import default_config
 from ..training.arguments import OFBTrainingArguments
 from . import output
@@ -62,7 +63,7 @@ def prepare(
     for folder, fields in config.by_budget().items():
         configs[folder] = default_config(dense.config, **fields)
         # refuses what cannot be searched and budgets that cannot be met, before anything starts
-        supernet = install_bi_masks(dense, replace(configs[folder], basis="given"))
+        supernet = install_bi_masks(dense, replace(configs[folder], **AS_GIVEN))
         costs[folder] = configs[folder].absolute(supernet.target)
     # Each model is searched on from the next larger one, so the largest budget comes first.
     targets = dict(sorted(costs.items(), key=lambda item: item[1], reverse=True))

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ..cost.counting import count_cost
 from ..pictures.plots import plot_accuracy_over_cost
+from ..space.checks import AS_GIVEN
 from ..space.configuration import BiMaskConfig
 from ..training.arguments import OFBTrainingArguments
 from . import output
@@ -78,8 +79,8 @@ def _config_for(run: Run, before: Run, target: int | float) -> BiMaskConfig:
     # The search before may have ended below this budget already; then nothing is to be removed.
     reachable = min(target, cost)
     # What was cut from the rewritten model is not rewritten again: its units would no longer be
-    # those of the dense one.
-    changes = {run.config.budget[0]: reachable, "basis": "given"}
+    # those of the dense one. After it was trained, its first channels are not the best ones.
+    changes = {run.config.budget[0]: reachable, **AS_GIVEN}
     return run.config.fitted_to(before.start.config, **changes)
 
 

@@ -79,7 +79,7 @@ def test_a_search_that_is_resumed_before_the_curves_are_measured_is_the_same(tmp
     ("settings", "message"),
     [
         ({"importance_source": "curves"}, "allowed are 'gradients' and 'error_curves'"),
-        ({"importance_source": "error_curves"}, 'basis \'given\'.*Give basis="equivalent"'),
+        ({"importance_source": "error_curves"}, "basis 'given'.*Give basis=\"equivalent\""),
         ({**CURVES, "search_tokens": True}, "tokens are ranked by gradients"),
         ({**CURVES, "importance_hold": 0.0, "importance_learning_rate": 0.1}, "importance_hold"),
     ],

@@ -80,6 +80,7 @@ def test_several_budgets_are_nested_in_one_basis_and_resumed_there(
 ):
     """Stopped in the second search: neither the first one nor the basis is computed again."""
     budgets = [*FLAGS, "--target_macs", "0.7,0.5", "--max_steps", "32", "--dense_epochs", "1"]
+    budgets += ["--importance_source", "error_curves"]
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     run_search(checkpoint, images, straight, *budgets)
     dense = load(straight / "dense")
