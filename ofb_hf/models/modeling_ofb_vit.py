@@ -52,7 +52,7 @@ def class_attention(
     Returns:
         (B, N - 1), in float32 or the inputs' wider type.
     """
-    logits = query[:, :, :1] @ key.mT * scaling  # (B, heads, 1, N)
+    logits = query[:, :, :1] @ key.transpose(-1, -2) * scaling  # (B, heads, 1, N)
     if bias is not None:
         logits = logits + bias
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -130,7 +130,7 @@ def match_tokens(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     directions = token_directions(tokens)
     leaving = directions[:, count:]
     staying = directions[:, 1:count]
-    similarities = leaving @ staying.mT  # (B, N - count, count - 1)
+    similarities = leaving @ staying.transpose(-1, -2)  # (B, N - count, count - 1)
     similarity, match = similarities.max(-1)
     return similarity, match + 1
 
@@ -162,7 +162,7 @@ def _join_tokens(
     joins = match[..., None] == torch.arange(1, count, device=match.device)
     weights = joins.to(tokens.dtype)
     members = 1 + weights.sum(1)  # (B, count - 1)
-    joining = weights.mT @ tokens[:, count:]  # (B, count - 1, C), sums
+    joining = weights.transpose(-1, -2) @ tokens[:, count:]  # (B, count - 1, C), sums
     patches = (tokens[:, 1:count] + joining) / members[..., None]
     similarity = similarity.to(sizes.dtype).clamp(min=0)
     merged = sizes[:, count:] * similarity  # (B, N - count)

@@ -78,6 +78,7 @@ def export_onnx(model: PreTrainedModel, output_dir: str | Path) -> Exported:
             dynamic_shapes=_any_batch_size(),
             verbose=False,
         )
+        _drop_inner_shapes_(program.model.graph)
         program.save(path)
 
     def read(path: Path) -> Callable[[Tensor], Tensor]:
@@ -90,6 +91,22 @@ def export_onnx(model: PreTrainedModel, output_dir: str | Path) -> Exported:
         return run
 
     return _export(model, Path(output_dir) / "model.onnx", write, read)
+
+
+def _drop_inner_shapes_(graph: Any) -> None:
+    """Leave out of an exported graph what runtimes find out by themselves: shapes inside of it.
+
+    ONNX Runtime's quantization transposes weights, and stops where a stated shape contradicts it.
+
+    Args:
+        graph: an `onnx_ir.Graph`; inputs, outputs and weights keep their shapes.
+    """
+    inner = list(graph.initializers.values())
+    for node in graph:
+        inner += node.outputs
+    for value in inner:
+        if not value.is_graph_output():
+            value.shape = value.type = None
 
 
 def export_torch(model: PreTrainedModel, output_dir: str | Path) -> Exported:

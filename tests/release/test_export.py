@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from factories import non_uniform_swin, non_uniform_vit, tiny_images, tiny_model
+from onnxruntime.quantization import quantize_dynamic
 from runs import run_code
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
@@ -59,6 +60,24 @@ def test_onnx_runtime_computes_the_same_for_every_batch_size(tmp_path, name):
         images = tiny_images(count=count, size=size, seed=count)
         (found,) = session.run(None, {"pixel_values": images.numpy()})
         numpy.testing.assert_allclose(found, logits_of(model, images).numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ofb_vit", "ofb_swin"])
+def test_onnx_runtime_quantizes_the_file_as_it_is(tmp_path, name):
+    """Stated shapes of what is inside of the graph stopped it."""
+    model = MODELS[name]()
+    done = export_onnx(model, tmp_path)
+    quantized = tmp_path / "int8.onnx"
+    quantize_dynamic(done.path, quantized)
+    kinds = {weight.data_type for weight in onnx.load(quantized).graph.initializer}
+    assert onnx.TensorProto.INT8 in kinds
+    session = onnxruntime.InferenceSession(quantized, providers=["CPUExecutionProvider"])
+    images = tiny_images(count=8, size=model.config.image_size)
+    (found,) = session.run(None, {"pixel_values": images.numpy()})
+    wanted = logits_of(model, images)
+    difference = torch.from_numpy(found) - wanted
+    assert difference.norm() < 0.2 * wanted.norm()
 
 
 @pytest.mark.slow
