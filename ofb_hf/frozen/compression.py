@@ -38,6 +38,8 @@ BASIS_IMAGES = 128
 TOKENS_PER_INPUT = 64
 # Floats that a fit may hold at once, 1 GiB.
 MEMORY = 2**28
+# Where all features are equal.
+TINY = 1e-12
 # Images that are computed together.
 BATCH = 16
 # Images on which a subnet is fitted to see whether tokens should give up more of the budget, or
@@ -99,7 +101,9 @@ class FrozenCompressor:
 
     Raises:
         UnsupportedArchitectureError: if the model belongs to no supported family.
-        ValueError: for an unknown basis, without images, and for outputs that are not finite.
+        TypeError: for images that are no tensors of floating-point numbers.
+        ValueError: for an unknown basis, without images or of another shape, for a model with one
+            output or one that is not trained with a softmax, and for outputs that are not finite.
     """
 
     def __init__(
@@ -112,8 +116,9 @@ class FrozenCompressor:
         seed: int = 0,
         progress: Callable[[str, int, int], None] = lambda step, done, total: None,
     ):
-        require_classifier(model)
+        require_compressible(model)
         require_basis(basis)
+        require_images(batches, model.config)
         state = PartialState()
         if len(batches) < state.num_processes:
             raise ValueError(
@@ -166,9 +171,8 @@ class FrozenCompressor:
         )
         subnet = replace(subnet, basis=self.basis)
         trim_memory()
-        # What waits in memory while fitting is shared by the processes.
         processes = PartialState().num_processes
-        most = max(processes, images_to_fit(self.dense) * processes // len(self.batches[0]))
+        most = max(processes, images_to_fit(self.dense, processes) // len(self.batches[0]))
         fitted_on = Part(self.batches, range(min(len(self.batches), most)))
         small = self._fitted(subnet, fitted_on, self._step("fitting")).to(self.stored_type)
         trim_memory()
@@ -202,6 +206,54 @@ class FrozenCompressor:
         return _divergence(small, measured_on, self._answers)
 
 
+def require_compressible(model: PreTrainedModel) -> None:
+    """Raise unless a model predicts one of several classes, or gives out features.
+
+    Raises:
+        TypeError, UnsupportedArchitectureError: if it is no classifier of a supported family.
+        ValueError: if its outputs are no logits of a softmax over two or more classes.
+    """
+    require_classifier(model)
+    config = model.config
+    problem = getattr(config, "problem_type", None)
+    if config.num_labels == 1 or problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"the model has num_labels {config.num_labels} and problem_type {problem!r}: what a "
+            "cut costs is measured by the probabilities of two or more classes, of which one is "
+            "right. Give a classifier of that kind, or a checkpoint without a head, whose features "
+            "decide."
+        )
+
+
+def require_images(batches: Sequence[Tensor], config: PreTrainedConfig) -> None:
+    """Raise unless there are calibration images, and the first batch is what a model takes.
+
+    Raises:
+        TypeError: for other things than a sequence of tensors of floating-point numbers.
+        ValueError: without an image, and for another shape.
+    """
+    if not isinstance(batches, Sequence):
+        raise TypeError(
+            f"images is a {type(batches).__name__}; give a tensor (N, channels, height, width), or "
+            "a sequence of such batches, which are read several times."
+        )
+    if not len(batches) or not len(batches[0]):
+        raise ValueError("there are no calibration images, or none in the first batch.")
+    first = batches[0]
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        kind = str(first.dtype) if isinstance(first, Tensor) else type(first).__name__
+        raise TypeError(
+            f"images are {kind}; give tensors of floating-point numbers, as the image processor of "
+            "the model returns them."
+        )
+    channels = describe(config).num_channels
+    if first.dim() != 4 or first.shape[1] != channels:
+        raise ValueError(
+            f"a batch of images has the shape {tuple(first.shape)}; the model takes (images, "
+            f"{channels}, height, width)."
+        )
+
+
 def divergence(small: PreTrainedModel, dense: PreTrainedModel, batches: Sequence[Tensor]) -> float:
     """Return how far the predictions of two classifiers are apart: KL in nats, a mean over images.
 
@@ -223,29 +275,36 @@ def logits_of(model: PreTrainedModel, images: Tensor) -> Tensor:
 
 def _divergence(small: PreTrainedModel, batches: Sequence[Tensor], answers: list[Tensor]) -> float:
     """Return the divergence from given answers of the dense classifier."""
-    total, images = 0.0, 0
+    total = 0.0
     for batch, wanted in zip(batches, answers, strict=True):
         found = logits_of(small, batch)
         if small.config.num_labels:
             found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)
-            lost = F.kl_div(found, wanted, reduction="sum", log_target=True)
+            total += float(F.kl_div(found, wanted, reduction="sum", log_target=True))
         else:
-            lost = (found - wanted).square().mean(-1).sum() / wanted.var().clamp(min=1e-12)
-        total += float(lost)
-        images += len(batch)
-    return total / images
+            total += float((found - wanted).square().sum())
+    everything = torch.cat(answers)  # (N, classes)
+    if small.config.num_labels:
+        return total / len(everything)
+    spread = everything - everything.mean(0)
+    return total / max(float(spread.square().sum()), TINY)
 
 
-def images_to_fit(model: PreTrainedModel) -> int:
-    """Return how many images a fit should use: enough for its widest layer, if memory allows it."""
+def images_to_fit(model: PreTrainedModel, processes: int = 1) -> int:
+    """Return how many images a fit should use: enough for its widest layer, if memory allows it.
+
+    Args:
+        model: the classifier.
+        processes: that share what waits in memory. How many images are enough does not depend on
+            them, so neither does the result.
+    """
     architecture = describe(model.config)
-    rows, columns = architecture.patch_grid
-    tokens = rows * columns + 1
-    (width,) = architecture.sizes[architecture.first_width]
     widest = max(math.prod(shape) for shape in architecture.sizes.values())
-    enough = math.ceil(TOKENS_PER_INPUT * widest / tokens)
-    # The residual streams of both networks.
-    possible = MEMORY // (2 * tokens * width)
+    # The widest layers come last, where a Swin has the fewest tokens.
+    enough = math.ceil(TOKENS_PER_INPUT * widest / math.prod(architecture.token_grid))
+    (width,) = architecture.sizes[architecture.first_width]
+    # The residual streams of both networks, largest where patches enter.
+    possible = MEMORY * processes // (2 * (math.prod(architecture.patch_grid) + 1) * width)
     return max(1, min(enough, possible))
 
 
@@ -309,15 +368,16 @@ def compress_frozen(
 
     ```python
     >>> import torch
+    >>> from transformers import ViTForImageClassification
     >>> from ofb_hf import compress_frozen, count_macs
     >>> from ofb_hf.models.shapes import SHAPES
 
-    >>> model = SHAPES["vit_digits"].model(["even", "odd"])
-    >>> small = compress_frozen(model, torch.randn(16, 1, 8, 8), target_macs=0.5).model
+    >>> model = ViTForImageClassification(SHAPES["digits_vit"].config(["even", "odd"]))
+    >>> small = compress_frozen(model, torch.randn(16, 3, 8, 8), target_macs=0.5).model
     >>> count_macs(small) <= 0.5 * count_macs(model)
     True
     ```"""
     if isinstance(images, Tensor):
-        images = images.split(BATCH)
+        images = images.split(BATCH) if len(images) else ()
     config = frozen_config(model.config, **budget)
     return FrozenCompressor(model, images, space=config, basis=basis, seed=seed).compress(config)

@@ -86,8 +86,8 @@ def measure_curves(
 
 def _enough_batches(model: PreTrainedModel, batches: Sequence[Tensor]) -> int:
     """Return how many of the batches curves are measured on; a fit gains more from the others."""
-    rows, columns = describe(model.config).patch_grid
-    images = math.ceil(MEASURED_TOKENS / (rows * columns))
+    # The widest layers come last, where a Swin has the fewest tokens.
+    images = math.ceil(MEASURED_TOKENS / math.prod(describe(model.config).token_grid))
     wanted = math.ceil(images / len(batches[0]))
     return min(len(batches), max(wanted, PartialState().num_processes))
 

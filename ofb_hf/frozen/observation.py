@@ -91,7 +91,8 @@ class Observation:
         try:
             # What a backward pass needs is much more than what a forward pass holds.
             for images in pixel_values.split(TOGETHER):
-                self._observe(images)
+                with torch.enable_grad():
+                    self._observe(images)
         finally:
             for handle in handles:
                 handle.remove()
@@ -257,11 +258,9 @@ def drawn_loss(outputs: Tensor, num_labels: int, generator: torch.Generator) -> 
         predicted = outputs.detach().softmax(-1).cpu()
         labels = torch.multinomial(predicted, 1, generator=generator)[:, 0]
         return F.cross_entropy(outputs, labels.to(outputs.device), reduction="sum")
-    # Features whose spread over the images counts as 1: the gradient of half the squared distance
-    # from a point drawn around them is the noise itself.
-    spread = outputs.detach().std().clamp(min=1e-12)
+    # The gradient of half the squared distance from a point drawn around them is the noise itself.
     noise = torch.randn(outputs.shape, generator=generator).to(outputs.device)
-    return (outputs / spread * noise).sum()
+    return (outputs * noise).sum()
 
 
 def _rows(tensor: Tensor) -> Tensor:

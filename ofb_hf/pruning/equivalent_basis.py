@@ -195,6 +195,8 @@ def _observe(
 ) -> Sums:
     """Return sums over rows of outer products and rows of what layers give out, by module path; of
     all norms of a stream together, by its name."""
+    if not len(batches) and (heads or streams):
+        raise ValueError("batches holds no image; give at least one batch (B, C, H, W) of images.")
     moments = Sums()
     state = PartialState()
     hooks = []
@@ -214,12 +216,10 @@ def _observe(
     for stream in streams:
         for norm in stream.norms:
             watch(norm.norm, stream.name, partial(_per_token, tiles=norm.tiles))
-    if not len(batches) and (heads or streams):
-        raise ValueError("batches holds no image; give at least one batch (B, C, H, W) of images.")
     try:
         for number in range(state.process_index, len(batches), state.num_processes):
             model(pixel_values=batches[number].to(model.device, model.dtype))
-            progress(number + 1, len(batches))
+            progress(min(number + state.num_processes, len(batches)), len(batches))
     finally:
         for hook in hooks:
             hook.remove()
@@ -276,6 +276,8 @@ def balanced_maps(moments: Tensor, counterpart: Tensor) -> tuple[Tensor, Tensor]
     level = diagonal.mean(-1).clamp(min=TINY)
     floor = FLOOR * level[..., None, None] * identity  # (H, D, D)
     values, vectors = torch.linalg.eigh(moments + floor)
+    # Sums of products in float32 may have slightly negative eigenvalues.
+    values = values.clamp(min=FLOOR * level[..., None])
     # C^1/2 and C^-1/2: columns of the eigenvectors are scaled.
     root = (vectors * values.sqrt()[..., None, :]) @ vectors.mT
     inverse_root = (vectors * values.rsqrt()[..., None, :]) @ vectors.mT

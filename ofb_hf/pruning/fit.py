@@ -72,6 +72,8 @@ def fit_(
     embeddings = describe(small.config).embeddings
     units = {embeddings: [], **_units(small, paths)}
     rows = _kept_outputs(dense, subnet)
+    # They lie behind the place where the cut network decides about tokens.
+    ends = {each.output for each in describe(small.config).submodules if each.kind == "mlp"}
     fitted: list[str] = []
     pairs: list[_Pair] = []
     with ExitStack() as stack:
@@ -90,8 +92,8 @@ def fit_(
                 unit = pairs[0].unit
                 stages = _stages(small, unit, units[unit], reading)
                 for stage in stages:
-                    is_last = stage is stages[-1]
-                    _fit_stage_(pairs, stage, rows, reading, shared, is_last)
+                    is_end = stage is stages[-1] and stage[0] in ends
+                    _fit_stage_(pairs, stage, rows, reading, shared, is_end)
                     for path in stage:
                         layer = small.get_submodule(path)
                         fitted += [f"{path}.{name}" for name, _ in layer.named_parameters()]
@@ -192,8 +194,11 @@ class _Pair:
             self._calls[number] = None
 
     def compute(self) -> None:
-        """Compute this unit of the cut network, now that it is fitted; the other one has been."""
-        self._finish(0, self._call(0, self._calls[0].args[0]))
+        """Compute this unit, now that it is fitted, where it has not been computed yet."""
+        # The cut network comes first: it decides about tokens.
+        for number, call in enumerate(self._calls):
+            if call is not None:
+                self._finish(number, self._call(number, call.args[0]))
 
     def _finish(self, number: int, result: Any) -> None:
         self._results[number] = _in_place(self._calls[number].args[0], result)
@@ -216,8 +221,8 @@ class _Pair:
 
         Args:
             paths: of the layers.
-            finish: whether to compute the rest of the unit as well; nothing of it is asked for
-                later. The cut network runs ahead: it has decided about tokens.
+            finish: whether to compute the rest of the unit as well, as nothing of it is asked for
+                later. The cut network has decided about tokens then.
         """
         seen: dict[str, Tensor] = {}
 
@@ -334,7 +339,7 @@ def _fit_stage_(
     rows: dict[str, Tensor],
     reading: list[str],
     shared: bool,
-    is_last: bool,
+    is_end: bool,
 ) -> None:
     """Fit layers that read the same input, in place.
 
@@ -344,13 +349,13 @@ def _fit_stage_(
         rows: outputs that remain, by layer.
         reading: layers that read a cut stream.
         shared: whether sums are added up over processes.
-        is_last: whether they are the last ones of the unit.
+        is_end: whether they are the last ones of the unit, and tokens were decided on before.
     """
     small = pairs[0].models[0]
     sums = Sums()
     for pair in pairs:
         given = pair.inputs(stage[0])
-        wanted = pair.outputs(stage, is_last)
+        wanted = pair.outputs(stage, is_end)
         inputs = _flat(given)
         # The bias is the weight of an input that is always 1.
         extended = with_ones(inputs)

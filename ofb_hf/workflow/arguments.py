@@ -4,6 +4,7 @@ Values that cannot work are refused when an instance is made, before anything is
 """
 
 import copy
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,11 @@ class CompressArguments:
         name = flags[0] if flags else "target_macs"
         numbers = _numbers(name, getattr(self, name))
         self.given = (name if name in BUDGETS else "target_macs", numbers or [0.5])
+        if name != "target_latency_ms" and 1.0 in numbers:
+            raise ValueError(
+                f"--{name} is {numbers}: 1 is the whole model, of which nothing would be removed. "
+                "Give a fraction below 1, or a count above it."
+            )
         if len(set(self.given[1])) < len(self.given[1]):
             raise ValueError(f"--{name} is {self.given[1]}, with a budget twice; give each once.")
 
@@ -431,10 +437,13 @@ def _numbers(name: str, words: list[Any] | float | None) -> list[float]:
     for word in words:
         numbers += [number for number in str(word).split(",") if number.strip()]
     try:
-        return [float(number) for number in numbers]
+        values = [float(number) for number in numbers]
     except ValueError:
-        shown = ", ".join(numbers)
-        raise ValueError(f"{name} is {shown}; give numbers, as 0.5 or 0.7,0.5,0.35.") from None
+        values = []
+    if not values or not all(map(math.isfinite, values)):
+        shown = ", ".join(map(str, words))
+        raise ValueError(f"{name} is {shown!r}; give numbers, as 0.5 or 0.7,0.5,0.35.")
+    return values
 
 
 def _budget_folder(name: str, budget: float) -> str:

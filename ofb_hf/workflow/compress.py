@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -173,8 +173,12 @@ class Measuring:
         for start in starts:
             # A batch whose images are all unreadable has none of them.
             for pixel_values, labels in self._batch(start, size):
-                yield pixel_values, [self.class_of.get(label) for label in labels]
+                yield pixel_values, [self._class_of(label) for label in labels]
             self.progress("measuring the result", min(start + size, self.count), self.count)
+
+    def _class_of(self, label: Any) -> int | None:
+        """Return a label as the model numbers it; several labels of an image are none."""
+        return self.class_of.get(label) if isinstance(label, Hashable) else None
 
     def _batch(self, start: int, size: int) -> Iterator[tuple[Tensor, list[Any]]]:
         found, transform = self.compression.found, self.compression.transform

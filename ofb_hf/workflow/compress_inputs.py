@@ -23,13 +23,15 @@ from ..data import (
     cropping,
     draw,
     find_images,
+    labelled_batches,
 )
 from ..data.drawing import Drawn
+from ..data.processors import CHANNELS
 from ..families.description import quantities
 from ..families.loading import load_classifier_or_features
-from ..families.registry import describe, family_of, require_classifier
+from ..families.registry import describe, family_of
 from ..families.token_reduction import with_fewest_tokens
-from ..frozen.compression import frozen_config
+from ..frozen.compression import frozen_config, require_compressible
 from ..space.configuration import BiMaskConfig
 from . import output
 from .arguments import CompressArguments
@@ -95,7 +97,8 @@ class Compression:
     @property
     def folder(self) -> Path:
         """The output folder."""
-        return Path(self.args.output_dir)
+        # A link stays; what it points to is the folder.
+        return Path(self.args.output_dir).resolve()
 
     @property
     def num_images(self) -> int:
@@ -163,7 +166,13 @@ def prepare(args: CompressArguments, image_args: ImageArguments) -> Compression:
         processor, "none", train=False, eval_crop_pct=image_args.eval_crop_pct
     )
     model = load_classifier_or_features(name)
-    require_classifier(model)
+    require_compressible(model)
+    channels = describe(model.config).num_channels
+    if channels != CHANNELS:
+        raise ValueError(
+            f"{name} takes images of {channels} channels, but this command reads images in "
+            f"{CHANNELS} colours; use ofb_hf.compress_frozen with tensors of your own."
+        )
     stored_type = model.dtype
     require_same_size(name, model, (transform.height, transform.width))
     configs: dict[str, BiMaskConfig] = {}
@@ -190,6 +199,8 @@ def prepare(args: CompressArguments, image_args: ImageArguments) -> Compression:
             f"{found.name} has {len(drawn)} readable image; give at least two, one of them to "
             "measure the result on."
         )
+    if found.measured is not None:
+        _require_readable(found, transform, args.batch_size)
     if image_args.eval_crop_pct is not None:
         # What is saved with the result prepares images as they were prepared here.
         processor = cropping(processor, image_args.eval_crop_pct)
@@ -260,6 +271,18 @@ def allowed_basis(model: PreTrainedModel, wanted: str | None) -> str:
     return wanted
 
 
+def _require_readable(found: FoundImages, transform: ImageTransform, count: int) -> None:
+    """Refuse a split to measure on whose first images cannot be decoded, none of them."""
+    skipped: list[str] = []
+    numbers = range(min(count, len(found.measured)))
+    if not list(labelled_batches(found.measured, numbers, transform, count, skipped)):
+        raise ValueError(
+            f"the result would be measured on the split {found.measured_split}, but its first "
+            f"images cannot be decoded: {named(skipped)}. Mend the split, or take it away; then "
+            "some of the other images are held out."
+        )
+
+
 @torch.no_grad()
 def _seconds_of_a_pass(compression: Compression) -> float:
     """Return how long the given model takes for all images; check that its outputs are finite."""
@@ -308,9 +331,9 @@ def _introduction(compression: Compression, seconds: float) -> list[str]:
     measuring = seconds / compression.num_images * compression.num_measured * models
     measuring += models * SECONDS_OF_SPEED
     lines.append(
-        f"This takes about {duration(passes * seconds + measuring)}: {passes} times as long as "
-        f"the given model takes for these images ({duration(seconds)}), and the result is "
-        "measured."
+        f"This takes about {duration(passes * seconds + measuring)}: {passes} times what the given "
+        f"model takes for these images ({duration(seconds)}), and measuring the result "
+        f"({duration(measuring)})."
     )
     return lines
 
@@ -323,6 +346,11 @@ def named(names: list[str]) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Return a time in words."""
+    if seconds < 1:
+        return "less than a second"
     if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} minutes"
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"

@@ -138,9 +138,18 @@ def require_free(folder: Path, overwrite: bool) -> None:
             f"output_dir {folder} holds a run; replace it with --overwrite_output_dir, or give "
             "another folder."
         )
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"output_dir {folder} cannot be written; give another folder.")
+    if folder.resolve() == Path.cwd():
+        raise ValueError(f"output_dir {folder} is the current folder; give a new one.")
+    # The new folder is completed next to its place, then takes it.
+    parents = folder.resolve().parents
+    existing = next(parent for parent in parents if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir {folder} is below {existing}, which is a file.")
+    for place in (folder, existing):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise ValueError(
+                f"output_dir {folder} cannot be written, for {place} cannot; give another folder."
+            )
 
 
 def _holds_run(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 depend on."""
 
 import copy
+import doctest
 import math
 from pathlib import Path
 
@@ -24,11 +25,14 @@ from torch.nn import functional as F
 from ofb_hf import count_macs, count_params
 from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.families.registry import describe
+from ofb_hf.families.subnet import SubnetSpec, all_units
 from ofb_hf.frozen.compression import (
+    TOKENS_PER_INPUT,
     FrozenCompressor,
     compress_frozen,
     divergence,
     frozen_config,
+    images_to_fit,
 )
 from ofb_hf.pruning.surgery import slice_model
 
@@ -137,8 +141,8 @@ def test_one_measuring_serves_every_budget():
 
 
 def test_batches_only_group_the_images():
-    """Up to the targets, which are drawn by batch; with one label none is drawn."""
-    model = tiny_vit(num_labels=1)
+    """Up to the targets, which are drawn by batch: the basis does not see them."""
+    model = tiny_vit()
     images = tiny_images(24)
     fitted = []
     for size in (6, 8):
@@ -238,7 +242,7 @@ def test_bad_input_is_refused_by_name():
         ValueError, match=r"basis is 'rotated'; allowed are 'given', 'heads', 'equivalent'"
     ):
         FrozenCompressor(model, batches_of(), basis="rotated")
-    with pytest.raises(ValueError, match="0 batches of calibration images for 1 processes"):
+    with pytest.raises(ValueError, match="there are no calibration images"):
         FrozenCompressor(model, [])
     with pytest.raises(UnreachableBudgetError, match="below the smallest subnet"):
         compress_frozen(model, tiny_images(8), target_macs=0.001)
@@ -247,3 +251,71 @@ def test_bad_input_is_refused_by_name():
         model.classifier.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="are not finite"):
         compress_frozen(model, tiny_images(8), target_macs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(0, 3, 16, 16), ValueError, "there are no calibration images"),
+        ([torch.zeros(0, 3, 16, 16)], ValueError, "none in the first batch"),
+        (torch.zeros(3, 16, 16), ValueError, r"shape \(3, 16, 16\); the model takes \(images, 3"),
+        (torch.zeros(4, 1, 16, 16), ValueError, "the model takes"),
+        (torch.zeros(4, 3, 16, 16, dtype=torch.uint8), TypeError, "are torch.uint8; give tensors"),
+        ([torch.zeros(4, 3, 16, 16).numpy()], TypeError, "are ndarray"),
+        ((batch for batch in batches_of()), TypeError, "is a generator; give a tensor"),
+    ],
+)
+def test_images_of_another_kind_are_refused(images, error, message):
+    with pytest.raises(error, match=message):
+        compress_frozen(tiny_vit(), images, target_macs=0.5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}]
+)
+def test_outputs_that_are_no_softmax_are_refused(changes):
+    with pytest.raises(ValueError, match="probabilities of two or more classes"):
+        compress_frozen(tiny_vit(**changes), tiny_images(8), target_macs=0.5)
+
+
+def test_a_layer_that_reduces_tokens_may_lose_its_mlp():
+    """The cut network decides about tokens behind the attention, which is fitted last then."""
+    model = tiny_vit()
+    compressor = FrozenCompressor(model, batches_of())
+    kept = {name: all_units(shape) for name, shape in describe(model.config).sizes.items()}
+    kept["layers.0.mlp"] = ()
+    subnet = SubnetSpec(kept, [[17, 10], [10, 2]], "equivalent")
+    small = compressor._fitted(subnet, batches_of())
+    assert small.config.token_schedule == [[17, 10], [10, 2]]
+    assert divergence(small, compressor.dense, batches_of(16, seed=3)) < 0.1
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_how_many_images_are_fitted_depends_on_processes_by_memory_only(family, monkeypatch):
+    model = tiny_model(family)
+    enough = images_to_fit(model)
+    assert images_to_fit(model, 4) == enough
+    monkeypatch.setattr("ofb_hf.frozen.compression.MEMORY", 2**15)
+    assert images_to_fit(model) < images_to_fit(model, 4) <= enough
+
+
+def test_the_last_layers_of_a_swin_see_enough_tokens():
+    model = tiny_model("swin")
+    architecture = describe(model.config)
+    widest = max(math.prod(shape) for shape in architecture.sizes.values())
+    tokens = images_to_fit(model) * math.prod(architecture.token_grid)
+    assert tokens >= TOKENS_PER_INPUT * widest
+
+
+def test_gradients_may_be_switched_off():
+    model, images = tiny_vit(), tiny_images(24)
+    wanted = compress_frozen(model, images, target_macs=0.6)
+    with torch.no_grad():
+        found = compress_frozen(model, images, target_macs=0.6)
+    assert found.subnet == wanted.subnet
+
+
+def test_the_example_of_the_documentation_runs():
+    text = compress_frozen.__doc__.replace("```", "")
+    example = doctest.DocTestParser().get_doctest(text, {}, "example", None, 0)
+    assert doctest.DocTestRunner().run(example).failed == 0

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ofb_hf.families.description import UnsupportedArchitectureError
 from ofb_hf.families.registry import family_of
-from ofb_hf.pruning.equivalent_basis import balanced_maps, equivalent_basis
+from ofb_hf.pruning.equivalent_basis import FLOOR, balanced_maps, equivalent_basis
 
 # The eager attention of transformers computes its softmax in float32.
 SDPA = "sdpa"
@@ -175,3 +175,15 @@ def test_no_images_and_broken_weights_are_refused():
         equivalent_basis(model, [tiny_images(2)])
     with pytest.raises(UnsupportedArchitectureError):
         equivalent_basis(torch.nn.Linear(2, 2), [tiny_images(2)])
+
+
+def test_moments_with_rounding_below_zero_have_finite_maps():
+    """As sums of float32 products have where rows hardly differ."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(1, 4, 4, generator=generator, dtype=torch.float64))[0]
+    values = torch.tensor([4.0, 1e-9, 0.0, -20 * FLOOR], dtype=torch.float64)
+    moments = (vectors * values) @ vectors.mT
+    first, second = balanced_maps(moments, torch.eye(4, dtype=torch.float64)[None])
+    assert bool(first.isfinite().all())
+    identity = torch.eye(4, dtype=torch.float64)[None]
+    torch.testing.assert_close(first.mT @ second, identity, rtol=0, atol=1e-6)

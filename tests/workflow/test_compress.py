@@ -358,6 +358,22 @@ def nan_model(folder):
     return folder
 
 
+def gray_model(folder, num_channels=1, num_labels=3):
+    """Return a checkpoint for images of other channels."""
+    tiny_vit(num_channels=num_channels, num_labels=num_labels).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def broken_split(folder):
+    """Return a folder whose split to measure on holds no image that can be decoded."""
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+    corrupt(folder / "train" / "a", bad=0)
+    corrupt(folder / "test" / "a", 2, 2)
+    return folder
+
+
 BAD = {
     "no images": (lambda tmp: {"images": tmp / "empty"}, "holds no images"),
     "missing folder": (lambda tmp: {"images": tmp / "nowhere"}, "does not exist"),
@@ -395,6 +411,15 @@ BAD = {
         "--num_train_epochs (it is for trainings, and `ofb-hf compress` trains nothing)",
     ),
     "no images named": (lambda tmp: {"images": None}, "no images are named"),
+    "a budget without end": (lambda tmp: {"flags": ["--target_macs", "inf"]}, "give numbers"),
+    "a budget of commas": (lambda tmp: {"flags": ["--target_macs", ","]}, "give numbers"),
+    "the whole model": (lambda tmp: {"flags": ["--target_macs", "1.0"]}, "nothing would be"),
+    "gray images only": (lambda tmp: {"model": gray_model(tmp / "gray")}, "images of 1 channels"),
+    "one output": (lambda tmp: {"model": gray_model(tmp / "one", 3, 1)}, "two or more classes"),
+    "a split that cannot be read": (
+        lambda tmp: {"images": broken_split(tmp / "split"), "flags": ["--eval_split", "test"]},
+        "cannot be decoded",
+    ),
     "images twice": (lambda tmp: {"flags": ["--data_dir", "x"]}, "images come from one place"),
 }
 
@@ -446,3 +471,26 @@ def test_two_processes_give_what_one_gives(checkpoint, photos, tmp_path):
     results = [json.loads((folder / "eval_results.json").read_text()) for folder in (one, two)]
     assert results[0]["compressed"]["agreement"] == results[1]["compressed"]["agreement"]
     assert results[0]["compressed"]["num_examples"] == results[1]["compressed"]["num_examples"]
+
+
+def test_output_folders_that_only_fail_at_the_end_are_refused(
+    checkpoint, photos, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here")
+    for place, message in ((".", "is the current folder"), (tmp_path / "file" / "x", "is a file")):
+        with pytest.raises(SystemExit):
+            cli.compress([str(checkpoint), str(photos), *QUICK, "--output_dir", str(place)])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_link_to_an_empty_folder_is_filled(checkpoint, photos, tmp_path):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    cli.compress([str(checkpoint), str(photos), *QUICK, "--output_dir", str(link)])
+    assert link.is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    assert not list(tmp_path.glob(".incomplete*"))
