@@ -441,8 +441,8 @@ def _numbers(name: str, words: list[Any] | float | None) -> list[float]:
     except ValueError:
         values = []
     if not values or not all(map(math.isfinite, values)):
-        shown = ", ".join(map(str, words))
-        raise ValueError(f"{name} is {shown!r}; give numbers, as 0.5 or 0.7,0.5,0.35.")
+        shown = ", ".join(numbers) or ", ".join(map(str, words))
+        raise ValueError(f"{name} is {shown}; give numbers, as 0.5 or 0.7,0.5,0.35.")
     return values
 
 

@@ -346,7 +346,7 @@ def named(names: list[str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words."""
+    """Return a time as text."""
     if seconds < 1:
         return "less than a second"
     if seconds < 100:
