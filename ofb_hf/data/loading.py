@@ -383,6 +383,15 @@ def _location(args: DataArguments) -> tuple[str, dict[str, Any]]:
 
 
 def load_splits(path: str, **kwargs: Any) -> DatasetDict:
+    """Return all splits of a data set.
+
+    Args:
+        path: as `datasets.load_dataset` takes it.
+        kwargs: more arguments of `load_dataset`.
+
+    Raises:
+        ValueError: if the data set cannot be read, with what to do.
+    """
     try:
         return load_dataset(path, **kwargs)
     except ValueError as error:

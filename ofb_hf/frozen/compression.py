@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..choice.error_curves import ErrorCurve
-from ..families.evaluation import evaluating
+from ..families.evaluation import evaluating, logits_of
 from ..families.registry import describe, family_of, require_classifier
 from ..families.subnet import SubnetSpec, require_basis
 from ..families.token_reduction import supports_tokens
@@ -202,7 +202,7 @@ class FrozenCompressor:
         measured_on = Part(batches, others) if others else fitted_on
         small = self._fitted(subnet, fitted_on)
         if self._answers is None:
-            self._answers = [logits_of(self.dense, images) for images in measured_on]
+            self._answers = [_answers(self.dense, images) for images in measured_on]
         return _divergence(small, measured_on, self._answers)
 
 
@@ -263,21 +263,21 @@ def divergence(small: PreTrainedModel, dense: PreTrainedModel, batches: Sequence
         small, dense: the classifiers.
         batches: images, (B, channels, height, width) each.
     """
-    return _divergence(small, batches, [logits_of(dense, images) for images in batches])
+    return _divergence(small, batches, [_answers(dense, images) for images in batches])
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel, images: Tensor) -> Tensor:
+def _answers(model: PreTrainedModel, images: Tensor) -> Tensor:
     """Return logits, or features of a model without a head, in float32 in evaluation mode."""
     with evaluating(model):
-        return model(pixel_values=images.to(model.device, model.dtype)).logits.float()
+        return logits_of(model, images.to(model.device, model.dtype)).float()
 
 
 def _divergence(small: PreTrainedModel, batches: Sequence[Tensor], answers: list[Tensor]) -> float:
     """Return the divergence from given answers of the dense classifier."""
     total = 0.0
     for batch, wanted in zip(batches, answers, strict=True):
-        found = logits_of(small, batch)
+        found = _answers(small, batch)
         if small.config.num_labels:
             found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)
             total += float(F.kl_div(found, wanted, reduction="sum", log_target=True))

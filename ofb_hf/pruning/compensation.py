@@ -22,14 +22,14 @@ from ..families.subnet import SubnetSpec
 from ..families.token_reduction import set_token_reduction_, supports_tokens, token_reductions
 from .fit import fit_, writers
 
-# Floats of remembered outputs, 1 GiB. More images than this make the fit hardly better.
+# Floats that all fitted layers together may give out, 1 GiB; a fit itself holds less of them.
 MEMORY = 2**28
 MOST_IMAGES = 256
 IMAGES_FILE = "remembered_images.safetensors"
 
 
 def images_to_remember(model: PreTrainedModel) -> int:
-    """Return how many images a fit should use, so that the remembered outputs fit into `MEMORY`."""
+    """Return how many images a fit should use, `MOST_IMAGES` or what `MEMORY` allows."""
     architecture = describe(model.config)
     rows, columns = architecture.patch_grid
     tokens = rows * columns + 1  # and a class token
