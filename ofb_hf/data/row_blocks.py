@@ -25,6 +25,7 @@ from filelock import FileLock
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
 
+from ..durable import move
 from ..hub_retries import WAITS_IN_A_RUN, patiently, wait_or_give_up
 
 logger = logging.get_logger(__name__)
@@ -320,7 +321,7 @@ def once_per_machine(
             aside = path.with_suffix(".aside")
             values = pa.array(compute_all(), pa.binary())
             pq.write_table(pa.table({kind: values}), aside)
-            aside.replace(path)
+            move(aside, path)
         return pq.read_table(path)[kind].to_pylist()
 
 

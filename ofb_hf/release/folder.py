@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from .. import models
 from .._version import __version__
 from ..cost.counting import count_macs, count_params
+from ..durable import move
 from ..families.loading import load_complete_classifier
 from .card import final_results, plain_card, read_results
 from .leaks import require_no_token
@@ -206,4 +207,4 @@ def _describe_weights(folder: Path, model: PreTrainedModel, source: dict[str, An
     # Not into the file itself, which the loaded model may have mapped into its memory.
     aside = file.with_name(f"new-{file.name}")
     aside.write_bytes(length + encoded + tensors)
-    aside.replace(file)
+    move(aside, file)

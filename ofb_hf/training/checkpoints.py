@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..durable import DIGESTS_FILE, damaged_file, move, write_digests
+
 logger = logging.get_logger(__name__)
 
 # Checkpoints and results are written into this folder before they are renamed to their place.
@@ -47,22 +49,30 @@ def move_into_place(written: Path, place: Path) -> None:
         os.rename(written, claimed)
     except FileNotFoundError:
         return
+    write_digests(claimed)
     shutil.rmtree(old, ignore_errors=True)
     if place.is_dir():
         os.rename(place, old)
-    os.rename(claimed, place)
+    move(claimed, place)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Tell whether a run can resume from a folder: all files exist, and none was cut short."""
-    if not all(_has_any(checkpoint, patterns) for patterns in NEEDED):
-        return False
-    return all(_is_whole(file) for file in checkpoint.iterdir() if file.is_file())
+    """Tell whether a run can resume from a folder: all files exist, and none is damaged."""
+    return fault(checkpoint) is None
 
 
-def _has_any(checkpoint: Path, patterns: tuple[str, ...]) -> bool:
-    return any(any(checkpoint.glob(pattern)) for pattern in patterns)
+def fault(checkpoint: Path) -> str | None:
+    """Return why a run cannot resume from a folder, None if it can."""
+    for patterns in NEEDED:
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
+            return f"it has no {patterns[0]}"
+    damaged = damaged_file(checkpoint)
+    if damaged is None and not (checkpoint / DIGESTS_FILE).exists():
+        # of an earlier version: a file that was cut short is found by its format
+        cut = [file.name for file in checkpoint.iterdir() if file.is_file() and not _is_whole(file)]
+        damaged = min(cut, default=None)
+    return None if damaged is None else f"its file {damaged} is damaged"
 
 
 def _is_whole(file: Path) -> bool:
@@ -86,7 +96,7 @@ def _is_whole(file: Path) -> bool:
 def newest_checkpoint(folder: Path) -> str | None:
     """Return the last complete checkpoint of a phase, None if there is none.
 
-    Logs a warning if another checkpoint is incomplete.
+    Logs a warning that names the newer ones that cannot be used.
     """
     _restore_replaced(folder)
     checkpoints: dict[int, Path] = {}
@@ -94,14 +104,21 @@ def newest_checkpoint(folder: Path) -> str | None:
         match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", child.name)
         if match is not None:
             checkpoints[int(match[1])] = child
-    complete = [step for step, child in checkpoints.items() if is_complete(child)]
-    newest = checkpoints[max(complete)] if complete else None
+    newest = None
+    passed_over = []
+    for step in sorted(checkpoints, reverse=True):
+        reason = fault(checkpoints[step])
+        if reason is None:
+            newest = checkpoints[step]
+            break
+        passed_over.append(f"{checkpoints[step].name} ({reason})")
     # A kill leaves what was being written in the other folder.
-    was_being_written = any((folder / ASIDE).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    if was_being_written or len(complete) < len(checkpoints):
+    for child in (folder / ASIDE).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        passed_over.append(f"{child.name} (it was being written)")
+    if passed_over:
+        start = "from the beginning" if newest is None else f"from {newest.name}"
         logger.warning(
-            f"{folder} holds a checkpoint that is cut short or has no optimizer; resuming from "
-            f"{newest}."
+            f"{folder} cannot be resumed from {', '.join(passed_over)}; it goes on {start}."
         )
     return None if newest is None else str(newest)
 

@@ -1,13 +1,16 @@
 """The history of a run: a file with one JSON object per logging step."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
+from ..durable import flush, move
 from .checkpoints import ASIDE
+
+logger = logging.get_logger(__name__)
 
 HISTORY_FILE = "search_history.jsonl"
 # The columns of every row, in this order; null where a phase does not have them.
@@ -51,13 +54,29 @@ class HistoryCallback(TrainerCallback):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = []
+        kept = set()
         for row in read_history(self.path) if self.path.exists() else []:
             if row["phase"] != self.phase or row["step"] <= state.global_step:
                 lines.append(json.dumps(row) + "\n")
+            if row["phase"] == self.phase:
+                kept.add(row["step"])
+        logged = {entry["step"] for entry in state.log_history if "loss" in entry}
+        if lost := sorted(logged - kept):
+            logger.warning(
+                f"{self.path} has lost {len(lost)} rows of the phase {self.phase!r}, from step "
+                f"{lost[0]} to {lost[-1]}; the picture of the run will lack them."
+            )
         # Written to another file and renamed: a kill leaves the whole old history or the new one.
         aside = self.path.with_name(f"{ASIDE}-{self.path.name}")
         aside.write_text("".join(lines), encoding="utf-8")
-        os.replace(aside, self.path)
+        move(aside, self.path)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Flush the rows up to a checkpoint to the disk, as the checkpoint itself is."""
+        if state.is_world_process_zero and self.path.exists():
+            flush(self.path)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,10 +129,22 @@ def left_out_at(history: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a history file, without a last line that a kill left incomplete."""
+    """Return the rows of a history file, without a last line that a kill left incomplete.
+
+    Raises:
+        ValueError: for a line that is no row, as a power failure may leave it.
+    """
     rows = []
-    # A row is complete if its line has an end: it is written last.
-    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        # A row is complete if its line has an end: it is written last.
+        if not line.endswith("\n"):
+            break
+        try:
             rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"line {number} of {path} is damaged: {line[:40]!r}; remove that line, or the "
+                "file, and resume again."
+            ) from error
     return rows

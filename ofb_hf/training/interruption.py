@@ -4,7 +4,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,34 @@ class TrainingInterrupted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Leave a block at SIGTERM by `TrainingInterrupted`, outside of a training.
+
+    Ctrl-C does so by itself. A training in the block handles both in its own way.
+    """
+    # Python delivers signals to the main thread, and allows handlers to be set there only.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _leave(number: int, frame: Any) -> None:
+    # Launchers pass on signals that all processes have received already.
+    signal.signal(number, signal.SIG_IGN)
+    name = signal.Signals(number)
+    raise TrainingInterrupted(
+        name,
+        f"stopped by {name.name} between two phases of training, of which the finished ones are "
+        "kept. Continue with --resume_from_checkpoint auto.",
+    )
 
 
 class Interruption(TrainerCallback):

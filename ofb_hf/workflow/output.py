@@ -12,9 +12,10 @@ from typing import Any
 from transformers.utils import logging
 
 from ..cost.latency import LATENCY_TABLE_FILE
+from ..durable import flush, move
 from ..space.presets import ADDED, ALIASES, without_removed
 from ..training.arguments import OFBTrainingArguments
-from ..training.checkpoints import ASIDE, is_complete
+from ..training.checkpoints import ASIDE, fault
 from ..training.history import HISTORY_FILE
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,7 @@ SEARCH_PHASES = tuple(folder for phase, folder in PHASES.items() if phase != "ba
 # Of the model that a finished phase leaves, in the folder of the phase.
 RESULT = "model"
 SUBNET = "subnet.json"
+RESULTS_FILE = "eval_results.json"
 SEARCH_PICTURE = "search.png"
 FINETUNE_PICTURE = "finetune.png"
 COMPRESS_PICTURE = "compress.png"
@@ -56,7 +58,7 @@ PRODUCT = (
     COMPRESS_PICTURE,
     TOKEN_PICTURE,
     "README.md",
-    "eval_results.json",
+    RESULTS_FILE,
     LATENCY_TABLE_FILE,
 )
 
@@ -73,7 +75,14 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     # A file is replaced in one step; a folder can only be renamed to a free place.
     if path.is_dir():
         shutil.rmtree(path)
-    os.replace(aside, path)
+    move(aside, path)
+
+
+def move_all(aside: Path, folder: Path) -> None:
+    """Move all files and folders out of one folder into another one, and remove the first."""
+    for path in list(aside.iterdir()):
+        move(path, folder / path.name)
+    aside.rmdir()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -182,19 +191,19 @@ def write_whole(folder: Path, write: Callable[[Path], Any]) -> None:
     remove(aside)
     write(aside)
     advice = "Start over with --overwrite_output_dir."
+    flush(aside)
     mark_failed(folder, "it was killed while files were replaced.", advice)
     _remove_run(folder)
-    for path in aside.iterdir():
-        path.replace(folder / path.name)
-    aside.rmdir()
+    move_all(aside, folder)
     remove(folder / FAILED_FILE)
 
 
 def _check_checkpoint(checkpoint: Path, folder: Path, phases: tuple[str, ...]) -> None:
     """Refuse a checkpoint that this run could not continue from."""
-    if not is_complete(checkpoint):
+    if reason := fault(checkpoint):
         raise ValueError(
-            f"resume_from_checkpoint {checkpoint} is no complete checkpoint; give one, or 'auto'."
+            f"resume_from_checkpoint {checkpoint} is no complete checkpoint: {reason}; give "
+            "another one, or 'auto'."
         )
     allowed = [folder / phase for phase in phases]
     parent = checkpoint.resolve().parent
@@ -213,7 +222,13 @@ def _check_checkpoint(checkpoint: Path, folder: Path, phases: tuple[str, ...]) -
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse to resume with other settings; only warn of another number of processes."""
-    saved = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    try:
+        saved = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / SETTINGS_FILE} is damaged ({error}), so nobody knows whether this run has "
+            "the same settings; start over with --overwrite_output_dir."
+        ) from error
     # version 0.1 wrote an earlier name of the preset, fields that have been removed, and not those
     # that were added
     saved = ADDED | without_removed(saved)
@@ -263,6 +278,14 @@ def _remove_run(folder: Path) -> None:
     # a folder whose name only looks like that of a budget holds no settings
     for settings in folder.glob(f"target_*/{SETTINGS_FILE}"):
         remove(settings.parent)
+
+
+def finished_results(folder: Path) -> dict[str, Any] | None:
+    """Return the `eval_results.json` of a folder whose run is finished, else None."""
+    file = folder / RESULTS_FILE
+    if not file.is_file() or (folder / FAILED_FILE).exists():
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def mark_failed(folder: Path, reason: str, advice: str = RESUME) -> None:

@@ -135,9 +135,7 @@ def write_output(
     if run.model_args.keep_dense:
         save_dense(run)
     # A kill here leaves whole files of one run or the other, and FAILED.txt, which goes last.
-    for path in aside.iterdir():
-        path.replace(folder / path.name)
-    aside.rmdir()
+    output.move_all(aside, folder)
     logger.warning("\n%s\n\nwritten to %s", text_table(results_rows(results)), folder)
 
 
@@ -155,7 +153,7 @@ def fill_folder(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     text = json.dumps(results, indent=2) + "\n"
-    (folder / "eval_results.json").write_text(text, encoding="utf-8")
+    (folder / output.RESULTS_FILE).write_text(text, encoding="utf-8")
     if subnet is not None:
         (folder / output.SUBNET).write_text(subnet.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -4,14 +4,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers.utils import logging
 
 from ..cost.latency import LATENCY_TABLE_FILE
 from ..data import DataArguments
+from ..durable import damaged_file, write_digests
 from ..families.subnet import SubnetSpec
 from ..models.shapes import SHAPES
 from ..release.hub import require_write_access
@@ -22,12 +25,15 @@ from ..training.arguments import OFBTrainingArguments, check_search_arguments
 from ..training.classifier import ClassifierTrainer
 from ..training.distillation import DistillationTrainer
 from ..training.history import HISTORY_FILE, HistoryCallback, read_history
+from ..training.interruption import ending_in_order
 from ..training.ranks import decided_by_rank_0
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, TrainedModelArguments, changed
 from .inputs import Inputs, require_findable, require_possible_teacher
 from .measure import METRICS
 from .settings import training_settings
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -110,7 +116,7 @@ class Run:
             table = self.settings.get("latency_table")
             if table:
                 output.write_json(self.folder / LATENCY_TABLE_FILE, table)
-        with output.marked_if_failed(self.folder, self.is_main):
+        with output.marked_if_failed(self.folder, self.is_main), ending_in_order():
             yield
 
     def phase_folder(self, phase: str) -> Path:
@@ -137,14 +143,20 @@ class Run:
     def is_done(self, phase: str) -> bool:
         """Return whether a resumed run finds the result of a phase.
 
-        Rank 0 looks for all: no rank may train while others do not.
+        Rank 0 looks for all: no rank may train while others do not. A result that is damaged is
+        not one: the phase goes on from its last checkpoint.
         """
-        return self.is_resuming and decided_by_rank_0(self.result_folder(phase).is_dir)
+        return self.is_resuming and decided_by_rank_0(partial(_is_whole, self.result_folder(phase)))
 
     def keep_result(self, phase: str, write: Callable[[Path], Any]) -> None:
         """Let `write` fill the folder of a phase's result, so that a resumed run finds it."""
+
+        def write_with_digests(folder: Path) -> None:
+            write(folder)
+            write_digests(folder)
+
         if self.is_main:
-            output.write_aside(self.result_folder(phase), write)
+            output.write_aside(self.result_folder(phase), write_with_digests)
 
     def load_result(self, phase: str) -> PreTrainedModel:
         """Load the model that a finished phase left."""
@@ -242,6 +254,19 @@ class Run:
         model = type(searched)(searched.config)
         model.load_state_dict(searched.state_dict())
         return self.finetune(model, self.teacher or self.dense)
+
+
+def _is_whole(result: Path) -> bool:
+    """Return whether a phase has left its result; warn if that is damaged."""
+    if not result.is_dir():
+        return False
+    damaged = damaged_file(result)
+    if damaged is not None:
+        logger.warning(
+            f"the file {damaged} in {result} is damaged; the phase goes on from its last "
+            "checkpoint."
+        )
+    return damaged is None
 
 
 def require_start(model_args: ModelArguments, args: OFBTrainingArguments) -> str:

@@ -4,19 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..cost.counting import count_cost
+from ..families.subnet import SubnetSpec
 from ..pictures.plots import plot_accuracy_over_cost
 from ..space.checks import AS_GIVEN
 from ..space.configuration import BiMaskConfig
 from ..training.arguments import OFBTrainingArguments
+from ..training.ranks import decided_by_rank_0
 from . import output
 from .arguments import changed
 from .report import budget_rows, text_table
 from .results import save_dense
 from .run import Run
-from .search import meet_budget
+from .search import meet_budget, search
 
 logger = logging.get_logger(__name__)
 
@@ -39,14 +42,24 @@ def run_several_budgets(run: Run) -> dict[str, Any]:
         before = run
         for name in run.targets:
             member = _run_for(run, before, name)
-            with member.unfinished():
-                results[name], member.start, member.start_subnet = meet_budget(member)
+            results[name], member.start, member.start_subnet = _meet_or_read(member)
             # all the way from the dense model; none if the history is on another machine
             member.steps_before = results[name]["steps"].get("search", 0)
             before = member
         if run.is_main:
             _write(run, results)
     return results
+
+
+def _meet_or_read(member: Run) -> tuple[dict[str, Any], PreTrainedModel, SubnetSpec]:
+    """Return what `meet_budget` returns; of a member that is finished, as it was written down."""
+    results = output.finished_results(member.folder) if member.is_resuming else None
+    # Rank 0 looks for all: no rank may train while others do not.
+    results = decided_by_rank_0(lambda: results)
+    if results is not None:
+        return results, *search(member)
+    with member.unfinished():
+        return meet_budget(member)
 
 
 def _run_for(run: Run, before: Run, name: str) -> Run:

@@ -122,8 +122,12 @@ def test_several_budgets_are_resumed_where_they_stopped(
     assert "the power went" in (output / "target_macs-0.6" / "FAILED.txt").read_text()
     done = output / "target_macs-0.6" / "search" / "model" / "model.safetensors"
     before = done.stat().st_mtime_ns
-    run_search(checkpoint, images, output, *FLAGS, "--resume_from_checkpoint", "auto")
+    first = (output / "target_macs-0.8" / "eval_results.json").read_bytes()
+    results = run_search(checkpoint, images, output, *FLAGS, "--resume_from_checkpoint", "auto")
     assert done.stat().st_mtime_ns == before
+    # The finished member is neither measured again nor forgets how long it took.
+    assert (output / "target_macs-0.8" / "eval_results.json").read_bytes() == first
+    assert results["target_macs-0.8"]["seconds"] is not None
     assert not list(output.rglob("FAILED.txt"))
     for name in BUDGETS:
         file = f"{name}/model.safetensors"
