@@ -1,6 +1,7 @@
 """Training arguments: transformers' own, plus distillation and weight averaging."""
 
 import math
+import multiprocessing
 from dataclasses import dataclass, field
 
 from accelerate.utils import parse_flag_from_env
@@ -63,6 +64,7 @@ class OFBTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self._choose_start_of_workers()
         if self.distillation_weight is not None and not 0 <= self.distillation_weight <= 1:
             raise ValueError(
                 f"distillation_weight is {self.distillation_weight}; it is a fraction from 0 to 1."
@@ -79,6 +81,19 @@ class OFBTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"ema_decay is {self.ema_decay}; it must lie between 0 and 1, or be left out."
             )
+
+    def _choose_start_of_workers(self) -> None:
+        """Start loading workers from a server process where other ranks are talked to.
+
+        A worker that is forked from a process whose threads send to other ranks inherits locks
+        that one of them may have held at that moment, and waits for ever.
+        """
+        is_given = self.dataloader_multiprocessing_context is not None
+        is_needed = self.dataloader_num_workers > 0 and self.world_size > 1
+        if is_needed and not is_given and "forkserver" in multiprocessing.get_all_start_methods():
+            self.dataloader_multiprocessing_context = "forkserver"
+            # so that every worker after the first starts at once
+            multiprocessing.set_forkserver_preload(["__main__", "ofb_hf.data"])
 
 
 def _sharding(args: OFBTrainingArguments) -> str | None:

@@ -96,9 +96,10 @@ class ClassifierTrainer(ResumableTrainer):
         args = self.args
         options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory}
         if args.dataloader_num_workers:
-            # DataLoader refuses these two without workers.
+            # DataLoader refuses these without workers.
             options["persistent_workers"] = args.dataloader_persistent_workers
             options["prefetch_factor"] = args.dataloader_prefetch_factor
+            options["multiprocessing_context"] = args.dataloader_multiprocessing_context
         loader = self.train_dataset.loader(
             self._train_batch_size,
             args.process_index,

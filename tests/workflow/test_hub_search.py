@@ -90,6 +90,8 @@ def run(hub, checkpoint, tmp_path_factory) -> Callable[..., Search]:
         words = [str(records), str(stop_after), "--model_name_or_path", str(checkpoint)]
         words += ["--dataset_name", DATA, "--streaming", "true", "--shuffle_buffer", "16"]
         words += ["--dataloader_num_workers", str(workers), "--output_dir", str(output)]
+        if workers:  # they start much faster, and know what the script has patched
+            words += ["--dataloader_multiprocessing_context", "fork"]
         words += [*AUGMENTATION, *QUICK, "--max_steps", str(2 * epoch_length(ranks) + 3), *flags]
         environment = hub.environment(tmp_path_factory.mktemp("hf"))
         script = TESTS / "hub_search_process.py"

@@ -7,9 +7,10 @@ from factories import tiny_vit
 from runs import PRODUCT, arguments, rows, run_search
 
 from ofb_hf import DistillationTrainer
-from ofb_hf.data import BatchAugmentation
+from ofb_hf.data import BatchAugmentation, DataArguments
 from ofb_hf.training.distillation import DistillationTrainer as Trainer
 from ofb_hf.training.interruption import TrainingInterrupted
+from ofb_hf.workflow.inputs import load
 
 STREAMED = ["--streaming", "true", "--augmentation", "deit", "--per_device_train_batch_size", "4"]
 GRAY = BatchAugmentation((127.5,) * 3, (127.5,) * 3, 3, random_erasing=0.25, mixup=0.8, cutmix=1.0)
@@ -105,3 +106,24 @@ def test_evaluation_is_not_augmented(tmp_path):
         logits, torch.tensor([row["labels"] for row in data])
     )
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_reach_workers_that_are_not_forked(checkpoint, images, tmp_path, streaming):
+    """Everything that prepares them is sent to the worker, and its batches are the same."""
+    data_args = DataArguments(data_dir=str(images), streaming=streaming, augmentation="none")
+    model, inputs = load(str(checkpoint), data_args, seed=0)
+
+    def batches(**changes):
+        args = arguments(tmp_path, **changes)
+        trainer = Trainer(model, args, train_dataset=inputs.train, eval_dataset=inputs.eval)
+        loaders = (trainer.get_train_dataloader(), trainer.get_eval_dataloader())
+        return [batch for loader in loaders for batch in loader]
+
+    here = batches()
+    workers = batches(dataloader_num_workers=1, dataloader_multiprocessing_context="forkserver")
+    assert len(here) == len(workers) > 1
+    for expected, found in zip(here, workers, strict=True):
+        assert torch.equal(found["labels"], expected["labels"])
+        assert torch.equal(found["pixel_values"], expected["pixel_values"])
