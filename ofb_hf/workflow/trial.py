@@ -24,14 +24,22 @@ class TrialSearch:
         model: a classifier; it is not changed, and it is the teacher where the preset distils.
         args: of the search; its length and its output folder do not matter.
         config: what to search.
+        fits: whether `settle` fits the cut network as a search does. That takes as long as some
+            steps, and is no part of any.
 
     Raises:
         ValueError: for arguments and budgets that a search refuses.
     """
 
-    def __init__(self, model: PreTrainedModel, args: OFBTrainingArguments, config: BiMaskConfig):
-        # compensation is computed once, and is no part of a step
-        config = replace(config, compensate=False)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: OFBTrainingArguments,
+        config: BiMaskConfig,
+        fits: bool = False,
+    ):
+        if not fits:
+            config = replace(config, compensate=False)
         # a Trainer creates its output folder at once
         with tempfile.TemporaryDirectory() as folder:
             args = changed(
@@ -82,6 +90,9 @@ class TrialSearch:
         """Make the final choice; the following steps are those of the small network."""
         trainer, config = self.trainer, self.trainer.bi_mask_config
         trainer.supernet.decisions.settle_()
+        if trainer.compensation is not None:
+            images = self.batch(trainer.compensation.count)
+            trainer.compensation.remember(images["pixel_values"])
         if config.prune_during_search:
             trainer.shrink(fold=True)
         # Not the last step: after that one every search cuts and folds.

@@ -7,6 +7,7 @@ from runs import QUICK, arguments
 
 from ofb_hf import cli, compress, count_macs, count_params, install_bi_masks
 from ofb_hf.cost.budget import UnreachableBudgetError
+from ofb_hf.pruning import compensation
 from ofb_hf.space.configuration import default_config
 from ofb_hf.workflow.plan import describe_space
 from ofb_hf.workflow.trial import TrialSearch
@@ -131,3 +132,16 @@ def test_a_trial_step_is_a_step_of_the_search(family, here):
     assert torch.isfinite(trial.step(trial.batch(3)))
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     assert not (here / "run").exists()
+
+
+def test_the_peak_of_memory_is_also_that_of_the_fit(checkpoint, here, monkeypatch):
+    fits = []
+    original = compensation.compensate_
+
+    def noted(small, dense, subnet, pixel_values):
+        fits.append(len(pixel_values))
+        return original(small, dense, subnet, pixel_values)
+
+    monkeypatch.setattr(compensation, "compensate_", noted)
+    cli.plan([str(checkpoint), "--target_macs", "0.6,0.4", "--num_images", "100", *PLAN])
+    assert fits == [compensation.MOST_IMAGES]  # of the first budget, as a search has them

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from runs import PRODUCT, refused, run_search
+from runs import PRODUCT, QUICK, TESTS, finish, places, refused, run_search, start
 from transformers import AutoModelForImageClassification
 
 from ofb_hf import SubnetSpec, cli, count_macs
@@ -165,26 +165,38 @@ def test_given_candidates_and_dense_training_go_with_several_budgets(checkpoint,
         assert "finetuned" not in results[name]
 
 
-def test_a_search_for_depth_leaves_out_what_an_earlier_member_left_out(
-    checkpoint, images, tmp_path
-):
-    flags = [
-        "--target_macs",
-        "0.12",
-        "0.07",
-        "--search_depth",
-        "--max_steps",
-        "32",
-        "--finetune_max_steps",
-        "0",
-    ]
-    results = run_search(checkpoint, images, tmp_path / "out", *flags)
-    larger, smaller = (subnet_of(tmp_path / "out" / name) for name in results)
+DEPTH = ["--target_macs", "0.12", "0.07", "--search_depth"]
+DEPTH += ["--max_steps", "32", "--finetune_max_steps", "0"]
+
+
+def assert_shallower(output, results):
+    """Both members meet their budgets, and the smaller one lacks all that the larger one lacks."""
+    larger, smaller = (subnet_of(output / name) for name in results)
     assert any(not kept for kept in smaller.kept.values())
     assert all(not smaller.kept[name] for name, kept in larger.kept.items() if not kept)
     for name, result in results.items():
-        model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / name)
+        model = AutoModelForImageClassification.from_pretrained(output / name)
         assert count_macs(model) == result["searched"]["macs"] <= result["target_macs"]
+
+
+def test_a_search_for_depth_leaves_out_what_an_earlier_member_left_out(
+    checkpoint, images, tmp_path
+):
+    results = run_search(checkpoint, images, tmp_path / "out", *DEPTH)
+    assert_shallower(tmp_path / "out", results)
+
+
+def test_two_ranks_leave_out_the_same_in_every_member(checkpoint, images, tmp_path):
+    """Every cut compares the networks of the ranks, and stops the run if they differ."""
+    output = tmp_path / "out"
+    words = [*places(checkpoint, images, output), *QUICK, *DEPTH]
+    words += ["--per_device_train_batch_size", "4"]
+    recipe = TESTS.parent / "recipes" / "search_deit.py"
+    status, said = finish(start("recipe_process.py", str(recipe), *words, ranks=2))
+    assert status == 0, said[-3000:]
+    results = json.loads((output / "family.json").read_text())
+    assert_shallower(output, results)
+    assert json.loads((output / "run_settings.json").read_text())["num_processes"] == 2
 
 
 def test_units_of_a_cut_of_a_cut_are_counted_in_the_first_network():
