@@ -281,8 +281,9 @@ def main() -> None:
     models = contestants(dense.to(device).eval(), inputs, options)
     step = max(1, len(inputs.eval) // (options.max_eval_samples or len(inputs.eval)))
     images = DataLoader(Subset(inputs.eval, range(0, len(inputs.eval), step)), 250)
+    count = 128 if device.type == "cuda" else 32
     batch = torch.stack(
-        [inputs.eval[row]["pixel_values"] for row in range(128 if device.type == "cuda" else 32)]
+        [inputs.eval[row]["pixel_values"] for row in range(min(count, len(inputs.eval)))]
     )
     speed = images_per_second({name: model for name, (model, _) in models.items()}, batch)
     rows = [
