@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..space.idle_settings import IdleSettingError
-from .flag_help import Command, CommandParser
+from .flag_help import OF_THE_LINE, Command, CommandParser
 from .idle_settings import require_effect
 
 DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
@@ -109,7 +109,7 @@ def _read(path: Path, parser: CommandParser) -> dict[str, Any]:
     if not isinstance(settings, dict):
         kind = type(settings).__name__
         raise ValueError(f"--config {path} holds a {kind}; expected `name: value` lines.")
-    known = set(parser.flags()) - {"config"}
+    known = set(parser.flags()) - set(OF_THE_LINE)
     unknown = sorted(str(name) for name in set(settings) - known)
     if unknown:
         raise ValueError(f"--config {path}: {parser.suggest(unknown)}")
