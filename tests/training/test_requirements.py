@@ -248,7 +248,9 @@ def test_labels_of_other_kinds_are_refused(tmp_path, change, message):
 
 def test_probabilities_are_labels(tmp_path):
     soft = relabelled(lambda label: torch.eye(3)[label] * 0.7 + 0.1)
-    made(ClassifierTrainer, tmp_path, train_dataset=soft).train()
+    trainer = made(ClassifierTrainer, tmp_path, train_dataset=soft)
+    trainer.train()
+    assert trainer.state.global_step == 4
 
 
 # ----------------------------------------------------------------------------------------- length
