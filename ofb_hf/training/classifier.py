@@ -15,7 +15,7 @@ from ..families.registry import require_single_label
 from .arguments import OFBTrainingArguments
 from .averaging import AverageCallback, WeightAverage
 from .callbacks import EpochCallback, RandomStreamsCallback
-from .full_precision import to_full_precision_
+from .full_precision import learns_in_half, to_full_precision_
 from .interruption import shield_workers
 from .losses import classification_loss
 from .requirements import (
@@ -39,9 +39,9 @@ class ClassifierTrainer(ResumableTrainer):
 
     It adds to `ResumableTrainer`: data sets that make their own loader for every rank, augmentation
     of whole batches, soft labels, an average of the weights, random streams per rank, and an error
-    at the first loss that is not finite. `DistillationTrainer` adds a teacher. A model in half
-    precision is turned into float32 if there is anything to train it on. Evaluations look at every
-    row, also with `dataloader_drop_last`, and leave the model in its type.
+    at the first loss that is not finite. `DistillationTrainer` adds a teacher. `train` turns a
+    model in half precision into float32. Evaluations look at every row, also with
+    `dataloader_drop_last`, and leave the model in its type.
 
     Args:
         model: an image classifier.
@@ -78,8 +78,6 @@ class ClassifierTrainer(ResumableTrainer):
     ):
         self.require_arguments(model, args, kwargs)
         super().__init__(model=model, args=args, **kwargs)
-        if self.train_dataset is not None:
-            to_full_precision_(model)
         self._require_own_optimizer()
         self.data_collator = CheckedLabels(self.data_collator, model.config.num_labels)
         # Our losses are means over a micro-batch, so the Trainer has to divide them by the number
@@ -149,6 +147,10 @@ class ClassifierTrainer(ResumableTrainer):
         num_labels = self.model.config.num_labels
         require_known_labels(self.train_dataset, num_labels, "train_dataset")
         require_known_labels(self.eval_dataset, num_labels, "eval_dataset")
+        if learns_in_half(self.model):
+            to_full_precision_(self.model)
+            if self.average is not None:
+                self.average.restart(self.model)
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:

@@ -31,7 +31,7 @@ def _half_of(model: nn.Module) -> torch.dtype | None:
 
 
 def to_full_precision_(model: nn.Module) -> None:
-    """Turn a model that would learn in half precision into float32, and say so once.
+    """Turn a model that would learn in half precision into float32, and say so.
 
     Its parameters stay the same objects.
     """
@@ -39,7 +39,7 @@ def to_full_precision_(model: nn.Module) -> None:
     if stored is None:
         return
     name = str(stored).removeprefix("torch.")
-    logger.warning_once(
+    logger.warning(
         f"weights are stored in {name}, in which small updates get lost: they are trained in "
         f"float32. The result of a search or of a command is of the stored type again; another "
         f"model is by model.to(torch.{name})."

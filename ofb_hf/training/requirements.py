@@ -176,7 +176,7 @@ def _require_loggers(names: Collection[str]) -> None:
 def _require_optimizer(args: TrainingArguments) -> None:
     """Refuse an optimizer whose package is missing."""
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, nn.Sequential(nn.Linear(1, 1)))
+        Trainer.get_optimizer_cls_and_kwargs(args, nn.Identity())
     except ImportError as error:
         raise ValueError(
             f"optim is {args.optim.value!r}, which cannot be used here: {error} Install it, or "
@@ -316,10 +316,13 @@ def require_known_labels(dataset: Any, num_labels: int, name: str) -> None:
             require_known_labels(part, num_labels, f"{name}[{key!r}]")
         return
     labels: list[Any] = []
-    if isinstance(dataset, list | tuple):
-        labels = [row["labels"] for row in dataset if isinstance(row, Mapping) and "labels" in row]
-    elif isinstance(dataset, Dataset) and "labels" in dataset.column_names:
-        labels = dataset.with_format(None)["labels"][:]
+    # transformers' collator takes either name
+    for column in ("labels", "label"):
+        if isinstance(dataset, list | tuple):
+            rows = [row for row in dataset if isinstance(row, Mapping)]
+            labels += [row[column] for row in rows if column in row]
+        elif isinstance(dataset, Dataset) and column in dataset.column_names:
+            labels += dataset.with_format(None)[column][:]
     # The shapes of labels of other kinds are looked at in batches.
     integers = [label for label in labels if isinstance(label, int)]
     if not integers:

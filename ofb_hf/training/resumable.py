@@ -139,6 +139,11 @@ class ResumableTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the Trainer's loader, with workers that survive a signal to the whole job."""
+        # The Trainer keeps one loader with persistent workers, for whatever data set comes next.
+        kept = getattr(self, "_eval_dataloaders", {})
+        wanted = self.eval_dataset if eval_dataset is None else eval_dataset
+        if "eval" in kept and kept["eval"].dataset is not wanted:
+            del kept["eval"]
         return shield_workers(super().get_eval_dataloader(eval_dataset))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -39,6 +39,8 @@ OWN_METRICS: dict[str, Any] = {
     "label_names": ["labels"],
     "remove_unused_columns": False,
 }
+# An evaluation within a training is not rounded by them, and what a run leaves shall not be.
+NOT_ROUNDED: dict[str, Any] = {"bf16_full_eval": False, "fp16_full_eval": False}
 # Points of top-1 that a class may lose before it is named.
 LOST = 10.0
 # Of each model in the comparison of speed; the median is reported.

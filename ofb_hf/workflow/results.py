@@ -25,7 +25,7 @@ from ..training.history import left_out_at
 from . import output
 from .arguments import changed
 from .latency_table import measured_latency
-from .measure import lost_classes, measure, provenance
+from .measure import NOT_ROUNDED, lost_classes, measure, provenance
 from .report import results_rows, text_table
 from .run import Run
 
@@ -45,7 +45,7 @@ def measured(run: Run, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
         results |= {"target_macs": None, "target_params": None}
         results[run.config.budget[0]] = run.target
     # as they are stored, whatever the evaluations of the training were
-    args = changed(run.args, push_to_hub=False, bf16_full_eval=False, fp16_full_eval=False)
+    args = changed(run.args, push_to_hub=False, **NOT_ROUNDED)
     stored = {name: of_type(model, run.stored_type) for name, model in models.items()}
     of_models, by_class = measure(stored, run.inputs.eval, args)
     results |= of_models

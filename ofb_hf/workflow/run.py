@@ -30,7 +30,7 @@ from ..training.requirements import require_batches, require_metric, require_ste
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, TrainedModelArguments, changed
 from .inputs import Inputs, require_findable, require_possible_teacher
-from .measure import METRICS, OWN_METRICS
+from .measure import METRICS, NOT_ROUNDED, OWN_METRICS
 from .settings import training_settings
 
 logger = logging.get_logger(__name__)
@@ -90,14 +90,14 @@ class Run:
 
     def __post_init__(self):
         require_batches(self.inputs.train, self.args)
-        if self.args.bf16_full_eval or self.args.fp16_full_eval:
-            logger.warning_once(
-                "--bf16_full_eval and --fp16_full_eval are not for the measured results: these are "
-                "of the weights as they are stored. --bf16 computes in half precision."
-            )
-        # A run for one of several budgets is made of a run, whose model is in float32 by then.
+        # A run for one of several budgets is made of a run, and knows all of this.
         if self.stored_type is None:
             self.stored_type = self.dense.dtype
+            if self.args.bf16_full_eval or self.args.fp16_full_eval:
+                logger.warning(
+                    "--bf16_full_eval and --fp16_full_eval are not for the measured results: these "
+                    "are of the weights as they are stored. --bf16 computes in half precision."
+                )
         to_full_precision_(self.dense)
         if self.teacher is not None:
             self.teacher.float()  # it gets the same pixels
@@ -161,8 +161,8 @@ class Run:
         """Return a copy of the training arguments for one phase, with some of them changed."""
         folder = str(self.phase_folder(phase))
         # Not the checkpoints of a phase are published but the finished output folder.
-        settings = {"output_dir": folder, "push_to_hub": False, **OWN_METRICS, **changes}
-        return changed(self.args, **settings)
+        settings = {"output_dir": folder, "push_to_hub": False} | OWN_METRICS | NOT_ROUNDED
+        return changed(self.args, **(settings | changes))
 
     def result_folder(self, phase: str) -> Path:
         """Return the folder of the model that a finished phase leaves."""

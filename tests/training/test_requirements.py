@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from factories import search_config, tiny_model, tiny_vit
 from invariants import assert_equal_states
 from runs import arguments, rows, searcher
@@ -20,6 +21,7 @@ from ofb_hf import (
 )
 from ofb_hf.metrics import compute_topk, top5_indices
 from ofb_hf.training import requirements
+from ofb_hf.training.full_precision import to_full_precision_
 
 TRAINERS = (ClassifierTrainer, DistillationTrainer, OFBTrainer, TokenTrainer)
 METRICS = {"compute_metrics": compute_topk, "preprocess_logits_for_metrics": top5_indices}
@@ -341,11 +343,11 @@ def test_a_search_gives_back_the_stored_type(tmp_path, trainer_class):
     assert_equal_states(again.state_dict(), result.state_dict())
 
 
-def test_half_precision_below_adapters_stays(tmp_path):
+def test_half_precision_below_adapters_stays():
     model = tiny_vit().bfloat16()
     model.requires_grad_(False)
     model.classifier.float().requires_grad_(True)
-    made(ClassifierTrainer, tmp_path, model)
+    to_full_precision_(model)
     assert model.vit.layernorm.weight.dtype == torch.bfloat16
 
 
@@ -371,6 +373,32 @@ def test_an_evaluation_in_half_precision_leaves_the_model_as_it_was(tmp_path, fi
     trainer.evaluate(rows(8))
     assert set(seen) == {torch.bfloat16 if field == "bf16_full_eval" else torch.float16}
     assert_equal_states(model.state_dict(), before)
+
+
+def test_another_data_set_is_evaluated_on_its_own_rows(tmp_path):
+    """Also where the loader of the one before has workers that go on."""
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    first, second = rows(8), rows(6, seed=1)
+    trainer = made(ClassifierTrainer, tmp_path, changes=workers, eval_dataset=first)
+    plain = made(ClassifierTrainer, tmp_path, eval_dataset=first)
+    for dataset in (None, second, None):
+        expected = plain.evaluate(dataset)["eval_loss"]
+        assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_settings_draw_no_random_numbers(tmp_path):
+    before = torch.get_rng_state()
+    arguments(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_labels_in_a_column_are_known_before_the_start(tmp_path, column):
+    table = Dataset.from_dict({"pixel_values": [row["pixel_values"].tolist() for row in rows(8)]})
+    table = table.add_column(column, [1, 2, 3, 1, 2, 3, 1, 2]).with_format("torch")
+    trainer = made(ClassifierTrainer, tmp_path, train_dataset=table)
+    with pytest.raises(ValueError, match="train_dataset: a label is 3"):
+        trainer.train()
 
 
 def test_rows_of_other_data_sets_are_checked_in_batches(tmp_path):

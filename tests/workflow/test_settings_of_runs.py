@@ -53,7 +53,9 @@ def types(folder):
     return {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
 
 
-@pytest.mark.parametrize("rounding", ["bf16_full_eval", "fp16_full_eval"])
+@pytest.mark.parametrize(
+    "rounding", ["bf16_full_eval", pytest.param("fp16_full_eval", marks=pytest.mark.slow)]
+)
 def test_what_a_run_measures_and_writes_is_whole_whatever_its_evaluations_are(
     checkpoint, images, tmp_path, rounding
 ):
