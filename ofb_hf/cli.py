@@ -46,10 +46,10 @@ from .workflow.arguments import (
 )
 from .workflow.command_line import parse
 from .workflow.compress_inputs import PASSES, prepare
-from .workflow.flag_help import Command
+from .workflow.flag_help import TRACEBACK, Command
 from .workflow.report import text_table
 from .workflow.results import push
-from .workflow.run import Run
+from .workflow.run import EndedEarlyError, Run
 
 FIELDS_OF_IMAGES = tuple(field.name for field in fields(ImageArguments))
 BUDGET = ("target_macs", "target_params", "target_latency_ms", "latency_table")
@@ -165,7 +165,7 @@ finetune`) or search (`ofb-hf search`).""",
         "budget": (*BUDGET, "budgets"),
         "what may be cut": ("basis", "search_*", "multiple_of"),
         "how it is computed": ("batch_size", "seed", "use_cpu", "disable_tqdm"),
-        "output": ("output_dir", "overwrite_output_dir", "keep_dense"),
+        "output": ("output_dir", "overwrite_output_dir", "keep_dense", TRACEBACK),
     },
 )
 
@@ -271,7 +271,7 @@ TOKEN_DEMO = {
 
 def plan(argv: list[str] | None = None) -> dict[str, Any]:
     """Run `ofb-hf plan`: print and return the plan."""
-    with exit_with_message():
+    with exit_with_message(argv):
         parsed = parse(PLAN, _leading("--model_name_or_path", argv))
         planned = plan_workflow.run_plan(*parsed)
     _end_together()
@@ -281,7 +281,7 @@ def plan(argv: list[str] | None = None) -> dict[str, Any]:
 
 def latency_table(argv: list[str] | None = None) -> LatencyTable:
     """Run `ofb-hf latency-table`: print what was measured, and return the table."""
-    with exit_with_message():
+    with exit_with_message(argv):
         (wanted,) = parse(LATENCY_TABLE, _leading("--model_name_or_path", argv))
         table = latency_table_workflow.run_latency_table(wanted)
     sys.stdout.write(f"{latency_table_workflow.table_text(table)}\nwritten to {wanted.output}\n")
@@ -295,24 +295,24 @@ def search(argv: list[str] | None = None, **demo: Any) -> dict[str, Any]:
         argv: words of the command line, None for the process's own.
         demo: settings of the demonstration, which runs when neither model nor data are named.
     """
-    with exit_with_message():
+    with exit_with_message(argv):
         run = search_workflow.prepare(*parse(SEARCH, argv, demo))
     if len(run.targets) == 1:
-        return _finish(run, search_workflow.run_search)
-    return _finish(run, several_budgets_workflow.run_several_budgets)
+        return _finish(run, search_workflow.run_search, argv)
+    return _finish(run, several_budgets_workflow.run_several_budgets, argv)
 
 
 def search_tokens(argv: list[str] | None = None) -> dict[str, Any]:
     """Run `ofb-hf search-tokens` or `recipes/search_tokens.py`, and return the results."""
-    with exit_with_message():
+    with exit_with_message(argv):
         run = tokens_workflow.prepare(*parse(SEARCH_TOKENS, argv, TOKEN_DEMO))
-    return _finish(run, tokens_workflow.run_search_tokens)
+    return _finish(run, tokens_workflow.run_search_tokens, argv)
 
 
 def compress(argv: list[str] | None = None) -> dict[str, Any]:
     """Run `ofb-hf compress` or `recipes/compress.py`, and return the results."""
     # Nothing is written before everything is there, so that no error leaves a half of it.
-    with exit_with_message():
+    with exit_with_message(argv):
         parsed = parse(COMPRESS, _leading(("--model_name_or_path", "--images"), argv))
         results = compress_workflow.run_compress(prepare(*parsed))
     _end_together()
@@ -321,14 +321,14 @@ def compress(argv: list[str] | None = None) -> dict[str, Any]:
 
 def finetune(argv: list[str] | None = None) -> dict[str, Any]:
     """Run `ofb-hf finetune` or `recipes/finetune.py`, and return the results."""
-    with exit_with_message():
+    with exit_with_message(argv):
         run = finetune_workflow.prepare(*parse(FINETUNE, argv))
-    return _finish(run, finetune_workflow.run_finetune)
+    return _finish(run, finetune_workflow.run_finetune, argv)
 
 
 def evaluate(argv: list[str] | None = None) -> dict[str, Any]:
     """Run `ofb-hf evaluate` or `recipes/evaluate.py`: print and return the results."""
-    with exit_with_message():
+    with exit_with_message(argv):
         results = finetune_workflow.run_evaluate(*parse(EVALUATE, argv))
     _end_together()
     sys.stdout.write(json.dumps(results, indent=2) + "\n")
@@ -337,7 +337,7 @@ def evaluate(argv: list[str] | None = None) -> dict[str, Any]:
 
 def verify(argv: list[str] | None = None) -> None:
     """Run `ofb-hf verify`: print a table, and exit with status 1 if anything differs."""
-    with exit_with_message():
+    with exit_with_message(argv):
         parsed = parse(VERIFY, _leading("--model_name_or_path", argv))
         agrees, rows = verify_workflow.run_verify(*parsed)
     _end_together()
@@ -348,7 +348,7 @@ def verify(argv: list[str] | None = None) -> None:
 
 def export(argv: list[str] | None = None) -> None:
     """Run `ofb-hf export`: print what was written and how well it agrees."""
-    with exit_with_message():
+    with exit_with_message(argv):
         (wanted,) = parse(EXPORT, _leading("--model_name_or_path", argv))
         done = export_workflow.run_export(wanted)
     sys.stdout.write(
@@ -359,7 +359,7 @@ def export(argv: list[str] | None = None) -> None:
 
 def publish(argv: list[str] | None = None) -> None:
     """Run `ofb-hf publish` or `recipes/publish.py`: print what was sent, and where it is now."""
-    with exit_with_message():
+    with exit_with_message(argv):
         (wanted,) = parse(PUBLISH, _leading("--model_dir", argv))
         done = hub.publish(
             wanted.model_dir,
@@ -399,26 +399,51 @@ def _leading(flags: str | tuple[str, ...], argv: list[str] | None) -> list[str]:
     return named + argv
 
 
-@contextmanager
-def exit_with_message() -> Iterator[None]:
-    """Turn an error that the user can repair into one line on stderr and exit status 2.
+# What a user can repair: a setting, the data, a folder, a missing package, too little memory.
+REPAIRABLE = (
+    *(ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError),
+    *(hub.PublishError, ExportError, EndedEarlyError),
+)
 
-    It holds for what is checked before a run starts, and for commands that change nothing: an
-    error in the middle of a run keeps its traceback.
+
+@contextmanager
+def exit_with_message(argv: list[str] | None, status: int = 2, more: str = "") -> Iterator[None]:
+    """Turn an error that the user can repair into one line on stderr and an exit status.
+
+    Other errors, and with `--traceback` all of them, keep their traceback.
+
+    Args:
+        argv: words of the command line, None for the process's own.
+        status: 2 before anything has changed, 1 in the middle of a run.
+        more: what to say behind the error.
     """
     try:
         yield
-    except (ValueError, OSError, ImportError, hub.PublishError, ExportError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
+    except REPAIRABLE as error:
+        if f"--{TRACEBACK}" in (sys.argv[1:] if argv is None else argv):
+            raise
+        sys.stderr.write(f"error: {_sentence(error)}{more}\n")
+        raise SystemExit(status) from error
 
 
-def _finish(run: Run, start: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+def _sentence(error: Exception) -> str:
+    """Return what an error says, without the traceback that a loader's worker puts before it."""
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
+def _finish(
+    run: Run, start: Callable[[Run], dict[str, Any]], argv: list[str] | None
+) -> dict[str, Any]:
     """Start a run, publish its output folder if that is asked for, and return its results."""
-    results = start(run)
+    more = f" ({run.folder} is marked by FAILED.txt; --{TRACEBACK} shows where this was raised.)"
+    with exit_with_message(argv, status=1, more=more):
+        results = start(run)
     _end_together()
     if run.args.push_to_hub:
-        with exit_with_message():
+        with exit_with_message(argv):
             push(run)
     return results
 

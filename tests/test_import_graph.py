@@ -22,7 +22,7 @@ MAX_FILE_LINES = 600
 # The rooms of the package, from the ground up. A room imports rooms of lower floors only; rooms of
 # one floor do not know each other. `ofb_hf/__init__.py` stands outside: it gathers public names.
 FLOORS = (
-    ("_moved", "_version", "durable", "hub_retries", "metrics", "models"),
+    ("_moved", "_version", "argument_checks", "durable", "hub_retries", "metrics", "models"),
     ("families", "data"),
     ("cost",),
     ("space", "tokens", "pruning"),

@@ -43,3 +43,26 @@ def require_classifier(model: nn.Module) -> None:
             f"got a {type(model).__name__}; expected an image classifier: "
             f"{[each.__name__ for each in classes]} or our classes of that kind."
         )
+
+
+def require_single_label(
+    config: PreTrainedConfig,
+    name: str = "the model",
+    advice: str = "Give a classifier of that kind.",
+) -> None:
+    """Raise ValueError for a head whose outputs are no logits of a softmax over several classes.
+
+    Such are heads for several right classes per image, and for regression.
+
+    Args:
+        config: of a classifier, or of a model without a head.
+        name: of the model, for the message.
+        advice: what to do.
+    """
+    problem = getattr(config, "problem_type", None)
+    if config.num_labels == 1 or problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"{name} has num_labels {config.num_labels} and problem_type {problem!r}, but outputs "
+            "are taken for the probabilities of two or more classes, of which one is right. "
+            f"{advice}"
+        )

@@ -20,7 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..choice.error_curves import ErrorCurve
 from ..families.evaluation import evaluating, logits_of
-from ..families.registry import describe, family_of, require_classifier
+from ..families.registry import (
+    describe,
+    family_of,
+    require_classifier,
+    require_single_label,
+)
 from ..families.subnet import SubnetSpec, require_basis
 from ..families.token_reduction import supports_tokens
 from ..pruning.equivalent_basis import equivalent_basis
@@ -214,15 +219,11 @@ def require_compressible(model: PreTrainedModel) -> None:
         ValueError: if its outputs are no logits of a softmax over two or more classes.
     """
     require_classifier(model)
-    config = model.config
-    problem = getattr(config, "problem_type", None)
-    if config.num_labels == 1 or problem not in (None, "single_label_classification"):
-        raise ValueError(
-            f"the model has num_labels {config.num_labels} and problem_type {problem!r}: what a "
-            "cut costs is measured by the probabilities of two or more classes, of which one is "
-            "right. Give a classifier of that kind, or a checkpoint without a head, whose features "
-            "decide."
-        )
+    require_single_label(
+        model.config,
+        advice="Give a classifier of that kind, or a checkpoint without a head, whose features "
+        "decide.",
+    )
 
 
 def require_images(batches: Sequence[Tensor], config: PreTrainedConfig) -> None:

@@ -7,7 +7,7 @@ before a step, in a step, and after it; then what is read from the result.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import safetensors.torch
 import torch
@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 from transformers.training_args import OptimizerNames
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..choice.problem import Choice
 from ..cost.counting import count_macs, count_params
@@ -35,11 +35,13 @@ from ..space.configuration import BiMaskConfig
 from ..tokens.schedules import Schedule
 from ..training.arguments import OFBTrainingArguments, check_search_arguments
 from ..training.distillation import DistillationTrainer
+from ..training.full_precision import in_full_precision
 from ..training.losses import flops_loss
 from ..training.ranks import decided_by_rank_0, require_identical_ranks
 from ..training.resumable import require_same_search
 from .curve_scores import require_curves, score_by_error_curves_
 from .observation import Observation
+from .own_teacher import require_own_teacher
 from .parameter_groups import learning_rate_factors, parameter_groups
 from .phases import Phases, SearchStep
 from .pmim import hidden_first, mask_patches, normalize_target, reconstruction_loss, refine_mask
@@ -47,6 +49,8 @@ from .rewriting import images_for_basis, in_basis
 from .shrinking import shrink_, shrink_to_
 from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
 from .trial_cuts import nearest_choice
+
+logger = logging.get_logger(__name__)
 
 BI_MASK_CONFIG_FILE = "bi_mask_config.json"
 # The dense network in the basis that is searched, in every checkpoint of a search that rewrote it.
@@ -66,8 +70,8 @@ class OFBTrainer(DistillationTrainer):
     """Search a classifier under a budget; `compress` gives the small model afterwards.
 
     Args:
-        model: a classifier (bi-masks are installed on a copy of it) or a supernet from
-            `install_bi_masks`.
+        model: a classifier (bi-masks are installed on a copy of it, in float32) or a supernet from
+            `install_bi_masks`. `compress` gives back the type that it has.
         args: `OFBTrainingArguments`; `max_steps` or `num_train_epochs` is the length of the search.
         bi_mask_config: what to search, when `model` is no supernet yet. With a `basis` other than
             "given" the model is rewritten first, by 256 images of `train_dataset`.
@@ -92,6 +96,12 @@ class OFBTrainer(DistillationTrainer):
     small = trainer.compress()
     ```"""
 
+    unserved: ClassVar[dict[str, str]] = DistillationTrainer.unserved | dict.fromkeys(
+        ("optimizers", "optimizer_cls_and_kwargs"),
+        "trains a copy of the network, and slices the state of its own AdamW with it; leave it "
+        "out, and set learning_rate, weight_decay and lr_scheduler_type in args",
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -100,10 +110,12 @@ class OFBTrainer(DistillationTrainer):
         teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ):
+        self.require_arguments(model, args, kwargs)
         check_search_arguments(args)
         # The random start of the masks belongs to the run, as the order of the data does.
         set_seed(args.seed)
-        given = model
+        self.stored_type = next(model.parameters()).dtype
+        given = model = in_full_precision(model)
         if not isinstance(model, Supernet):
             model = in_basis(given, bi_mask_config, args, **kwargs)
             supernet = install_bi_masks(model, bi_mask_config)
@@ -123,7 +135,7 @@ class OFBTrainer(DistillationTrainer):
         if weight is None:
             weight = config.distillation_weight or float(teacher is not None)
         if teacher is None and weight > 0:
-            _require_own_teacher(dense, weight, config)
+            require_own_teacher(dense, weight, config)
             teacher = dense
         # A network that trains on after the choice without a cut would undo a fit by itself.
         fits = config.compensate and (config.prune_during_search or config.settle_at == 1)
@@ -487,8 +499,20 @@ class OFBTrainer(DistillationTrainer):
     # --------------------------------------------------------------------------------- the result
 
     def compress(self) -> PreTrainedModel:
-        """Return the small dense model that the search arrived at, within the budget."""
-        return compress(self.supernet)
+        """Return the small dense model that the search arrived at, within the budget.
+
+        Raises:
+            ValueError: if nothing is known yet of what units are worth.
+        """
+        # without a training there are 0 steps of 0
+        if self.supernet.is_fresh and self.state.global_step < max(1, self.state.max_steps):
+            raise ValueError(
+                f"{self.ended_early or 'nothing has been searched'}: random scores would decide "
+                "what compress() keeps. Call train() first, and let it end."
+            )
+        if self.ended_early is not None:
+            logger.warning(f"{self.ended_early}; compress() cuts what was known by then.")
+        return compress(self.supernet).to(self.stored_type)
 
     def read_subnet(self) -> SubnetSpec:
         """Return the units of the dense model that `compress` keeps."""
@@ -536,29 +560,6 @@ class OFBTrainer(DistillationTrainer):
         elif self.compensation is not None:
             self.compensation.load(checkpoint, self.args.device)
         super()._load_weights(checkpoint)
-
-
-def _require_own_teacher(
-    dense: PreTrainedModel | None, weight: float, config: BiMaskConfig
-) -> None:
-    """Raise ValueError unless a search can learn from its own dense model.
-
-    Args:
-        dense: the dense model, None if the supernet no longer holds it.
-        weight: fraction of the classification loss that comes from the teacher.
-        config: of the search.
-    """
-    if weight == 1 and config.importance_hold:
-        raise ValueError(
-            "distillation_weight is 1 and the teacher is the dense model itself: it agrees with "
-            "itself, so there are no gradients to rank units by. Leave labels a fraction of the "
-            "loss (0.5), or give another teacher."
-        )
-    if dense is None:
-        raise ValueError(
-            "the supernet has been searched already, so the dense model to learn from is no longer "
-            "in it; give that model as teacher, or distillation_weight=0."
-        )
 
 
 class SearchCallback(TrainerCallback):

@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..families.loading import rebuild_classifier
 from ..families.registry import family_of
@@ -16,6 +16,7 @@ from ..tokens.schedules import Schedule, full_schedule, rounded_schedule, schedu
 from ..training.activation_checkpointing import without_reentry
 from ..training.arguments import OFBTrainingArguments
 from ..training.distillation import DistillationTrainer
+from ..training.full_precision import in_full_precision
 from ..training.losses import flops_loss
 from ..training.resumable import require_same_search
 from .learned_counts import (
@@ -24,6 +25,8 @@ from .learned_counts import (
     install_learned_counts,
     read_expected_counts,
 )
+
+logger = logging.get_logger(__name__)
 
 TOKEN_SEARCH_FILE = "token_search_config.json"
 # Of Adam, both low: at first the budget pulls hard, and a long memory of those gradients would keep
@@ -46,8 +49,8 @@ class TokenTrainer(DistillationTrainer):
 
     Raises:
         UnsupportedArchitectureError: for models without a class token.
-        ValueError: for a budget out of reach, with the smallest possible one, and for reentrant
-            activation checkpointing.
+        ValueError: for a budget out of reach, with the smallest possible one, for reentrant
+            activation checkpointing, and as `DistillationTrainer`.
 
     Example:
 
@@ -63,6 +66,12 @@ class TokenTrainer(DistillationTrainer):
     fast = trainer.scheduled()
     ```"""
 
+    unserved: ClassVar[dict[str, str]] = DistillationTrainer.unserved | dict.fromkeys(
+        ("optimizers", "optimizer_cls_and_kwargs"),
+        "has an optimizer of its own, for nothing but token counts learns; leave it out, and set "
+        "token_learning_rate in the config",
+    )
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -71,12 +80,15 @@ class TokenTrainer(DistillationTrainer):
         teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ):
+        self.require_arguments(model, args, kwargs)
         if args.gradient_checkpointing:
             without_reentry(
                 args.gradient_checkpointing_kwargs,
                 "only token counts learn: with frozen weights no input of a block needs a "
                 "gradient, and then reentrant checkpointing passes none to the counts inside",
             )
+        stored_type = model.dtype
+        model = in_full_precision(model)
         self.token_config = config or TokenSearchConfig()
         learner = install_learned_counts(model, self.token_config.token_granularity)
         every = full_schedule(learner.config)
@@ -86,6 +98,7 @@ class TokenTrainer(DistillationTrainer):
             teacher = family_of(model.config).from_dense(model, token_schedule=every)
         learner.train(model.training)
         super().__init__(learner, args, teacher, distillation_weight=0.5, **kwargs)
+        self.stored_type = stored_type
 
     def training_losses(
         self, model: nn.Module, pixel_values: Tensor, labels: Tensor
@@ -115,12 +128,14 @@ class TokenTrainer(DistillationTrainer):
 
     def scheduled(self) -> PreTrainedModel:
         """Return a classifier with the unchanged weights and the present token schedule."""
+        if not self.state.global_step:
+            logger.warning("no token count has learned yet: train() comes before scheduled().")
         learner = self.learner
         fields = learner.config.to_dict() | {"token_schedule": self.schedule()}
         config = type(learner.config).from_dict(fields)
         config._attn_implementation = learner.config._attn_implementation  # not in the dict
         # The result does not have the logits of the counts, and leaves them out.
-        return rebuild_classifier(learner, config, learner.state_dict())
+        return rebuild_classifier(learner, config, learner.state_dict()).to(self.stored_type)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create AdamW over the logits of the counts, without weight decay."""

@@ -1,15 +1,20 @@
 """Training arguments: transformers' own, plus distillation and weight averaging."""
 
-import math
+import json
 import multiprocessing
 from dataclasses import dataclass, field
 
 from accelerate.utils import parse_flag_from_env
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
+
+from ..argument_checks import require_finite
+from .requirements import require_in_range, require_steps, require_usable
 
 # The state of these two is one pair of moments per parameter, which can be sliced with it.
 SEARCH_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+# These follow evaluations.
+REACTING_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 @dataclass
@@ -22,7 +27,8 @@ class OFBTrainingArguments(TrainingArguments):
     `BiMaskConfig`.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError: for values out of range, and for settings that no trainer of this package can
+            work with: loggers that are not installed, a schedule without its numbers, ...
     """
 
     max_grad_norm: float = field(
@@ -63,7 +69,14 @@ class OFBTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        require_finite(self)
+        try:
+            super().__post_init__()
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"a training argument that takes a dictionary cannot be read: {error}. Write it as "
+                "JSON, e.g. --lr_scheduler_kwargs '{\"min_lr_rate\": 0.1}', with known names in it."
+            ) from error
         self._choose_start_of_workers()
         if self.distillation_weight is not None and not 0 <= self.distillation_weight <= 1:
             raise ValueError(
@@ -81,6 +94,9 @@ class OFBTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"ema_decay is {self.ema_decay}; it must lie between 0 and 1, or be left out."
             )
+        require_usable(self)
+        # None would let the Trainer guess them from the model's signature.
+        self.label_names = ["labels"]
 
     def _choose_start_of_workers(self) -> None:
         """Start loading workers from a server process where other ranks are talked to.
@@ -130,17 +146,9 @@ def check_search_arguments(args: OFBTrainingArguments) -> None:
 
 
 def _check_length(args: OFBTrainingArguments) -> None:
-    # The Trainer takes a max_steps below 0 for "not given".
-    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
-        raise ValueError(
-            f"max_steps is {args.max_steps}, num_train_epochs {args.num_train_epochs}; a search "
-            "needs at least one step."
-        )
-    if args.per_device_train_batch_size < 1:
-        raise ValueError(
-            f"per_device_train_batch_size is {args.per_device_train_batch_size}; it must be at "
-            "least 1."
-        )
+    require_steps(args)
+    # They may have been set after the checks of the arguments.
+    require_in_range(args)
     if args.auto_find_batch_size:
         raise ValueError(
             "auto_find_batch_size starts the training again with a supernet that has been trained "
@@ -155,10 +163,15 @@ def _check_update(args: OFBTrainingArguments) -> None:
             f"optim is {args.optim.value!r}; a search slices the state of its optimizer with the "
             f"network, so allowed are {allowed}. Finetuning afterwards may use any."
         )
-    # Zero is allowed: a search may rank units without training.
-    if not math.isfinite(args.learning_rate) or args.learning_rate < 0:
+    if args.lr_scheduler_type in REACTING_SCHEDULES:
         raise ValueError(
-            f"learning_rate is {args.learning_rate}; it must be finite and not negative."
+            f"lr_scheduler_type is {args.lr_scheduler_type.value!r}, which follows evaluations; "
+            "the learning rate of a search follows its phases. Take another one, such as cosine."
+        )
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"neftune_noise_alpha is {args.neftune_noise_alpha}: its noise would hide what units "
+            "are worth, and a search has no place for it. Leave it out; finetuning may use it."
         )
 
 

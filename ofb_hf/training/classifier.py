@@ -1,19 +1,30 @@
 """A Trainer for image classifiers that learn from labels, and the base of all our trainers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from ..families.registry import require_single_label
 from .arguments import OFBTrainingArguments
 from .averaging import AverageCallback, WeightAverage
 from .callbacks import EpochCallback, RandomStreamsCallback
+from .full_precision import learns_in_half, to_full_precision_
 from .interruption import shield_workers
 from .losses import classification_loss
+from .requirements import (
+    CheckedLabels,
+    require_batches,
+    require_known_labels,
+    require_metric,
+    require_steps,
+)
 from .resumable import ResumableTrainer
 
 EMA_FILE = "ema.safetensors"
@@ -28,7 +39,9 @@ class ClassifierTrainer(ResumableTrainer):
 
     It adds to `ResumableTrainer`: data sets that make their own loader for every rank, augmentation
     of whole batches, soft labels, an average of the weights, random streams per rank, and an error
-    at the first loss that is not finite. `DistillationTrainer` adds a teacher.
+    at the first loss that is not finite. `DistillationTrainer` adds a teacher. `train` turns a
+    model in half precision into float32. Evaluations look at every row, also with
+    `dataloader_drop_last`, and leave the model in its type.
 
     Args:
         model: an image classifier.
@@ -40,7 +53,9 @@ class ClassifierTrainer(ResumableTrainer):
 
     Raises:
         TypeError: if `args` are plain `TrainingArguments`.
-        ValueError: if `args` ask for distillation.
+        ValueError: if `args` ask for distillation, for arguments of a Trainer that this one cannot
+            use, and for a head of another kind. From `train`, before the first step, if there would
+            be none, and for labels that the head does not have.
         FloatingPointError: in training, at the first loss that is not finite, with its parts.
         TrainingInterrupted: from `train`, after SIGTERM or Ctrl-C, when a checkpoint has been
             saved.
@@ -48,6 +63,11 @@ class ClassifierTrainer(ResumableTrainer):
 
     # Whether `args.distillation_weight` has a meaning; DistillationTrainer says yes.
     has_teacher_settings = False
+    # Arguments of a Trainer that this one cannot use -> why, and what to do.
+    unserved: ClassVar[dict[str, str]] = {
+        "model_init": "takes a model; make one trainer for each",
+        "compute_loss_func": "computes its losses itself; override task_loss instead",
+    }
 
     def __init__(
         self,
@@ -56,17 +76,10 @@ class ClassifierTrainer(ResumableTrainer):
         batch_augmentation: BatchAugmentation | None = None,
         **kwargs: Any,
     ):
-        if not isinstance(args, OFBTrainingArguments):
-            raise TypeError(
-                f"args is a {type(args).__name__}; give OFBTrainingArguments, which has the same "
-                "fields."
-            )
-        if args.distillation_weight and not self.has_teacher_settings:
-            raise ValueError(
-                f"distillation_weight is {args.distillation_weight}, but {type(self).__name__} "
-                "learns from labels only; leave it out, or use DistillationTrainer with a teacher."
-            )
+        self.require_arguments(model, args, kwargs)
         super().__init__(model=model, args=args, **kwargs)
+        self._require_own_optimizer()
+        self.data_collator = CheckedLabels(self.data_collator, model.config.num_labels)
         # Our losses are means over a micro-batch, so the Trainer has to divide them by the number
         # of accumulation steps.
         self.loss_is_scaled_for_ga = False
@@ -86,11 +99,69 @@ class ClassifierTrainer(ResumableTrainer):
         self._parts: dict[str, Tensor] = {}
         self._num_parts = 0
 
+    @classmethod
+    def require_arguments(cls, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Raise for arguments of the constructor that cannot work, before anything is made of them.
+
+        Args:
+            model, args: as for the constructor.
+            kwargs: those for `transformers.Trainer`.
+        """
+        if not isinstance(args, OFBTrainingArguments):
+            raise TypeError(
+                f"args is a {type(args).__name__}; give OFBTrainingArguments, which has the same "
+                "fields."
+            )
+        for name, reason in cls.unserved.items():
+            given = kwargs.get(name)
+            if given is not None and given != (None, None):
+                raise ValueError(f"{name} is given, but {cls.__name__} {reason}.")
+        if args.distillation_weight and not cls.has_teacher_settings:
+            raise ValueError(
+                f"distillation_weight is {args.distillation_weight}, but {cls.__name__} "
+                "learns from labels only; leave it out, or use DistillationTrainer with a teacher."
+            )
+        require_single_label(model.config)
+
+    def _require_own_optimizer(self) -> None:
+        """Raise ValueError for an optimizer or a schedule that would move nothing of the model."""
+        optimizer, scheduler = self.optimizer, self.lr_scheduler
+        if optimizer is not None:
+            own = {id(parameter) for parameter in self.model.parameters()}
+            moved = [each for group in optimizer.param_groups for each in group["params"]]
+            if not all(id(parameter) in own for parameter in moved):
+                raise ValueError(
+                    "optimizers holds an optimizer of parameters that are not the model's, so it "
+                    "would train nothing; make it of model.parameters(), or leave it out."
+                )
+        if scheduler is not None and scheduler.optimizer is not optimizer:
+            raise ValueError(
+                "optimizers holds a learning rate schedule of another optimizer, which would change"
+                " nothing here; give that optimizer with it, or leave it out."
+            )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `ResumableTrainer.train` does, after a look at what is to be trained on."""
+        require_steps(self.args)
+        require_metric(self.args, self.compute_metrics)
+        num_labels = self.model.config.num_labels
+        require_known_labels(self.train_dataset, num_labels, "train_dataset")
+        require_known_labels(self.eval_dataset, num_labels, "eval_dataset")
+        if learns_in_half(self.model):
+            to_full_precision_(self.model)
+            if self.average is not None:
+                self.average.restart(self.model)
+        return super().train(*args, **kwargs)
+
     def get_train_dataloader(self) -> DataLoader:
         """Return the data set's own loader for this rank if it makes one, else the Trainer's.
 
         `ofb_hf.data.ImageStream` makes its own.
+
+        Raises:
+            ValueError: if there are too few rows for a batch.
         """
+        require_batches(self.train_dataset, self.args)
         if not hasattr(self.train_dataset, "loader"):
             return super().get_train_dataloader()
         args = self.args
@@ -109,6 +180,15 @@ class ClassifierTrainer(ResumableTrainer):
             **options,
         )
         return shield_workers(loader)
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        # The Trainer would leave the last batch of an evaluation out as well.
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def compute_loss(
         self,
@@ -200,6 +280,35 @@ class ClassifierTrainer(ResumableTrainer):
         # After a training the model holds the average itself.
         with self.average.applied_to(self.model):
             return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate as the Trainer does, and leave the model in the type that it has.
+
+        Top-1 is also called "accuracy" where that name is asked for.
+        """
+        with self._in_its_type():
+            output = super().evaluation_loop(*args, **kwargs)
+        wanted = self.args.metric_for_best_model
+        if wanted is not None and wanted.removeprefix("eval_") == "accuracy":
+            for name in [name for name in output.metrics if name.endswith("_top1")]:
+                alias = name.removesuffix("top1") + "accuracy"
+                output.metrics.setdefault(alias, output.metrics[name])
+        return output
+
+    @contextmanager
+    def _in_its_type(self) -> Iterator[None]:
+        """Give the model its tensors back after a block that may round them, as bf16_full_eval."""
+        if not (self.args.bf16_full_eval or self.args.fp16_full_eval) or self.is_in_train:
+            yield
+            return
+        # The Trainer rounds them in place and for good.
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        kept = [tensor.data for tensor in tensors]
+        try:
+            yield
+        finally:
+            for tensor, data in zip(tensors, kept, strict=True):
+                tensor.data = data.to(self.args.device)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..families.evaluation import logits_of
+from ..families.registry import require_single_label
 from .arguments import OFBTrainingArguments
 from .classifier import ClassifierTrainer
 from .losses import classification_loss, distillation_loss
@@ -50,6 +51,8 @@ class DistillationTrainer(ClassifierTrainer):
                 f"the teacher has {teacher.config.num_labels} labels and the model "
                 f"{model.config.num_labels}; distillation needs the same labels in the same order."
             )
+        if teacher is not None:
+            require_single_label(teacher.config, "the teacher")
         if args.distillation_weight is not None:
             distillation_weight = args.distillation_weight
         self.distillation_weight = 0.0 if teacher is None else distillation_weight

@@ -58,6 +58,10 @@ class ResumableTrainer(Trainer):
     Args:
         args, kwargs: as for `transformers.Trainer`.
 
+    Attributes:
+        ended_early: what to know of a training that made fewer steps than planned, None after a
+            whole one.
+
     Raises:
         TrainingInterrupted: from `train`, after SIGTERM or Ctrl-C, when a checkpoint has been
             saved.
@@ -69,6 +73,7 @@ class ResumableTrainer(Trainer):
         self.add_callback(self.interruption)
         # The folder that checkpoints are written into while it is not `args.output_dir`.
         self._run_dir: Path | None = None
+        self.ended_early: str | None = None
 
     def train(
         self,
@@ -77,6 +82,8 @@ class ResumableTrainer(Trainer):
         ignore_keys_for_eval: Any = None,
     ) -> TrainOutput:
         """Train as `Trainer.train` does; stop with a checkpoint after SIGTERM and Ctrl-C.
+
+        Logs a warning if the training ends before its last step for another reason.
 
         Args:
             resume_from_checkpoint: a checkpoint, or "auto" (or True) for the newest complete one,
@@ -99,6 +106,13 @@ class ResumableTrainer(Trainer):
             )
             logger.warning(message)
             raise TrainingInterrupted(signal, message)
+        self.ended_early = None
+        if self.state.global_step < self.state.max_steps:
+            self.ended_early = (
+                f"the training ended after step {self.state.global_step} of "
+                f"{self.state.max_steps}: a callback stopped it, or the data gave no more batches"
+            )
+            logger.warning(f"{self.ended_early}.")
         return result
 
     @property
@@ -125,6 +139,11 @@ class ResumableTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the Trainer's loader, with workers that survive a signal to the whole job."""
+        # The Trainer keeps one loader with persistent workers, for whatever data set comes next.
+        kept = getattr(self, "_eval_dataloaders", {})
+        wanted = self.eval_dataset if eval_dataset is None else eval_dataset
+        if "eval" in kept and kept["eval"].dataset is not wanted:
+            del kept["eval"]
         return shield_workers(super().get_eval_dataloader(eval_dataset))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

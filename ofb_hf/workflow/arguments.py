@@ -74,6 +74,9 @@ class ModelArguments(TrainedModelArguments):
     )
     dense_learning_rate: float = _setting(1e-3, "Peak learning rate of that training.")
 
+    def __post_init__(self):
+        _require_at_least(self, {"dense_epochs": 0, "dense_learning_rate": 0})
+
 
 @dataclass
 class SearchArguments(BiMaskConfig):
@@ -156,6 +159,7 @@ class FinetuneArguments:
                 f"token_pictures is {self.token_pictures}; it is a number of images, 0 for no "
                 "picture."
             )
+        _require_at_least(self, {"finetune_epochs": 0, "finetune_learning_rate": 0})
         if not 0 <= self.finetune_distillation_weight <= 1:
             raise ValueError(
                 f"finetune_distillation_weight is {self.finetune_distillation_weight}; it is a "
@@ -423,8 +427,8 @@ def _require_at_least(arguments: Any, lowest: dict[str, int]) -> None:
     """Raise ValueError for fields below their lowest value; None is left to its default."""
     for name, least in lowest.items():
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} is {value}; it must be at least {least}.")
+        if value is not None and not least <= value < math.inf:  # not so for NaN
+            raise ValueError(f"--{name} is {value}; it must be finite and at least {least}.")
 
 
 def _numbers(name: str, words: list[Any] | float | None) -> list[float]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
+from ..argument_checks import require_finite
 from ..space.idle_settings import IdleSettingError
-from .flag_help import Command, CommandParser
+from .flag_help import OF_THE_LINE, Command, CommandParser
 from .idle_settings import require_effect
 
 DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
@@ -49,6 +50,8 @@ def parse(
         from_file = _read(DEMO_CONFIG, parser) | demo | from_file
     parsed = _merged(parser, from_file, argv)
     parts = parsed[: len(command.classes)]  # the last one holds --config
+    for settings in parts:
+        require_finite(settings)
     require_effect(command.name, _given(parser, argv), parts)
     return parts
 
@@ -101,15 +104,20 @@ def _read(path: Path, parser: CommandParser) -> dict[str, Any]:
     """Return the settings in a YAML file.
 
     Raises:
-        ValueError: for a file that is missing or is no mapping, and for unknown settings in it.
+        ValueError: for a file that is missing, is no YAML or no mapping, and for unknown settings
+            in it.
     """
     if not path.is_file():
         raise ValueError(f"--config {path} is no file; give a YAML file with settings.")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())  # in one line
+        raise ValueError(f"--config {path} is no YAML file: {reason}") from error
     if not isinstance(settings, dict):
         kind = type(settings).__name__
         raise ValueError(f"--config {path} holds a {kind}; expected `name: value` lines.")
-    known = set(parser.flags()) - {"config"}
+    known = set(parser.flags()) - set(OF_THE_LINE)
     unknown = sorted(str(name) for name in set(settings) - known)
     if unknown:
         raise ValueError(f"--config {path}: {parser.suggest(unknown)}")

@@ -1,6 +1,5 @@
 """Compress a classifier without training: from a model and unlabeled images to an output folder."""
 
-import copy
 import time
 from collections.abc import Hashable, Iterator
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from ..frozen.compression import Compressed, FrozenCompressor
 from ..pictures.curves import plot_curves
 from ..pictures.plots import plot_accuracy_over_cost
 from ..release.card import render_compressed_card
+from ..training.full_precision import of_type
 from . import output
 from .agreement import DENSE, compare
 from .compress_inputs import Compression, Progress, duration, named
@@ -90,11 +90,11 @@ def _measured(
 ) -> tuple[dict[str, dict[str, Any]], "Measuring"]:
     """Return subfolder -> content of its `eval_results.json`, and what was measured on."""
     models = {DENSE: compression.model}
-    sizes = {DENSE: describe_size(_of_type(compression.model, compression.stored_type))}
+    sizes = {DENSE: describe_size(of_type(compression.model, compression.stored_type))}
     for name, compressed in done.items():
         sizes[name] = describe_size(compressed.model)
         # what is measured are the weights as they are stored, computed in float32
-        models[name] = _of_type(compressed.model, torch.float32)
+        models[name] = of_type(compressed.model, torch.float32)
     images = Measuring(compression, progress)
     measured, by_class = compare(models, images)
     progress.close()
@@ -124,11 +124,6 @@ def _measured(
 def _classes(model: PreTrainedModel) -> list[str]:
     """Return the names of a model's classes, in the order of their numbers."""
     return [model.config.id2label[number] for number in range(model.config.num_labels)]
-
-
-def _of_type(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model whose weights are of a type: itself, or a copy."""
-    return model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
 
 
 class Measuring:

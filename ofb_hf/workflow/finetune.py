@@ -26,7 +26,7 @@ from .inputs import (
 from .measure import measure
 from .report import markdown_table, results_rows
 from .results import measured, source_of, write_output
-from .run import Run, require_push
+from .run import Run, require_runnable
 from .settings import training_settings
 
 # of names that the module had in version 0.1
@@ -47,7 +47,7 @@ def prepare(
     name = _named_model(model_args)
     require_findable(name)
     _require_teacher(model_args, args)
-    require_push(args)
+    require_runnable(args)
     # what decides the result: a resumed run has to agree with it
     settings = {"model_name_or_path": name, "teacher_name_or_path": model_args.teacher_name_or_path}
     settings |= asdict(data_args) | asdict(augmentation_args) | training_settings(args, data_args)

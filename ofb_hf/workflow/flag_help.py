@@ -24,6 +24,11 @@ INDENT = 34  # of the help texts
 # How the value of a flag is shown in the help, by the type that it is read as.
 METAVARS = {int: "N", float: "X", str: "VALUE"}
 USAGE = "%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]"
+# Flags that every command has and no dataclass: they are about the command line, and stand in no
+# YAML file.
+TRACEBACK = "traceback"
+OF_THE_LINE = ("config", TRACEBACK)
+TRACEBACK_HELP = "Show where in the code an error was raised, not only what is wrong."
 CONFIG_HELP = "YAML file with any of these settings; the command line wins."
 
 
@@ -59,6 +64,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "finetuning": ("finetune_*",),
     "output": (
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_strategy"),
+        TRACEBACK,
         *("keep_dense", "token_pictures", "push_to_hub", "hub_*", "report_to"),
     ),
     TRANSFORMERS: _names(TrainingArguments),
@@ -114,6 +120,7 @@ class CommandParser(HfArgumentParser):
         )
         self.command = command
         self.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+        self.add_argument(f"--{TRACEBACK}", action="store_true", help=TRACEBACK_HELP)
         self.add_argument("-h", "--help", action=_Help, nargs="?", choices=("all",))
         if any(issubclass(each, TrainingArguments) for each in command.classes):
             flags = self.flags()
@@ -132,7 +139,7 @@ class CommandParser(HfArgumentParser):
     def shown(self) -> list[str]:
         """Return the names of the settings that the whole help shows: those that are read."""
         command = self.command.name
-        return [name for name in self.flags() if name == "config" or is_read(command, name)]
+        return [name for name in self.flags() if name in OF_THE_LINE or is_read(command, name)]
 
     def setting_of(self, flag: str) -> str | None:
         """Return the setting that a flag sets (`--no-pmim` sets `pmim`), None for no flag."""

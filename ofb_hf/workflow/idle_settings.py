@@ -39,7 +39,7 @@ EVALUATION = (
     *("streaming", "num_train_examples"),
     *PROCESS,
     *("bf16_full_eval", "fp16_full_eval", "per_device_eval_batch_size", "eval_accumulation_steps"),
-    *("dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("dataloader_num_workers", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_in_order"),
     "dataloader_multiprocessing_context",
     # of random weights

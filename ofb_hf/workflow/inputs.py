@@ -36,7 +36,7 @@ from ..data import (
 from ..families.description import image_sides
 from ..families.evaluation import evaluating
 from ..families.loading import load_complete_classifier
-from ..families.registry import describe, require_classifier
+from ..families.registry import describe, require_classifier, require_single_label
 from ..families.subnet import SubnetSpec
 from ..models.shapes import SHAPES
 from ..training.ranks import decided_by_rank_0
@@ -253,6 +253,7 @@ def load_classifier(name_or_path: str, label_names: list[str], seed: int) -> Pre
         return AutoModelForImageClassification.from_config(config)
     model = load_complete_classifier(name_or_path)
     require_classifier(model)
+    require_single_label(model.config, name_or_path)
     # Another number would need a new head, which a search would find untrained.
     if model.config.num_labels != len(label_names):
         more = "..." if len(label_names) > 8 else ""
@@ -293,6 +294,7 @@ def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | 
     if name_or_path is None:
         return None
     model = load_complete_classifier(name_or_path)
+    require_single_label(model.config, f"the teacher {name_or_path}")
     _require_same_preprocessing(name_or_path, inputs.processor)
     # As for the model itself, labels with other names are matched by their number.
     num_labels = len(inputs.data.label_names)

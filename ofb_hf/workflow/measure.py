@@ -29,6 +29,18 @@ from .command_line import command_line
 
 # What a Trainer needs to report top-1 and top-5.
 METRICS = {"compute_metrics": compute_topk, "preprocess_logits_for_metrics": top5_indices}
+# Training arguments that say how a metrics function of the user's own gets its inputs, and which
+# columns a model takes. A command has its own function and data: these are the values for them.
+OWN_METRICS: dict[str, Any] = {
+    "batch_eval_metrics": False,
+    "eval_do_concat_batches": True,
+    "eval_use_gather_object": False,
+    "include_for_metrics": [],
+    "label_names": ["labels"],
+    "remove_unused_columns": False,
+}
+# An evaluation within a training is not rounded by them, and what a run leaves shall not be.
+NOT_ROUNDED: dict[str, Any] = {"bf16_full_eval": False, "fp16_full_eval": False}
 # Points of top-1 that a class may lose before it is named.
 LOST = 10.0
 # Of each model in the comparison of speed; the median is reported.
@@ -175,14 +187,27 @@ def evaluate_classifier(
 ) -> tuple[dict[str, float], list[float]]:
     """Measure accuracy on a dataset, over all processes.
 
+    Args:
+        model: stays as it is.
+        dataset: rows of {"pixel_values" (3, H, W), "labels"}.
+        args: of the training, of which only is read where and how to compute.
+
     Returns:
         {"top1", "top5", "num_examples"}, and top-1 of every class (NaN without images); accuracy
         in percent.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # what is about training would ask for more than an evaluation has
+        # what is about training would ask for more than an evaluation has, or give less back
         plain = changed(
-            args, output_dir=folder, distillation_weight=None, ema_decay=None, eval_strategy="no"
+            args,
+            output_dir=folder,
+            distillation_weight=None,
+            ema_decay=None,
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            prediction_loss_only=False,
+            **OWN_METRICS,
         )
         trainer = ClassifierTrainer(model, plain, **METRICS)
         output = trainer.predict(dataset, metric_key_prefix="eval")
@@ -194,7 +219,8 @@ def evaluate_classifier(
     accuracy = {
         "top1": round(output.metrics["eval_top1"], 4),
         "top5": round(output.metrics["eval_top5"], 4),
-        "num_examples": len(dataset),
+        # those that came back, which is what was measured
+        "num_examples": len(labels),
     }
     return accuracy, (100 * right / count).round(decimals=4).tolist()
 

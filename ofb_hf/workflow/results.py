@@ -20,11 +20,12 @@ from ..models.shapes import SHAPES
 from ..pictures.token_maps import draw_tokens
 from ..release.hub import publish
 from ..training.checkpoints import ASIDE
+from ..training.full_precision import of_type
 from ..training.history import left_out_at
 from . import output
 from .arguments import changed
 from .latency_table import measured_latency
-from .measure import lost_classes, measure, provenance
+from .measure import NOT_ROUNDED, lost_classes, measure, provenance
 from .report import results_rows, text_table
 from .run import Run
 
@@ -43,7 +44,10 @@ def measured(run: Run, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     if run.config is not None:
         results |= {"target_macs": None, "target_params": None}
         results[run.config.budget[0]] = run.target
-    of_models, by_class = measure(models, run.inputs.eval, changed(run.args, push_to_hub=False))
+    # as they are stored, whatever the evaluations of the training were
+    args = changed(run.args, push_to_hub=False, **NOT_ROUNDED)
+    stored = {name: of_type(model, run.stored_type) for name, model in models.items()}
+    of_models, by_class = measure(stored, run.inputs.eval, args)
     results |= of_models
     results |= provenance(run.args.seed, run.args.device)
     # A resumed run does not know how long the earlier ones took.
@@ -130,7 +134,13 @@ def write_output(
     aside = folder / f"{ASIDE}-output"
     output.remove(aside)
     fill_folder(
-        aside, model, run.inputs.processor, results, card=card, subnet=subnet, pictures=pictures
+        aside,
+        of_type(model, run.stored_type),
+        run.inputs.processor,
+        results,
+        card=card,
+        subnet=subnet,
+        pictures=pictures,
     )
     if run.model_args.keep_dense:
         save_dense(run)
@@ -165,7 +175,7 @@ def save_dense(run: Run) -> None:
     """Keep the dense model, with its image processor, in the subfolder `dense`."""
 
     def write(folder: Path) -> None:
-        run.dense.save_pretrained(folder)
+        of_type(run.dense, run.stored_type).save_pretrained(folder)
         run.inputs.processor.save_pretrained(folder)
 
     output.write_aside(run.folder / "dense", write)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.utils import logging
@@ -24,16 +25,25 @@ from ..token_search.learned_counts import TokenSearchConfig
 from ..training.arguments import OFBTrainingArguments, check_search_arguments
 from ..training.classifier import ClassifierTrainer
 from ..training.distillation import DistillationTrainer
+from ..training.full_precision import to_full_precision_
 from ..training.history import HISTORY_FILE, HistoryCallback, read_history
 from ..training.interruption import ending_in_order
 from ..training.ranks import decided_by_rank_0
+from ..training.requirements import require_batches, require_metric, require_steps
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, TrainedModelArguments, changed
 from .inputs import Inputs, require_findable, require_possible_teacher
-from .measure import METRICS
+from .measure import METRICS, NOT_ROUNDED, OWN_METRICS
 from .settings import training_settings
 
 logger = logging.get_logger(__name__)
+
+
+class EndedEarlyError(RuntimeError):
+    """Report that a phase of a run made fewer steps than it should, although nothing asked for it.
+
+    Its result would not be what the settings say; checkpoints of it stay.
+    """
 
 
 @dataclass(kw_only=True)
@@ -57,6 +67,11 @@ class Run:
         start_subnet: the units of `start` as units of `dense`.
         steps_before: steps of search that `start` has taken already.
         began: `time.monotonic()` at the beginning of the run, in seconds.
+        stored_type: of the weights of `dense` in its checkpoint, and of everything that a run
+            leaves; None is found out. All models are trained in float32.
+
+    Raises:
+        ValueError: if the training split is too small for one step.
     """
 
     args: OFBTrainingArguments
@@ -74,6 +89,21 @@ class Run:
     start_subnet: SubnetSpec | None = None
     steps_before: int = 0
     began: float = field(default_factory=time.monotonic)
+    stored_type: torch.dtype | None = None
+
+    def __post_init__(self):
+        require_batches(self.inputs.train, self.args)
+        # A run for one of several budgets is made of a run, and knows all of this.
+        if self.stored_type is None:
+            self.stored_type = self.dense.dtype
+            if self.args.bf16_full_eval or self.args.fp16_full_eval:
+                logger.warning(
+                    "--bf16_full_eval and --fp16_full_eval are not for the measured results: these "
+                    "are of the weights as they are stored. --bf16 computes in half precision."
+                )
+        to_full_precision_(self.dense)
+        if self.teacher is not None:
+            self.teacher.float()  # it gets the same pixels
 
     @property
     def folder(self) -> Path:
@@ -134,7 +164,8 @@ class Run:
         """Return a copy of the training arguments for one phase, with some of them changed."""
         folder = str(self.phase_folder(phase))
         # Not the checkpoints of a phase are published but the finished output folder.
-        return changed(self.args, output_dir=folder, push_to_hub=False, **changes)
+        settings = {"output_dir": folder, "push_to_hub": False} | OWN_METRICS | NOT_ROUNDED
+        return changed(self.args, **(settings | changes))
 
     def result_folder(self, phase: str) -> Path:
         """Return the folder of the model that a finished phase leaves."""
@@ -174,7 +205,11 @@ class Run:
         }
 
     def train(self, trainer: ClassifierTrainer, phase: str) -> None:
-        """Train from the start, or from where an interrupted run was, and keep the history."""
+        """Train from the start, or from where an interrupted run was, and keep the history.
+
+        Raises:
+            EndedEarlyError: if the phase made fewer steps than it should.
+        """
         # One history for all phases, in the output folder itself.
         trainer.add_callback(HistoryCallback(self.folder / HISTORY_FILE, phase))
         checkpoint = self.args.resume_from_checkpoint
@@ -184,6 +219,8 @@ class Run:
                 # It belongs to an earlier phase, which has gone on from it; this one starts.
                 checkpoint = None
         trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.ended_early is not None:
+            raise EndedEarlyError(f"phase {phase!r}: {trainer.ended_early}.")
 
     def train_dense(self) -> None:
         """Train the dense model if that is asked for; keep it for a resumed run."""
@@ -285,8 +322,20 @@ def require_start(model_args: ModelArguments, args: OFBTrainingArguments) -> str
     require_possible_teacher(model_args.teacher_name_or_path)
     # The finished output folder is pushed, not the search.
     check_search_arguments(changed(args, push_to_hub=False))
-    require_push(args)
+    require_runnable(args)
     return name
+
+
+def require_runnable(args: OFBTrainingArguments) -> None:
+    """Raise for training arguments with which no run could train, evaluate or push at its end.
+
+    Raises:
+        ValueError: for a training without a step, and a metric that no evaluation gives.
+        PublishError: as `require_push`.
+    """
+    require_steps(args)
+    require_metric(args, METRICS["compute_metrics"])
+    require_push(args)
 
 
 def require_push(args: OFBTrainingArguments) -> None:

@@ -143,7 +143,7 @@ def test_settings_without_effect_are_refused(checkpoint, images, tmp_path, capsy
 
 
 def test_a_stock_model_is_not_pushed(checkpoint, images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ofb_hf.workflow.finetune.require_push", lambda args: None)
+    monkeypatch.setattr("ofb_hf.workflow.run.require_push", lambda args: None)
     with pytest.raises(SystemExit):
         finetune(checkpoint, images, tmp_path / "out", "--push_to_hub", "--hub_model_id", "a/b")
     assert "the model's own push_to_hub" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import ofb_hf_command
 from ofb_hf import __version__, cli
 from ofb_hf.workflow import arguments, idle_settings, inputs
 from ofb_hf.workflow.command_line import command_line, parse
-from ofb_hf.workflow.flag_help import TRANSFORMERS, Command, CommandParser
+from ofb_hf.workflow.flag_help import OF_THE_LINE, TRANSFORMERS, Command, CommandParser
 from ofb_hf.workflow.idle_settings import READ, RULES, is_read
 
 ROOT = Path(__file__).parents[2]
@@ -315,7 +315,7 @@ def test_settings_that_do_nothing_are_refused(name, flags, reason, monkeypatch):
 def test_commands_that_train_nothing_refuse_every_setting_that_they_do_not_read(name):
     """By a list of what they read: a flag that a class gets in future is refused, too."""
     command = command_of(name)
-    flags = set(CommandParser(command, "").flags()) - {"config"}
+    flags = set(CommandParser(command, "").flags()) - set(OF_THE_LINE)
     read, reason = READ[name]
     assert read <= flags
     assert len(flags - read) > 50
