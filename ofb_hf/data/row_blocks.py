@@ -20,7 +20,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import DatasetBuilder, Image, IterableDataset, config
+from datasets import Dataset, DatasetBuilder, Image, IterableDataset, config
 from filelock import FileLock
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
@@ -140,7 +140,7 @@ class ImageFiles:
     labels: pa.ChunkedArray
 
     @classmethod
-    def of(cls, dataset: IterableDataset, columns: tuple[str, str]) -> "ImageFiles":
+    def of(cls, dataset: Dataset | IterableDataset, columns: tuple[str, str]) -> "ImageFiles":
         """Read the list of files, without the images."""
         image_column, label_column = columns
         paths = []
@@ -266,6 +266,25 @@ def open_source(
         source = patiently(lambda: ImageFiles.of(dataset, columns), "listing the images")
     else:
         source = Shards.of(dataset, files, columns, num_examples, wanted, described)
+    return _limited(source, split, num_examples, wanted, described)
+
+
+def open_files(
+    dataset: Dataset,
+    split: str,
+    columns: tuple[str, str],
+    num_examples: int | None = None,
+    wanted: int | None = None,
+) -> Source:
+    """Return the rows of a split of image files; arguments and errors as of `open_source`."""
+    encoded = dataset.select_columns(list(columns)).cast_column(columns[0], Image(decode=False))
+    return _limited(ImageFiles.of(encoded, columns), split, num_examples, wanted, None)
+
+
+def _limited(
+    source: Source, split: str, num_examples: int | None, wanted: int | None, described: int | None
+) -> Source:
+    """Return the first rows of a source, after its number of rows was compared with others."""
     found = int(source.rows.sum())
     if num_examples not in (None, found):
         raise ValueError(
