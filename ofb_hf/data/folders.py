@@ -83,7 +83,7 @@ def meaning(name: str, any_case: bool = True) -> str | None:
 
 def is_split_word(name: str) -> bool:
     """Return whether a name is that of a split and nothing else: `Val`, but not `val2017`."""
-    return any(name.casefold() in words for words in SPLIT_WORDS.values())
+    return any(name.casefold() in known for known in SPLIT_WORDS.values())
 
 
 def find_split(available: Iterable[str], wanted: str, field: str) -> str | None:
