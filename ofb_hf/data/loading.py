@@ -29,6 +29,7 @@ from .columns import (
     find_image_column,
     find_label_column,
 )
+from .decoding import MAX_BAD_SHARE
 from .digits import load_digits_data
 from .folders import (
     SPLIT_WORDS,
@@ -63,7 +64,7 @@ NOT_FOR_DIGITS = (
 )
 # What is held out of a training split, where there is no other one.
 EVAL_SHARE = 0.1
-ONLY_FOR_STREAMING = ("shuffle_buffer", "num_train_examples", "max_bad_share")
+ONLY_FOR_STREAMING = ("shuffle_buffer", "num_train_examples")
 
 
 @dataclass
@@ -166,10 +167,10 @@ class DataArguments:
         },
     )
     max_bad_share: float = field(
-        default=0.01,
+        default=MAX_BAD_SHARE,
         metadata={
-            "help": "Streaming: images that cannot be decoded are replaced by others and counted; "
-            "the run stops when they are more than this fraction of an epoch's images."
+            "help": "Training images that cannot be decoded are replaced by others and counted; "
+            "the run stops when they are more than this fraction."
         },
     )
 

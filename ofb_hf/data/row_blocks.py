@@ -8,7 +8,7 @@ to be equally long.
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,12 +20,13 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetBuilder, Image, IterableDataset, config
+from datasets import ClassLabel, Dataset, DatasetBuilder, Image, IterableDataset, config
 from filelock import FileLock
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
 
 from ..hub_retries import WAITS_IN_A_RUN, patiently, wait_or_give_up
+from .columns import column_values
 
 logger = logging.get_logger(__name__)
 
@@ -402,8 +403,48 @@ def stored_row(image: Any, label: Any, name: str) -> Row:
         content = image
     if content is None and path is not None:
         try:
-            with fsspec.open(path, "rb") as file:
+            with open(path, "rb") if "://" not in path else fsspec.open(path, "rb") as file:
                 content = file.read()
-        except (FileNotFoundError, EntryNotFoundError):
+        except (FileNotFoundError, PermissionError, EntryNotFoundError):
             content = None  # a bad image, which is counted and replaced
     return Row(content, label, path or name)
+
+
+class ImageTable(Sequence[Row]):
+    """Rows of a data set, whose images are not decoded.
+
+    Args:
+        dataset: the rows.
+        image_column: column with the images.
+        label_column: column with the labels, None if there is none.
+    """
+
+    def __init__(self, dataset: Dataset, image_column: str, label_column: str | None):
+        names = [image_column] if label_column is None else [image_column, label_column]
+        # The others are dropped, because reading a row would decode their images.
+        rows = dataset.with_format(None).select_columns(names)
+        self.dataset = rows.cast_column(image_column, Image(decode=False))
+        self.image_column = image_column
+        self.label_column = label_column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        row = self.dataset[int(index)]
+        label = None if self.label_column is None else row[self.label_column]
+        return stored_row(row[self.image_column], label, f"row {index}")
+
+    def label_names(self) -> list[str] | None:
+        """Return the names that labels are indices of, if their column knows them."""
+        if self.label_column is None:
+            return None
+        feature = self.dataset.features[self.label_column]
+        return feature.names if isinstance(feature, ClassLabel) else None
+
+    def labels(self) -> set[Any]:
+        """Return all labels, as they are stored; none if they are no single values."""
+        if self.label_column is None:
+            return set()
+        values = column_values(self.dataset, self.label_column)
+        return {value for value in values if isinstance(value, int | str)}

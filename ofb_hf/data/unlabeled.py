@@ -13,11 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from datasets.exceptions import DatasetsError
 
 from .access import DatasetAccessError, explained_hub_refusals
-from .columns import column_values, find_image_column, find_label_column
+from .columns import find_image_column, find_label_column
 from .folders import (
     files_below,
     find_split,
@@ -28,7 +28,7 @@ from .folders import (
     table_location,
 )
 from .loading import EVAL_SPLITS, load_splits, public_name
-from .row_blocks import Row, stored_row
+from .row_blocks import ImageTable, Row
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -160,43 +160,6 @@ class ImageFolder(Sequence[Row]):
         return {path.parent.name for path in self.paths}
 
 
-class ImageTable(Sequence[Row]):
-    """Rows of a data set, whose images are not decoded.
-
-    Args:
-        dataset: the rows.
-        image_column: column with the images.
-        label_column: column with the labels, None if there is none.
-    """
-
-    def __init__(self, dataset: Dataset, image_column: str, label_column: str | None):
-        self.dataset = dataset.cast_column(image_column, Image(decode=False))
-        self.image_column = image_column
-        self.label_column = label_column
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Row:
-        row = self.dataset[int(index)]
-        label = None if self.label_column is None else row[self.label_column]
-        return stored_row(row[self.image_column], label, f"row {index}")
-
-    def label_names(self) -> list[str] | None:
-        """Return the names that labels are indices of, if their column knows them."""
-        if self.label_column is None:
-            return None
-        feature = self.dataset.features[self.label_column]
-        return feature.names if isinstance(feature, ClassLabel) else None
-
-    def labels(self) -> set[Any]:
-        """Return all labels, as they are stored; none if they are no single values."""
-        if self.label_column is None:
-            return set()
-        values = column_values(self.dataset, self.label_column)
-        return {value for value in values if isinstance(value, int | str)}
-
-
 @dataclass(frozen=True)
 class FoundImages:
     """Hold what was found under the name of some images.
@@ -298,12 +261,10 @@ def _in_tables(splits: DatasetDict, args: ImageArguments) -> FoundImages:
         raise ValueError(f"{public_name(args)} has no rows.")
     drawn, measured = _chosen_splits(list(filled), args)
     image_column, label_column = _columns(next(iter(filled.values())), args)
-    read = [image_column]
-    if label_column is not None:
-        read.append(label_column)
+    columns = [column for column in (image_column, label_column) if column is not None]
 
     def table(names: list[str]) -> ImageTable:
-        parts = [filled[name].select_columns(read) for name in names]
+        parts = [filled[name].select_columns(columns) for name in names]
         return ImageTable(concatenate_datasets(parts), image_column, label_column)
 
     pool = table(list(filled) if drawn is None else drawn)

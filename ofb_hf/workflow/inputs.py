@@ -165,8 +165,9 @@ def _prepared(
         train = ImageStream(data.train, augmented, seed, augmentation_args.repeated_augmentation)
         train_plain = ImageStream(data.train, plain, seed)
     else:
-        train = SeededImages(data.train, augmented, *columns, seed)
-        train_plain = with_image_transform(data.train, plain, *columns)
+        allowed = data_args.max_bad_share
+        train = SeededImages(data.train, augmented, *columns, seed, allowed)
+        train_plain = SeededImages(data.train, plain, *columns, seed, allowed)
     # Mixing and erasing need whole batches, on the device.
     batch_augmentation = None
     if data_args.augmentation == "deit":
