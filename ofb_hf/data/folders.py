@@ -36,6 +36,8 @@ BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Files of these formats hold images; a folder with them is not searched for image files.
 TABLES = (".parquet", ".tar")
+# Of these files PIL knows the beginning, and not what is in them.
+CONTAINERS = (".h5", ".hdf")
 # Of a folder: hidden files, and what some systems and Python put into archives.
 IGNORED = (".", "__MACOSX", "__pycache__")
 MOST_NAMED = 5
@@ -57,9 +59,18 @@ class Splits:
     unused: tuple[str, ...] = ()
 
     @classmethod
-    def of_tables(cls, rows: dict[str, Any]) -> "Splits":
-        """Return splits that were not found by folders."""
-        return cls(rows, {name: f"split {name}" for name in rows})
+    def of_tables(cls, rows: dict[str, Any], folder: Path | None) -> "Splits":
+        """Return splits of parquet files, archives, or a data set of the Hub.
+
+        Args:
+            rows: of every split.
+            folder: where they are, None for the Hub.
+        """
+        places = {name: f"split {name}" for name in rows}
+        images = 0 if folder is None else sum(map(is_image, files_below(folder)))
+        if images:
+            return cls(rows, places, (f"{number_of(images, 'image file')} next to tables",))
+        return cls(rows, places)
 
 
 # -------------------------------------------------------------------------------- names of splits
@@ -181,9 +192,10 @@ def files_below(folder: Path) -> list[str]:
 
 def is_image(path: str) -> bool:
     """Return whether a file has the suffix of an image that PIL opens."""
-    # PIL also knows formats that it can write but not open.
     suffix = posixpath.splitext(path)[1].lower()
-    return PILImage.registered_extensions().get(suffix) in PILImage.OPEN
+    # PIL also knows formats that it can write but not open.
+    is_known = PILImage.registered_extensions().get(suffix) in PILImage.OPEN
+    return is_known and suffix not in CONTAINERS
 
 
 def is_metadata(path: str) -> bool:
@@ -213,6 +225,7 @@ def split_folders(
     Raises:
         ValueError: if there are splits in several places.
     """
+    named = {name.casefold() for name in named}
     above = {posixpath.dirname(path) for path in metadata}
     found: dict[str, dict[str, str]] = {}  # parent -> name -> path
     parents = {posixpath.dirname(path) for path in images}
@@ -223,7 +236,8 @@ def split_folders(
             holds_classes = depth < len(parts)
             # A table speaks of the files of its own folder and of those below.
             is_described = any(not place or f"{path}/".startswith(f"{place}/") for place in above)
-            if (meaning(name) or name in named) and (holds_classes or is_described):
+            is_named = meaning(name) is not None or name.casefold() in named
+            if is_named and (holds_classes or is_described):
                 found.setdefault("/".join(parts[: depth - 1]), {})[name] = path
     if not found:
         return {}
@@ -311,6 +325,10 @@ def load_folder(
     places = split_folders(images, tables, named) or {WHOLE_FOLDER: ""}
     parts, outside = _divided(images, places)
     unused = _counted(outside, places)
+    others = [path for path in files if not is_image(path) and not is_metadata(path)]
+    if others:
+        count = number_of(len(others), "file")
+        unused.append(f"{count} without the suffix of an image, e.g. {others[0]}")
     if tables:
         rows, listed = _described_rows(folder, places, parts, tables, label_column)
         missing = len(set(images) - set(outside) - listed)

@@ -286,7 +286,7 @@ def _load(args: DataArguments, trains: bool) -> ImageData:
     found = _image_folder(args)
     if found is None:
         path, options = _location(args)
-        found = Splits.of_tables(load_splits(path, **options))
+        found = Splits.of_tables(load_splits(path, **options), _local_folder(args))
     train_split, eval_split = _choose_splits(list(found.rows), args, trains)
     splits = {name: found.rows[name] for name in dict.fromkeys((train_split, eval_split))}
     for name, dataset in splits.items():
@@ -408,7 +408,7 @@ def _opened_tables(args: DataArguments) -> _Opened:
         wanted=args.max_train_samples,
     )
     class_of = _class_of(features[columns[1]], loaded, columns[1], label_names)
-    found = Splits.of_tables(dict(streams))
+    found = Splits.of_tables(dict(streams), _local_folder(args))
     return _Opened(found, names, columns, source, class_of, encoded[eval_split], label_names)
 
 

@@ -24,6 +24,14 @@ def _own_cache(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
+@pytest.fixture
+def said(monkeypatch):
+    """What is logged about splits."""
+    lines = []
+    monkeypatch.setattr("ofb_hf.data.loading.logger.warning", lines.append)
+    return lines
+
+
 def load(folder: Path, **settings):
     """Return what is loaded from a folder."""
     return load_image_data(DataArguments(data_dir=str(folder), **settings))
@@ -130,12 +138,14 @@ def test_words_of_splits_are_those_of_datasets():
         ("train2017", "val2017"),
         ("photos/Train", "photos/Evaluation"),
         ("a/b/train", "a/b/test"),
+        ("Train", "Kept"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
 def test_split_folders_of_any_name_and_case(tmp_path, train, evaluated, streaming):
     folder = write(tmp_path / "pets", class_folders(train, evaluated))
-    data = load(folder, streaming=streaming)
+    named = {"eval_split": "kept"} if evaluated == "Kept" else {}
+    data = load(folder, streaming=streaming, **named)
     assert shown(data.eval) == [4, 5, 6, 7]
     assert len(data.train) == 4
     assert data.label_names == ["cat", "dog"]
@@ -164,9 +174,7 @@ def test_splits_of_images_without_labels(tmp_path):
     assert found.measured_split == "EVAL"
 
 
-def test_what_became_which_split_is_said(tmp_path, caplog, monkeypatch):
-    said = []
-    monkeypatch.setattr("ofb_hf.data.loading.logger.warning", said.append)
+def test_what_became_which_split_is_said(tmp_path, said):
     files = class_folders("x/Train", each=3) | class_folders("x/val", "x/raw")
     folder = write(tmp_path / "pets", files | pictures("x/1.png", "loose.png"))
     load(folder)
@@ -185,10 +193,10 @@ def test_what_became_which_split_is_said(tmp_path, caplog, monkeypatch):
         "classes."
     )
     files = {f"{name}.parquet": parquet([picture(n) for n in range(3)]) for name in SPLIT_WORDS}
-    load(write(tmp_path / "tables", files))
+    load(write(tmp_path / "tables", files | pictures("1.png")))
     assert said[3] == (
         "tables: 3 training images in split train, 3 images to evaluate on in split validation, 3 "
-        "classes; not used: split test (3 images)."
+        "classes; not used: 1 image file next to tables, split test (3 images)."
     )
 
 
@@ -325,9 +333,7 @@ def test_a_table_without_labels_next_to_class_folders_is_named(tmp_path, name):
         load(folder)
 
 
-def test_images_that_a_table_does_not_list_are_said(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("ofb_hf.data.loading.logger.warning", said.append)
+def test_images_that_a_table_does_not_list_are_said(tmp_path, said):
     folder = write(tmp_path / "pets", pictures(*(f"{n}.png" for n in range(10))))
     rows = [{"file_name": f"{n}.png", "label": n % 2} for n in range(6)]
     write(folder, {"metadata.csv": metadata(rows, "csv")})
@@ -392,9 +398,13 @@ def test_measuring_takes_all_images(tmp_path):
         load(flat, eval_share=1.0)
 
 
-def test_measuring_says_how_many(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("ofb_hf.data.loading.logger.warning", said.append)
+def test_files_of_other_kinds_are_said(tmp_path, said):
+    files = class_folders(".", each=5) | {"notes.txt": b"", "cat/x.jpg_large": b"", "a.h5": b""}
+    load(write(tmp_path / "pets", files))
+    assert said[0].endswith("; not used: 3 files without the suffix of an image, e.g. a.h5.")
+
+
+def test_measuring_says_how_many(tmp_path, said):
     folder = write(tmp_path / "pets", class_folders(".", each=10))
     args = DataArguments(data_dir=str(folder))
     load_image_data(args, trains=False)
