@@ -12,7 +12,7 @@ from .augmentation_args import AugmentationArguments
 from .decoding import TooManyBadImagesError
 from .digits import load_digits_data
 from .drawing import ImageBatches, draw, evaluated_rows, labelled_batches
-from .loading import DataArguments, load_image_data
+from .loading import EVAL_SHARE, DataArguments, load_image_data
 from .mixing import BatchAugmentation
 from .splits import ImageData, align_labels, require_decodable
 from .streaming import ImageStream, StreamedSplit
@@ -26,6 +26,7 @@ from .transforms import (
 from .unlabeled import FoundImages, ImageArguments, class_numbers, find_images
 
 __all__ = [
+    "EVAL_SHARE",
     "AugmentationArguments",
     "BatchAugmentation",
     "DataArguments",

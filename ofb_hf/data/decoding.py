@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -17,8 +17,17 @@ ENOUGH_SEEN = 100
 AT_ANY_TIME = 8.0
 # ...and once for a part of an epoch.
 ONCE = 4.0
+# Fraction of the training images that may be bad.
+MAX_BAD_SHARE = 0.01
 # How many bad images of an epoch are named in the log.
 NAMED = 5
+# transformers clips them to 255, and nothing is left to train on.
+SIXTEEN_BITS = (
+    "Some images have 16 bits per pixel. Their upper 8 bits are used, in training and in "
+    'evaluation; `pipeline("image-classification")` of transformers would see nearly all of it '
+    "white, so store images with 8 bits before they are given to it: the accuracy that is measured "
+    "here holds for these."
+)
 
 
 class TooManyBadImagesError(ValueError):
@@ -40,7 +49,7 @@ def decode_image(content: bytes | None) -> Image.Image:
             image.
     """
     if not content:
-        raise ValueError("the file is empty or missing")
+        raise ValueError("the file is empty, missing, or may not be read")
     with Image.open(io.BytesIO(content)) as image:
         image.load()
         if image.getexif().get(Image.ExifTags.Base.Orientation) is not None:
@@ -49,7 +58,7 @@ def decode_image(content: bytes | None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode in RGB; of 16 bits, the upper 8 remain.
+    """Return an image of any mode in RGB; of 16 bits, the upper 8 remain, and that is logged once.
 
     Raises:
         ValueError: for modes whose numbers have no known range (32-bit integers and floats), which
@@ -58,6 +67,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":  # `convert` would make a copy
         return image
     if image.mode.startswith("I;16"):
+        logger.warning_once(SIXTEEN_BITS)
         levels = np.asarray(image).astype(np.uint16)  # (H, W), in the byte order of this machine
         image = Image.fromarray((levels >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -120,8 +130,7 @@ class BadImages:
             self._epoch, self.names = epoch, []
         if error is not None and len(self.names) < NAMED:
             self.names.append(name)
-            why = f"{type(error).__name__}: {error}"
-            logger.warning(f"{name} cannot be decoded ({why}); another image takes its place.")
+            _log_bad(name, error)
         seen, bad = map(sum, zip(*self._view.tolist(), strict=True))  # over the workers
         if seen >= ENOUGH_SEEN:
             self.require_few(seen, bad, AT_ANY_TIME)
@@ -138,10 +147,78 @@ class BadImages:
         allowed = self.max_share * seen
         allowed += deviations * math.sqrt(allowed)
         if bad > allowed:
-            fraction = bad / seen
-            examples = ", ".join(self.names) or "see the warnings above"
-            raise TooManyBadImagesError(
-                f"{bad} of {seen} images of this epoch cannot be decoded: {fraction:.1%}, and "
-                f"max_bad_share is {self.max_share:.1%}. For example: {examples}. Repair the "
-                "files, or raise --max_bad_share if a model may be trained without them."
-            )
+            what = f"{bad} of {seen} images of this epoch"
+            raise _too_many(what, bad / seen, self.max_share, self.names)
+
+
+class BadRows:
+    """Remember which rows of a loaded split cannot be decoded, over all workers of a process.
+
+    Args:
+        count: the number of rows.
+        max_share: fraction of them that may be bad.
+    """
+
+    def __init__(self, count: int, max_share: float):
+        # (count,) in shared memory: a row counts once, whichever workers meet it in which epochs.
+        self.is_bad = torch.zeros(count, dtype=torch.bool).share_memory_()
+        self.max_share = max_share
+        self.names: list[str] = []
+
+    def found(self, index: int, name: str, error: Exception) -> None:
+        """Count a bad row, and log the first ones.
+
+        Args:
+            index: of the row. name: of the image. error: why it cannot be decoded.
+
+        Raises:
+            TooManyBadImagesError: if more than `max_share` of all rows are bad.
+        """
+        if self.is_bad[index]:
+            return
+        self.is_bad[index] = True
+        if len(self.names) < NAMED:
+            self.names.append(name)
+            _log_bad(name, error)
+        self.require_few()
+
+    def require_few(self) -> int:
+        """Return how many rows are bad, or raise TooManyBadImagesError if they are too many."""
+        bad = int(self.is_bad.sum())
+        count = len(self.is_bad)
+        if bad > self.max_share * count:
+            what = f"{bad} of {count} training images"
+            raise _too_many(what, bad / count, self.max_share, self.names)
+        return bad
+
+
+def readable(content: bytes | None) -> tuple[Image.Image | None, Exception | None]:
+    """Return an image in RGB and None, or None and why it cannot be decoded."""
+    try:
+        return decode_image(content), None
+    except (
+        Exception
+    ) as error:  # decoders raise errors of any type, from SyntaxError to struct.error
+        return None, error
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return why an image cannot be decoded, in one line."""
+    if isinstance(error, UnidentifiedImageError):  # which names an object in memory
+        return "no image of a known format"
+    return f"{type(error).__name__}: {error}"
+
+
+def _log_bad(name: str, error: Exception) -> None:
+    logger.warning(
+        f"{name} cannot be decoded ({why_unreadable(error)}); another image takes its place."
+    )
+
+
+def _too_many(what: str, share: float, max_share: float, names: list[str]) -> TooManyBadImagesError:
+    examples = ", ".join(names) or "see the warnings above"
+    return TooManyBadImagesError(
+        f"{what} cannot be decoded: {share:.1%}, and max_bad_share is {max_share:.1%}. For "
+        f"example: {examples}. Repair the files, or raise --max_bad_share if a model may be "
+        "trained without them."
+    )

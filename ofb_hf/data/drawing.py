@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from .decoding import decode_image
+from .decoding import decode_image, why_unreadable
 from .processors import CHANNELS
 from .row_blocks import Row
 from .splits import SPLIT_SEED
@@ -182,7 +181,4 @@ def _read(images: Sequence[Row], index: int, transform: ImageTransform) -> _Read
         name = row.name
         return _Read(transform.levels(decode_image(row.image)), row.label)
     except Exception as error:  # decoders raise errors of any type
-        why = f"{type(error).__name__}: {error}"
-        if isinstance(error, UnidentifiedImageError):  # which names an object in memory
-            why = "no image of a known format"
-        return _Read(problem=f"{name} ({why})")
+        return _Read(problem=f"{name} ({why_unreadable(error)})")

@@ -4,7 +4,6 @@ Everything that can be wrong with them is checked before a model trains.
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from datasets import (
     load_dataset_builder,
 )
 from datasets.features.features import FeatureType
-from PIL import Image as PILImage
+from transformers.utils import logging
 
 from ..hub_retries import patiently
 from .access import explained_hub_refusals
@@ -30,16 +29,30 @@ from .columns import (
     find_image_column,
     find_label_column,
 )
+from .decoding import MAX_BAD_SHARE
 from .digits import load_digits_data
-from .row_blocks import open_source
+from .folders import (
+    SPLIT_WORDS,
+    Splits,
+    files_below,
+    find_eval_split,
+    find_split,
+    is_image,
+    is_table,
+    literally,
+    load_folder,
+    number_of,
+    table_location,
+)
+from .row_blocks import Source, open_files, open_source
 from .splits import ImageData, hold_out, limit
 from .streaming import StreamedSplit
 from .transforms import AUGMENTATIONS
 
+logger = logging.get_logger(__name__)
+
 # Usual names of the split to evaluate on, in order of preference.
-EVAL_SPLITS = ("validation", "val", "valid", "test")
-# Tables of labels next to image files, as `datasets` knows them.
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+EVAL_SPLITS = (*SPLIT_WORDS["validation"], *SPLIT_WORDS["test"])
 # Fields that need data of the user's own; the embedded digits would silently ignore them.
 NOT_FOR_DIGITS = (
     "dataset_config_name",
@@ -49,9 +62,9 @@ NOT_FOR_DIGITS = (
     "label_column",
     "streaming",
 )
-ONLY_FOR_STREAMING = ("shuffle_buffer", "num_train_examples", "max_bad_share")
-# Files of these formats hold images; a folder with them is not searched for image files.
-TABLES = (".parquet", ".tar")
+# What is held out of a training split, where there is no other one.
+EVAL_SHARE = 0.1
+ONLY_FOR_STREAMING = ("shuffle_buffer", "num_train_examples")
 
 
 @dataclass
@@ -95,11 +108,12 @@ class DataArguments:
         default=None,
         metadata={"help": "Column with the class; by default found by type and name."},
     )
-    eval_share: float = field(
-        default=0.1,
+    eval_share: float | None = field(
+        default=None,
         metadata={
             "help": "Fraction of the training split that is held out if there is no split to "
-            "evaluate on."
+            f"evaluate on; by default {EVAL_SHARE}. A command that trains nothing measures all "
+            "images by default."
         },
     )
     max_train_samples: int | None = field(
@@ -153,10 +167,10 @@ class DataArguments:
         },
     )
     max_bad_share: float = field(
-        default=0.01,
+        default=MAX_BAD_SHARE,
         metadata={
-            "help": "Streaming: images that cannot be decoded are replaced by others and counted; "
-            "the run stops when they are more than this fraction of an epoch's images."
+            "help": "Training images that cannot be decoded are replaced by others and counted; "
+            "the run stops when they are more than this fraction."
         },
     )
 
@@ -166,9 +180,10 @@ class DataArguments:
                 f"dataset_name is {self.dataset_name!r} and data_dir is {self.data_dir!r}; data "
                 "comes from one place. Leave one of them out."
             )
-        if not 0 < self.eval_share < 1:
+        if self.eval_share is not None and not 0 < self.eval_share <= 1:
             raise ValueError(
-                f"eval_share is {self.eval_share}; it must lie between 0 and 1, e.g. 0.1."
+                f"eval_share is {self.eval_share}; it must lie above 0 and be at most 1 (below 1 "
+                f"where a model is trained), e.g. {EVAL_SHARE}."
             )
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
@@ -234,12 +249,18 @@ class DataArguments:
         return ", ".join(given)
 
 
-def load_image_data(args: DataArguments) -> ImageData:
+def load_image_data(args: DataArguments, trains: bool = True) -> ImageData:
     """Load both splits, find images and labels, and make sure that every row can be used.
 
     Without a split to evaluate on, a part of the training split is held out: always the same rows,
     every class in proportion. With `args.streaming` the training split is a `StreamedSplit`, whose
-    labels are checked when they are read.
+    labels are checked when they are read. What became which split is logged.
+
+    Args:
+        args: say which images.
+        trains: whether a model is to be trained. Otherwise nothing is held out, unless
+            `args.eval_share` asks for the images that a training would have held out: all images
+            are to evaluate on, and `train` has the same rows as `eval`.
 
     Raises:
         ValueError: for a folder that is missing or holds no images, splits that are missing or
@@ -248,24 +269,31 @@ def load_image_data(args: DataArguments) -> ImageData:
         DatasetAccessError: for data on the Hub that is gated, private or missing.
         ImportError: if the digits are asked for and scikit-learn is not installed.
     """
+    if trains and args.eval_share == 1:
+        raise ValueError(
+            "eval_share is 1.0, which leaves no image to train on; it must be below 1, e.g. 0.1."
+        )
     if args.dataset_name is None and args.data_dir is None:
         data = load_digits_data()
     else:
         with explained_hub_refusals(args.dataset_name or args.data_dir):
-            data = _load_streamed(args) if args.streaming else _load(args)
+            data = _load_streamed(args) if args.streaming else _load(args, trains)
     train = data.train if args.streaming else limit(data.train, args.max_train_samples)
     return replace(data, train=train, eval=limit(data.eval, args.max_eval_samples))
 
 
-def _load(args: DataArguments) -> ImageData:
-    path, options = _location(args)
-    available = load_splits(path, **options)
-    splits = {name: available[name] for name in _choose_splits(list(available), args)}
+def _load(args: DataArguments, trains: bool) -> ImageData:
+    found = _image_folder(args)
+    if found is None:
+        path, options = _location(args)
+        found = Splits.of_tables(load_splits(path, **options), _local_folder(args))
+    train_split, eval_split = _choose_splits(list(found.rows), args, trains)
+    splits = {name: found.rows[name] for name in dict.fromkeys((train_split, eval_split))}
     for name, dataset in splits.items():
         if len(dataset) == 0:
-            flag = "--train_split" if name == args.train_split else "--eval_split"
+            flag = "--train_split" if name == train_split else "--eval_split"
             raise ValueError(f"split {name!r} is empty; add its rows, or name another with {flag}.")
-    features = splits[args.train_split].features
+    features = splits[train_split].features
     image_column = find_image_column(features, args.image_column)
     label_column = find_label_column(features, args.label_column)
     # The other split has to have the same columns; the names may have been found by type.
@@ -274,23 +302,86 @@ def _load(args: DataArguments) -> ImageData:
         find_label_column(dataset.features, label_column)
     decoded = {name: decode_images(dataset, image_column) for name, dataset in splits.items()}
     encoded, label_names = encode_labels(decoded, label_column)
-    train, *others = encoded.values()
-    if others:
-        evaluation = others[0]
-    else:
-        train, evaluation = _hold_out_eval(train, label_column, args.eval_share)
-    return ImageData(
+    train, evaluation = encoded[train_split], encoded[eval_split]
+    held_out_share = args.eval_share
+    if trains and held_out_share is None:
+        held_out_share = EVAL_SHARE
+    if train_split == eval_split and held_out_share not in (None, 1):
+        train, evaluation = _hold_out_eval(train, label_column, held_out_share)
+    data = ImageData(
         name=public_name(args),
-        train=train,
+        train=train if trains else evaluation,
         eval=evaluation,
         image_column=image_column,
         label_column=label_column,
         label_names=label_names,
     )
+    _report(data, found, (train_split, eval_split), trains)
+    return data
 
 
 def _load_streamed(args: DataArguments) -> ImageData:
     """Return the data with the training split as a `StreamedSplit`, the other one loaded."""
+    found = _image_folder(args)
+    opened = _opened_tables(args) if found is None else _opened_folder(args, found)
+    train_split, _ = opened.names
+    train = StreamedSplit(
+        opened.source,
+        class_of=opened.class_of,
+        label_names=opened.label_names,
+        shuffle_buffer=args.shuffle_buffer,
+        max_bad_share=args.max_bad_share,
+    )
+    if len(train) == 0:
+        raise ValueError(
+            f"split {train_split!r} is empty; add its rows, or name another with --train_split."
+        )
+    data = ImageData(
+        name=public_name(args),
+        train=train,
+        eval=opened.evaluation,
+        image_column=opened.columns[0],
+        label_column=opened.columns[1],
+        label_names=opened.label_names,
+    )
+    _report(data, opened.splits, opened.names, trains=True)
+    return data
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Hold the parts of streamed data: where its rows are, and what their labels mean."""
+
+    splits: Splits
+    names: tuple[str, str]  # of the splits to train and to evaluate on
+    columns: tuple[str, str]  # of images and labels
+    source: Source
+    class_of: dict[Any, int]
+    evaluation: Dataset
+    label_names: list[str]
+
+
+def _opened_folder(args: DataArguments, found: Splits) -> _Opened:
+    """Open a folder of image files, whose labels are all known."""
+    train_split, eval_split = names = _choose_streamed_splits(list(found.rows), args)
+    features = found.rows[train_split].features
+    columns = (
+        find_image_column(features, args.image_column),
+        find_label_column(features, args.label_column),
+    )
+    both = {name: found.rows[name] for name in names}
+    encoded, label_names = encode_labels(both, columns[1])
+    train = encoded[train_split]
+    source = open_files(
+        train, train_split, columns, args.num_train_examples, args.max_train_samples
+    )
+    evaluation = encoded[eval_split]
+    class_of = _class_of(train.features[columns[1]], evaluation, columns[1], label_names)
+    return _Opened(found, names, columns, source, class_of, evaluation, label_names)
+
+
+def _opened_tables(args: DataArguments) -> _Opened:
+    """Open parquet files, archives or a data set of the Hub; load the split to evaluate on."""
     path, options = _location(args)
     builder = patiently(lambda: load_dataset_builder(path, **options), f"looking {path} up")
     if builder.config.data_files is None:
@@ -299,40 +390,50 @@ def _load_streamed(args: DataArguments) -> ImageData:
             "--streaming out."
         )
     streams = patiently(builder.as_streaming_dataset, f"opening {path}")
-    train_split, eval_split = _choose_streamed_splits(list(streams), args)
+    train_split, eval_split = names = _choose_streamed_splits(list(streams), args)
     features = streams[train_split].features
-    image_column = find_image_column(features, args.image_column)
-    label_column = find_label_column(features, args.label_column)
-    loaded = decode_images(_load_alone(builder, eval_split, features), image_column)
+    columns = (
+        find_image_column(features, args.image_column),
+        find_label_column(features, args.label_column),
+    )
+    loaded = decode_images(_load_alone(builder, eval_split, features), columns[0])
     # The classes are those of the split that is here: a stream cannot be searched for its classes.
-    encoded, label_names = encode_labels({eval_split: loaded}, label_column)
+    encoded, label_names = encode_labels({eval_split: loaded}, columns[1])
     source = open_source(
         builder,
         train_split,
         streams[train_split],
-        columns=(image_column, label_column),
+        columns=columns,
         num_examples=args.num_train_examples,
         wanted=args.max_train_samples,
     )
-    train = StreamedSplit(
-        source,
-        class_of=_class_of(features[label_column], loaded, label_column, label_names),
-        label_names=label_names,
-        shuffle_buffer=args.shuffle_buffer,
-        max_bad_share=args.max_bad_share,
-    )
-    if len(train) == 0:
-        raise ValueError(
-            f"split {train_split!r} is empty; add its rows, or name another with --train_split."
-        )
-    return ImageData(
-        name=public_name(args),
-        train=train,
-        eval=encoded[eval_split],
-        image_column=image_column,
-        label_column=label_column,
-        label_names=label_names,
-    )
+    class_of = _class_of(features[columns[1]], loaded, columns[1], label_names)
+    found = Splits.of_tables(dict(streams), _local_folder(args))
+    return _Opened(found, names, columns, source, class_of, encoded[eval_split], label_names)
+
+
+def _report(data: ImageData, found: Splits, names: tuple[str, str], trains: bool) -> None:
+    """Log which images became which split, and which are not used."""
+    train_place, eval_place = (found.places[name] for name in names)
+    evaluated = number_of(len(data.eval), "image")
+    if not trains:
+        what = f"{evaluated} to evaluate on, of {eval_place}"
+        if len(data.eval) == len(found.rows[names[1]]):
+            what = f"all {evaluated} of {eval_place} to evaluate on"
+    elif names[0] == names[1]:
+        trained = number_of(len(data.train), "training image")
+        what = f"{trained} in {train_place}, and {evaluated} held out from it to evaluate on"
+    else:
+        trained = number_of(len(data.train), "training image")
+        what = f"{trained} in {train_place}, {evaluated} to evaluate on in {eval_place}"
+    unused = list(found.unused)
+    for name, place in found.places.items():
+        if name not in names or (not trains and name != names[1]):
+            rows = found.rows[name]  # of a stream their number is not known
+            count = f" ({number_of(len(rows), 'image')})" if isinstance(rows, Dataset) else ""
+            unused.append(place + count)
+    end = f"; not used: {', '.join(unused)}" if unused else ""
+    logger.warning(f"{data.name}: {what}, {len(data.label_names)} classes{end}.")
 
 
 def _class_of(
@@ -360,7 +461,7 @@ def _class_of(
 def _load_alone(builder: DatasetBuilder, split: str, features: Features) -> Dataset:
     """Load one split."""
     # From its files, because `load_dataset(..., split=...)` would download all the other splits.
-    files = {split: list(builder.config.data_files[split])}
+    files = {split: list(map(literally, builder.config.data_files[split]))}
     splits = patiently(
         lambda: load_splits(builder.name, data_files=files, features=features), f"loading {split}"
     )
@@ -375,11 +476,53 @@ def public_name(args: DataArguments) -> str:
     return folder.resolve().name if folder.exists() else name
 
 
+def _local_folder(args: DataArguments) -> Path | None:
+    """Return the folder that the data is in; None for a data set of the Hub.
+
+    Raises:
+        ValueError: if `data_dir` is no folder.
+    """
+    if args.data_dir is None:
+        folder = Path(args.dataset_name).expanduser()
+        return folder if folder.is_dir() else None
+    folder = Path(args.data_dir).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(
+            f"data_dir is {args.data_dir!r}, which {what}; expected a folder with parquet files "
+            "or images."
+        )
+    return folder
+
+
+def _image_folder(args: DataArguments) -> Splits | None:
+    """Return the splits of a folder of image files; None for data of any other kind."""
+    folder = _local_folder(args)
+    if folder is None:
+        return None
+    files = files_below(folder)
+    is_ours = any(map(is_image, files))
+    if args.data_dir is None:
+        # A copy of a repository may say itself what its splits are.
+        is_ours = is_ours and "README.md" not in files and args.dataset_config_name is None
+    elif not is_ours and not any(map(is_table, files)):
+        raise ValueError(
+            f"data_dir is {args.data_dir!r}, which holds neither parquet files nor images; "
+            "expected train-*.parquet, train-*.tar, or one folder of images per class, directly or "
+            "below `train` and e.g. `test`."
+        )
+    if any(map(is_table, files)) or not is_ours:
+        return None
+    named = {args.train_split, args.eval_split or args.train_split}
+    return load_folder(Path(os.path.abspath(folder)), files, named, args.label_column)
+
+
 def _location(args: DataArguments) -> tuple[str, dict[str, Any]]:
     """Return what `load_dataset` takes: a path or the name of a format, and options."""
     if args.data_dir is None:
         return args.dataset_name, {"name": args.dataset_config_name}
-    return _folder_location(Path(args.data_dir).expanduser(), args)
+    folder = _local_folder(args)
+    return table_location(folder, list(filter(is_table, files_below(folder))))
 
 
 def load_splits(path: str, **kwargs: Any) -> DatasetDict:
@@ -403,94 +546,43 @@ def load_splits(path: str, **kwargs: Any) -> DatasetDict:
         ) from error
 
 
-def _folder_location(folder: Path, args: DataArguments) -> tuple[str, dict[str, Any]]:
-    """Return what `load_dataset` takes for a local folder.
-
-    Parquet files and archives are found by `load_dataset`; images in folders are assigned to splits
-    with the names of the folders.
-    """
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(
-            f"data_dir is {args.data_dir!r}, which {what}; expected a folder with parquet files "
-            "or images."
-        )
-    tables = (path for suffix in TABLES for path in _files(folder, suffix, depth=3))
-    if any(path.name not in METADATA_NAMES for path in tables):
-        return str(folder), {}
-    if not any(_images(folder)):
-        raise ValueError(
-            f"data_dir is {args.data_dir!r}, which holds neither parquet files nor images; "
-            "expected train-*.parquet, train-*.tar, or one folder of images per class, directly or "
-            "below `train` and e.g. `test`."
-        )
-    # Explicit patterns, because `load_dataset` would take a class or a file called e.g. `test` for
-    # a split and drop the others.
-    names = {"train", *EVAL_SPLITS, args.train_split, args.eval_split or "train"}
-    data_files = {}
-    for name in sorted(names):
-        if _is_split(folder / name):
-            data_files[name] = f"{name}/**"
-    if not data_files:
-        data_files = {"train": "**"}
-    return "imagefolder", {"data_dir": str(folder), "data_files": data_files}
-
-
-def _is_split(folder: Path) -> bool:
-    """Return whether a folder is a split and not a class.
-
-    A split holds class folders, or a table of labels; a class holds only images.
-    """
-    if not folder.is_dir() or not any(_images(folder)):
-        return False
-    return any(path.is_dir() or path.name in METADATA_NAMES for path in folder.iterdir())
-
-
-def _images(folder: Path) -> Iterator[str]:
-    """Yield the names of image files in a folder, at any depth."""
-    # PIL also knows formats that it can write but not open.
-    extensions = PILImage.registered_extensions().items()
-    suffixes = tuple(suffix for suffix, kind in extensions if kind in PILImage.OPEN)
-    for _, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if name.lower().endswith(suffixes):
-                yield name
-
-
-def _files(folder: Path, suffix: str, depth: int) -> Iterator[Path]:
-    """Yield the files with a suffix, at most `depth` folders down."""
-    # Deeper there may be class folders with a million files.
-    for level in range(depth):
-        yield from folder.glob("*/" * level + f"*{suffix}")
-
-
-def _choose_splits(available: list[str], args: DataArguments) -> list[str]:
+def _choose_splits(
+    available: list[str], args: DataArguments, trains: bool = True
+) -> tuple[str, str]:
     """Return the names of the training split and of the split to evaluate on.
 
-    Returns the first alone if a part of it is to be held out.
+    They are the same if a part of it is to be held out. A split that is missing does no harm where
+    nothing is trained: both are the split to evaluate on.
     """
-    eval_split = args.eval_split
-    if not eval_split:
-        found = [name for name in EVAL_SPLITS if name in available]
-        eval_split = found[0] if found else args.train_split
-    for field_name, name in (("train_split", args.train_split), ("eval_split", eval_split)):
-        if name not in available:
+    train_split = find_split(available, args.train_split, "train_split")
+    if args.eval_split:
+        eval_split = find_split(available, args.eval_split, "eval_split")
+    else:
+        eval_split = find_eval_split(available, train_split) or train_split
+    if train_split is None and not trains:
+        train_split = eval_split
+    chosen = {
+        "train_split": (train_split, args.train_split),
+        "eval_split": (eval_split, args.eval_split or args.train_split),
+    }
+    for field_name, (split, name) in chosen.items():
+        if split is None:
             raise ValueError(
                 f"{field_name} is {name!r}, but the data has {sorted(available)}; name one of "
                 "these."
             )
-    return [args.train_split] if eval_split == args.train_split else [args.train_split, eval_split]
+    return train_split, eval_split
 
 
 def _choose_streamed_splits(available: list[str], args: DataArguments) -> tuple[str, str]:
-    names = _choose_splits(available, args)
-    if len(names) == 1:
+    train_split, eval_split = _choose_splits(available, args)
+    if train_split == eval_split:
         raise ValueError(
-            f"split {names[0]!r} is to be trained and evaluated on, but nothing can be held out "
+            f"split {train_split!r} is to be trained and evaluated on, but nothing can be held out "
             f"from a stream; the data has {sorted(available)}. Name another one with --eval_split, "
             "or leave --streaming out."
         )
-    return names[0], names[1]
+    return train_split, eval_split
 
 
 def _hold_out_eval(train: Dataset, label_column: str, fraction: float) -> tuple[Dataset, Dataset]:

@@ -8,7 +8,7 @@ to be equally long.
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,13 +20,14 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import DatasetBuilder, Image, IterableDataset, config
+from datasets import ClassLabel, Dataset, DatasetBuilder, Image, IterableDataset, config
 from filelock import FileLock
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
 
 from ..durable import move
 from ..hub_retries import WAITS_IN_A_RUN, patiently, wait_or_give_up
+from .columns import column_values
 
 logger = logging.get_logger(__name__)
 
@@ -141,7 +142,7 @@ class ImageFiles:
     labels: pa.ChunkedArray
 
     @classmethod
-    def of(cls, dataset: IterableDataset, columns: tuple[str, str]) -> "ImageFiles":
+    def of(cls, dataset: Dataset | IterableDataset, columns: tuple[str, str]) -> "ImageFiles":
         """Read the list of files, without the images."""
         image_column, label_column = columns
         paths = []
@@ -267,6 +268,25 @@ def open_source(
         source = patiently(lambda: ImageFiles.of(dataset, columns), "listing the images")
     else:
         source = Shards.of(dataset, files, columns, num_examples, wanted, described)
+    return _limited(source, split, num_examples, wanted, described)
+
+
+def open_files(
+    dataset: Dataset,
+    split: str,
+    columns: tuple[str, str],
+    num_examples: int | None = None,
+    wanted: int | None = None,
+) -> Source:
+    """Return the rows of a split of image files; arguments and errors as of `open_source`."""
+    encoded = dataset.select_columns(list(columns)).cast_column(columns[0], Image(decode=False))
+    return _limited(ImageFiles.of(encoded, columns), split, num_examples, wanted, None)
+
+
+def _limited(
+    source: Source, split: str, num_examples: int | None, wanted: int | None, described: int | None
+) -> Source:
+    """Return the first rows of a source, after its number of rows was compared with others."""
     found = int(source.rows.sum())
     if num_examples not in (None, found):
         raise ValueError(
@@ -384,8 +404,48 @@ def stored_row(image: Any, label: Any, name: str) -> Row:
         content = image
     if content is None and path is not None:
         try:
-            with fsspec.open(path, "rb") as file:
+            with open(path, "rb") if "://" not in path else fsspec.open(path, "rb") as file:
                 content = file.read()
-        except (FileNotFoundError, EntryNotFoundError):
+        except (FileNotFoundError, PermissionError, EntryNotFoundError):
             content = None  # a bad image, which is counted and replaced
     return Row(content, label, path or name)
+
+
+class ImageTable(Sequence[Row]):
+    """Rows of a data set, whose images are not decoded.
+
+    Args:
+        dataset: the rows.
+        image_column: column with the images.
+        label_column: column with the labels, None if there is none.
+    """
+
+    def __init__(self, dataset: Dataset, image_column: str, label_column: str | None):
+        names = [image_column] if label_column is None else [image_column, label_column]
+        # The others are dropped, because reading a row would decode their images.
+        rows = dataset.with_format(None).select_columns(names)
+        self.dataset = rows.cast_column(image_column, Image(decode=False))
+        self.image_column = image_column
+        self.label_column = label_column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        row = self.dataset[int(index)]
+        label = None if self.label_column is None else row[self.label_column]
+        return stored_row(row[self.image_column], label, f"row {index}")
+
+    def label_names(self) -> list[str] | None:
+        """Return the names that labels are indices of, if their column knows them."""
+        if self.label_column is None:
+            return None
+        feature = self.dataset.features[self.label_column]
+        return feature.names if isinstance(feature, ClassLabel) else None
+
+    def labels(self) -> set[Any]:
+        """Return all labels, as they are stored; none if they are no single values."""
+        if self.label_column is None:
+            return set()
+        values = column_values(self.dataset, self.label_column)
+        return {value for value in values if isinstance(value, int | str)}

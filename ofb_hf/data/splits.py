@@ -2,13 +2,13 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Image
+from datasets import ClassLabel, Dataset
 
-from .decoding import to_rgb
+from .decoding import readable, why_unreadable
+from .row_blocks import ImageTable
 
 # Not the seed of a run: all runs on the same data are to be evaluated on the same images.
 SPLIT_SEED = 0
@@ -105,15 +105,12 @@ def require_decodable(dataset: Dataset, image_column: str) -> None:
 
     It is better to know before the days of training that come before the evaluation.
     """
-    rows = dataset.with_format(None).select_columns([image_column])
+    rows = ImageTable(dataset, image_column, label_column=None)
 
     def problem(index: int) -> str | None:
-        try:
-            image = rows[index][image_column]
-            to_rgb(image)
-        except Exception as error:  # decoders raise errors of any type, and an empty row is None
-            return _describe_problem(rows, image_column, index, error)
-        return None
+        row = rows[index]
+        _, error = readable(row.image)
+        return None if error is None else f"{row.name} ({why_unreadable(error)})"
 
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(problem, range(len(rows))))
@@ -126,10 +123,3 @@ def require_decodable(dataset: Dataset, image_column: str) -> None:
             f"{len(problems)} of {len(rows)} images to evaluate on cannot be decoded: "
             f"{named}{more}. Repair them or take them out: accuracy is measured on all images."
         )
-
-
-def _describe_problem(rows: Dataset, image_column: str, index: int, error: Exception) -> str:
-    encoded = rows.cast_column(image_column, Image(decode=False))
-    stored = encoded[index][image_column] or {}
-    file = Path(stored.get("path") or "").name
-    return f"row {index} ({file}): {type(error).__name__}: {error}"

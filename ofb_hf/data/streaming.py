@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from transformers.utils import logging
 
-from .decoding import ONCE, BadImages, TooManyBadImagesError, decode_image
+from .decoding import MAX_BAD_SHARE, ONCE, BadImages, TooManyBadImagesError, readable
 from .epochs import Batching, EpochPlan
 from .row_blocks import Row, Source, read_patiently
 from .seeding import seed_example
@@ -52,7 +52,7 @@ class StreamedSplit:
     class_of: dict[Any, int]
     label_names: list[str]
     shuffle_buffer: int = 1000
-    max_bad_share: float = 0.01
+    max_bad_share: float = MAX_BAD_SHARE
 
     def __len__(self) -> int:
         return int(self.source.rows.sum())
@@ -333,7 +333,7 @@ class _RankBatches(Dataset):
         for turn, (repetition, (place, row)) in enumerate(turns, start=skipped):
             waiting.append((place, repetition))
             if row is not decoded:
-                image, error = _decoded(row)
+                image, error = readable(row.image)
                 decoded = row
             # Every image counts once in an epoch: neither its repeats nor the filling of a batch.
             if turn < num_own and repetition == 0:
@@ -347,7 +347,7 @@ class _RankBatches(Dataset):
 
     def _first_good(self, plan: EpochPlan, order: np.ndarray) -> tuple[Image.Image, Row]:
         for _, row in self._rows(plan, order):
-            image, _ = _decoded(row)
+            image, _ = readable(row.image)
             if image is not None:
                 return image, row
         raise TooManyBadImagesError(
@@ -423,16 +423,6 @@ def _in_place_of(waiting: list[tuple[int, int]], image: Image.Image, row: Row) -
     """Yield one image for all turns that wait: its own, and those of bad images before it."""
     for place, repetition in waiting:
         yield Drawn(image, row, place, repetition)
-
-
-def _decoded(row: Row) -> tuple[Image.Image | None, Exception | None]:
-    """Return the image of a row and None, or None and why it cannot be decoded."""
-    try:
-        return decode_image(row.image), None
-    except (
-        Exception
-    ) as error:  # decoders raise errors of any type, from SyntaxError to struct.error
-        return None, error
 
 
 def _collate_only(batches: list[list[Example]], collate_fn: Collate) -> Any:

@@ -13,10 +13,18 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor
+from transformers.utils import logging
 
 from .._moved import refusing_renamed
 from .augmentation_args import AugmentationArguments
-from .decoding import to_rgb
+from .decoding import (
+    MAX_BAD_SHARE,
+    BadRows,
+    TooManyBadImagesError,
+    readable,
+    to_rgb,
+    why_unreadable,
+)
 from .processors import (
     CHANNELS,
     GRAY_LEVELS,
@@ -32,10 +40,13 @@ from .processors import (
     resize_target,
 )
 from .randaugment import MIDDLE_GRAY, RESAMPLINGS, ColorJitter, RandAugment
+from .row_blocks import ImageTable, stored_row
 from .seeding import seed_example
 
 # of names that the module had in version 0.1
 __getattr__ = refusing_renamed(__name__)
+
+logger = logging.get_logger(__name__)
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -128,8 +139,12 @@ def with_image_transform(
     image_column: str,
     label_column: str,
 ) -> Dataset:
-    """Return rows {"pixel_values": tensor (3, H, W), "labels": int}, transformed when read."""
-    rows = dataset.select_columns([image_column, label_column])
+    """Return rows {"pixel_values": tensor (3, H, W), "labels": int}, transformed when read.
+
+    Reading a row raises ValueError, with its name, if its image cannot be decoded. `SeededImages`
+    puts others in the places of such images.
+    """
+    rows = ImageTable(dataset, image_column, label_column).dataset
     return rows.with_transform(RowTransform(transform, image_column, label_column))
 
 
@@ -138,13 +153,18 @@ class SeededImages(torch.utils.data.Dataset):
 
     Random transforms depend on seed, epoch and row alone, so an interrupted and resumed run sees
     the images that it would have seen, whatever its loader had fetched ahead. The Trainer's
-    callback calls `set_epoch`.
+    callback calls `set_epoch` and `end_epoch`. The next good image takes the place of one that
+    cannot be decoded, as in a stream.
 
     Args:
         dataset: rows with an image column and a label column.
         transform: from a PIL image to a tensor.
         image_column, label_column: the names of these columns.
         seed: of the run.
+        max_bad_share: fraction of the rows that may be undecodable.
+
+    Raises:
+        TooManyBadImagesError: when read, if more rows than that are undecodable.
     """
 
     def __init__(
@@ -154,16 +174,35 @@ class SeededImages(torch.utils.data.Dataset):
         image_column: str,
         label_column: str,
         seed: int,
+        max_bad_share: float = MAX_BAD_SHARE,
     ):
-        self.rows = dataset.select_columns([image_column, label_column])
-        self.transform = RowTransform(transform, image_column, label_column)
+        self.rows = ImageTable(dataset, image_column, label_column)
+        self.transform = transform
         self.seed = seed
+        self.bad_rows = BadRows(len(self.rows), max_bad_share)
         # In shared memory, because workers that live on through all epochs have to see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Use the random transforms of an epoch from now on."""
         self._epoch.fill_(epoch)
+
+    def end_epoch(self, sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> str | None:
+        """Log how many images could not be decoded so far; arguments and errors as of a stream.
+
+        Every process has to call this together.
+        """
+        if sum_over_ranks is not None:
+            bad_on = sum_over_ranks(self.bad_rows.is_bad.to(torch.int64))  # (N,) numbers of ranks
+            self.bad_rows.is_bad.copy_(bad_on > 0)
+        bad = self.bad_rows.require_few()
+        if not bad:
+            return None
+        message = (
+            f"{bad} of {len(self)} training images could not be decoded; others took their places."
+        )
+        logger.warning(message)
+        return message
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -173,38 +212,60 @@ class SeededImages(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Return several rows at a time: DataLoader asks for a batch in this way."""
-        rows = self.rows[indices]
-        examples = []
         # Without workers this is the process that trains: its random numbers are restored.
         with torch.random.fork_rng(devices=[]):
-            for position, index in enumerate(indices):
-                examples.append(self._transformed(rows, position, index))
-        return examples
+            return [self._example(index) for index in indices]
 
-    def _transformed(self, rows: dict[str, list], position: int, index: int) -> dict[str, Any]:
+    def _example(self, index: int) -> dict[str, Any]:
+        image, label = self._first_good(index)
         seed_example(self.seed, int(self._epoch), index)
-        # The transform takes and returns columns: lists, here of one entry.
-        columns = {}
-        for name, values in rows.items():
-            columns[name] = [values[position]]
-        row = self.transform(columns)
-        return {name: values[0] for name, values in row.items()}
+        return {"pixel_values": self.transform(image), "labels": int(label)}
+
+    def _first_good(self, index: int) -> tuple[Image.Image, int]:
+        """Return image and label of a row, or of the next one that can be decoded."""
+        if not 0 <= index < len(self):  # iteration without a sampler ends with this
+            raise IndexError(f"index {index} is out of range for {len(self)} rows.")
+        for row_index in range(index, index + len(self)):
+            place = row_index % len(self)
+            row = self.rows[place]
+            image, error = readable(row.image)
+            if error is None:
+                return image, row.label
+            self.bad_rows.found(place, row.name, error)
+        raise TooManyBadImagesError(f"none of {len(self)} images can be decoded.")
 
 
 @dataclass(frozen=True)
 class RowTransform:
-    """Apply an image transform to rows as `datasets` passes them: a dict of lists, in and out."""
+    """Apply an image transform to rows as `datasets` passes them: a dict of lists, in and out.
+
+    Images are encoded, as `row_blocks.stored_row` takes them.
+    """
 
     transform: Transform
     image_column: str
     label_column: str
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        """Return {"pixel_values": tensors (3, H, W), "labels": integers}."""
+        """Return {"pixel_values": tensors (3, H, W), "labels": integers}.
+
+        Raises:
+            ValueError: for an image that cannot be decoded.
+        """
         return {
-            "pixel_values": [self.transform(image) for image in rows[self.image_column]],
+            "pixel_values": [self._pixels(image) for image in rows[self.image_column]],
             "labels": [int(label) for label in rows[self.label_column]],
         }
+
+    def _pixels(self, stored: Any) -> Tensor:
+        row = stored_row(stored, None, "an image without a name")
+        image, error = readable(row.image)
+        if error is not None:
+            raise ValueError(
+                f"{row.name} cannot be decoded ({why_unreadable(error)}); repair the file or take "
+                "it out."
+            )
+        return self.transform(image)
 
 
 class ImageTransform:

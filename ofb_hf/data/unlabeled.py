@@ -4,22 +4,31 @@ They are drawn from one part of the data and measured on another one, where ther
 Labels are kept as they are stored: `class_numbers` finds out whether a model knows them.
 """
 
-import os
+import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from datasets.exceptions import DatasetsError
-from PIL import Image as PILImage
 
 from .access import DatasetAccessError, explained_hub_refusals
-from .columns import column_values, find_image_column, find_label_column
-from .loading import EVAL_SPLITS, METADATA_NAMES, TABLES, load_splits, public_name
-from .row_blocks import Row, stored_row
+from .columns import find_image_column, find_label_column
+from .folders import (
+    files_below,
+    find_split,
+    is_image,
+    is_split_word,
+    is_table,
+    literally,
+    table_location,
+)
+from .loading import EVAL_SPLITS, load_splits, public_name
+from .row_blocks import ImageTable, Row
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -151,43 +160,6 @@ class ImageFolder(Sequence[Row]):
         return {path.parent.name for path in self.paths}
 
 
-class ImageTable(Sequence[Row]):
-    """Rows of a data set, whose images are not decoded.
-
-    Args:
-        dataset: the rows.
-        image_column: column with the images.
-        label_column: column with the labels, None if there is none.
-    """
-
-    def __init__(self, dataset: Dataset, image_column: str, label_column: str | None):
-        self.dataset = dataset.cast_column(image_column, Image(decode=False))
-        self.image_column = image_column
-        self.label_column = label_column
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Row:
-        row = self.dataset[int(index)]
-        label = None if self.label_column is None else row[self.label_column]
-        return stored_row(row[self.image_column], label, f"row {index}")
-
-    def label_names(self) -> list[str] | None:
-        """Return the names that labels are indices of, if their column knows them."""
-        if self.label_column is None:
-            return None
-        feature = self.dataset.features[self.label_column]
-        return feature.names if isinstance(feature, ClassLabel) else None
-
-    def labels(self) -> set[Any]:
-        """Return all labels, as they are stored; none if they are no single values."""
-        if self.label_column is None:
-            return set()
-        values = column_values(self.dataset, self.label_column)
-        return {value for value in values if isinstance(value, int | str)}
-
-
 @dataclass(frozen=True)
 class FoundImages:
     """Hold what was found under the name of some images.
@@ -219,7 +191,7 @@ def find_images(args: ImageArguments) -> FoundImages:
                 f"{args.data_dir} does not exist; give a folder of images, parquet files, or a "
                 "data set of the Hub (OWNER/NAME)."
             )
-        if path.is_dir() and not _has_tables(path):
+        if path.is_dir() and not any(map(is_table, files_below(path))):
             return _in_folder(path, args)
     try:
         splits = _tables(args)
@@ -232,44 +204,24 @@ def find_images(args: ImageArguments) -> FoundImages:
 # ------------------------------------------------------------------------------------------ folders
 
 
-def _files(folder: Path) -> list[PurePosixPath]:
-    """Return the paths of all files in a folder, at any depth, relative to it and in order.
-
-    Hidden files and folders are left out, as caches and what some systems put into archives.
-    """
-    found: list[PurePosixPath] = []
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        relative = PurePosixPath(Path(parent).relative_to(folder).as_posix())
-        found += [relative / name for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
-def _has_tables(folder: Path) -> bool:
-    """Return whether a folder holds parquet files or archives, other than tables of metadata."""
-    return any(path.suffix in TABLES and path.name not in METADATA_NAMES for path in _files(folder))
-
-
 def _in_folder(folder: Path, args: ImageArguments) -> FoundImages:
-    # PIL also knows formats that it can write but not open.
-    extensions = PILImage.registered_extensions().items()
-    suffixes = {suffix for suffix, kind in extensions if kind in PILImage.OPEN}
-    paths = [path for path in _files(folder) if path.suffix.lower() in suffixes]
-    if not paths:
+    found = list(filter(is_image, files_below(folder)))
+    if not found:
         raise ValueError(
             f"{args.data_dir} holds no images; give a folder with image files (at any depth) or "
             "with parquet files."
         )
+    paths = list(map(PurePosixPath, found))
+    # An archive often has a folder around its splits, which all images lie in.
+    common = posixpath.commonpath([posixpath.dirname(path) for path in found])
+    named = ("", args.split, args.eval_split)
+    around = list(
+        takewhile(lambda name: name not in named and not is_split_word(name), common.split("/"))
+    )
     by_split: dict[str, list[PurePosixPath]] = {}
     for path in paths:
         # Images that lie in the folder itself are a split without a name.
-        top = path.parts[0] if len(path.parts) > 1 else ""
+        top = path.parts[len(around)] if len(path.parts) > len(around) + 1 else ""
         by_split.setdefault(top, []).append(path)
     drawn, measured = _chosen_splits(list(by_split), args)
     pool = paths
@@ -296,10 +248,11 @@ def _tables(args: ImageArguments) -> DatasetDict:
             raise DatasetAccessError(f"there is no folder {args.images}, and {error}") from error
     path = Path(args.data_dir).expanduser()
     if path.is_dir():
-        return load_splits(str(path))
+        place, options = table_location(path, list(filter(is_table, files_below(path))))
+        return load_splits(place, **options)
     if path.suffix != ".parquet":
         raise ValueError(f"{args.data_dir} is a file; give a folder of images, or parquet files.")
-    return load_splits("parquet", data_files={"train": [str(path)]})
+    return load_splits("parquet", data_files={"train": [literally(str(path))]})
 
 
 def _in_tables(splits: DatasetDict, args: ImageArguments) -> FoundImages:
@@ -308,12 +261,10 @@ def _in_tables(splits: DatasetDict, args: ImageArguments) -> FoundImages:
         raise ValueError(f"{public_name(args)} has no rows.")
     drawn, measured = _chosen_splits(list(filled), args)
     image_column, label_column = _columns(next(iter(filled.values())), args)
-    read = [image_column]
-    if label_column is not None:
-        read.append(label_column)
+    columns = [column for column in (image_column, label_column) if column is not None]
 
     def table(names: list[str]) -> ImageTable:
-        parts = [filled[name].select_columns(read) for name in names]
+        parts = [filled[name].select_columns(columns) for name in names]
         return ImageTable(concatenate_datasets(parts), image_column, label_column)
 
     pool = table(list(filled) if drawn is None else drawn)
@@ -339,27 +290,36 @@ def _chosen_splits(names: list[str], args: ImageArguments) -> tuple[list[str] | 
     Raises:
         ValueError: if a split that the user named is not there.
     """
-    for flag, name in (("--split", args.split), ("--eval_split", args.eval_split)):
-        if name is not None and name not in names:
-            raise ValueError(
-                f"{flag} is {name!r}, but the data has {sorted(filter(None, names))}; name one of "
-                "these, or leave it out."
-            )
-    measured = args.eval_split
+    split, measured = args.split, args.eval_split
+    if split is not None:
+        split = _present(names, split, "split")
+    if measured is not None:
+        measured = _present(names, measured, "eval_split")
+    # Whole names only: photos of test tubes are to be drawn from.
+    for_evaluation = [name for word in EVAL_SPLITS for name in names if name.casefold() == word]
     if measured is None:
-        usual = [name for name in EVAL_SPLITS if name in names and name != args.split]
-        measured = usual[0] if usual else None
-    if args.split is not None:
+        measured = next((name for name in for_evaluation if name != split), None)
+    if split is not None:
         # What is drawn from the split itself is held out of it.
-        return [args.split], None if measured == args.split else measured
+        return [split], None if measured == split else measured
     # No split that is for evaluation is drawn from, also if another one is measured on.
-    drawn = [name for name in names if name not in (*EVAL_SPLITS, measured)]
+    drawn = [name for name in names if name not in (*for_evaluation, measured)]
     if drawn:
         return drawn, measured
     if args.eval_split is not None:
         others = [name for name in names if name != measured]
         return others or None, measured if others else None
     return None, None
+
+
+def _present(names: list[str], wanted: str, field_name: str) -> str:
+    name = find_split(filter(None, names), wanted, field_name)
+    if name is None:
+        raise ValueError(
+            f"--{field_name} is {wanted!r}, but the data has {sorted(filter(None, names))}; name "
+            "one of these, or leave it out."
+        )
+    return name
 
 
 # ------------------------------------------------------------------------------------------- labels

@@ -152,8 +152,12 @@ def _subnet(source: SubnetSpec | None, schedule: list[list[int]] | None) -> Subn
 def run_evaluate(
     model_args: MeasuredModelArguments, data_args: DataArguments, args: OFBTrainingArguments
 ) -> dict[str, Any]:
-    """Measure a classifier on the evaluation split: accuracy, cost, size, speed. Write nothing."""
+    """Measure a classifier on the evaluation split: accuracy, cost, size, speed. Write nothing.
+
+    Without such a split it is measured on all images, or on those that a training would have held
+    out if `data_args.eval_share` asks for them.
+    """
     name = _named_model(model_args)
-    model, inputs = load(name, data_args, args.seed)
+    model, inputs = load(name, data_args, args.seed, trains=False)
     results, _ = measure({"model": model}, inputs.eval, args)
     return results["model"]

@@ -109,6 +109,7 @@ def load(
     data_args: DataArguments,
     seed: int,
     augmentation_args: AugmentationArguments | None = None,
+    trains: bool = True,
 ) -> tuple[PreTrainedModel, Inputs]:
     """Load a classifier and its data.
 
@@ -118,6 +119,7 @@ def load(
     Args:
         name_or_path: key of `SHAPES`, a folder, or a Hub name.
         seed: of the augmentation, and of random weights.
+        trains: whether the classifier is to be trained, as of `load_image_data`.
 
     Raises:
         ValueError: if one of them cannot be loaded, or they do not go together.
@@ -133,7 +135,7 @@ def load(
     # The model is made, or checked, for the label names of the data; then the data follows the
     # order in which the model has them.
     processor = load_image_processor(name_or_path)
-    data = load_image_data(data_args)
+    data = load_image_data(data_args, trains)
     # Rank 0 decides for all: a rank that went on alone would wait for the others for ever.
     decided_by_rank_0(lambda: require_decodable(data.eval, data.image_column))
     model = load_classifier(name_or_path, data.label_names, seed)
@@ -163,8 +165,9 @@ def _prepared(
         train = ImageStream(data.train, augmented, seed, augmentation_args.repeated_augmentation)
         train_plain = ImageStream(data.train, plain, seed)
     else:
-        train = SeededImages(data.train, augmented, *columns, seed)
-        train_plain = with_image_transform(data.train, plain, *columns)
+        allowed = data_args.max_bad_share
+        train = SeededImages(data.train, augmented, *columns, seed, allowed)
+        train_plain = SeededImages(data.train, plain, *columns, seed, allowed)
     # Mixing and erasing need whole batches, on the device.
     batch_augmentation = None
     if data_args.augmentation == "deit":

@@ -1,5 +1,6 @@
 """Load a published checkpoint, measure it again, and compare it with what its card says."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..data import DataArguments
+from ..data import EVAL_SHARE, DataArguments
 from ..release.card import MEASURED, final_results, read_results
 from ..release.folder import CARD, RESULTS
 from ..training.arguments import OFBTrainingArguments
@@ -48,7 +49,9 @@ def run_verify(
     in_card = _metadata(name, card)
     final = final_results(results)
     in_results = {key: final[key] for key in COMPARED if key in final}
-    found = run_evaluate(model_args, data_args, args)
+    # The card was written after a training, which holds images out if it must.
+    held_out = data_args.eval_share or EVAL_SHARE
+    found = run_evaluate(model_args, replace(data_args, eval_share=held_out), args)
     rows = [["", "stated in", "stated", "found", ""]]
     rows += _measured_rows(CARD, in_card, found)
     rows += _measured_rows(RESULTS, in_results, found)

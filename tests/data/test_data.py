@@ -423,8 +423,8 @@ def test_limits_choose_the_same_random_rows_every_time():
             {"dataset_name": "a/b", "data_dir": "c"},
             r"dataset_name is 'a/b' and data_dir is 'c'.*Leave one",
         ),
-        ({"eval_share": 0.0}, r"eval_share is 0.0; it must lie between 0 and 1"),
-        ({"eval_share": 1.0}, r"eval_share is 1.0"),
+        ({"eval_share": 0.0}, r"eval_share is 0.0; it must lie above 0 and be at most 1"),
+        ({"eval_share": 1.1}, r"eval_share is 1.1"),
         ({"max_train_samples": 0}, r"max_train_samples is 0; it must be at least 1"),
         ({"max_eval_samples": -5}, r"max_eval_samples is -5; it must be at least 1"),
         (

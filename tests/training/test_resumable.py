@@ -5,8 +5,10 @@ import signal
 
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 from factories import OURS, tiny_model
 from invariants import assert_equal_states
+from PIL import Image as PILImage
 from runs import arguments, rows, searcher
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -294,21 +296,11 @@ def test_a_kill_between_the_renames_loses_nothing(checkpoints, tmp_path, monkeyp
     assert newest_checkpoint(folder) == str(folder / "checkpoint-4")
 
 
-class Numbers:
-    """A data set of numbers, each an image of one pixel."""
-
-    def select_columns(self, names):
-        return self
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, indices):
-        return {"image": [float(index) for index in indices], "label": [0] * len(indices)}
-
-
 def test_workers_that_live_on_see_the_epoch_change():
-    images = SeededImages(Numbers(), lambda image: torch.rand(3), "image", "label", seed=0)
+    pictures = [PILImage.new("RGB", (2, 2), (n, n, n)) for n in range(4)]
+    features = Features({"image": Image(), "label": Value("int64")})
+    dataset = Dataset.from_dict({"image": pictures, "label": [0] * 4}, features=features)
+    images = SeededImages(dataset, lambda image: torch.rand(3), "image", "label", seed=0)
     loader = DataLoader(images, 4, num_workers=1, persistent_workers=True)
     seen = []
     for epoch in (0, 1, 0):
