@@ -50,9 +50,17 @@ def prepare(
     require_push(args)
     # what decides the result: a resumed run has to agree with it
     settings = {"model_name_or_path": name, "teacher_name_or_path": model_args.teacher_name_or_path}
+    settings["new_classifier"] = model_args.new_classifier
     settings |= asdict(data_args) | asdict(augmentation_args) | training_settings(args, data_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, phases=("",))
-    model, inputs = load(name, data_args, args.seed, augmentation_args)
+    model, inputs = load(
+        name,
+        data_args,
+        args.seed,
+        augmentation_args,
+        new_classifier=model_args.new_classifier,
+        match_labels_by_number=model_args.match_labels_by_number,
+    )
     # `publish` takes models of this package only; better to say so now than after the training.
     if args.push_to_hub and is_stock(model):
         raise ValueError(
@@ -68,7 +76,9 @@ def prepare(
         source=source_of(name, model),
         source_subnet=load_subnet(name, model),
         dense=model,
-        teacher=load_teacher(model_args.teacher_name_or_path, inputs),
+        teacher=load_teacher(
+            model_args.teacher_name_or_path, inputs, model_args.match_labels_by_number
+        ),
     )
 
 
@@ -154,6 +164,11 @@ def run_evaluate(
 ) -> dict[str, Any]:
     """Measure a classifier on the evaluation split: accuracy, cost, size, speed. Write nothing."""
     name = _named_model(model_args)
-    model, inputs = load(name, data_args, args.seed)
+    model, inputs = load(
+        name,
+        data_args,
+        args.seed,
+        match_labels_by_number=model_args.match_labels_by_number,
+    )
     results, _ = measure({"model": model}, inputs.eval, args)
     return results["model"]

@@ -216,7 +216,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     saved = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     # version 0.1 wrote an earlier name of the preset, fields that have been removed, and not those
     # that were added
-    saved = ADDED | without_removed(saved)
+    saved = {"new_classifier": False} | ADDED | without_removed(saved)
     if "preset" in saved:
         saved["preset"] = ALIASES.get(saved["preset"], saved["preset"])
     # what JSON makes of tuples and the like, as in the file
