@@ -33,6 +33,7 @@ from ..data import (
     require_decodable,
     with_image_transform,
 )
+from ..data.processors import describe_other_pixels
 from ..families.description import image_sides
 from ..families.evaluation import evaluating
 from ..families.loading import NEW_CLASSIFIER, load_complete_classifier, load_with_new_head
@@ -190,6 +191,11 @@ def _require_images(name: str, model: PreTrainedModel, inputs: Inputs) -> None:
     """Raise ValueError unless a model takes the images that are prepared for it."""
     pixel_values = inputs.eval[0]["pixel_values"][None]  # (1, C, H, W)
     require_same_size(name, model, tuple(pixel_values.shape[-2:]))
+    _require_forward(name, model, pixel_values)
+
+
+def _require_forward(name: str, model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
+    """Raise ValueError unless a model takes some images (B, C, H, W)."""
     try:
         with evaluating(model), torch.no_grad():
             model(pixel_values=pixel_values)
@@ -366,6 +372,7 @@ def load_teacher(
         return None
     model = load_complete_classifier(name_or_path)
     _require_same_preprocessing(name_or_path, inputs.processor)
+    _require_forward(f"the teacher {name_or_path}", model, inputs.eval[0]["pixel_values"][None])
     num_labels = len(inputs.data.label_names)
     if model.config.num_labels != num_labels:
         raise ValueError(
@@ -388,18 +395,14 @@ def load_teacher(
 def _require_same_preprocessing(name_or_path: str, processor: Any) -> None:
     """Raise ValueError unless a teacher's images are made as the image processor makes them."""
     theirs = load_image_processor(name_or_path)
-    compared = {
-        "mean": (list(processor.image_mean), list(theirs.image_mean)),
-        "std": (list(processor.image_std), list(theirs.image_std)),
-        "size": (image_shape(processor), image_shape(theirs)),
-    }
-    for what, (ours, wanted) in compared.items():
-        if ours != wanted:
-            raise ValueError(
-                f"the teacher {name_or_path} expects images of {what} {wanted}, but the model "
-                f"gets {ours}; student and teacher see the same batch, so choose a teacher with "
-                "the same preprocessing."
-            )
+    difference = describe_other_pixels(processor, theirs, *image_shape(processor))
+    if difference is not None:
+        raise ValueError(
+            f"the image processor of the teacher {name_or_path} makes other pixels than that of "
+            f"the model: {difference}. Student and teacher see the same batch, so choose a teacher "
+            "with the same preprocessing (size, crop_size, do_rescale, do_normalize, image_mean, "
+            "image_std)."
+        )
 
 
 def image_shape(processor: Any) -> tuple[int, int]:

@@ -7,11 +7,20 @@ import shutil
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from factories import search_config, tiny_model
+from factories import search_config, tiny_model, tiny_vit
 from pictures import parquet, picture, write
 from runs import arguments, rows
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    ConvNextImageProcessorPil,
+    RegNetConfig,
+    ResNetConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from ofb_hf import OFBTrainer
 from ofb_hf.data import AugmentationArguments, DataArguments, ImageStream, align_labels
@@ -112,6 +121,71 @@ def test_a_teacher_may_be_the_model_itself_however_it_is_evaluated(images, check
         str(checkpoint), DataArguments(data_dir=str(images), eval_crop_pct=0.5), seed=0
     )
     assert load_teacher(str(checkpoint), inputs).config.num_labels == 3
+
+
+# Processors whose sizes and numbers look alike and which make other pixels, and what they make.
+OTHER_PIXELS = {
+    "do_normalize": ({"do_normalize": False}, "gray levels"),
+    "do_rescale": ({"do_rescale": False}, "gray levels"),
+    "rescale_factor": ({"rescale_factor": 1 / 127.5}, "gray levels"),
+    "image_mean": ({"image_mean": [0.485, 0.456, 0.406]}, "gray levels"),
+    "size": ({"size": {"height": 20, "width": 20}}, r"\(3, 20, 20\) instead of \(3, 16, 16\)"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PIXELS)
+def test_a_teacher_is_refused_if_its_processor_makes_other_pixels(
+    name, images, checkpoint, tmp_path
+):
+    changes, difference = OTHER_PIXELS[name]
+    _, inputs = load(str(checkpoint), DataArguments(data_dir=str(images)), seed=0)
+    teacher = shutil.copytree(checkpoint, tmp_path / "teacher")
+    fields = {"size": {"height": 16, "width": 16}} | changes
+    ViTImageProcessorPil(**fields).save_pretrained(teacher)
+    with pytest.raises(ValueError, match=f"teacher .* makes other pixels .*{difference}"):
+        load_teacher(str(teacher), inputs)
+
+
+def test_a_teacher_whose_processor_makes_the_same_pixels_otherwise_is_taken(
+    images, checkpoint, tmp_path
+):
+    _, inputs = load(str(checkpoint), DataArguments(data_dir=str(images)), seed=0)
+    teacher = shutil.copytree(checkpoint, tmp_path / "teacher")
+    ViTImageProcessorPil(
+        size={"height": 16, "width": 16}, do_rescale=False, image_mean=127.5, image_std=127.5
+    ).save_pretrained(teacher)
+    assert load_teacher(str(teacher), inputs).config.num_labels == 3
+
+
+CONVOLUTIONS = {
+    "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]),
+    "regnet": RegNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], groups_width=8),
+    "convnext": ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutional_teachers_with_a_crop_pct_are_taken(name, images, checkpoint, tmp_path):
+    _, inputs = load(str(checkpoint), DataArguments(data_dir=str(images)), seed=0)
+    config = CONVOLUTIONS[name]
+    config.id2label = dict(enumerate(["blue", "green", "red"]))
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
+    numbers = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_pct": 0.875}
+    ConvNextImageProcessorPil(size={"shortest_edge": 16}, **numbers).save_pretrained(tmp_path)
+    assert load_teacher(str(tmp_path), inputs).config.model_type == name
+    ConvNextImageProcessorPil(size={"shortest_edge": 24}, **numbers).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"shape \(3, 24, 24\) instead of \(3, 16, 16\)"):
+        load_teacher(str(tmp_path), inputs)
+
+
+def test_a_teacher_that_cannot_take_the_images_is_refused(images, checkpoint, tmp_path):
+    _, inputs = load(str(checkpoint), DataArguments(data_dir=str(images)), seed=0)
+    teacher = tiny_vit(image_size=24)
+    teacher.config.id2label = dict(enumerate(inputs.data.label_names))
+    teacher.save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the teacher .* cannot take the images"):
+        load_teacher(str(tmp_path), inputs)
 
 
 def test_rows_without_an_image_are_named(tmp_path):
