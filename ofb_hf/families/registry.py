@@ -35,6 +35,18 @@ def describe(config: PreTrainedConfig) -> Architecture:
     return family_of(config).describe(config)
 
 
+def is_ours(model: nn.Module) -> bool:
+    """Return whether a model is a classifier of this package.
+
+    One that came by `trust_remote_code` is, too: its class is of another module, so its model type
+    decides.
+    """
+    for family in FAMILIES.values():
+        if isinstance(model, family.stock_class):
+            return model.config.model_type == family.model_class.config_class.model_type
+    return False
+
+
 def require_classifier(model: nn.Module) -> None:
     """Raise `UnsupportedArchitectureError` unless a model is a classifier of a family."""
     classes = tuple(family.stock_class for family in FAMILIES.values())

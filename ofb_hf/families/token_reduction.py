@@ -74,7 +74,7 @@ def followed_schedule(
             f"class token, which of the supported families only {_able()} has; leave it out."
         )
     config_class = family_of(config).model_class.config_class
-    if not isinstance(config, config_class):
+    if config.model_type != config_class.model_type:
         fields = config.to_dict()
         for name in NOT_GIVEN:
             fields.pop(name, None)

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from .._moved import refusing_renamed
 from ..data import AugmentationArguments, DataArguments
+from ..families.registry import is_ours
 from ..families.subnet import SubnetSpec
-from ..models import REGISTERED
 from ..pictures.plots import plot_finetuning
 from ..release.card import render_finetuned_card
 from ..training.arguments import OFBTrainingArguments
@@ -103,7 +103,7 @@ def _require_teacher(model_args: TrainedModelArguments, args: OFBTrainingArgumen
 
 def is_stock(model: PreTrainedModel) -> bool:
     """Return whether a model is of a class of transformers, which needs no code of this package."""
-    return not any(type(model) in row for row in REGISTERED)
+    return not is_ours(model)
 
 
 def run_finetune(run: Run) -> dict[str, Any]:
