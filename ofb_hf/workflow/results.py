@@ -190,10 +190,9 @@ def token_picture(run: Run, model: PreTrainedModel) -> dict[str, Draw]:
         # evenly over the split, which may be sorted by class
         chosen = [images[index * len(images) // count] for index in range(count)]
         pixels = torch.stack([row["pixel_values"] for row in chosen])  # (count, 3, H, W)
-        mean, std = (
-            [level / (GRAY_LEVELS - 1) for level in levels]
-            for levels in pixel_statistics(run.inputs.processor)
-        )
+        # in gray levels, of which the picture has numbers from 0 to 1
+        levels = torch.tensor(pixel_statistics(run.inputs.processor))  # (2, 3)
+        mean, std = (levels / (GRAY_LEVELS - 1)).tolist()
         draw_tokens(model, pixels, mean, std, path)
 
     return {output.TOKEN_PICTURE: draw}
