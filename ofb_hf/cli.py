@@ -377,6 +377,7 @@ def publish(argv: list[str] | None = None) -> None:
             # without the flag, the Hub's default for the owner of the repository holds
             private=wanted.private or None,
             stock=not wanted.no_stock,
+            allow_words=wanted.allow_words or (),
         )
     if not isinstance(done, Path):
         sys.stdout.write(f"published: {done.pr_url or done.commit_url}\n")

@@ -341,6 +341,9 @@ class PublishArguments:
     no_stock: bool = _setting(
         False, "Do not also publish a ViT as a padded stock checkpoint, on the branch `stock`."
     )
+    allow_words: list[str] | None = _setting(
+        None, "Words that may be published although this account or machine is called so."
+    )
     output_dir: str | None = _setting(None, "Also write what is published to this new folder.")
     dry_run: bool = _setting(False, "Only write output_dir, and list what would be sent.")
 
