@@ -119,7 +119,7 @@ def test_a_name_that_is_a_word_of_cards_or_of_our_code_is_no_leak(folder, monkey
     save_file({f"{name}.layers.0": torch.zeros(3)}, folder / "model.safetensors")
     account(monkeypatch, name)
     monkeypatch.setattr("platform.node", lambda: name.capitalize())
-    require_no_leaks(folder)
+    assert require_no_leaks(folder) is None
 
 
 def test_code_that_is_not_ours_is_searched(folder):
