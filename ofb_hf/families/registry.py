@@ -1,5 +1,6 @@
 """The registered model families, and which of them a config or a model belongs to."""
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -45,6 +46,13 @@ def is_ours(model: nn.Module) -> bool:
         if isinstance(model, family.stock_class):
             return model.config.model_type == family.model_class.config_class.model_type
     return False
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of wrappers: DDP's, those of a compiled model, and PEFT's."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    # of every PeftModel; adapters are layers inside of its base model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def require_classifier(model: nn.Module) -> None:
