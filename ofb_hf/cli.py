@@ -73,7 +73,8 @@ on a CPU). Otherwise name a model, data and a budget:
         --data_dir PHOTOS --target_macs 0.5 --num_train_epochs 20 --finetune_epochs 30 \\
         --output_dir runs/half
 
-PHOTOS is a folder with one subfolder per class, or with parquet files. Several budgets
+PHOTOS is a folder with one subfolder per class, or with parquet files. If the model knows other
+labels than these, add --new_classifier --dense_epochs 10, which train it first. Several budgets
 (--target_macs 0.7,0.5,0.35) give one model each, in a folder of its own. A budget may be in
 milliseconds (--target_latency_ms 20 --latency_table FILE of `ofb-hf latency-table`).
 
@@ -125,9 +126,14 @@ FINETUNE = Command(
 
     ofb-hf finetune --model_name_or_path runs/half --teacher_name_or_path \\
         facebook/deit-small-patch16-224 --data_dir PHOTOS --num_train_epochs 30 \\
-        --output_dir runs/longer""",
+        --output_dir runs/longer
+
+A model for other labels than those of PHOTOS gets a head for these with --new_classifier.""",
     {
-        "model and data": ("model_name_or_path", "teacher_name_or_path", *DATA, "augmentation"),
+        "model and data": (
+            *("model_name_or_path", "new_classifier", "teacher_name_or_path", *DATA),
+            "augmentation",
+        ),
         "training": (
             *("num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps"),
             *("weight_decay", "per_device_train_batch_size"),
@@ -371,6 +377,7 @@ def publish(argv: list[str] | None = None) -> None:
             # without the flag, the Hub's default for the owner of the repository holds
             private=wanted.private or None,
             stock=not wanted.no_stock,
+            allow_words=wanted.allow_words or (),
         )
     if not isinstance(done, Path):
         sys.stdout.write(f"published: {done.pr_url or done.commit_url}\n")

@@ -4,8 +4,10 @@ Sizes are awkward and pairwise different wherever they can be, so that a swapped
 and weights are large enough that a forgotten factor shows in the logits.
 """
 
+import importlib.util
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from ofb_hf import (
     SwinBiMaskConfig,
     ViTBiMaskConfig,
     install_bi_masks,
+    models,
 )
 from ofb_hf.cost.latency import LatencyTable, frame_of
 from ofb_hf.families.registry import describe
@@ -459,3 +462,19 @@ def decided(schedule, **options):
         ):
             proxy.logits.data[proxy.candidates == count] = 60.0
     return learner
+
+
+def by_remote_code(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with classes of other modules, as `trust_remote_code` loads them."""
+    package = "copied_models"
+    if package not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            package, models.__file__, submodule_search_locations=[str(Path(models.__file__).parent)]
+        )
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[package])
+    copied = getattr(sys.modules[package], type(model).__name__)
+    assert not isinstance(model, copied)
+    copy = copied(copied.config_class.from_dict(model.config.to_dict()))
+    copy.load_state_dict(model.state_dict())
+    return copy.to(model.dtype).train(model.training)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import json
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from factories import tiny_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from ofb_hf import cli
@@ -191,6 +193,45 @@ def test_the_readme_example_searches_a_model_that_loads_again(tmp_path, monkeypa
     logits = names["classifier"](images).logits
     assert logits.shape == (8, 3)
     assert names["encoder"](images).last_hidden_state.shape[0] == 8
+
+
+ADAPTED = {
+    "vit": ("vit.encoder.layer.1", "attention.attention", "vit.layers.1"),
+    "swin": ("swin.encoder.layers.1.blocks.0", "attention.self", "swin.encoder.layers.1.blocks.0"),
+}
+
+
+@pytest.mark.parametrize("family", ADAPTED)
+def test_the_example_that_renames_an_adapter_gives_names_that_exist(family, tmp_path, monkeypatch):
+    old, attention, new = ADAPTED[family]
+    layers = {
+        f"{attention}.query": "attention.q_proj",
+        f"{attention}.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+    }
+    tensors = {
+        f"base_model.model.{old}.{layer}.lora_A.weight": torch.full((2,), float(number))
+        for number, layer in enumerate(layers)
+    }
+    kept = {"base_model.model.classifier.weight": torch.zeros(2)}
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors | kept, tmp_path / "adapter" / "adapter_model.safetensors")
+    before = {"r": 2, "target_modules": ["query", "value", "dense"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(before))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example("docs/HUB.md", "adapter_model"), "HUB.md", "exec"), {})
+    after = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    targets = {layer.rpartition(".")[2] for layer in layers.values()}
+    assert after == before | {"target_modules": sorted(targets)}
+    renamed = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    model = tiny_model(family)
+    for number, layer in enumerate(layers.values()):
+        assert model.get_submodule(f"{new}.{layer}").weight is not None
+        tensor = renamed.pop(f"base_model.model.{new}.{layer}.lora_A.weight")
+        assert tensor[0] == number
+    assert list(renamed) == list(kept)
 
 
 def test_the_example_of_a_published_schedule_counts_what_it_executes():

@@ -14,24 +14,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families.description import Architecture, Term, quantities
-from ..families.registry import describe, require_classifier
+from ..families.registry import describe, require_classifier, unwrapped
 from ..families.subnet import SubnetSpec
-from ..families.token_reduction import followed_schedule, scheduled
+from ..families.token_reduction import at_image_size, followed_schedule, scheduled
 
 
-def count_macs(model: PreTrainedModel | PreTrainedConfig, subnet: SubnetSpec | None = None) -> int:
-    """Count the exact MACs of one image at `config.image_size`.
+def count_macs(
+    model: PreTrainedModel | PreTrainedConfig,
+    subnet: SubnetSpec | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> int:
+    """Count the exact MACs of one image.
 
     Args:
-        model: an image classifier or its config, stock or ours.
+        model: an image classifier or its config, stock or ours. Of a `PeftModel` its base model is
+            counted, which is what remains when adapters are merged.
         subnet: count what this subnet of `model` would cost instead.
+        image_size: pixels of a side or (height, width), by default those of the config. Others are
+            what a model costs that is called with `interpolate_pos_encoding=True`.
 
     Raises:
         UnsupportedArchitectureError: for a model of no family, and for a token schedule that the
             family does not support.
-        ValueError: for a token schedule that the model cannot follow.
+        ValueError: for a token schedule that the model cannot follow, and for images without a
+            whole patch.
     """
-    return count_cost(model, lambda architecture: architecture.macs, subnet)
+    return count_cost(model, lambda architecture: architecture.macs, subnet, image_size)
 
 
 def count_params(
@@ -45,6 +53,7 @@ def count_cost(
     model: PreTrainedModel | PreTrainedConfig,
     terms_of: Callable[[Architecture], tuple[Term, ...]],
     subnet: SubnetSpec | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> int:
     """Count any sum of terms exactly: what a budget counts, with `BiMaskConfig.terms`.
 
@@ -52,15 +61,22 @@ def count_cost(
         model: as for `count_macs`.
         terms_of: architecture -> its cost terms.
         subnet: as for `count_macs`.
+        image_size: as for `count_macs`.
     """
+    config = model
     if isinstance(model, nn.Module):
-        require_classifier(model)
-        model = model.config
-    schedule = None if subnet is None else subnet.token_schedule
-    if schedule is None:
-        architecture = describe(model)
+        classifier = unwrapped(model)
+        require_classifier(classifier)
+        config = classifier.config
+    schedule = getattr(config, "token_schedule", None)
+    if subnet is not None and subnet.token_schedule is not None:
+        schedule = subnet.token_schedule
+    if schedule is not None:
+        schedule = followed_schedule(config, schedule)
+    if image_size is not None:
+        architecture = at_image_size(config, image_size, schedule)
     else:
-        architecture = scheduled(model, followed_schedule(model, schedule))
+        architecture = describe(config) if schedule is None else scheduled(config, schedule)
     sizes = architecture.sizes
     if subnet is not None:
         sizes = sizes | subnet.shapes

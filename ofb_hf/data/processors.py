@@ -9,6 +9,8 @@ from PIL import Image
 
 GRAY_LEVELS = 256
 CHANNELS = 3
+# Three levels of each channel show any scale, shift and order of channels.
+PROBE_COLORS = ((0, 128, 255), (128, 255, 0), (255, 0, 128))
 SizeOf = Callable[[Image.Image], tuple[int, int]]
 
 
@@ -88,8 +90,9 @@ def output_size(size: Any) -> tuple[int, int]:
     if size.get("height") and size.get("width"):
         return size["height"], size["width"]
     raise ValueError(
-        f"the image processor gives images of different sizes ({dict(size)}, no crop); a batch "
-        "needs one size. Set its size to height and width, or its do_center_crop and crop_size."
+        f"the image processor gives images of different sizes ({dict(size)}, no crop_size; a "
+        "crop_pct is not read); a batch needs one size. Set its size to height and width, or its "
+        "do_center_crop and crop_size."
     )
 
 
@@ -149,6 +152,11 @@ def normalization_table(image_processor: Any) -> np.ndarray:
 def _channel_values(image_processor: Any, name: str) -> list[float]:
     """Return one value for all channels, or three."""
     values = getattr(image_processor, name)
+    if values is None:
+        raise ValueError(
+            f"the image processor's {name} is None, and do_normalize is True; give its value for "
+            "each channel, or set do_normalize to False."
+        )
     if isinstance(values, int | float):
         values = [float(values)]
     values = list(values)
@@ -187,4 +195,27 @@ def describe_difference(expected: np.ndarray, actual: np.ndarray, table: np.ndar
     gap = float(np.abs(expected - actual).mean())
     if gap > gray_level:
         return f"its output differs by {gap / gray_level:.1f} gray levels on average"
+    return None
+
+
+def describe_other_pixels(image_processor: Any, other: Any, height: int, width: int) -> str | None:
+    """Return how another processor's pixels differ from those of a processor, None if they do not.
+
+    Both are tried on images of one color each. How they resize and crop a photo is not compared,
+    only the size that comes out.
+
+    Args:
+        image_processor: with RGB outputs; `other`: any other one.
+        height, width: of the images to try.
+    """
+    table = normalization_table(image_processor)
+    for color in PROBE_COLORS:
+        image = Image.new("RGB", (width, height), color)
+        ours, theirs = (
+            each(image, return_tensors="pt")["pixel_values"][0].float().numpy()
+            for each in (image_processor, other)
+        )
+        difference = describe_difference(theirs, ours, table)
+        if difference is not None:
+            return difference
     return None

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .registry import FAMILIES
+from .registry import FAMILIES, is_ours
 
 
 @contextmanager
@@ -37,6 +37,7 @@ def logits_of(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     arguments = {}
     for family in FAMILIES.values():
         # a subclass may take other arguments
-        if type(model) is family.model_class and family.only_logits is not None:
+        has_class = type(model).__name__ == family.model_class.__name__ and is_ours(model)
+        if has_class and family.only_logits is not None:
             arguments = family.only_logits(pixel_values)
     return model(pixel_values=pixel_values, **arguments).logits

@@ -1,14 +1,20 @@
 """Make classifiers: load a complete one from the Hub or a folder, or rebuild one of our class."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from .registry import family_of
+
+# How a user gets a classifier for labels of their own, for messages.
+NEW_CLASSIFIER = (
+    "`ofb-hf finetune --new_classifier` trains one for the labels of your data, and so does "
+    "`ofb-hf search --new_classifier --dense_epochs N` before it searches"
+)
 
 
 def load_complete_classifier(name_or_path: str | Path) -> PreTrainedModel:
@@ -18,8 +24,40 @@ def load_complete_classifier(name_or_path: str | Path) -> PreTrainedModel:
         ValueError: if it cannot be loaded, or if the file lacks weights, which transformers would
             initialise at random.
     """
-    model, missing = _loaded(name_or_path)
-    _require_complete(name_or_path, missing)
+    model, report = _loaded(name_or_path)
+    _require_complete(name_or_path, model, report["missing_keys"])
+    return model
+
+
+def load_with_new_head(name_or_path: str | Path, label_names: list[str]) -> PreTrainedModel:
+    """Load an image classifier, or an encoder, with a head for other labels.
+
+    The head has random weights, whatever the checkpoint holds; seed torch to repeat them.
+
+    Args:
+        name_or_path: a folder, or a Hub name.
+        label_names: of the new labels, in the order of their numbers.
+
+    Raises:
+        ValueError: if it cannot be loaded, or if other weights than those of the head are missing
+            or have another shape.
+    """
+    numbers = {name: number for number, name in enumerate(label_names)}
+    model, report = _loaded(
+        name_or_path,
+        ignore_mismatched_sizes=True,
+        id2label=dict(enumerate(label_names)),
+        label2id=numbers,
+    )
+    other_shapes = {name for name, *_ in report["mismatched_keys"]}
+    missing = _in_encoder(model, report["missing_keys"] | other_shapes)
+    _require_complete(name_or_path, model, missing)
+    for module in _head_modules(model):
+        for tensor in module.parameters(recurse=False):
+            # transformers does not touch what a checkpoint filled, and a head of as many labels as
+            # before was filled
+            tensor._is_hf_initialized = False
+        model._init_weights(module)
     return model
 
 
@@ -32,35 +70,59 @@ def load_classifier_or_features(name_or_path: str | Path) -> PreTrainedModel:
     Raises:
         ValueError: if it cannot be loaded, or if other weights than those of the head are missing.
     """
-    model, missing = _loaded(name_or_path)
-    base = f"{model.base_model_prefix}."
-    if missing and not any(name.startswith(base) for name in missing):
-        model, missing = _loaded(name_or_path, num_labels=0)
-    _require_complete(name_or_path, missing)
+    model, report = _loaded(name_or_path)
+    missing = report["missing_keys"]
+    if missing and not _in_encoder(model, missing):
+        model, report = _loaded(name_or_path, num_labels=0)
+    _require_complete(name_or_path, model, report["missing_keys"])
     return model
 
 
-def _loaded(name_or_path: str | Path, **config: Any) -> tuple[PreTrainedModel, list[str]]:
-    """Load an image classifier with some fields of its config set; also return what is missing."""
+def _in_encoder(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Return those of some tensors' names that are not of a classifier's head."""
+    return {name for name in names if name.startswith(f"{model.base_model_prefix}.")}
+
+
+def _head_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules of a classifier that are not of its encoder."""
+    modules: list[nn.Module] = []
+    for name, child in model.named_children():
+        if name != model.base_model_prefix:
+            modules += child.modules()
+    return modules
+
+
+def _loaded(
+    name_or_path: str | Path, **changes: Any
+) -> tuple[PreTrainedModel, dict[str, set[Any]]]:
+    """Load an image classifier with some fields of its config set.
+
+    Also return which tensors are missing and which have another shape, as transformers says.
+    """
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
-            name_or_path, output_loading_info=True, **config
+            name_or_path, output_loading_info=True, **changes
         )
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"cannot load an image classifier from {str(name_or_path)!r}: {error} Give a Hub name "
             "or a folder written by save_pretrained."
         ) from error
-    return model, sorted(report["missing_keys"])
+    return model, report
 
 
-def _require_complete(name_or_path: str | Path, missing: list[str]) -> None:
+def _require_complete(
+    name_or_path: str | Path, model: PreTrainedModel, missing: Iterable[str]
+) -> None:
     """Raise ValueError if a checkpoint lacks tensors."""
-    if missing:
-        raise ValueError(
-            f"{name_or_path} is no complete image classifier: {len(missing)} of its tensors are "
-            f"missing, such as {missing[0]}."
-        )
+    names = sorted(missing)
+    if not names:
+        return
+    advice = "" if _in_encoder(model, names) else f" It has no head: {NEW_CLASSIFIER}."
+    raise ValueError(
+        f"{name_or_path} is no complete image classifier: {len(names)} of its tensors are "
+        f"missing, such as {names[0]}.{advice}"
+    )
 
 
 def rebuild_classifier(

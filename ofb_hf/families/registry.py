@@ -1,5 +1,6 @@
 """The registered model families, and which of them a config or a model belongs to."""
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -33,6 +34,25 @@ def family_of(config: PreTrainedConfig) -> Family:
 def describe(config: PreTrainedConfig) -> Architecture:
     """Return the architecture that a config, stock or ours, stands for."""
     return family_of(config).describe(config)
+
+
+def is_ours(model: nn.Module) -> bool:
+    """Return whether a model is a classifier of this package.
+
+    One that came by `trust_remote_code` is, too: its class is of another module, so its model type
+    decides.
+    """
+    for family in FAMILIES.values():
+        if isinstance(model, family.stock_class):
+            return model.config.model_type == family.model_class.config_class.model_type
+    return False
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of wrappers: DDP's, those of a compiled model, and PEFT's."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    # of every PeftModel; adapters are layers inside of its base model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def require_classifier(model: nn.Module) -> None:

@@ -74,9 +74,14 @@ def _grids(config: SwinConfig) -> list[tuple[int, int]]:
     return grids
 
 
+def _is_ours(config: SwinConfig) -> bool:
+    """Return whether a config is one of this package; `trust_remote_code` loads another class."""
+    return config.model_type == OFBSwinConfig.model_type
+
+
 def _stage_width(config: SwinConfig, stage: int) -> int:
     """Return the channels of a stage's residual stream, of a stock config as well."""
-    if isinstance(config, OFBSwinConfig):
+    if _is_ours(config):
         return config.stage_width(stage)
     return int(config.embed_dim * 2**stage)
 
@@ -87,7 +92,7 @@ def _layer_sizes(
     block: int,
 ) -> dict[str, int]:
     """Return heads, channels per head and MLP width of a block, of a stock config as well."""
-    if isinstance(config, OFBSwinConfig):
+    if _is_ours(config):
         return config.layer_sizes(stage, block)
     width = _stage_width(config, stage)
     heads = config.num_heads[stage]

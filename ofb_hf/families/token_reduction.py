@@ -3,6 +3,8 @@
 Families say in `Family.tokens` whether their classifiers can follow a token schedule, and how.
 """
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .description import Architecture, Part, TokenReductions, UnsupportedArchitectureError
+from .description import (
+    Architecture,
+    Part,
+    Term,
+    TokenReductions,
+    UnsupportedArchitectureError,
+    square_patch,
+)
 from .forward_parts import REDUCTION
 from .registry import FAMILIES, describe, family_of
 
@@ -74,7 +83,7 @@ def followed_schedule(
             f"class token, which of the supported families only {_able()} has; leave it out."
         )
     config_class = family_of(config).model_class.config_class
-    if not isinstance(config, config_class):
+    if config.model_type != config_class.model_type:
         fields = config.to_dict()
         for name in NOT_GIVEN:
             fields.pop(name, None)
@@ -114,6 +123,57 @@ def layer_parts(
 def scheduled(config: PreTrainedConfig, schedule: Sequence[Sequence[int]]) -> Architecture:
     """Return the architecture of a classifier under another token schedule than its own."""
     return replace(describe(config), parts=schedule_parts(config, schedule))
+
+
+def at_image_size(
+    config: PreTrainedConfig,
+    image_size: int | Sequence[int],
+    schedule: Sequence[Sequence[int]] | None,
+) -> Architecture:
+    """Return what a classifier is on images of another size, with interpolated positions.
+
+    Its sizes are the same; its forward parts have other numbers of tokens. A layer that reduces
+    tokens still reduces them to its counts, and the others let pass what they get.
+
+    Args:
+        config: of the classifier, stock or ours; it stays as it is.
+        image_size: pixels, of a side or (height, width).
+        schedule: the token counts that it has at its own image size; None if it keeps all tokens.
+
+    Raises:
+        ValueError: unless the images hold at least one patch.
+    """
+    sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+    patch = square_patch(config)
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= patch for side in sides):
+        raise ValueError(
+            f"image_size is {image_size!r}; give the pixels of a side or (height, width), whole "
+            f"numbers of at least {patch}, the size of a patch."
+        )
+    resized = copy.deepcopy(config)
+    if schedule is not None:
+        resized.token_schedule = None
+    resized.image_size = sides
+    if schedule is None:
+        return describe(resized)
+    before, left = (math.prod(describe(each).patch_grid) + 1 for each in (config, resized))
+    counts: list[list[int]] = []
+    in_vain: list[Part] = []
+    for layer, (kept, merged) in enumerate(schedule):
+        entering = left
+        kept_here = left
+        if merged < before:
+            kept_here = min(kept, left)
+            left = min(merged, kept_here)
+            if left == entering:
+                # It ranks its tokens and removes none; see `reducing_block`.
+                attention = f"layers.{layer}.attention"
+                ranking = (Term(entering, (attention,)),)
+                in_vain.append(Part(f"layers.{layer}.{REDUCTION}", REDUCTION, ranking, {}))
+        counts.append([kept_here, left])
+        before = merged
+    architecture = scheduled(resized, counts)
+    return replace(architecture, parts=(*architecture.parts, *in_vain))
 
 
 def with_fewest_tokens(config: PreTrainedConfig) -> Architecture:

@@ -55,9 +55,14 @@ def _grid(config: ViTConfig) -> tuple[int, int]:
     return height // patch, width // patch
 
 
+def _is_ours(config: ViTConfig) -> bool:
+    """Return whether a config is one of this package; `trust_remote_code` loads another class."""
+    return config.model_type == OFBViTConfig.model_type
+
+
 def _layer_sizes(config: ViTConfig, layer: int) -> dict[str, int]:
     """Return heads, channels per head and MLP width of a layer, of a stock config as well."""
-    if isinstance(config, OFBViTConfig):
+    if _is_ours(config):
         return config.layer_sizes(layer)
     # As the stock model does: a `head_dim` that is not a declared field counts.
     head_dim = getattr(config, "head_dim", None)
@@ -112,7 +117,7 @@ def _residual_width(config: ViTConfig) -> Submodule:
 def _schedule(config: ViTConfig) -> list[tuple[int, int]]:
     """Return the tokens of each layer after dropping and after merging."""
     layers = range(config.num_hidden_layers)
-    if isinstance(config, OFBViTConfig):
+    if _is_ours(config):
         return [config.token_counts(layer)[1:] for layer in layers]
     tokens = math.prod(_grid(config)) + 1  # patches and the class token
     return [(tokens, tokens) for _ in layers]

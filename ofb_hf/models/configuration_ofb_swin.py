@@ -1,5 +1,7 @@
 """Configuration of a Swin whose stages and blocks may have widths of their own."""
 
+import json
+
 from huggingface_hub.dataclasses import strict
 from transformers import SwinConfig
 
@@ -51,6 +53,8 @@ class OFBSwinConfig(SwinConfig):
     head_dim_per_block: list[list[int]] | None = None
     intermediate_size_per_block: list[list[int]] | None = None
     attention_scale_per_stage: list[float] | None = None
+    # A number that only decoders read; text in files for which `stock_difference` has an answer.
+    encoder_stride: int | str = 32
     # No field of the dataclass: configs of networks that were never rewritten do not hold it.
     basis = None
 
@@ -80,7 +84,45 @@ class OFBSwinConfig(SwinConfig):
             "intermediate_size": mlp_width,
         }
 
+    def stock_difference(self) -> str | None:
+        """Return what a `SwinForImageClassification` would ignore; None if it computes the same."""
+        for stage, depth in enumerate(self.depths):
+            width = int(self.embed_dim * 2**stage)
+            heads = self.num_heads[stage]
+            stock = {
+                "num_attention_heads": heads,
+                "head_dim": width // heads,
+                "intermediate_size": int(self.mlp_ratio * width),
+            }
+            scales = self.attention_scale_per_stage
+            if scales is not None and scales[stage] != (width // heads) ** -0.5:
+                return "an attention_scale_per_stage"
+            if any(self.layer_sizes(stage, block) != stock for block in range(depth)):
+                return "widths per block"
+        return None
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return the content of `config.json`.
+
+        Where the stock class would compute something else, it stops at `encoder_stride`, a field
+        of a decoder, which is text then: `SwinForImageClassification.from_pretrained` would load
+        the weights with no more than a general warning.
+        """
+        text = super().to_json_string(use_diff)
+        difference = self.stock_difference()
+        if difference is None:
+            return text
+        fields = json.loads(text)
+        fields["encoder_stride"] = (
+            f"{self.encoder_stride} in a decoder. This model has {difference}, which the class of "
+            "transformers does not follow: import ofb_hf and use the Auto classes, or load it with "
+            "trust_remote_code=True."
+        )
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
     def __post_init__(self, **kwargs):
+        # its first word is the number in any case
+        self.encoder_stride = int(str(self.encoder_stride).split()[0])
         super().__post_init__(**kwargs)
         if getattr(self, "token_schedule", None) is not None:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Configuration of a ViT whose layers may have different widths."""
 
+import json
 from collections.abc import Sequence
 from operator import index
 from typing import Any
@@ -59,6 +60,8 @@ class OFBViTConfig(ViTConfig):
     head_dim_per_layer: list[int] | None = None
     intermediate_size_per_layer: list[int] | None = None
     attention_scale: float | None = None
+    # A number that only decoders read; text in files for which `stock_difference` has an answer.
+    encoder_stride: int | str = 16
     # Not `list[list[int]]`: tuples and numbers of numpy are accepted as well, and converted.
     token_schedule: Any = None
     # No field of the dataclass: configs of networks that were never rewritten do not hold it.
@@ -115,7 +118,44 @@ class OFBViTConfig(ViTConfig):
             "intermediate_size": pick(self.intermediate_size_per_layer, self.intermediate_size),
         }
 
+    def stock_difference(self) -> str | None:
+        """Return what a `ViTForImageClassification` would ignore; None if it computes the same."""
+        head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+        stock = {
+            "num_attention_heads": self.num_attention_heads,
+            "head_dim": head_dim,
+            "intermediate_size": self.intermediate_size,
+        }
+        if self.token_schedule is not None:
+            return "a token_schedule"
+        if self.attention_scale not in (None, (head_dim or 1) ** -0.5):
+            return "an attention_scale"
+        if any(self.layer_sizes(layer) != stock for layer in range(self.num_hidden_layers)):
+            return "widths per layer"
+        return None
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return the content of `config.json`.
+
+        Where the stock class would compute something else, it stops at `encoder_stride`, a field
+        of a decoder, which is text then: `ViTForImageClassification.from_pretrained` would load
+        the weights with no more than a general warning.
+        """
+        text = super().to_json_string(use_diff)
+        difference = self.stock_difference()
+        if difference is None:
+            return text
+        fields = json.loads(text)
+        fields["encoder_stride"] = (
+            f"{self.encoder_stride} in a decoder. This model has {difference}, which the class of "
+            "transformers does not follow: import ofb_hf and use the Auto classes, or load it with "
+            "trust_remote_code=True."
+        )
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
     def __post_init__(self, **kwargs):
+        # its first word is the number in any case
+        self.encoder_stride = int(str(self.encoder_stride).split()[0])
         super().__post_init__(**kwargs)
         self._check_sizes("num_attention_heads_per_layer", self.num_attention_heads_per_layer)
         self._check_sizes("head_dim_per_layer", self.head_dim_per_layer)

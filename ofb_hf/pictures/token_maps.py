@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..families.description import square_patch
 from ..families.evaluation import evaluating
-from ..families.registry import family_of
+from ..families.registry import family_of, is_ours
 from ..families.token_reduction import token_layers, token_reductions
 from ..models.modeling_ofb_vit import TokenReduction, match_tokens, rank_tokens, take_tokens
 from ..tokens.schedules import Schedule, num_tokens, require_class_token
@@ -41,11 +41,10 @@ def trace_tokens(model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
         raise ValueError(
             "the model has no token_schedule, so it keeps all tokens; there is nothing to trace."
         )
-    classifier = family_of(model.config).model_class
-    if not isinstance(model, classifier):
+    if not is_ours(model):
         raise TypeError(
             f"got a {type(model).__name__}; tokens are traced in a classifier, "
-            f"{classifier.__name__}."
+            f"{family_of(model.config).model_class.__name__}."
         )
     trace = _Trace(len(pixel_values), num_tokens(model.config))
     handles = [layer.register_forward_hook(trace.note) for layer in token_layers(model)]

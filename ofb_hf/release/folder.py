@@ -37,6 +37,8 @@ OPTIONAL = (
     "finetune.png",
     "compress.png",
 )
+# Larger than any weights, in bytes.
+ONE_FILE = 2**62
 EVALUATIONS = ".eval_results"
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageClassification")
 
@@ -68,7 +70,7 @@ def stage(model: PreTrainedModel | str | Path, folder: Path, secrets: set[str]) 
     """
     folder.mkdir()
     if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=ONE_FILE)
     else:
         _copy(Path(model), folder, secrets)
     loaded = load_complete_classifier(folder)
@@ -102,17 +104,18 @@ def _registered_classes(model: PreTrainedModel) -> tuple[type, ...]:
 
 def _copy(source: Path, folder: Path, secrets: set[str]) -> None:
     """Copy what is published of an output folder."""
-    required = (CONFIG_NAME, SAFE_WEIGHTS_NAME)
-    for name in required:
-        if not (source / name).is_file():
-            raise ValueError(
-                f"{source} has no {name}; give the output folder of a search, or a model."
-            )
+    if not (source / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{source} has no {CONFIG_NAME}; give the output folder of a search, or a model."
+        )
     # Not published, but the Trainer of transformers pickles its arguments with the token in them,
     # and a folder like this one is easily passed on.
     if (source / TRAINING_ARGS_NAME).is_file():
         require_no_token(source / TRAINING_ARGS_NAME, secrets)
-    for name in (*required, *OPTIONAL):
+    if not (source / SAFE_WEIGHTS_NAME).is_file():
+        # in shards, or in a format that is not published: transformers reads both
+        load_complete_classifier(source).save_pretrained(folder, max_shard_size=ONE_FILE)
+    for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME, *OPTIONAL):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .._version import __version__
 from ..hub_retries import patiently, status_of
 from .folder import is_published_file, stage, stage_stock
-from .leaks import require_no_leaks
+from .leaks import require_no_leaks, words_in
 from .stock import has_stock_twin
 
 logger = logging.get_logger(__name__)
@@ -57,6 +57,7 @@ def publish(
     create_pr: bool = False,
     stock: bool = True,
     token: str | None = None,
+    allow_words: Iterable[str] = (),
 ) -> CommitInfo | Path:
     """Publish a compressed classifier on the Hub, loadable with and without this package.
 
@@ -83,6 +84,7 @@ def publish(
             published then.
         stock: whether to publish the stock twin of a ViT.
         token: access token, by default that of `hf auth login` or HF_TOKEN.
+        allow_words: names that are no leak although this account or machine is called so.
 
     Returns:
         The commit, or `output_dir` if there is no `repo_id`.
@@ -103,9 +105,11 @@ def publish(
         loaded = stage(model, folder, secrets)
         has_twin = stock and not only_one_branch and stage_stock(loaded, folder, twin)
         # Before anything is written to `output_dir` or sent. The owner of the repository is public
-        # in any case.
-        owner = {repo_id.partition("/")[0]} if repo_id else set()
-        require_no_leaks(Path(temporary), owner, secrets)
+        # in any case, and so are the classes.
+        public = words_in(loaded.config.id2label.values()) | set(allow_words)
+        if repo_id is not None:
+            public.add(repo_id.partition("/")[0])
+        require_no_leaks(Path(temporary), public, secrets)
         if output_dir is not None:
             shutil.copytree(folder, output_dir, dirs_exist_ok=True)
             if has_twin:

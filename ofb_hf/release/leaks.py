@@ -1,14 +1,19 @@
 """Find what must not be published: secrets, names and folders of a machine, pickles."""
 
+import functools
 import getpass
 import os
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import get_token
 from PIL import Image
+
+from .. import models
+from . import card
 
 # Access tokens by their prefixes: Hugging Face, GitHub, GitLab, npm, Google, AWS, OpenAI, Slack.
 TOKENS = re.compile(
@@ -28,6 +33,9 @@ PATHS = re.compile(
 SECRET_VARIABLES = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)(?:_|$)")
 # Common names of accounts and machines, which identify nobody.
 IMPERSONAL = {"root", "user", "admin", "runner", "ubuntu", "localhost", "jovyan"}
+# Files whose keys are those of this package and of transformers, or names of classes and tensors.
+KEYED = {".json", ".jsonl", ".safetensors"}
+KEY = re.compile(r'"(?:[^"\\]|\\.)*"\s*:')
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 # Values of variables shorter than this are not looked for: they occur in any text.
 SHORTEST_SECRET = 8
@@ -56,27 +64,65 @@ def require_no_leaks(
 ) -> None:
     """Read every file of a folder, and raise if one of them holds what must not be published.
 
+    The names of account and machine are looked for where they can leak: not in the code of this
+    package, not in keys, and not at all if they are words that its cards are written with.
+
     Args:
         folder: to read.
-        public_names: names that may occur, such as the account that is published to.
+        public_names: names that may occur, such as the account that is published to, and classes.
         secrets: strings to look for in addition to the secrets of this machine.
 
     Raises:
         LeakError: with files, lines and what was found there.
     """
     secrets = secrets | _secrets()
+    names = _personal_names(public_names)
     leaks = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            leaks += _leaks_in(path, folder, public_names, secrets)
+        if path.is_file() and not _is_own_code(path):
+            leaks += _leaks_in(path, folder, names, secrets)
     if not leaks:
         return
     shown = "; ".join(str(leak) for leak in leaks[:SHOWN])
     more = f" And {len(leaks) - SHOWN} more." if len(leaks) > SHOWN else ""
     raise LeakError(
         f"not published, because this would be public: {shown}.{more} Remove it from these files "
-        "(or publish a folder without them) and try again."
+        "(or publish a folder without them) and try again. A name of this account or machine that "
+        "means something else there is allowed by `ofb-hf publish --allow_words NAME`."
     )
+
+
+def words_in(texts: Iterable[str]) -> set[str]:
+    """Return the words of some texts, in lower case."""
+    found: set[str] = set()
+    for text in texts:
+        found |= set(re.findall(r"[^\W_]+", text.lower())) | set(
+            re.findall(r"[\w-]+", text.lower())
+        )
+    return found
+
+
+@functools.cache
+def _own_words() -> frozenset[str]:
+    """Return the words that cards are written with, whatever the model."""
+    files = [Path(card.__file__), *card.TEMPLATES.iterdir()]
+    return frozenset(words_in(file.read_text(encoding="utf-8") for file in files))
+
+
+def _is_own_code(path: Path) -> bool:
+    """Return whether a file is one of this package, as it is."""
+    own = Path(models.__file__).with_name(path.name)
+    return path.suffix == ".py" and own.is_file() and own.read_bytes() == path.read_bytes()
+
+
+def _personal_names(public_names: Iterable[str]) -> dict[str, str]:
+    """Return the names of account and machine, unless they are public or identify nobody."""
+    harmless = IMPERSONAL | _own_words() | {public.lower() for public in public_names}
+    names = {"account": _account(), "machine": platform.node()}
+    # Names of one or two letters occur in any text.
+    return {
+        kind: name for kind, name in names.items() if len(name) > 2 and name.lower() not in harmless
+    }
 
 
 def require_no_token(path: Path, secrets: set[str] = frozenset()) -> None:
@@ -100,13 +146,14 @@ def require_no_token(path: Path, secrets: set[str] = frozenset()) -> None:
         )
 
 
-def _leaks_in(path: Path, folder: Path, public_names: set[str], secrets: set[str]) -> list[Leak]:
+def _leaks_in(path: Path, folder: Path, names: dict[str, str], secrets: set[str]) -> list[Leak]:
     name = path.relative_to(folder).as_posix()
     if path.suffix in PICKLES:
         return [Leak(name, "", "a file that may hold pickled code")]
     leaks = []
     for place, text in _texts(path):
-        for what in _findings(text, public_names, secrets):
+        without_keys = KEY.sub(" ", text) if path.suffix in KEYED else text
+        for what in [*_findings(text, secrets), *_names_in(without_keys, names)]:
             leaks.append(Leak(name, place, what))
     return leaks
 
@@ -125,8 +172,8 @@ def _texts(path: Path) -> list[tuple[str, str]]:
     return [(f", line {number}", line) for number, line in enumerate(lines, start=1)]
 
 
-def _findings(text: str, public_names: set[str], secrets: set[str]) -> list[str]:
-    """Return what is in a text that must not be published."""
+def _findings(text: str, secrets: set[str]) -> list[str]:
+    """Return the secrets and folders in a text."""
     found = []
     if TOKENS.search(text):
         found.append("an access token")
@@ -135,11 +182,13 @@ def _findings(text: str, public_names: set[str], secrets: set[str]) -> list[str]
     path = PATHS.search(text)
     if path:
         found.append(f"a folder of a machine ({path[0][:60]})")
-    harmless = IMPERSONAL | {public.lower() for public in public_names}
-    for kind, name in (("account", _account()), ("machine", platform.node())):
-        # Names of one or two letters occur in any text.
-        if len(name) <= 2 or name.lower() in harmless:
-            continue
+    return found
+
+
+def _names_in(text: str, names: dict[str, str]) -> list[str]:
+    """Return which names of account and machine are in a text."""
+    found = []
+    for kind, name in names.items():
         if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
             found.append(f"the name of the {kind} ({name})")
     return found

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families.description import Family, StockTwin
 from ..families.loading import rebuild_classifier
-from ..families.registry import FAMILIES, describe
+from ..families.registry import FAMILIES, describe, family_of, is_ours
 from ..pruning.surgery import Entries, unit_group_plan
 
 NOT_STOCK = {
@@ -100,10 +100,10 @@ def has_stock_twin(model: PreTrainedModel) -> bool:
 
 def _family_with_twins(model: PreTrainedModel) -> Family | None:
     """Return the family of one of our classifiers, None if it has no stock twins."""
-    for family in FAMILIES.values():
-        if family.stock_twin is not None and isinstance(model, family.model_class):
-            return family
-    return None
+    if not is_ours(model):
+        return None
+    family = family_of(model.config)
+    return None if family.stock_twin is None else family
 
 
 def _layer_sizes(config: PreTrainedConfig) -> list[dict[str, int]]:

@@ -48,6 +48,11 @@ class MeasuredModelArguments:
         "A Hub name or folder with an image classifier, or a shape with random weights: "
         f"{', '.join(SHAPES)}.",
     )
+    match_labels_by_number: bool = _setting(
+        False,
+        "Take label 0 of the data for label 0 of the model, and so on, even if their names have "
+        "nothing in common.",
+    )
 
 
 @dataclass
@@ -59,10 +64,22 @@ class TrainedModelArguments(MeasuredModelArguments):
         "Image classifier to learn from. By default a search learns from the dense model itself, "
         "and `ofb-hf finetune` from labels only.",
     )
+    new_classifier: bool = _setting(
+        False,
+        "Give the model a head with random weights for the labels of the data, in place of its "
+        "own. A search needs --dense_epochs then, which train it first.",
+    )
     keep_dense: bool = _setting(False, "Keep the model as it was before, in OUTPUT_DIR/dense.")
     overwrite_output_dir: bool = _setting(
         False, "Start over in a folder that already holds a run; its files are replaced."
     )
+
+    def __post_init__(self):
+        if self.new_classifier and self.model_name_or_path in SHAPES:
+            raise ValueError(
+                f"new_classifier is True, but all weights of {self.model_name_or_path}, a named "
+                "shape, are random, and its labels are those of the data; leave it out."
+            )
 
 
 @dataclass
@@ -75,7 +92,14 @@ class ModelArguments(TrainedModelArguments):
     dense_learning_rate: float = _setting(1e-3, "Peak learning rate of that training.")
 
     def __post_init__(self):
+        super().__post_init__()
         _require_at_least(self, {"dense_epochs": 0, "dense_learning_rate": 0})
+        if self.new_classifier and not self.dense_epochs > 0:
+            raise ValueError(
+                f"new_classifier is True and dense_epochs is {self.dense_epochs}: the search would "
+                "begin with a head of random weights. Say with --dense_epochs how long to train it "
+                "first, or give the result of `ofb-hf finetune --new_classifier`."
+            )
 
 
 @dataclass
@@ -318,6 +342,9 @@ class PublishArguments:
     create_pr: bool = _setting(False, "Open a pull request instead of committing.")
     no_stock: bool = _setting(
         False, "Do not also publish a ViT as a padded stock checkpoint, on the branch `stock`."
+    )
+    allow_words: list[str] | None = _setting(
+        None, "Words that may be published although this account or machine is called so."
     )
     output_dir: str | None = _setting(None, "Also write what is published to this new folder.")
     dry_run: bool = _setting(False, "Only write output_dir, and list what would be sent.")

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from .._moved import refusing_renamed
 from ..data import AugmentationArguments, DataArguments
+from ..families.registry import is_ours
 from ..families.subnet import SubnetSpec
-from ..models import REGISTERED
 from ..pictures.plots import plot_finetuning
 from ..release.card import render_finetuned_card
 from ..training.arguments import OFBTrainingArguments
@@ -50,9 +50,17 @@ def prepare(
     require_runnable(args)
     # what decides the result: a resumed run has to agree with it
     settings = {"model_name_or_path": name, "teacher_name_or_path": model_args.teacher_name_or_path}
+    settings["new_classifier"] = model_args.new_classifier
     settings |= asdict(data_args) | asdict(augmentation_args) | training_settings(args, data_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, phases=("",))
-    model, inputs = load(name, data_args, args.seed, augmentation_args)
+    model, inputs = load(
+        name,
+        data_args,
+        args.seed,
+        augmentation_args,
+        new_classifier=model_args.new_classifier,
+        match_labels_by_number=model_args.match_labels_by_number,
+    )
     # `publish` takes models of this package only; better to say so now than after the training.
     if args.push_to_hub and is_stock(model):
         raise ValueError(
@@ -68,7 +76,9 @@ def prepare(
         source=source_of(name, model),
         source_subnet=load_subnet(name, model),
         dense=model,
-        teacher=load_teacher(model_args.teacher_name_or_path, inputs),
+        teacher=load_teacher(
+            model_args.teacher_name_or_path, inputs, model_args.match_labels_by_number
+        ),
     )
 
 
@@ -93,7 +103,7 @@ def _require_teacher(model_args: TrainedModelArguments, args: OFBTrainingArgumen
 
 def is_stock(model: PreTrainedModel) -> bool:
     """Return whether a model is of a class of transformers, which needs no code of this package."""
-    return not any(type(model) in row for row in REGISTERED)
+    return not is_ours(model)
 
 
 def run_finetune(run: Run) -> dict[str, Any]:
@@ -158,6 +168,12 @@ def run_evaluate(
     out if `data_args.eval_share` asks for them.
     """
     name = _named_model(model_args)
-    model, inputs = load(name, data_args, args.seed, trains=False)
+    model, inputs = load(
+        name,
+        data_args,
+        args.seed,
+        trains=False,
+        match_labels_by_number=model_args.match_labels_by_number,
+    )
     results, _ = measure({"model": model}, inputs.eval, args)
     return results["model"]

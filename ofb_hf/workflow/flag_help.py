@@ -45,6 +45,7 @@ OF_TRAININGS = frozenset(_names(TrainingArguments, AugmentationArguments))
 GROUPS: dict[str, tuple[str, ...]] = {
     "model and data": (
         *("config", "model_*", "teacher_*", "dense_*", "num_images", "num_labels"),
+        *("new_classifier", "match_labels_by_number"),
         *_names(DataArguments),
     ),
     "augmentation (--augmentation deit)": _names(AugmentationArguments),

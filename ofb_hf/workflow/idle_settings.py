@@ -32,7 +32,7 @@ PROCESS = (
 # predicts. The training split is among it: it is what images are held out from, and its columns
 # are those of the data.
 EVALUATION = (
-    "model_name_or_path",
+    *("model_name_or_path", "match_labels_by_number"),
     *("dataset_name", "dataset_config_name", "data_dir", "train_split", "eval_split"),
     *("image_column", "label_column", "eval_share", "max_eval_samples", "eval_crop_pct"),
     # without storing the training split, and without counting its images

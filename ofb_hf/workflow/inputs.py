@@ -33,9 +33,10 @@ from ..data import (
     require_decodable,
     with_image_transform,
 )
+from ..data.processors import describe_other_pixels
 from ..families.description import image_sides
 from ..families.evaluation import evaluating
-from ..families.loading import load_complete_classifier
+from ..families.loading import NEW_CLASSIFIER, load_complete_classifier, load_with_new_head
 from ..families.registry import describe, require_classifier, require_single_label
 from ..families.subnet import SubnetSpec
 from ..models.shapes import SHAPES
@@ -109,7 +110,10 @@ def load(
     data_args: DataArguments,
     seed: int,
     augmentation_args: AugmentationArguments | None = None,
+    *,
     trains: bool = True,
+    new_classifier: bool = False,
+    match_labels_by_number: bool = False,
 ) -> tuple[PreTrainedModel, Inputs]:
     """Load a classifier and its data.
 
@@ -120,6 +124,10 @@ def load(
         name_or_path: key of `SHAPES`, a folder, or a Hub name.
         seed: of the augmentation, and of random weights.
         trains: whether the classifier is to be trained, as of `load_image_data`.
+        new_classifier: whether the classifier gets a head with random weights for the labels of
+            the data.
+        match_labels_by_number: whether label 0 of the data is label 0 of the classifier, and so
+            on, even if no name is the same.
 
     Raises:
         ValueError: if one of them cannot be loaded, or they do not go together.
@@ -138,8 +146,8 @@ def load(
     data = load_image_data(data_args, trains)
     # Rank 0 decides for all: a rank that went on alone would wait for the others for ever.
     decided_by_rank_0(lambda: require_decodable(data.eval, data.image_column))
-    model = load_classifier(name_or_path, data.label_names, seed)
-    data = _in_the_models_order(data, model, name_or_path)
+    model = load_classifier(name_or_path, data.label_names, seed, new_classifier)
+    data = _in_the_models_order(data, model, name_or_path, match_labels_by_number)
     inputs = _prepared(processor, data, data_args, augmentation_args, seed)
     # with a real image, before anything is written or trained
     _require_images(name_or_path, model, inputs)
@@ -186,6 +194,11 @@ def _require_images(name: str, model: PreTrainedModel, inputs: Inputs) -> None:
     """Raise ValueError unless a model takes the images that are prepared for it."""
     pixel_values = inputs.eval[0]["pixel_values"][None]  # (1, C, H, W)
     require_same_size(name, model, tuple(pixel_values.shape[-2:]))
+    _require_forward(name, model, pixel_values)
+
+
+def _require_forward(name: str, model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
+    """Raise ValueError unless a model takes some images (B, C, H, W)."""
     try:
         with evaluating(model), torch.no_grad():
             model(pixel_values=pixel_values)
@@ -212,22 +225,18 @@ def require_same_size(name: str, model: PreTrainedModel, shape: tuple[int, int])
         )
 
 
-def _in_the_models_order(data: ImageData, model: PreTrainedModel, name: str) -> ImageData:
+def _in_the_models_order(
+    data: ImageData, model: PreTrainedModel, name: str, by_number: bool
+) -> ImageData:
     """Return the data with its labels numbered as the model numbers them.
 
-    If the names are others, labels are matched by number, with a warning.
+    If the names are others, labels are matched by number; see `match_by_number`.
     """
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    names = _label_names(model)
     if names == data.label_names:
         return data
     if sorted(names) != sorted(data.label_names):
-        # as of a checkpoint with "LABEL_0", or in another language
-        pairs = zip(names, data.label_names, strict=True)
-        ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
-        logger.warning(
-            f"{name} names its labels otherwise than the data (for example {ours!r}, which is "
-            f"{theirs!r} there); they are matched by number."
-        )
+        match_by_number(name, names, data.label_names, allowed=by_number)
         return data
 
     def aligned(split: Any) -> Any:
@@ -238,32 +247,94 @@ def _in_the_models_order(data: ImageData, model: PreTrainedModel, name: str) -> 
     return replace(data, train=aligned(data.train), eval=aligned(data.eval), label_names=names)
 
 
-def load_classifier(name_or_path: str, label_names: list[str], seed: int) -> PreTrainedModel:
+def _label_names(model: PreTrainedModel) -> list[str]:
+    """Return the labels of a classifier in the order of their numbers."""
+    return [model.config.id2label[index] for index in range(model.config.num_labels)]
+
+
+def match_by_number(name: str, names: list[str], data_names: list[str], allowed: bool) -> None:
+    """Match a model's labels and those of the data by their numbers, with a warning.
+
+    Args:
+        name: of the model, for messages.
+        names: labels of the model, in the order of their numbers.
+        data_names: labels of the data; as many, with other names.
+        allowed: whether the user said that this is meant.
+
+    Raises:
+        ValueError: if no label of the model has a name of the data, unless it is allowed.
+    """
+    pairs = list(zip(range(len(names)), names, data_names, strict=True))
+    contradiction = next((pair for pair in pairs if not _may_be_same(*pair)), None)
+    if contradiction is None:
+        # "LABEL_0" for any name, or "tench" for "tench, Tinca tinca"
+        _, ours, theirs = next(pair for pair in pairs if pair[1] != pair[2])
+        logger.warning(
+            f"{name} writes its labels otherwise than the data ({ours!r} for {theirs!r}); they are "
+            "matched by number."
+        )
+        return
+    number, ours, theirs = contradiction
+    difference = f"label {number} is {ours!r} for {name} and {theirs!r} in the data"
+    of_model = set[str]().union(*map(_words, names))
+    of_data = set[str]().union(*map(_words, data_names))
+    if not allowed and not of_model & of_data:
+        raise ValueError(
+            f"{difference}, and no other name is the same. If they are the same classes in the "
+            "same order, say so with --match_labels_by_number; otherwise give the data that the "
+            f"model was trained for, or a model for this data: {NEW_CLASSIFIER}."
+        )
+    logger.warning(f"{difference}; labels are matched by number.")
+
+
+def _may_be_same(number: int, ours: str, theirs: str) -> bool:
+    """Return whether two labels of this number may name the same class.
+
+    A label that says nothing but its number, as those of a checkpoint without names, may be any.
+    """
+    if _words(ours) & _words(theirs):
+        return True
+    stated = {label.removeprefix("LABEL_") for label in (ours, theirs)}
+    return {each for each in stated if each.isdecimal()} == {str(number)}
+
+
+def _words(label: str) -> set[str]:
+    """Return the names in a label, such as "tench" and "tinca tinca", as they may be compared."""
+    return {" ".join(word.replace("_", " ").split()).casefold() for word in label.split(",")}
+
+
+def load_classifier(
+    name_or_path: str, label_names: list[str], seed: int, new_classifier: bool = False
+) -> PreTrainedModel:
     """Load a classifier for these labels.
 
     Args:
         name_or_path: key of `SHAPES` (random weights from `seed`), a folder, or a Hub name.
         label_names: classes of the data, in the order of their numbers.
+        seed: of random weights.
+        new_classifier: whether a checkpoint gets a head with random weights for these labels.
 
     Raises:
         ValueError: if a checkpoint has another number of labels than the data, or cannot be loaded.
         UnsupportedArchitectureError: if it is no classifier of a supported family.
     """
+    # random weights are the same on every rank
+    torch.manual_seed(seed)
     if name_or_path in SHAPES:
-        # on every rank the same weights
-        torch.manual_seed(seed)
         config = SHAPES[name_or_path].config(label_names)
         return AutoModelForImageClassification.from_config(config)
-    model = load_complete_classifier(name_or_path)
+    if new_classifier:
+        model = load_with_new_head(name_or_path, label_names)
+    else:
+        model = load_complete_classifier(name_or_path)
     require_classifier(model)
     require_single_label(model.config, name_or_path)
-    # Another number would need a new head, which a search would find untrained.
     if model.config.num_labels != len(label_names):
         more = "..." if len(label_names) > 8 else ""
         raise ValueError(
             f"{name_or_path} classifies {model.config.num_labels} labels, but the data has "
-            f"{len(label_names)}: {label_names[:8]}{more}. Finetune a dense model on this data "
-            "first, or give the data that the model was trained for."
+            f"{len(label_names)}: {label_names[:8]}{more}. Give the data that the model was "
+            f"trained for, or a model for this data: {NEW_CLASSIFIER}."
         )
     return model
 
@@ -287,8 +358,15 @@ def load_for_counting(name_or_path: str, num_labels: int) -> PreTrainedModel:
     return model
 
 
-def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | None:
+def load_teacher(
+    name_or_path: str | None, inputs: Inputs, match_labels_by_number: bool = False
+) -> PreTrainedModel | None:
     """Load an image classifier of any architecture as the teacher; return None if none is named.
+
+    Args:
+        name_or_path: a folder, or a Hub name.
+        inputs: data, numbered as the student numbers it.
+        match_labels_by_number: as for `load`.
 
     Raises:
         ValueError: if it cannot be loaded, has other labels, or wants its pixels prepared
@@ -299,7 +377,7 @@ def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | 
     model = load_complete_classifier(name_or_path)
     require_single_label(model.config, f"the teacher {name_or_path}")
     _require_same_preprocessing(name_or_path, inputs.processor)
-    # As for the model itself, labels with other names are matched by their number.
+    _require_forward(f"the teacher {name_or_path}", model, inputs.eval[0]["pixel_values"][None])
     num_labels = len(inputs.data.label_names)
     if model.config.num_labels != num_labels:
         raise ValueError(
@@ -307,8 +385,11 @@ def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | 
             f"data has {num_labels}; choose a teacher for this data."
         )
     # The same names in another order are an error: its logits would mean other classes.
-    names = [model.config.id2label[index] for index in range(num_labels)]
-    if names != inputs.data.label_names and sorted(names) == sorted(inputs.data.label_names):
+    names = _label_names(model)
+    if sorted(names) != sorted(inputs.data.label_names):
+        teacher = f"the teacher {name_or_path}"
+        match_by_number(teacher, names, inputs.data.label_names, match_labels_by_number)
+    elif names != inputs.data.label_names:
         raise ValueError(
             f"the teacher {name_or_path} numbers the labels differently, {names[:5]}... instead "
             f"of {inputs.data.label_names[:5]}...; choose a teacher that numbers them as the model."
@@ -319,18 +400,14 @@ def load_teacher(name_or_path: str | None, inputs: Inputs) -> PreTrainedModel | 
 def _require_same_preprocessing(name_or_path: str, processor: Any) -> None:
     """Raise ValueError unless a teacher's images are made as the image processor makes them."""
     theirs = load_image_processor(name_or_path)
-    compared = {
-        "mean": (list(processor.image_mean), list(theirs.image_mean)),
-        "std": (list(processor.image_std), list(theirs.image_std)),
-        "size": (image_shape(processor), image_shape(theirs)),
-    }
-    for what, (ours, wanted) in compared.items():
-        if ours != wanted:
-            raise ValueError(
-                f"the teacher {name_or_path} expects images of {what} {wanted}, but the model "
-                f"gets {ours}; student and teacher see the same batch, so choose a teacher with "
-                "the same preprocessing."
-            )
+    difference = describe_other_pixels(processor, theirs, *image_shape(processor))
+    if difference is not None:
+        raise ValueError(
+            f"the image processor of the teacher {name_or_path} makes other pixels than that of "
+            f"the model: {difference}. Student and teacher see the same batch, so choose a teacher "
+            "with the same preprocessing (size, crop_size, do_rescale, do_normalize, image_mean, "
+            "image_std)."
+        )
 
 
 def image_shape(processor: Any) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..cost.latency import LatencyTable, count_latency, milliseconds
+from ..data.processors import GRAY_LEVELS, pixel_statistics
 from ..families.registry import describe
 from ..families.subnet import SubnetSpec
 from ..models.shapes import SHAPES
@@ -197,8 +198,10 @@ def token_picture(run: Run, model: PreTrainedModel) -> dict[str, Draw]:
         # evenly over the split, which may be sorted by class
         chosen = [images[index * len(images) // count] for index in range(count)]
         pixels = torch.stack([row["pixel_values"] for row in chosen])  # (count, 3, H, W)
-        processor = run.inputs.processor
-        draw_tokens(model, pixels, processor.image_mean, processor.image_std, path)
+        # in gray levels, of which the picture has numbers from 0 to 1
+        levels = torch.tensor(pixel_statistics(run.inputs.processor))  # (2, 3)
+        mean, std = (levels / (GRAY_LEVELS - 1)).tolist()
+        draw_tokens(model, pixels, mean, std, path)
 
     return {output.TOKEN_PICTURE: draw}
 

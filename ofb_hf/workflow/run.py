@@ -362,6 +362,7 @@ def search_settings(
     for name in (
         "model_name_or_path",
         "teacher_name_or_path",
+        "new_classifier",
         "dense_epochs",
         "dense_learning_rate",
     ):

@@ -56,7 +56,14 @@ def prepare(
         # the config holds the first of them only
         settings[config.budget[0]] = config.budgets
     output.check_free(args, settings, model_args.overwrite_output_dir, config.phases)
-    dense, inputs = load(name, data_args, args.seed, augmentation_args)
+    dense, inputs = load(
+        name,
+        data_args,
+        args.seed,
+        augmentation_args,
+        new_classifier=model_args.new_classifier,
+        match_labels_by_number=model_args.match_labels_by_number,
+    )
     # subfolder -> the config that a search for its budget has, and that budget as a cost
     configs = {}
     costs = {}
@@ -80,7 +87,9 @@ def prepare(
         inputs=inputs,
         source=source_of(name, dense),
         dense=dense,
-        teacher=load_teacher(model_args.teacher_name_or_path, inputs),
+        teacher=load_teacher(
+            model_args.teacher_name_or_path, inputs, model_args.match_labels_by_number
+        ),
         finetune_args=finetune_args,
         config=largest,
         targets=targets,

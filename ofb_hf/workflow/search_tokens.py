@@ -39,7 +39,14 @@ def prepare(
     name = require_start(model_args, args)
     settings = search_settings(model_args, data_args, config, args, augmentation_args, phase_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, output.SEARCH_PHASES)
-    loaded, inputs = load(name, data_args, args.seed, augmentation_args)
+    loaded, inputs = load(
+        name,
+        data_args,
+        args.seed,
+        augmentation_args,
+        new_classifier=model_args.new_classifier,
+        match_labels_by_number=model_args.match_labels_by_number,
+    )
     # Refuses what cannot be searched, before anything starts
     install_learned_counts(loaded, config.token_granularity)
     dense = loaded
@@ -58,7 +65,9 @@ def prepare(
         source=source_of(name, loaded),
         source_subnet=load_subnet(name, dense),
         dense=dense,
-        teacher=load_teacher(model_args.teacher_name_or_path, inputs),
+        teacher=load_teacher(
+            model_args.teacher_name_or_path, inputs, model_args.match_labels_by_number
+        ),
         finetune_args=phase_args,
         config=config,
         targets=targets,

@@ -10,17 +10,21 @@ from factories import (
     OURS,
     SHAPES,
     random_candidate,
+    scheduled_vit,
     search_config,
     swin_config,
     tiny_images,
     tiny_model,
     tiny_supernet,
+    tiny_swin,
+    tiny_vit,
     vit_config,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 from invariants import NON_UNIFORM, images_for, names_of
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     PreTrainedConfig,
@@ -67,12 +71,12 @@ PUBLISHED = {
 }
 
 
-def counted_macs(model: torch.nn.Module, images: torch.Tensor) -> float:
+def counted_macs(model: torch.nn.Module, images: torch.Tensor, **arguments: Any) -> float:
     """What torch counts in one forward pass, with the attention map computed as two matrix
     products."""
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
+        model(images, **arguments)
     return counter.get_total_flops() / 2
 
 
@@ -214,6 +218,65 @@ def test_costs_grow_with_every_size(family, name):
 
     for count in (count_macs, count_params):
         assert count(config(2)) > count(config(1))
+
+
+OTHER_SIZES = [16, 24, (24, 16), (18, 30), (48, 64), 8, (4, 8)]
+MODELS = {
+    "vit": tiny_vit,
+    "vit, widths": NON_UNIFORM["vit"],
+    # layers that keep all tokens do so at any size, and the others keep their counts
+    "vit, tokens": scheduled_vit,
+    "vit, tokens later": lambda: scheduled_vit([[17, 17], [9, 9], [9, 4]]),
+    "swin": tiny_swin,
+}
+
+
+@pytest.mark.parametrize("size", OTHER_SIZES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_images_of_another_size(name, size):
+    sides = [size, size] if isinstance(size, int) else size
+    if name == "swin" and sides not in ([16, 16], [24, 24], (48, 64)):
+        pytest.skip("a grid that is smaller than the windows, or padded otherwise than before")
+    model = MODELS[name]().eval()
+    before = model.config.to_dict()
+    images = torch.zeros(1, 3, *sides)
+    expected = counted_macs(model, images, interpolate_pos_encoding=True)
+    assert count_macs(model, image_size=size) == count_macs(model.config, None, size) == expected
+    assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("size", [3, (16, 3), (16, 16, 3), (16.0, 16)], ids=str)
+def test_images_without_a_whole_patch_are_refused(size):
+    with pytest.raises(ValueError, match=r"image_size is .*at least 4, the size of a patch"):
+        count_macs(tiny_vit(), image_size=size)
+
+
+class Adapted(nn.Module):
+    """As PEFT wraps a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self):
+        return self.base_model
+
+
+WRAPPERS = {
+    "peft": Adapted,
+    "compiled": torch.compile,
+    "parallel": nn.DataParallel,
+    "all": lambda model: nn.DataParallel(torch.compile(Adapted(model))),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("count", [count_macs, count_params])
+def test_the_model_in_a_wrapper_is_counted(count, name):
+    model = NON_UNIFORM["vit"]()
+    assert count(WRAPPERS[name](model)) == count(model)
+    with pytest.raises(UnsupportedArchitectureError, match="got a Linear"):
+        count(WRAPPERS[name](nn.Linear(1, 1)))
 
 
 @pytest.mark.parametrize("count", [count_macs, count_params])

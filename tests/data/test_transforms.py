@@ -497,6 +497,8 @@ def test_processors_with_steps_of_their_own_are_refused():
 
 
 def test_processors_for_other_channels_are_refused():
+    with pytest.raises(ValueError, match="image_std is None, and do_normalize is True"):
+        build_transform(ViTImageProcessorPil.from_dict({"image_std": None}), "none", train=False)
     with pytest.raises(ValueError, match="image_mean has 2 values; expected three"):
         build_transform(ViTImageProcessorPil(image_mean=[0.5, 0.5]), "none", train=False)
 

@@ -15,6 +15,7 @@ from factories import (
     tiny_model,
     vit_config,
 )
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from invariants import NON_UNIFORM, images_for, ours
 from PIL import Image
 from runs import run_code
@@ -34,7 +35,8 @@ from transformers import (
 )
 
 import ofb_hf
-from ofb_hf import OFBSwinConfig, OFBSwinModel, OFBViTConfig, OFBViTModel
+from ofb_hf import OFBSwinConfig, OFBSwinModel, OFBViTConfig, OFBViTModel, SubnetSpec
+from ofb_hf.pruning.surgery import slice_model
 
 ROOT = Path(ofb_hf.__file__).parents[1]
 
@@ -435,3 +437,58 @@ def test_randomized_weights_move_the_logits(family):
     assert before.std() > 0.3
     randomize_weights_(model, seed=1)
     assert (model(images_for(model)).logits - before).abs().max() > 0.3
+
+
+# ------------------------------------------------------------------------- in transformers' classes
+
+
+def cut(family, **fields):
+    """Our model of a tiny config with these fields."""
+    config = TINY[family](encoder_stride=5).to_dict()
+    for key in ("model_type", "transformers_version"):
+        config.pop(key, None)
+    return OURS[family](CONFIGS[family](**config, **fields)).eval()
+
+
+NOT_FOLLOWED = {
+    "tokens": ("vit", {"token_schedule": [[17, 9], [9, 9]]}, "a token_schedule"),
+    "scale": ("vit", {"attention_scale": 0.2}, "an attention_scale"),
+    # no tensor has another shape: the stock class would make up those of the missing MLP
+    "depth": ("vit", {"intermediate_size_per_layer": [72, 0]}, "widths per layer"),
+    "width": ("vit", {"intermediate_size_per_layer": [72, 64]}, "widths per layer"),
+    "swin scale": ("swin", {"attention_scale_per_stage": [0.2, 0.2]}, "an attention_scale_per"),
+    "swin depth": ("swin", {"num_heads_per_block": [[2, 0], [4]]}, "widths per block"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FOLLOWED)
+def test_the_stock_class_stops_where_it_would_compute_something_else(case, tmp_path):
+    family, fields, reason = NOT_FOLLOWED[case]
+    model = cut(family, **fields)
+    model.save_pretrained(tmp_path)
+    _, *classes = STOCK[family]
+    for stock in classes:
+        message = f"encoder_stride.*{reason}.* ofb_hf .*trust_remote_code=True"
+        with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){message}"):
+            stock.from_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.encoder_stride == model.config.encoder_stride == 5
+    assert loaded.config.to_dict()["encoder_stride"] == 5
+    images = tiny_images()
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, model(images).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    texts = [(folder / "config.json").read_text() for folder in (tmp_path, tmp_path / "again")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stock_class_goes_on_where_it_computes_the_same(family, tmp_path):
+    dense = tiny_model(family).eval()
+    # cut of nothing: lists and scales of the dense model
+    model = slice_model(OURS[family].from_dense(dense), SubnetSpec({}))
+    model.save_pretrained(tmp_path)
+    loaded = STOCK[family][2].from_pretrained(tmp_path)
+    images = tiny_images()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).logits, dense(images).logits)

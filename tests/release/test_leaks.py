@@ -1,12 +1,17 @@
 """What must not be published is found wherever it is, and text that only resembles it passes."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from factories import non_uniform_vit
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
+from ofb_hf import models, publish
+from ofb_hf.release.card import plain_card
 from ofb_hf.release.leaks import LeakError, require_no_leaks
 
 HOME = "/".join(["", "home", "me"])  # in pieces: this file is searched for folders, too
@@ -98,6 +103,52 @@ def test_other_variables_are_no_secrets(folder, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_CONFIG", "transformers")
     (folder / "README.md").write_text("made with transformers")
     assert require_no_leaks(folder) is None
+
+
+def account(monkeypatch, name):
+    monkeypatch.setattr("getpass.getuser", lambda: name)
+
+
+@pytest.mark.parametrize("name", ["model", "pruning", "checkpoint", "train", "forward", "layers"])
+def test_a_name_that_is_a_word_of_cards_or_of_our_code_is_no_leak(folder, monkeypatch, name):
+    card = plain_card(1, 1, [[17, 9]])
+    (folder / "README.md").write_text(card)
+    for file in Path(models.__file__).parent.glob("*_ofb_*.py"):
+        shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps({name: {name: 1}}, indent=2))
+    save_file({f"{name}.layers.0": torch.zeros(3)}, folder / "model.safetensors")
+    account(monkeypatch, name)
+    monkeypatch.setattr("platform.node", lambda: name.capitalize())
+    assert require_no_leaks(folder) is None
+
+
+def test_code_that_is_not_ours_is_searched(folder):
+    file = shutil.copy(Path(models.__file__).with_name("modeling_ofb_vit.py"), folder)
+    require_no_leaks(folder)
+    with open(file, "a") as code:
+        code.write("# by mallory\n")
+    with pytest.raises(LeakError, match=r"modeling_ofb_vit.py, line \d+: the name of the account"):
+        require_no_leaks(folder)
+
+
+def test_values_are_searched_where_keys_are_not(folder):
+    (folder / "config.json").write_text(json.dumps({"mallory": 'a "quoted": word'}))
+    require_no_leaks(folder)
+    (folder / "config.json").write_text(json.dumps({"mallory": {"author": "mallory"}}))
+    with pytest.raises(LeakError, match=r"config.json, line 1: the name of the account"):
+        require_no_leaks(folder)
+
+
+def test_a_class_and_an_allowed_word_may_be_called_like_the_account(tmp_path, monkeypatch):
+    model = non_uniform_vit()
+    model.config.id2label = {0: "red deer", 1: "roe_deer", 2: "elk"}
+    account(monkeypatch, "deer")
+    publish(model, output_dir=tmp_path / "deer")
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    account(monkeypatch, "gelu")
+    with pytest.raises(LeakError, match=r"account \(gelu\).*`ofb-hf publish --allow_words NAME`"):
+        publish(model, output_dir=tmp_path / "gelu")
+    publish(model, output_dir=tmp_path / "gelu", allow_words=["gelu"])
 
 
 def test_a_user_without_a_name_can_publish(folder, monkeypatch):

@@ -480,6 +480,26 @@ def test_an_incomplete_checkpoint_is_not_published(output, tmp_path):
         publish(copy, output_dir=tmp_path / "out")
 
 
+@pytest.mark.parametrize("stored", ["shards", "pickle"])
+def test_weights_in_shards_are_published_as_one_file(stored, tmp_path):
+    model = non_uniform_vit(dtype=torch.bfloat16)
+    source = tmp_path / "source"
+    if stored == "shards":
+        model.save_pretrained(source, max_shard_size="20KB")
+        assert len(list(source.glob("model-*.safetensors"))) > 1
+    else:
+        model.config.save_pretrained(source)
+        torch.save(model.state_dict(), source / "pytorch_model.bin")
+    publish(source, output_dir=tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    code = {"configuration_ofb_vit.py", "modeling_ofb_vit.py"}
+    assert names == {"README.md", "config.json", "model.safetensors", "stock", *code}
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    state = model.state_dict()
+    assert set(tensors) == set(state)
+    assert all(torch.equal(tensors[name], state[name]) for name in state)
+
+
 def test_a_dry_run_lists_what_would_be_sent(output, tmp_path, capsys):
     cli.publish(
         [str(output), "--repo_id", "lab/half", "--dry_run", "--output_dir", str(tmp_path / "out")]

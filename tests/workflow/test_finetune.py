@@ -1,12 +1,14 @@
 """`ofb-hf finetune` writes down what it did: history, picture, card, and the kept units."""
 
 import json
+import shutil
 
 import pytest
+from factories import tiny_vit
 from huggingface_hub import ModelCard
 from PIL import Image
 from runs import PRODUCT, QUICK, places, run_search
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, pipeline
 
 from ofb_hf import cli, count_macs
 from ofb_hf.release.card import read_results
@@ -16,6 +18,7 @@ from ofb_hf.training.history import HISTORY_FIELDS, read_history
 pytestmark = pytest.mark.slow
 
 STEPS = 3
+OWN = ["kea", "lynx", "mole", "newt"]
 
 
 def finetune(source, images, output, *flags):
@@ -124,6 +127,48 @@ def test_a_subnet_of_another_model_is_not_taken_over(searched, checkpoint, image
         (source / "subnet.json").write_text(content)
         finetune(source, images, tmp_path / "out", "--overwrite_output_dir")
         assert not (tmp_path / "out" / "subnet.json").exists()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Class folders of another number of classes than the checkpoint's: 8 and 4 images each."""
+    folder = tmp_path_factory.mktemp("photos")
+    for split, count in (("train", 8), ("test", 4)):
+        for number, name in enumerate(OWN):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                color = (60 * number, 20 * index, 90)
+                Image.new("RGB", (20, 16), color).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def test_a_model_for_other_labels_gets_a_new_classifier(checkpoint, photos, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        finetune(checkpoint, photos, tmp_path / "out")
+    assert "`ofb-hf finetune --new_classifier`" in capsys.readouterr().err
+    results = finetune(checkpoint, photos, tmp_path / "out", "--new_classifier")
+    assert results["finetuned"]["num_examples"] == 16
+    classify = pipeline("image-classification", model=str(tmp_path / "out"), device="cpu")
+    files = sorted((photos / "test").glob("*/*.png"))
+    right = [classify(str(file))[0]["label"] == file.parent.name for file in files]
+    assert 100 * sum(right) / len(right) == results["finetuned"]["top1"]
+    assert set(classify.model.config.label2id) == set(OWN)
+
+
+@pytest.mark.parametrize("command", ["search", "search_tokens"])
+def test_a_search_may_begin_with_a_new_classifier(command, checkpoint, photos, tmp_path, capsys):
+    start = getattr(cli, command)
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    tiny_vit(num_hidden_layers=3).save_pretrained(source)
+    flags = [*places(source, photos, tmp_path / "out"), *QUICK, "--new_classifier"]
+    flags += ["--max_steps", "16", "--finetune_epochs", "0"]
+    with pytest.raises(SystemExit):
+        start(flags)
+    assert "--dense_epochs" in capsys.readouterr().err
+    results = start([*flags, "--dense_epochs", "2"])
+    assert results["steps"]["dense"] == 8
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert [model.config.id2label[number] for number in range(4)] == OWN
 
 
 @pytest.mark.parametrize(

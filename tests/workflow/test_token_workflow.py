@@ -4,6 +4,7 @@ patches."""
 import itertools
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ofb_hf.families.description import UnsupportedArchitectureError
 from ofb_hf.pictures.token_maps import DROPPED, draw_tokens, paint_tokens, trace_tokens
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.token_search.learned_counts import TokenSearchConfig
+from ofb_hf.workflow import results as run_results
 
 # Whole commands: together they take too long for `make quick`.
 pytestmark = pytest.mark.slow
@@ -84,6 +86,24 @@ def test_what_is_published_leaves_the_pictures_of_the_data_out(output, tmp_path)
     names = {path.name for path in folder.iterdir()}
     assert "modeling_ofb_vit.py" in names
     assert not names & {"tokens.png", "stock", "subnet.json"}
+
+
+def test_pixels_that_are_not_normalised_can_be_drawn(checkpoint, images, tmp_path, monkeypatch):
+    undone = []
+
+    def draw(model, pixels, mean, std, path):
+        undone.append((mean, std))
+        draw_tokens(model, pixels, mean, std, path)
+
+    monkeypatch.setattr(run_results, "draw_tokens", draw)
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    file = source / "preprocessor_config.json"
+    raw = {"do_normalize": False, "image_mean": None, "image_std": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | raw))
+    search_tokens(source, images, tmp_path / "out")
+    (numbers,) = undone
+    assert numbers == ([0.0] * 3, pytest.approx([1.0] * 3))
+    assert (tmp_path / "out" / "tokens.png").is_file()
 
 
 def test_it_goes_on_to_finetuning_and_can_be_resumed(checkpoint, images, output, tmp_path):
