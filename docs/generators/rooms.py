@@ -25,7 +25,10 @@ ROOMS = {
     "models": "classes that go to the Hub",
     "metrics": "top-k accuracy",
     "hub_retries": "patience with the Hub",
+    "durable": "files that survive",
+    "argument_checks": "finite numbers",
 }
+FILES = ("cli", "hub_retries", "durable", "argument_checks")  # the others are folders
 HIDDEN = ("__main__", "_moved", "_version")  # the package's own bookkeeping
 
 WIDTH = 960
@@ -81,7 +84,7 @@ def rooms_svg() -> str:
 def _box(room: str, x: int, y: int, width: int) -> list[str]:
     """Return the lines of one room: a box, its name and what happens there."""
     middle = x + width // 2
-    name = room if room in ("cli", "hub_retries") else f"{room}/"
+    name = room if room in FILES else f"{room}/"
     return [
         f'<rect x="{x}" y="{y}" width="{width}" height="{ROOM_HEIGHT}" rx="6" fill="#eef4fa" '
         'stroke="#0b5fa5"/>',
