@@ -9,8 +9,10 @@ import glob
 import os
 import posixpath
 import re
+import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 
 from .columns import find_label_column
@@ -284,6 +287,43 @@ def table_location(folder: Path, tables: list[str]) -> tuple[str, dict[str, Any]
             break
     is_archive = Counter(table.endswith(".tar") for table in tables).most_common(1)[0][0]
     return "webdataset" if is_archive else "parquet", {"data_files": data_files}
+
+
+@contextmanager
+def explained_broken_tables(name: str, folder: Path | None) -> Iterator[None]:
+    """Replace the errors of tables and archives that cannot be read by one that names them.
+
+    Args:
+        name: of the data, for the message.
+        folder: where the files are, None for the Hub.
+
+    Raises:
+        ValueError: instead of the errors of `datasets`, pyarrow and tarfile.
+    """
+    try:
+        yield
+    except (DatasetGenerationError, pa.ArrowException, tarfile.TarError) as error:
+        broken = [] if folder is None else _broken_tables(folder)
+        more = f"; and {len(broken) - MOST_NAMED} more" if len(broken) > MOST_NAMED else ""
+        why = "; ".join(broken[:MOST_NAMED]) + more or error.__cause__ or error
+        raise ValueError(
+            f"{name} cannot be read: {why}. Repair the files or take them out."
+        ) from error
+
+
+def _broken_tables(folder: Path) -> list[str]:
+    broken = []
+    for table in filter(is_table, files_below(folder)):
+        try:
+            if table.endswith(".tar"):
+                with tarfile.open(folder / table) as archive:
+                    archive.getmembers()
+            else:
+                pq.read_metadata(folder / table)
+        except (pa.ArrowException, tarfile.TarError, OSError) as error:
+            why = str(error).partition("\n")[0].rstrip(".:")  # tarfile lists what it has tried
+            broken.append(f"{table} ({why})")
+    return broken
 
 
 def _first_meaning(parts: list[str]) -> str | None:

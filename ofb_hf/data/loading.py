@@ -34,6 +34,7 @@ from .digits import load_digits_data
 from .folders import (
     SPLIT_WORDS,
     Splits,
+    explained_broken_tables,
     files_below,
     find_eval_split,
     find_split,
@@ -276,7 +277,9 @@ def load_image_data(args: DataArguments, trains: bool = True) -> ImageData:
     if args.dataset_name is None and args.data_dir is None:
         data = load_digits_data()
     else:
-        with explained_hub_refusals(args.dataset_name or args.data_dir):
+        source = args.dataset_name or args.data_dir
+        folder = _local_folder(args)
+        with explained_hub_refusals(source), explained_broken_tables(source, folder):
             data = _load_streamed(args) if args.streaming else _load(args, trains)
     train = data.train if args.streaming else limit(data.train, args.max_train_samples)
     return replace(data, train=train, eval=limit(data.eval, args.max_eval_samples))

@@ -12,13 +12,12 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow as pa
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from datasets.exceptions import DatasetsError
 
 from .access import DatasetAccessError, explained_hub_refusals
 from .columns import find_image_column, find_label_column
 from .folders import (
+    explained_broken_tables,
     files_below,
     find_split,
     is_image,
@@ -184,20 +183,19 @@ def find_images(args: ImageArguments) -> FoundImages:
         ValueError: if there are none, with what is expected.
         DatasetAccessError: for data on the Hub that is gated, private or missing.
     """
+    folder = None
     if args.data_dir is not None:
         path = Path(args.data_dir).expanduser()
+        folder = path if path.is_dir() else None
         if not path.exists():
             raise ValueError(
                 f"{args.data_dir} does not exist; give a folder of images, parquet files, or a "
                 "data set of the Hub (OWNER/NAME)."
             )
-        if path.is_dir() and not any(map(is_table, files_below(path))):
+        if folder is not None and not any(map(is_table, files_below(path))):
             return _in_folder(path, args)
-    try:
+    with explained_broken_tables(args.dataset_name or args.data_dir, folder):
         splits = _tables(args)
-    except (DatasetsError, pa.ArrowInvalid) as error:
-        source = args.dataset_name or args.data_dir
-        raise ValueError(f"{source} cannot be read: {error}") from error
     return _in_tables(splits, args)
 
 

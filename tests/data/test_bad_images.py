@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from factories import tiny_vit
-from pictures import number_of, parquet, picture, write
+from pictures import archive, number_of, parquet, picture, write
 from PIL import Image as PILImage
 from runs import arguments
 from torch.utils.data import DataLoader
@@ -21,10 +21,12 @@ from transformers.image_utils import load_image
 from ofb_hf import ClassifierTrainer
 from ofb_hf.data import (
     DataArguments,
+    ImageArguments,
     SeededImages,
     TooManyBadImagesError,
     build_transform,
     decoding,
+    find_images,
     load_image_data,
     require_decodable,
     with_image_transform,
@@ -162,6 +164,29 @@ def test_rows_for_another_trainer_name_what_cannot_be_decoded(tmp_path):
         rows[2]
     with pytest.raises(ValueError, match=r"3 of 24 images to evaluate on .*02.png \(no image of"):
         require_decodable(data.train, "image")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train-1.parquet", parquet([picture(n) for n in range(6)])[:300]),
+        ("train-1.parquet", b""),
+        ("train-1.tar", archive(range(8))[:3000]),
+        ("train-1.tar", b""),
+        ("train-1.tar", b"no archive" * 100),
+    ],
+)
+def test_tables_that_cannot_be_read_are_named(tmp_path, streaming, name, content):
+    good = parquet([picture(n) for n in range(6)]) if "parquet" in name else archive(range(6))
+    suffix = name.partition(".")[2]
+    files = {f"train-0.{suffix}": good, f"test-0.{suffix}": good, name: content}
+    folder = write(tmp_path / "pets", files)
+    message = rf"pets cannot be read: {name} \(.*\). Repair the files or take them out"
+    with pytest.raises(ValueError, match=message):
+        load_image_data(DataArguments(data_dir=str(folder), streaming=streaming))
+    with pytest.raises(ValueError, match=message):
+        find_images(ImageArguments(data_dir=str(folder)))
 
 
 # --------------------------------------------------------------------------- 16 bits per pixel
