@@ -39,6 +39,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
 }
+# Field that has to be off -> why.
+UNUSABLE = {
+    "use_liger_kernel": "its kernels are for language models: no layer of a vision transformer has "
+    "one",
+    "enable_jit_checkpoint": "the trainers of this package save a checkpoint after SIGTERM by "
+    "themselves, and its handler would take the place of theirs",
+    "include_num_input_tokens_seen": "it counts the tokens of texts, and images have none",
+}
 # What `compute_topk` gives, and what the Trainer adds to any evaluation.
 TOPK_METRICS = ("top1", "top5", "accuracy")
 TRAINER_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
@@ -57,17 +65,10 @@ def require_usable(args: TrainingArguments) -> None:
     _require_loggers(args.report_to)
     _require_optimizer(args)
     _require_process(args)
-    if args.use_liger_kernel:
-        raise ValueError(
-            "use_liger_kernel is True, but its kernels are for language models: no layer of a "
-            "vision transformer has one. Leave it out."
-        )
-    if args.enable_jit_checkpoint:
-        raise ValueError(
-            "enable_jit_checkpoint is True, but the trainers of this package save a checkpoint "
-            "after SIGTERM by themselves, and its handler would take the place of theirs. Leave it "
-            "out."
-        )
+    for name, reason in UNUSABLE.items():
+        value = getattr(args, name)
+        if value not in (False, None, "no"):
+            raise ValueError(f"{name} is {value!r}, but {reason}. Leave it out.")
     if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
         raise ValueError(
             "save_strategy is 'best', but nothing says what is best; give metric_for_best_model "
