@@ -67,6 +67,8 @@ class OFBTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        # Some of the numbers are converted there, where they would raise other errors.
+        require_in_range(self)
         try:
             super().__post_init__()
         except (TypeError, json.JSONDecodeError) as error:

@@ -73,6 +73,11 @@ def made(trainer_class, folder, model=None, changes=None, **kwargs):
         ({"adam_beta1": 1.0}, r"adam_beta1 is 1\.0"),
         ({"label_smoothing_factor": 1.5}, r"label_smoothing_factor is 1\.5.*at most 1"),
         ({"seed": -1}, "seed is -1"),
+        ({"save_steps": float("inf")}, "save_steps is inf"),
+        ({"logging_steps": -1}, "logging_steps is -1"),
+        ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha is -1"),
+        ({"optim_args": "fast"}, "optim_args is 'fast'; write NAME=VALUE"),
+        ({"activation_checkpointing_kwargs": "fast"}, "kwargs is 'fast'; it is a dictionary"),
     ],
 )
 def test_settings_are_refused_when_they_are_made(tmp_path, monkeypatch, changes, message):
