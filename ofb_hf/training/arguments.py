@@ -69,7 +69,9 @@ class OFBTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        # Before some of the numbers are converted there, where they would raise other errors.
         require_finite(self)
+        require_in_range(self)
         try:
             super().__post_init__()
         except (TypeError, json.JSONDecodeError) as error:

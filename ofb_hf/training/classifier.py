@@ -80,6 +80,8 @@ class ClassifierTrainer(ResumableTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self._require_own_optimizer()
         self.data_collator = CheckedLabels(self.data_collator, model.config.num_labels)
+        # A data set that makes its own loader has a collator for its rows.
+        self._own_collator = None if kwargs.get("data_collator") is None else self.data_collator
         # Our losses are means over a micro-batch, so the Trainer has to divide them by the number
         # of accumulation steps.
         self.loss_is_scaled_for_ga = False
@@ -165,9 +167,19 @@ class ClassifierTrainer(ResumableTrainer):
         if not hasattr(self.train_dataset, "loader"):
             return super().get_train_dataloader()
         args = self.args
-        options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory}
+        if args.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy is {args.train_sampling_strategy!r}, but train_dataset "
+                "makes its own loader, which decides about the order; leave it out."
+            )
+        options: dict[str, Any] = {
+            "pin_memory": args.dataloader_pin_memory,
+            "in_order": args.dataloader_in_order,
+        }
+        if self._own_collator is not None:
+            options["collate_fn"] = self._own_collator
         if args.dataloader_num_workers:
-            # DataLoader refuses these without workers.
+            # DataLoader refuses these three without workers.
             options["persistent_workers"] = args.dataloader_persistent_workers
             options["prefetch_factor"] = args.dataloader_prefetch_factor
             options["multiprocessing_context"] = args.dataloader_multiprocessing_context

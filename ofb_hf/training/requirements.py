@@ -35,9 +35,23 @@ RANGES: dict[str, tuple[float, float]] = {
     "adam_epsilon": (0, math.inf),
     "max_grad_norm": (0, math.inf),
     "label_smoothing_factor": (0, 1),
+    "neftune_noise_alpha": (0, math.inf),
+    # those below 1 are fractions of all steps
+    "logging_steps": (0, math.inf),
+    "eval_steps": (0, math.inf),
+    "eval_delay": (0, math.inf),
+    "save_steps": (0, math.inf),
     # of numpy, whose generator the Trainer seeds as well
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
+}
+# Field that has to be off -> why.
+UNUSABLE = {
+    "use_liger_kernel": "its kernels are for language models: no layer of a vision transformer has "
+    "one",
+    "enable_jit_checkpoint": "the trainers of this package save a checkpoint after SIGTERM by "
+    "themselves, and its handler would take the place of theirs",
+    "include_num_input_tokens_seen": "it counts the tokens of texts, and images have none",
 }
 # What `compute_topk` gives, and what the Trainer adds to any evaluation.
 TOPK_METRICS = ("top1", "top5", "accuracy")
@@ -51,23 +65,15 @@ def require_usable(args: TrainingArguments) -> None:
 
     They need neither model nor data to be found out.
     """
-    require_in_range(args)
     _require_columns(args)
     _require_schedule(args)
     _require_loggers(args.report_to)
     _require_optimizer(args)
     _require_process(args)
-    if args.use_liger_kernel:
-        raise ValueError(
-            "use_liger_kernel is True, but its kernels are for language models: no layer of a "
-            "vision transformer has one. Leave it out."
-        )
-    if args.enable_jit_checkpoint:
-        raise ValueError(
-            "enable_jit_checkpoint is True, but the trainers of this package save a checkpoint "
-            "after SIGTERM by themselves, and its handler would take the place of theirs. Leave it "
-            "out."
-        )
+    for name, reason in UNUSABLE.items():
+        value = getattr(args, name)
+        if value not in (False, None, "no"):
+            raise ValueError(f"{name} is {value!r}, but {reason}. Leave it out.")
     if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
         raise ValueError(
             "save_strategy is 'best', but nothing says what is best; give metric_for_best_model "
@@ -77,6 +83,12 @@ def require_usable(args: TrainingArguments) -> None:
 
 def _require_process(args: TrainingArguments) -> None:
     """Refuse what loader, launcher or compiler would refuse when a training begins."""
+    checkpointing = args.activation_checkpointing_kwargs
+    if not isinstance(checkpointing, dict | None):
+        raise ValueError(
+            f"activation_checkpointing_kwargs is {checkpointing!r}; it is a dictionary, e.g. "
+            "'{\"use_reentrant\": false}'."
+        )
     if args.dataloader_num_workers == 0:
         for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
             if getattr(args, name):
@@ -174,7 +186,10 @@ def _require_loggers(names: Collection[str]) -> None:
 
 
 def _require_optimizer(args: TrainingArguments) -> None:
-    """Refuse an optimizer whose package is missing."""
+    """Refuse an optimizer whose package is missing, and arguments of it that cannot be read."""
+    parts = args.optim_args.split(",") if args.optim_args else ()
+    if any(part.count("=") != 1 for part in parts):
+        raise ValueError(f"optim_args is {args.optim_args!r}; write NAME=VALUE,NAME=VALUE.")
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, nn.Identity())
     except ImportError as error:

@@ -9,8 +9,13 @@ from datasets import Dataset
 from factories import search_config, tiny_model, tiny_vit
 from invariants import assert_equal_states
 from runs import arguments, rows, searcher
-from torch.utils.data import TensorDataset
-from transformers import AutoModelForImageClassification, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import (
+    AutoModelForImageClassification,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from ofb_hf import (
     ClassifierTrainer,
@@ -54,6 +59,7 @@ def made(trainer_class, folder, model=None, changes=None, **kwargs):
         ({"report_to": "smoke_signals"}, "report_to is 'smoke_signals'; known are none, all"),
         ({"use_liger_kernel": True}, "use_liger_kernel is True.*language models"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint is True.*SIGTERM"),
+        ({"include_num_input_tokens_seen": True}, "images have none"),
         ({"label_names": ["class"]}, r"label_names is \['class'\].*'labels' alone"),
         ({"train_sampling_strategy": "group_by_length"}, "images have none"),
         ({"save_strategy": "best"}, "save_strategy is 'best'.*metric_for_best_model"),
@@ -67,6 +73,11 @@ def made(trainer_class, folder, model=None, changes=None, **kwargs):
         ({"adam_beta1": 1.0}, r"adam_beta1 is 1\.0"),
         ({"label_smoothing_factor": 1.5}, r"label_smoothing_factor is 1\.5.*at most 1"),
         ({"seed": -1}, "seed is -1"),
+        ({"save_steps": float("inf")}, "save_steps is inf"),
+        ({"logging_steps": -1}, "logging_steps is -1"),
+        ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha is -1"),
+        ({"optim_args": "fast"}, "optim_args is 'fast'; write NAME=VALUE"),
+        ({"activation_checkpointing_kwargs": "fast"}, "kwargs is 'fast'; it is a dictionary"),
     ],
 )
 def test_settings_are_refused_when_they_are_made(tmp_path, monkeypatch, changes, message):
@@ -399,6 +410,34 @@ def test_labels_in_a_column_are_known_before_the_start(tmp_path, column):
     trainer = made(ClassifierTrainer, tmp_path, train_dataset=table)
     with pytest.raises(ValueError, match="train_dataset: a label is 3"):
         trainer.train()
+
+
+class Stream:
+    """A data set that makes its own loader."""
+
+    def __len__(self):
+        return 16
+
+    def loader(self, batch_size, rank, world_size, num_workers, drop_last, **options):
+        self.options = options
+        collate = options.pop("collate_fn", default_data_collator)
+        return DataLoader(rows(16), batch_size, collate_fn=collate)
+
+
+def test_a_collator_reaches_a_data_set_that_makes_its_own_loader(tmp_path):
+    seen = []
+
+    def collate(batch):
+        seen.append(len(batch))
+        return default_data_collator(batch)
+
+    made(ClassifierTrainer, tmp_path, train_dataset=Stream()).train()
+    assert seen == []
+    made(ClassifierTrainer, tmp_path, train_dataset=Stream(), data_collator=collate).train()
+    assert seen == [8] * 4
+    in_order = {"train_sampling_strategy": "sequential"}
+    with pytest.raises(ValueError, match="makes its own loader"):
+        made(ClassifierTrainer, tmp_path, changes=in_order, train_dataset=Stream()).train()
 
 
 def test_rows_of_other_data_sets_are_checked_in_batches(tmp_path):
