@@ -1,5 +1,6 @@
 """Finding the columns with images and labels, and turning labels into class indices."""
 
+from collections.abc import Collection
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -79,12 +80,18 @@ def decode_images(dataset: Dataset, column: str) -> Dataset:
     return dataset.cast_column(column, Image())
 
 
-def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
+def encode_labels(
+    splits: dict[str, Dataset], column: str, others: Collection[Any] = ()
+) -> tuple[dict[str, Dataset], list[str]]:
     """Return all splits with class indices in `column`, and the class names in their order.
 
     Integers and strings become classes in their natural order, over all splits together: labels
     0..n-1 remain what they are. (`Dataset.class_encode_column` sorts them as text, 10 before 2, and
     each split by itself.)
+
+    Args:
+        splits: the rows. column: their labels.
+        others: labels of further splits, as they are stored.
 
     Raises:
         ValueError: for labels that are not one class per image (lists, floating point numbers),
@@ -105,7 +112,7 @@ def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Da
         encoded = splits
     else:
         # Classes of all splits together: one may lack a class that the other has.
-        classes = sorted(set().union(*values.values()))
+        classes = sorted(set(others).union(*values.values()))
         names = [str(value) for value in classes]
         index_of = {value: index for index, value in enumerate(classes)}
         encoded = {}

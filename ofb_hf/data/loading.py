@@ -4,6 +4,7 @@ Everything that can be wrong with them is checked before a model trains.
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from .folders import (
     number_of,
     table_location,
 )
-from .row_blocks import Source, open_files, open_source
+from .row_blocks import RowGroups, Source, open_files, open_source
 from .splits import ImageData, hold_out, limit
 from .streaming import StreamedSplit
 from .transforms import AUGMENTATIONS
@@ -379,7 +380,7 @@ def _opened_folder(args: DataArguments, found: Splits) -> _Opened:
         train, train_split, columns, args.num_train_examples, args.max_train_samples
     )
     evaluation = encoded[eval_split]
-    class_of = _class_of(train.features[columns[1]], evaluation, columns[1], label_names)
+    class_of = _class_of(train.features[columns[1]], (), label_names)
     return _Opened(found, names, columns, source, class_of, evaluation, label_names)
 
 
@@ -400,8 +401,6 @@ def _opened_tables(args: DataArguments) -> _Opened:
         find_label_column(features, args.label_column),
     )
     loaded = decode_images(_load_alone(builder, eval_split, features), columns[0])
-    # The classes are those of the split that is here: a stream cannot be searched for its classes.
-    encoded, label_names = encode_labels({eval_split: loaded}, columns[1])
     source = open_source(
         builder,
         train_split,
@@ -410,7 +409,14 @@ def _opened_tables(args: DataArguments) -> _Opened:
         num_examples=args.num_train_examples,
         wanted=args.max_train_samples,
     )
-    class_of = _class_of(features[columns[1]], loaded, columns[1], label_names)
+    others: set[Any] = set()
+    if isinstance(source, RowGroups) and not isinstance(features[columns[1]], ClassLabel):
+        # Rows without a label are refused when their turn comes. Archives cannot be searched for
+        # labels: their classes are those of the split that is here.
+        others = source.labels() - {None, -1}
+    encoded, label_names = encode_labels({eval_split: loaded}, columns[1], others)
+    stored = others.union(column_values(loaded, columns[1]))
+    class_of = _class_of(features[columns[1]], stored, label_names)
     found = Splits.of_tables(dict(streams), _local_folder(args))
     return _Opened(found, names, columns, source, class_of, encoded[eval_split], label_names)
 
@@ -440,24 +446,22 @@ def _report(data: ImageData, found: Splits, names: tuple[str, str], trains: bool
 
 
 def _class_of(
-    feature: FeatureType, evaluation: Dataset, label_column: str, label_names: list[str]
+    feature: FeatureType, stored: Collection[Any], label_names: list[str]
 ) -> dict[Any, int]:
     """Return the class of every label as it is stored.
 
     Args:
         feature: the type of the label column.
-        evaluation: the loaded split. Without a `ClassLabel` its labels are all that are known.
+        stored: all labels that are known, which count if it is no `ClassLabel`.
+        label_names: the classes.
     """
+    if not isinstance(feature, ClassLabel):
+        return {label: index for index, label in enumerate(sorted(stored))}
     class_of: dict[Any, int] = {}
-    if isinstance(feature, ClassLabel):
-        for index, name in enumerate(label_names):
-            class_of[index] = index
-            # A table may hold the names although its description says numbers.
-            class_of[name] = index
-    else:
-        values = sorted(set(column_values(evaluation, label_column)))
-        for index, stored in enumerate(values):
-            class_of[stored] = index
+    for index, name in enumerate(label_names):
+        class_of[index] = index
+        # A table may hold the names although its description says numbers.
+        class_of[name] = index
     return class_of
 
 

@@ -131,6 +131,20 @@ class RowGroups:
                 image, label = (row[column] for column in self.columns)
                 yield stored_row(image, label, f"row {offset + number} of {file_name}")
 
+    def labels(self) -> set[Any]:
+        """Return all labels of these files, as they are stored, without reading an image."""
+        used = {index for (index, _), rows in zip(self.groups, self.rows, strict=True) if rows}
+
+        def labels_of(index: int) -> set[Any]:
+            footer = self.footers[index]
+            with _open(self.files[index]) as file, pq.ParquetFile(file, metadata=footer) as parquet:
+                return set(parquet.read([self.columns[1]]).column(0).unique().to_pylist())
+
+        with ThreadPoolExecutor(READERS) as pool:
+            read = partial(patiently, what="reading labels")
+            parts = pool.map(lambda index: read(partial(labels_of, index)), used)
+            return set().union(*parts)
+
 
 @dataclass(frozen=True)
 class ImageFiles:

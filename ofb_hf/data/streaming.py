@@ -83,8 +83,9 @@ class StreamedSplit:
             )
         some_names = ", ".join(map(repr, self.label_names[:5]))
         raise ValueError(
-            f"{row.name} has the label {row.label!r}, but the {len(self.label_names)} classes of "
-            f"the evaluation split are {some_names}, ...; both splits need the same classes."
+            f"{row.name} has the label {row.label!r}, but the {len(self.label_names)} classes "
+            f"that are known from the evaluation split are {some_names}, ...; it needs an image of "
+            "every class."
         )
 
 

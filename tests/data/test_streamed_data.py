@@ -5,6 +5,7 @@ import logging
 import re
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -31,7 +32,7 @@ from PIL import Image as PILImage
 from runs import arguments
 
 from ofb_hf import DistillationTrainer
-from ofb_hf.data import DataArguments, ImageStream, TooManyBadImagesError
+from ofb_hf.data import DataArguments, ImageStream, TooManyBadImagesError, load_image_data
 from ofb_hf.data import row_blocks as blocks
 from ofb_hf.data.decoding import AT_ANY_TIME, ENOUGH_SEEN, ONCE, BadImages, decode_image
 from ofb_hf.data.epochs import Batching, EpochPlan
@@ -456,7 +457,7 @@ def test_workers_that_share_blocks_are_mentioned(archives):
 # Labels and arguments
 
 
-def test_labels_without_names_are_those_of_the_evaluation_split(tmp_path):
+def test_labels_without_names_are_those_of_both_splits(tmp_path):
     def table(labels):
         rows = {
             "image": [{"bytes": picture(n), "path": None} for n in range(len(labels))],
@@ -469,7 +470,7 @@ def test_labels_without_names_are_those_of_the_evaluation_split(tmp_path):
         return file.getvalue()
 
     folder = write(
-        tmp_path,
+        tmp_path / "data",
         {"train.parquet": table(["b", "c", "a", "b"]), "test.parquet": table(["c", "b", "a"])},
     )
     images = stream(folder)
@@ -491,11 +492,15 @@ def test_labels_without_names_are_those_of_the_evaluation_split(tmp_path):
     }
     assert images.split.label_names == ["c", "a", "b"]
     write(folder, {"train.parquet": table(["b", "d"])})
-    with pytest.raises(
-        ValueError,
-        match=r"row 1 of train.parquet has the label 'd', but the 3 classes .* 'a', 'b', 'c'",
-    ):
-        list(stream(folder).loader(1))
+    images = stream(folder)
+    loaded = load_image_data(DataArguments(data_dir=str(folder)))
+    assert images.split.label_names == loaded.label_names == ["a", "b", "c", "d"]
+    assert [int(batch["labels"][0]) for batch in images.loader(1)] in ([1, 3], [3, 1])
+    # As of archives, whose labels are not known before they are read.
+    images.split = replace(images.split, class_of={"a": 0, "b": 1}, label_names=["a", "b"])
+    message = r"row 1 of train.parquet has the label 'd', but the 2 classes .* 'a', 'b'"
+    with pytest.raises(ValueError, match=message):
+        list(images.loader(1))
     write(folder, {"train.parquet": table(["b", None])})
     with pytest.raises(ValueError, match=r"row 1 of train.parquet has no label \(None\)"):
         list(stream(folder).loader(1))
