@@ -88,6 +88,7 @@ def run(hub, checkpoint, tmp_path_factory) -> Callable[..., Search]:
         records = output.with_name(f"{output.name}-records")
         records.mkdir(exist_ok=True)
         words = [str(records), str(stop_after), "--model_name_or_path", str(checkpoint)]
+        words += ["--match_labels_by_number"]
         words += ["--dataset_name", DATA, "--streaming", "true", "--shuffle_buffer", "16"]
         words += ["--dataloader_num_workers", str(workers), "--output_dir", str(output)]
         if workers:  # they start much faster, and know what the script has patched
@@ -251,6 +252,7 @@ def test_a_recipe_with_a_config_file_streams_under_accelerate_launch(hub, checkp
     config, output, home = tmp_path / "config.yaml", tmp_path / "out", tmp_path / "hf"
     settings = {
         "model_name_or_path": str(checkpoint),
+        "match_labels_by_number": True,
         "streaming": True,
         "shuffle_buffer": 16,
         "target_macs": 0.6,
