@@ -44,6 +44,8 @@ RUNS = {
         "",
     ),
 }
+# What other tests run as well, at the same length.
+MARKS = dict.fromkeys(("frozen_speed", "onnx_export"), pytest.mark.thorough)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in RUNS])
 def test_the_script_runs(model, images, tmp_path, name):
     words, expected = RUNS[name]
     words = words.format(model=model, images=images, out=tmp_path / "out").split()

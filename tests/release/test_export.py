@@ -42,7 +42,9 @@ def logits_of(model, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["vit", pytest.param("swin", marks=pytest.mark.thorough), "ofb_vit", "ofb_swin"]
+)
 def test_onnx_runtime_computes_the_same_for_every_batch_size(tmp_path, name):
     model = MODELS[name]()
     done = export_onnx(model, tmp_path)

@@ -434,6 +434,7 @@ def test_history_of_a_resumed_run_has_no_row_twice(tmp_path):
 
     class State:
         is_world_process_zero, global_step = True, 2
+        log_history = ()
 
     HistoryCallback(path, "search").on_train_begin(None, State, None)
     assert [(row["phase"], row["step"]) for row in read_history(path)] == [

@@ -150,7 +150,15 @@ def split_epoch(
     return seen[:share], seen[share:]
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "workers"),
+    [
+        (1, 0),
+        pytest.param(1, 2, marks=pytest.mark.thorough),
+        pytest.param(2, 0, marks=pytest.mark.thorough),
+        (2, 2),
+    ],
+)
 def test_a_search_uses_every_image_once_per_epoch(straight, ranks, workers):
     search, length = straight(ranks, workers), epoch_length(ranks)
     assert [len(batches) for batches in search.batches] == [2 * length + 3] * ranks
