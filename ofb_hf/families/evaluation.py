@@ -1,9 +1,11 @@
-"""Evaluation mode for the time of a block, and logits without what they do not follow from."""
+"""Evaluation mode for the time of a block, logits without what they do not follow from, and how far
+apart they are."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .registry import FAMILIES, is_ours
@@ -41,3 +43,18 @@ def logits_of(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         if has_class and family.only_logits is not None:
             arguments = family.only_logits(pixel_values)
     return model(pixel_values=pixel_values, **arguments).logits
+
+
+def total_distance(found: Tensor, wanted: Tensor, num_labels: int) -> Tensor:
+    """Return how far outputs are from those that are wanted, summed over the images, a scalar.
+
+    Args:
+        found, wanted: (B, K) logits, or features of models without a head.
+        num_labels: K for logits, whose distance is KL(wanted || found) in nats; 0 for features,
+            whose distance is squared.
+    """
+    if not num_labels:
+        return (found - wanted).square().sum()
+    expected = wanted.log_softmax(-1)
+    predicted = found.log_softmax(-1)
+    return F.kl_div(predicted, expected, reduction="sum", log_target=True)

@@ -49,51 +49,17 @@ def chosen_subnet(
     Raises:
         UnreachableBudgetError: if no subnet fits the budget, naming the smallest possible cost.
     """
-    architecture = describe(model.config)
-    dense_cost = evaluate_terms(config.terms(architecture), quantities(architecture.sizes))
-    target = config.target(dense_cost)
-    candidates = {one.name: _candidates(one, curves[one.name]) for one in space}
-    fixed = {name: size for name, size in architecture.sizes.items() if name not in candidates}
-
-    def solve(counted: Architecture, ranking: Collection[str]) -> Choice:
-        allowed = dict(candidates)
-        for name in ranking:
-            if name in allowed:
-                allowed[name] = [candidate for candidate in allowed[name] if candidate.units]
-        return best_choice(
-            allowed,
-            config.terms(counted),
-            quantities(fixed),
-            target,
-            needed=architecture.attentions,
-            show=config.show,
-        )
-
-    def subnet_of(choice: Choice, schedule: Schedule | None) -> SubnetSpec:
-        kept: dict[str, Kept] = {}
-        for name, shape in architecture.sizes.items():
-            kept[name] = all_units(shape)
-        for name, candidate in choice.candidates.items():
-            kept[name] = _kept_units(candidate.size, curves[name])
-        if schedule is not None:
-            schedule = model.config.stored_schedule(schedule)
-        return SubnetSpec(kept, schedule)
-
+    problem = _Problem(model, config, space, curves)
     if not tokens:
-        return subnet_of(solve(architecture, []), None)
-    schedules = graded_schedules(model.config, target, config.terms_of)
+        return problem.subnet()
+    schedules = graded_schedules(model.config, problem.target, config.terms_of)
 
     @functools.cache
     def tried(index: int) -> tuple[float, SubnetSpec | UnreachableBudgetError]:
-        schedule = schedules[index]
-        reducing = reducing_layers(schedule, num_tokens(model.config))
         try:
-            choice = solve(
-                scheduled(model.config, schedule), [attention_of(layer) for layer in reducing]
-            )
+            subnet = problem.subnet(schedules[index])
         except UnreachableBudgetError as refusal:
             return math.inf, refusal
-        subnet = subnet_of(choice, schedule)
         return distance(subnet), subnet
 
     best = _lowest(len(schedules), lambda index: tried(index)[0])
@@ -101,6 +67,74 @@ def chosen_subnet(
     if isinstance(subnet, UnreachableBudgetError):
         raise subnet
     return subnet
+
+
+class _Problem:
+    """The best widths under a budget, with any token schedule; arguments as of `chosen_subnet`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: BiMaskConfig,
+        space: SearchSpace,
+        curves: dict[str, ErrorCurve],
+    ):
+        self.model_config = model.config
+        self.config = config
+        self.curves = curves
+        self.architecture = describe(model.config)
+        sizes = self.architecture.sizes
+        self.target = config.target(
+            evaluate_terms(config.terms(self.architecture), quantities(sizes))
+        )
+        self.candidates = {one.name: _candidates(one, curves[one.name]) for one in space}
+        fixed = {name: size for name, size in sizes.items() if name not in self.candidates}
+        self.fixed = quantities(fixed)
+
+    def subnet(self, schedule: Schedule | None = None) -> SubnetSpec:
+        """Return the best subnet.
+
+        Args:
+            schedule: of its tokens; None = that of the model stays.
+
+        Raises:
+            UnreachableBudgetError: if no subnet with these tokens fits the budget.
+        """
+        if schedule is None:
+            return SubnetSpec(self._kept(self._best(self.architecture, ())))
+        reducing = reducing_layers(schedule, num_tokens(self.model_config))
+        counted = scheduled(self.model_config, schedule)
+        choice = self._best(counted, [attention_of(layer) for layer in reducing])
+        return SubnetSpec(self._kept(choice), self.model_config.stored_schedule(schedule))
+
+    def _best(self, counted: Architecture, ranking: Collection[str]) -> Choice:
+        """Return the best sizes.
+
+        Args:
+            counted: the architecture with the tokens that costs are counted for.
+            ranking: attentions that cannot be left out, for tokens are ranked by them.
+        """
+        allowed = dict(self.candidates)
+        for name in ranking:
+            if name in allowed:
+                allowed[name] = [candidate for candidate in allowed[name] if candidate.units]
+        return best_choice(
+            allowed,
+            self.config.terms(counted),
+            self.fixed,
+            self.target,
+            needed=self.architecture.attentions,
+            show=self.config.show,
+        )
+
+    def _kept(self, choice: Choice) -> dict[str, Kept]:
+        """Return the units of a choice, all of them where nothing was to be chosen."""
+        kept: dict[str, Kept] = {}
+        for name, shape in self.architecture.sizes.items():
+            kept[name] = all_units(shape)
+        for name, candidate in choice.candidates.items():
+            kept[name] = _kept_units(candidate.size, self.curves[name])
+        return kept
 
 
 def _lowest(length: int, value: Callable[[int], float]) -> int:

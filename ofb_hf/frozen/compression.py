@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..choice.error_curves import ErrorCurve
-from ..families.evaluation import evaluating, logits_of
+from ..families.evaluation import evaluating, logits_of, total_distance
 from ..families.registry import (
     describe,
     family_of,
@@ -279,11 +278,7 @@ def _divergence(small: PreTrainedModel, batches: Sequence[Tensor], answers: list
     total = 0.0
     for batch, wanted in zip(batches, answers, strict=True):
         found = _answers(small, batch)
-        if small.config.num_labels:
-            found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)
-            total += float(F.kl_div(found, wanted, reduction="sum", log_target=True))
-        else:
-            total += float((found - wanted).square().sum())
+        total += float(total_distance(found, wanted, small.config.num_labels))
     everything = torch.cat(answers)  # (N, classes)
     if small.config.num_labels:
         return total / len(everything)

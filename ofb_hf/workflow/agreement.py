@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..families.evaluation import evaluating
+from ..families.evaluation import evaluating, total_distance
 from ..pruning.sums import Sums
 
 # Of the model that the others are compared with.
@@ -78,15 +77,10 @@ def _add_zeros(sums: Sums, models: dict[str, PreTrainedModel], num_features: int
 
 def _add_distance(sums: Sums, name: str, wanted: Tensor, found: Tensor, num_labels: int) -> None:
     """Add how far logits, or features, (B, K) are from those of the dense model."""
-    if not num_labels:
-        sums.add((name, "distance"), (found - wanted).square().sum())
-        return
-    agreeing = found.argmax(-1) == wanted.argmax(-1)  # (B,)
-    sums.add((name, "agreeing"), agreeing.sum())
-    expected = wanted.log_softmax(-1)
-    predicted = found.log_softmax(-1)
-    divergence = F.kl_div(predicted, expected, reduction="sum", log_target=True)
-    sums.add((name, "distance"), divergence)
+    sums.add((name, "distance"), total_distance(found, wanted, num_labels))
+    if num_labels:
+        agreeing = found.argmax(-1) == wanted.argmax(-1)  # (B,)
+        sums.add((name, "agreeing"), agreeing.sum())
 
 
 def _add_hits(sums: Sums, name: str, logits: Tensor, labels: list[int | None]) -> None:

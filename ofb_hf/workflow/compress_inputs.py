@@ -165,16 +165,8 @@ def prepare(args: CompressArguments, image_args: ImageArguments) -> Compression:
     transform = build_transform(
         processor, "none", train=False, eval_crop_pct=image_args.eval_crop_pct
     )
-    model = load_classifier_or_features(name)
-    require_compressible(model)
-    channels = describe(model.config).num_channels
-    if channels != CHANNELS:
-        raise ValueError(
-            f"{name} takes images of {channels} channels, but this command reads images in "
-            f"{CHANNELS} colours; use ofb_hf.compress_frozen with tensors of your own."
-        )
+    model = _load_model(name, transform)
     stored_type = model.dtype
-    require_same_size(name, model, (transform.height, transform.width))
     configs: dict[str, BiMaskConfig] = {}
     for folder, fields in args.by_budget().items():
         configs[folder] = frozen_config(model.config, **fields)
@@ -191,14 +183,7 @@ def prepare(args: CompressArguments, image_args: ImageArguments) -> Compression:
         lambda done: progress("reading images", done, wanted),
     )
     progress.close()
-    held_out = 0
-    if found.measured is None:
-        held_out = max(1, min(MOST_HELD_OUT, len(drawn) // HELD_OUT))
-    if len(drawn) - held_out < 1:
-        raise ValueError(
-            f"{found.name} has {len(drawn)} readable image; give at least two, one of them to "
-            "measure the result on."
-        )
+    held_out = _num_held_out(found, drawn)
     if found.measured is not None:
         _require_readable(found, transform, args.batch_size)
     if image_args.eval_crop_pct is not None:
@@ -223,6 +208,33 @@ def prepare(args: CompressArguments, image_args: ImageArguments) -> Compression:
     if state.is_main_process:
         logger.warning("%s", "\n".join(_introduction(compression, seconds)))
     return compression
+
+
+def _load_model(name: str, transform: ImageTransform) -> PreTrainedModel:
+    """Load a classifier that can be compressed and takes the images that a transform makes."""
+    model = load_classifier_or_features(name)
+    require_compressible(model)
+    channels = describe(model.config).num_channels
+    if channels != CHANNELS:
+        raise ValueError(
+            f"{name} takes images of {channels} channels, but this command reads images in "
+            f"{CHANNELS} colours; use ofb_hf.compress_frozen with tensors of your own."
+        )
+    require_same_size(name, model, (transform.height, transform.width))
+    return model
+
+
+def _num_held_out(found: FoundImages, drawn: Drawn) -> int:
+    """Return how many of the drawn images the result is measured on: none with a split for it."""
+    held_out = 0
+    if found.measured is None:
+        held_out = max(1, min(MOST_HELD_OUT, len(drawn) // HELD_OUT))
+    if len(drawn) - held_out < 1:
+        raise ValueError(
+            f"{found.name} has {len(drawn)} readable image; give at least two, one of them to "
+            "measure the result on."
+        )
+    return held_out
 
 
 def _require_reachable(model: PreTrainedModel, config: BiMaskConfig) -> None:
