@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..cost.budget import UnreachableBudgetError
 from ..cost.counting import count_cost
 from ..data import ImageBatches, class_numbers, evaluated_rows, labelled_batches
 from ..families.registry import describe
@@ -39,7 +40,7 @@ def run_compress(compression: Compression) -> dict[str, Any]:
         its `eval_results.json`.
 
     Raises:
-        UnreachableBudgetError: if no subnet fits a budget.
+        UnreachableBudgetError: if no subnet fits any budget; one of several is only reported.
         ValueError: if the model gives out numbers that are not finite.
     """
     state = PartialState()
@@ -57,11 +58,7 @@ def run_compress(compression: Compression) -> dict[str, Any]:
         progress=progress,
     )
     timings["measuring errors"] = _elapsed(compression, timings)
-    done: dict[str, Compressed] = {}
-    for name, config in configs.items():
-        done[name] = compressor.compress(config)
-        # it was computed in float32
-        done[name].model.to(compression.stored_type)
+    done, refusals = _compressed(compression, compressor)
     progress.close()
     timings["choosing and fitting"] = _elapsed(compression, timings)
     results, images = _measured(compression, done, progress)
@@ -71,10 +68,30 @@ def run_compress(compression: Compression) -> dict[str, Any]:
         result["timings"] = timings
     if state.is_main_process:
         output.write_whole(compression.folder, partial(_write, compression, done, results))
-        rows = budget_rows(results) if len(results) > 1 else results_rows(*results.values())
-        summary = "\n".join(_conclusion(compression, results, images))
+        rows = budget_rows(results) if len(configs) > 1 else results_rows(*results.values())
+        summary = "\n".join([*_conclusion(compression, results, images), *refusals])
         logger.warning("\n%s\n\n%s", text_table(rows), summary)
-    return results if len(results) > 1 else next(iter(results.values()))
+    return results if len(configs) > 1 else next(iter(results.values()))
+
+
+def _compressed(
+    compression: Compression, compressor: FrozenCompressor
+) -> tuple[dict[str, Compressed], list[str]]:
+    """Return what was compressed, by subfolder, and why other budgets are missing."""
+    done: dict[str, Compressed] = {}
+    refusals: list[str] = []
+    for name, config in compression.configs.items():
+        try:
+            done[name] = compressor.compress(config)
+        except UnreachableBudgetError as refusal:
+            refusals.append(f"{name} is missing: {refusal}")
+            # the last chance to leave anything
+            if len(refusals) == len(compression.configs):
+                raise
+            continue
+        # it was computed in float32
+        done[name].model.to(compression.stored_type)
+    return done, refusals
 
 
 def _elapsed(compression: Compression, timings: dict[str, float]) -> float:
@@ -226,7 +243,7 @@ def _write(
 ) -> None:
     """Fill a new folder with everything: one subfolder for each budget, if there are several."""
     settings = asdict(compression.args) | asdict(compression.image_args)
-    several = len(done) > 1
+    several = len(compression.configs) > 1
     for name, compressed in done.items():
         place = folder / name if several else folder
         _write_one(compression, compressed, results[name], place)

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForImageClassification, ViTImagePro
 from warm import start
 
 from ofb_hf import SubnetSpec, cli, count_macs, count_params
+from ofb_hf.cost.budget import UnreachableBudgetError
 from ofb_hf.cost.latency import count_latency, milliseconds
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.workflow import compress
@@ -305,6 +306,27 @@ def test_swin_with_several_budgets_from_one_measuring(swin_checkpoint, photos, t
         assert {path.name for path in (tmp_path / "out" / name).iterdir()} == PRODUCT
         model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / name)
         assert count_macs(model) == result["compressed"]["macs"] <= result["target_macs"]
+
+
+def test_one_budget_that_nothing_meets_does_not_cost_the_others(
+    checkpoint, photos, tmp_path, monkeypatch, caplog
+):
+    original = compress.FrozenCompressor.compress
+
+    def refusing(self, config):
+        if config.target_macs == 0.6:
+            raise UnreachableBudgetError("nothing fits", 1)
+        return original(self, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compress.FrozenCompressor, "compress", refusing)
+        results = run(checkpoint, photos, tmp_path / "out", "--budgets", "0.8,0.6")
+        with pytest.raises(SystemExit):
+            run(checkpoint, photos, tmp_path / "none", "--budgets", "0.6")
+    assert list(results) == ["target_macs-0.8"]
+    assert (tmp_path / "out" / "target_macs-0.8" / "model.safetensors").is_file()
+    assert "target_macs-0.6 is missing: nothing fits" in caplog.text
+    assert not (tmp_path / "none").exists()
 
 
 # --------------------------------------------------------------------------- folder and failures
