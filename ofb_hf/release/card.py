@@ -161,7 +161,7 @@ def render_compressed_card(results: dict[str, Any], subnet: SubnetSpec, table: s
     if has_head:
         nearness = (
             f"Its first class is that of the given model for {final['agreement']:.2f} % of the "
-            f"images, with a divergence (KL) of {final['kl']:.4f} nats"
+            f"images, with a divergence (KL) of {final['kl']:.3g} nats"
         )
     else:
         nearness = (
@@ -169,6 +169,8 @@ def render_compressed_card(results: dict[str, Any], subnet: SubnetSpec, table: s
             f"the given model is {final['feature_error']:.4f} of their variance"
         )
     accuracy = "There were no labels that it knows, so that accuracy is not known."
+    count = results["num_images"]
+    looked_at = "One image was looked at" if count == 1 else f"{count:,} images were looked at"
     has_top1 = "top1" in final
     if has_top1:
         accuracy = (
@@ -182,7 +184,7 @@ def render_compressed_card(results: dict[str, Any], subnet: SubnetSpec, table: s
         nearness=nearness,
         accuracy=accuracy,
         basis=BASES[results["basis"]],
-        num_images=f"{results['num_images']:,}",
+        looked_at=looked_at,
         use=CLASSIFY if has_head else EXTRACT,
         lost=_lost(results["lost_classes"], "the dense model", "dense") + "\n" if has_top1 else "",
         measured_on=results["measured_on"],

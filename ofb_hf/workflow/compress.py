@@ -168,13 +168,13 @@ class Measuring:
         self.class_of = classes
         if found.measured is None:
             self.count = compression.held_out
-            self.what = f"{self.count} images that were held out"
+            self.what = "images that were held out"
         else:
             self.count = compression.num_measured
             self.numbers = evaluated_rows(len(found.measured), self.count)
             self.what = f"the split {found.measured_split}"
             if self.count < len(found.measured):
-                self.what = f"{self.count} images of {self.what}, drawn at random"
+                self.what = f"a random part of {self.what}"
         self.labels = drawn.labels[compression.num_images :]
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[int | None]]]:
@@ -289,7 +289,7 @@ def _conclusion(
     one = next(iter(results.values()))
     lines = [
         f"Measured on {images.what}. Nothing was trained, and no labels were used to compress "
-        f"({one['num_images']} images, basis {one['basis']!r}, {duration(one['seconds'])})."
+        f"(images: {one['num_images']}, basis {one['basis']!r}, {duration(one['seconds'])})."
     ]
     if images.remarks:
         lines.append(f"Accuracy: {'; '.join(images.remarks)}.")

@@ -39,7 +39,7 @@ COLUMNS: tuple[Column, ...] = (
 # Of compression without training: how near the predictions are to those of the given model.
 NEARNESS: tuple[Column, ...] = (
     ("agreement %", "agreement", "{:.2f}".format),
-    ("KL", "kl", "{:.4f}".format),
+    ("KL", "kl", "{:.3g}".format),
     ("feature error", "feature_error", "{:.4f}".format),
 )
 # Of runs with a latency table.
