@@ -2,6 +2,10 @@
 
     search            a search with the default preset
     paper             a search with the preset of the paper, then finetuning
+    equivalent        `search` of the dense model rewritten in the equivalent basis
+    curves            the same, with importance from error curves
+    frozen            compression without training (`ofb-hf compress`), and no training after it
+    frozen_finetuned  the same, then trained for the remaining epochs
     depth             `search` with `search_depth`: it may leave out whole attentions and MLPs
     tokens            `search` with `search_tokens`: it may merge or drop patch tokens (ViT)
     uniform           the same fraction of every width, units by magnitude
@@ -37,7 +41,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from ofb_hf import OFBTrainer, OFBTrainingArguments, compress, count_macs, count_params
+from ofb_hf import (
+    OFBTrainer,
+    OFBTrainingArguments,
+    compress,
+    compress_frozen,
+    count_macs,
+    count_params,
+)
 from ofb_hf.choice import baselines
 from ofb_hf.data import DataArguments
 from ofb_hf.families.registry import family_of
@@ -50,6 +61,7 @@ from ofb_hf.workflow.measure import METRICS, evaluate_classifier, images_per_sec
 
 QUICK = {"search_epochs": 0.25, "finetune_epochs": 0.25, "num_random": 8}
 TAYLOR_IMAGES, TAYLOR_BATCH = 2048, 128
+FROZEN_IMAGES = 512
 SPEED_BATCH = 64
 
 
@@ -189,6 +201,21 @@ def scratch(job: Job) -> tuple[PreTrainedModel, float]:
     return type(small)(small.config).to(small.device), epochs
 
 
+def frozen(job: Job) -> tuple[PreTrainedModel, float]:
+    """Compress without training, as `ofb-hf compress` does."""
+    rows = job.inputs.train_plain
+    generator = torch.Generator().manual_seed(job.seed)
+    drawn = torch.randperm(len(rows), generator=generator)[:FROZEN_IMAGES].tolist()
+    images = torch.stack([rows[index]["pixel_values"] for index in drawn])
+    images = images.to(job.dense.device)
+    return compress_frozen(job.dense, images, target_macs=job.config.target_macs).model, 0
+
+
+def frozen_finetuned(job: Job) -> tuple[PreTrainedModel, float]:
+    """Compress without training, then train for the remaining epochs."""
+    return frozen(job)[0], job.settings.epochs - FROZEN_IMAGES / len(job.inputs.train)
+
+
 def torch_pruning(job: Job) -> tuple[PreTrainedModel, float]:
     """Prune with torch-pruning."""
     from torch_pruning_contestant import prune
@@ -206,11 +233,23 @@ CONTESTANTS: dict[str, Callable[[Job], tuple[PreTrainedModel, float]]] = {
     ),
     "taylor": one_shot(taylor, TAYLOR_IMAGES),
     "random": one_shot(lambda job: baselines.random_subnet(job.dense, job.config, job.seed)),
+    "equivalent": search,
+    "curves": search,
     "depth": search,
     "tokens": search,
+    "frozen": frozen,
+    "frozen_finetuned": frozen_finetuned,
     "paper": paper,
     "torch_pruning": torch_pruning,
     "scratch": scratch,
+}
+# Contestant -> what is set for it besides the budget.
+CHANGES: dict[str, dict[str, Any]] = {
+    "paper": {"preset": "paper"},
+    "equivalent": {"basis": "equivalent"},
+    "curves": {"basis": "equivalent", "importance_source": "error_curves"},
+    "depth": {"search_depth": True},
+    "tokens": {"search_tokens": True},
 }
 
 
@@ -338,9 +377,7 @@ def main() -> None:
     ):
         if (name, budget, seed) in done:
             continue
-        preset = "paper" if name == "paper" else "default"
-        fields = {"target_macs": budget, "preset": preset}
-        fields |= {"search_depth": name == "depth", "search_tokens": name == "tokens"}
+        fields = {"target_macs": budget, **CHANGES.get(name, {})}
         job = Job(settings, dense, inputs, default_config(dense.config, **fields), seed)
         row = {"contestant": name, "budget": budget, "seed": seed} | run(name, job)
         row |= provenance(seed, dense.device)

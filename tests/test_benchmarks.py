@@ -35,8 +35,8 @@ RUNS = {
         "default",
     ),
     "search_quality": (
-        f"{PLACES} --budgets 0.6 --seeds 0 --contestants dense search uniform --quick",
-        "search",
+        f"{PLACES} --budgets 0.6 --seeds 0 --contestants dense curves frozen_finetuned --quick",
+        "frozen_finetuned",
     ),
     "search_step": ("--shape digits_vit --batch 2 --rounds 1 --cpu", "| search |"),
     "token_reduction": (
