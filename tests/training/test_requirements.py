@@ -242,6 +242,16 @@ def test_labels_that_the_head_does_not_have_are_refused_before_the_first_step(
     assert not watch.begun
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_may_be_integers_of_any_size(tmp_path, dtype):
+    labels = relabelled(lambda label: torch.tensor(label, dtype=dtype))
+    trainer = made(
+        ClassifierTrainer, tmp_path, train_dataset=labels, eval_dataset=labels, **METRICS
+    )
+    assert trainer.train().global_step == 4
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_labels_are_looked_at_as_the_loader_will_give_them(tmp_path):
     def from_zero(batch):
         pixels = [torch.tensor(each) for each in batch["pixel_values"]]
