@@ -48,6 +48,7 @@ def load_with_new_head(name_or_path: str | Path, label_names: list[str]) -> PreT
         ignore_mismatched_sizes=True,
         id2label=dict(enumerate(label_names)),
         label2id=numbers,
+        problem_type=None,  # a checkpoint may have had several right classes, or a number
     )
     other_shapes = {name for name, *_ in report["mismatched_keys"]}
     missing = _in_encoder(model, report["missing_keys"] | other_shapes)

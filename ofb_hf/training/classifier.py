@@ -145,10 +145,12 @@ class ClassifierTrainer(ResumableTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `ResumableTrainer.train` does, after a look at what is to be trained on."""
         require_steps(self.args)
-        require_metric(self.args, self.compute_metrics)
-        num_labels = self.model.config.num_labels
-        require_known_labels(self.train_dataset, num_labels, "train_dataset")
-        require_known_labels(self.eval_dataset, num_labels, "eval_dataset")
+        eval_names = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
+        require_metric(self.args, self.compute_metrics, eval_names)
+        if self._own_collator is None:  # one of the user's own may make other labels
+            num_labels = self.model.config.num_labels
+            require_known_labels(self.train_dataset, num_labels, "train_dataset")
+            require_known_labels(self.eval_dataset, num_labels, "eval_dataset")
         if learns_in_half(self.model):
             to_full_precision_(self.model)
             if self.average is not None:

@@ -45,4 +45,6 @@ def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float =
         labels: class indices (B,) or class probabilities (B, classes).
         label_smoothing: fraction of every label that is spread evenly over all classes.
     """
+    if not labels.is_floating_point():
+        labels = labels.long()  # torch takes no other integers than these and bytes
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)

@@ -5,7 +5,7 @@ the callback of a missing logger is made. So no rule of transformers is written 
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -232,13 +232,17 @@ def require_batches(dataset: Any, args: TrainingArguments) -> None:
 
 
 def require_metric(
-    args: TrainingArguments, compute_metrics: Callable[..., dict[str, float]] | None
+    args: TrainingArguments,
+    compute_metrics: Callable[..., dict[str, float]] | None,
+    eval_names: Collection[str] = (),
 ) -> None:
     """Raise ValueError if no evaluation will give the metric that tells the best model.
 
     Args:
         args: for `metric_for_best_model`.
         compute_metrics: of the trainer. What a function of the user's own gives is not known.
+        eval_names: of the data sets to evaluate on, where the trainer has a dict of several. Their
+            metrics begin with these names.
     """
     wanted = args.metric_for_best_model
     if wanted is None or compute_metrics not in (None, compute_topk):
@@ -246,6 +250,8 @@ def require_metric(
     known = TRAINER_METRICS
     if compute_metrics is not None and not args.prediction_loss_only:
         known = (*TRAINER_METRICS, *TOPK_METRICS)
+    if eval_names:
+        known = tuple(f"{name}_{metric}" for name in eval_names for metric in known)
     if wanted.removeprefix("eval_") not in known:
         loss_only = " with prediction_loss_only" if args.prediction_loss_only else ""
         raise ValueError(
@@ -330,14 +336,7 @@ def require_known_labels(dataset: Any, num_labels: int, name: str) -> None:
         for key, part in dataset.items():
             require_known_labels(part, num_labels, f"{name}[{key!r}]")
         return
-    labels: list[Any] = []
-    # transformers' collator takes either name
-    for column in ("labels", "label"):
-        if isinstance(dataset, list | tuple):
-            rows = [row for row in dataset if isinstance(row, Mapping)]
-            labels += [row[column] for row in rows if column in row]
-        elif isinstance(dataset, Dataset) and column in dataset.column_names:
-            labels += dataset.with_format(None)[column][:]
+    labels = _labels_at_hand(dataset)
     # The shapes of labels of other kinds are looked at in batches.
     integers = [label for label in labels if isinstance(label, int)]
     if not integers:
@@ -346,3 +345,21 @@ def require_known_labels(dataset: Any, num_labels: int, name: str) -> None:
         require_labels(torch.tensor(integers), num_labels)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _labels_at_hand(dataset: Any) -> list[Any]:
+    """Return the labels of a data set as transformers' collator will take them from its rows."""
+    # Of the two names it takes the first if a row has both.
+    names = ("labels", "label")
+    if isinstance(dataset, list | tuple):
+        rows = [row for row in dataset if isinstance(row, Mapping)]
+        return [row[name] for row in rows for name in [_first_of(names, row)] if name]
+    # A transform may make other labels of the column.
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        name = _first_of(names, dataset.column_names)
+        return dataset.with_format(None)[name][:] if name else []
+    return []
+
+
+def _first_of(names: Iterable[str], there: Collection[str]) -> str | None:
+    return next((name for name in names if name in there), None)

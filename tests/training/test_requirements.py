@@ -242,6 +242,42 @@ def test_labels_that_the_head_does_not_have_are_refused_before_the_first_step(
     assert not watch.begun
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_may_be_integers_of_any_size(tmp_path, dtype):
+    labels = relabelled(lambda label: torch.tensor(label, dtype=dtype))
+    trainer = made(
+        ClassifierTrainer, tmp_path, train_dataset=labels, eval_dataset=labels, **METRICS
+    )
+    assert trainer.train().global_step == 4
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_labels_are_looked_at_as_the_loader_will_give_them(tmp_path):
+    def from_zero(batch):
+        pixels = [torch.tensor(each) for each in batch["pixel_values"]]
+        return {"pixel_values": pixels, "labels": [label - 1 for label in batch["label"]]}
+
+    def collate(each):
+        batch = default_data_collator(each)
+        return batch | {"labels": batch["labels"] - 1}
+
+    both = [row | {"label": row["labels"] + 7} for row in rows(16)]
+    from_one = relabelled(lambda label: label + 1)
+    columns = [
+        {"pixel_values": row["pixel_values"].tolist(), "label": row["labels"]} for row in from_one
+    ]
+    cases = [
+        {"train_dataset": both},
+        {"train_dataset": from_one, "data_collator": collate},
+        {
+            "train_dataset": Dataset.from_list(columns).with_transform(from_zero),
+            "changes": {"remove_unused_columns": False},
+        },
+    ]
+    for case in cases:
+        assert made(ClassifierTrainer, tmp_path, **case).train().global_step == 4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -449,3 +485,28 @@ def test_rows_of_other_data_sets_are_checked_in_batches(tmp_path):
     pairs = Pairs(torch.randn(8, 3, 16, 16), torch.full((8,), 3))
     with pytest.raises(ValueError, match="a label is 3, but the model has 3 labels"):
         made(ClassifierTrainer, tmp_path, train_dataset=pairs).train()
+
+
+def test_the_metric_of_one_of_several_data_sets_may_tell_the_best_model(tmp_path):
+    changes = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+    }
+    datasets = {"near": rows(8), "far": rows(4)}
+
+    def trainer_of(metric):
+        return made(
+            ClassifierTrainer,
+            tmp_path,
+            changes=changes | {"metric_for_best_model": metric},
+            eval_dataset=datasets,
+        )
+
+    trainer = trainer_of("eval_far_loss")
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is not None
+    with pytest.raises(ValueError, match="'loss'; an evaluation gives near_loss, "):
+        trainer_of("loss").train()

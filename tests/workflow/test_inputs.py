@@ -238,6 +238,20 @@ def test_a_new_classifier_is_new_for_as_many_labels_as_before(family, checkpoint
     assert not model.classifier.bias.any()
 
 
+@pytest.mark.parametrize(
+    "old",
+    [{"problem_type": "multi_label_classification"}, {"num_labels": 1}],
+    ids=["several", "one"],
+)
+def test_a_new_classifier_replaces_a_head_of_another_kind(tmp_path, old):
+    tiny_model("vit", **old).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of which one is right"):
+        load_classifier(str(tmp_path), NEW, seed=0)
+    model = load_classifier(str(tmp_path), NEW, seed=0, new_classifier=True)
+    assert model.config.problem_type is None
+    assert model.config.num_labels == 4
+
+
 def test_an_encoder_gets_a_classifier(tmp_path):
     tiny_model("vit").vit.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"It has no head: `ofb-hf finetune --new_classifier`"):
