@@ -79,6 +79,14 @@ class OFBTrainingArguments(TrainingArguments):
                 f"a training argument that takes a dictionary cannot be read: {error}. Write it as "
                 "JSON, e.g. --lr_scheduler_kwargs '{\"min_lr_rate\": 0.1}', with known names in it."
             ) from error
+        except ValueError as error:
+            # of torch, which looks for the other processes
+            if self.ddp_backend is None or "process group" not in str(error):
+                raise
+            raise ValueError(
+                f"ddp_backend is {self.ddp_backend!r}, but this is one process, which talks to no "
+                "other; leave it out, or start several processes (accelerate launch)."
+            ) from error
         self._choose_start_of_workers()
         if self.distillation_weight is not None and not 0 <= self.distillation_weight <= 1:
             raise ValueError(

@@ -38,6 +38,9 @@ from .settings import training_settings
 
 logger = logging.get_logger(__name__)
 
+# Those that write a history; the others only compute.
+TRAINING_PHASES = ("dense", "search", "finetune")
+
 
 class EndedEarlyError(RuntimeError):
     """Report that a phase of a run made fewer steps than it should, although nothing asked for it.
@@ -177,7 +180,20 @@ class Run:
         Rank 0 looks for all: no rank may train while others do not. A result that is damaged is
         not one: the phase goes on from its last checkpoint.
         """
-        return self.is_resuming and decided_by_rank_0(partial(_is_whole, self.result_folder(phase)))
+        if not self.is_resuming:
+            return False
+        is_done = decided_by_rank_0(partial(_is_whole, self.result_folder(phase)))
+        if is_done and phase in TRAINING_PHASES and self.args.process_index == 0:
+            self._warn_of_lost_rows(phase)
+        return is_done
+
+    def _warn_of_lost_rows(self, phase: str) -> None:
+        """Say so if the history has no row of a finished phase: its last step is always one."""
+        if not any(row["phase"] == phase for row in self.history()):
+            logger.warning(
+                f"{self.folder / HISTORY_FILE} has lost the rows of the phase {phase!r}, which is "
+                "finished; the picture of the run will lack them."
+            )
 
     def keep_result(self, phase: str, write: Callable[[Path], Any]) -> None:
         """Let `write` fill the folder of a phase's result, so that a resumed run finds it."""

@@ -64,6 +64,7 @@ def made(trainer_class, folder, model=None, changes=None, **kwargs):
         ({"train_sampling_strategy": "group_by_length"}, "images have none"),
         ({"save_strategy": "best"}, "save_strategy is 'best'.*metric_for_best_model"),
         ({"optim": "galore_adamw"}, "optim is 'galore_adamw'.*cannot be used here.*galore_torch"),
+        ({"ddp_backend": "gloo"}, "ddp_backend is 'gloo', but this is one process"),
         ({"fsdp": True}, "fsdp is on, but this is one process"),
         ({"torch_compile_mode": "brisk"}, "torch_compile_mode is 'brisk'.*Unrecognized mode"),
         ({"dataloader_persistent_workers": True}, "dataloader_num_workers is 0"),

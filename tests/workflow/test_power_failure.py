@@ -89,6 +89,7 @@ def test_an_emptied_file_is_repaired_or_named(
         said = [line for line in caplog.messages if file in line and folder.split("/")[1] in line]
         assert said, caplog.messages
     if name == "search_history.jsonl":
+        assert "has lost the rows of the phase 'search', which is finished" in caplog.text
         assert "has lost 2 rows of the phase 'finetune', from step 1 to 2" in caplog.text
 
 
