@@ -13,6 +13,7 @@ import logging
 import random
 from pathlib import Path
 
+import datasets
 import hypothesis
 import numpy as np
 import pytest
@@ -97,6 +98,13 @@ def _fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of `datasets` that holds nothing yet."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..argument_checks import require_finite
 from .requirements import require_in_range, require_steps, require_usable
 
 # The state of these two is one pair of moments per parameter, which can be sliced with it.
@@ -70,7 +69,6 @@ class OFBTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         # Before some of the numbers are converted there, where they would raise other errors.
-        require_finite(self)
         require_in_range(self)
         try:
             super().__post_init__()

@@ -19,6 +19,7 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import ParallelMode
 
+from ..argument_checks import require_finite
 from ..data.epochs import Batching
 from ..metrics import compute_topk
 
@@ -116,13 +117,13 @@ def _require_process(args: TrainingArguments) -> None:
 
 def require_in_range(args: TrainingArguments) -> None:
     """Raise ValueError for a number that no training can work with, naming its field."""
+    require_finite(args)
     for name, (lowest, highest) in RANGES.items():
         value = getattr(args, name)
-        # not so for NaN
-        if value is None or (lowest <= value <= highest and math.isfinite(value)):
+        if value is None or lowest <= value <= highest:
             continue
         upper = "" if highest == math.inf else f" and at most {highest}"
-        raise ValueError(f"{name} is {value}; it must be finite, at least {lowest}{upper}.")
+        raise ValueError(f"{name} is {value}; it must be at least {lowest}{upper}.")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(

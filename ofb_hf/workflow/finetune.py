@@ -20,6 +20,7 @@ from .inputs import (
     load,
     load_subnet,
     load_teacher,
+    load_to_train,
     require_findable,
     require_possible_teacher,
 )
@@ -53,14 +54,7 @@ def prepare(
     settings["new_classifier"] = model_args.new_classifier
     settings |= asdict(data_args) | asdict(augmentation_args) | training_settings(args, data_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, phases=("",))
-    model, inputs = load(
-        name,
-        data_args,
-        args.seed,
-        augmentation_args,
-        new_classifier=model_args.new_classifier,
-        match_labels_by_number=model_args.match_labels_by_number,
-    )
+    model, inputs = load_to_train(model_args, data_args, args.seed, augmentation_args)
     # `publish` takes models of this package only; better to say so now than after the training.
     if args.push_to_hub and is_stock(model):
         raise ValueError(

@@ -41,6 +41,7 @@ from ..families.registry import describe, require_classifier, require_single_lab
 from ..families.subnet import SubnetSpec
 from ..models.shapes import SHAPES
 from ..training.ranks import decided_by_rank_0
+from .arguments import TrainedModelArguments
 from .output import SUBNET
 
 logger = logging.get_logger(__name__)
@@ -152,6 +153,23 @@ def load(
     # with a real image, before anything is written or trained
     _require_images(name_or_path, model, inputs)
     return model.train(), inputs
+
+
+def load_to_train(
+    model_args: TrainedModelArguments,
+    data_args: DataArguments,
+    seed: int,
+    augmentation_args: AugmentationArguments,
+) -> tuple[PreTrainedModel, Inputs]:
+    """Load the classifier that a command is to train, and its data; see `load`."""
+    return load(
+        model_args.model_name_or_path,
+        data_args,
+        seed,
+        augmentation_args,
+        new_classifier=model_args.new_classifier,
+        match_labels_by_number=model_args.match_labels_by_number,
+    )
 
 
 def _prepared(

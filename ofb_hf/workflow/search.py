@@ -19,7 +19,7 @@ from ..space.configuration import default_config
 from ..training.arguments import OFBTrainingArguments
 from . import output
 from .arguments import FinetuneArguments, ModelArguments, SearchArguments
-from .inputs import load, load_teacher
+from .inputs import load_teacher, load_to_train
 from .latency_table import warn_if_elsewhere
 from .report import markdown_table, results_rows
 from .results import measured, source_of, token_picture, write_output
@@ -56,14 +56,7 @@ def prepare(
         # the config holds the first of them only
         settings[config.budget[0]] = config.budgets
     output.check_free(args, settings, model_args.overwrite_output_dir, config.phases)
-    dense, inputs = load(
-        name,
-        data_args,
-        args.seed,
-        augmentation_args,
-        new_classifier=model_args.new_classifier,
-        match_labels_by_number=model_args.match_labels_by_number,
-    )
+    dense, inputs = load_to_train(model_args, data_args, args.seed, augmentation_args)
     # subfolder -> the config that a search for its budget has, and that budget as a cost
     configs = {}
     costs = {}

@@ -16,7 +16,7 @@ from ..tokens.schedules import full_schedule
 from ..training.arguments import OFBTrainingArguments
 from . import output
 from .arguments import ModelArguments, TokenPhaseArguments
-from .inputs import load, load_subnet, load_teacher
+from .inputs import load_subnet, load_teacher, load_to_train
 from .latency_table import warn_if_elsewhere
 from .report import markdown_table, results_rows
 from .results import measured, source_of, token_picture, write_output
@@ -39,14 +39,7 @@ def prepare(
     name = require_start(model_args, args)
     settings = search_settings(model_args, data_args, config, args, augmentation_args, phase_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, output.SEARCH_PHASES)
-    loaded, inputs = load(
-        name,
-        data_args,
-        args.seed,
-        augmentation_args,
-        new_classifier=model_args.new_classifier,
-        match_labels_by_number=model_args.match_labels_by_number,
-    )
+    loaded, inputs = load_to_train(model_args, data_args, args.seed, augmentation_args)
     # Refuses what cannot be searched, before anything starts
     install_learned_counts(loaded, config.token_granularity)
     dense = loaded

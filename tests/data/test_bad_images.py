@@ -6,7 +6,6 @@ import struct
 import zlib
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -36,10 +35,7 @@ COUNT = 24
 BAD = (2, 3, 23)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

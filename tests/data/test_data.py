@@ -4,7 +4,6 @@ import builtins
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
@@ -21,10 +20,7 @@ from ofb_hf.training.arguments import OFBTrainingArguments
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

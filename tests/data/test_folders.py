@@ -17,11 +17,7 @@ from pictures import archive, number_of, numbers, parquet, picture, write
 from ofb_hf.data import DataArguments, ImageArguments, ImageStream, find_images, load_image_data
 from ofb_hf.data.folders import SPLIT_WORDS, files_below, find_eval_split, find_split, meaning
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -38,11 +37,7 @@ from ofb_hf.data.decoding import AT_ANY_TIME, ENOUGH_SEEN, ONCE, BadImages, deco
 from ofb_hf.data.epochs import Batching, EpochPlan
 from ofb_hf.training import callbacks
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @contextmanager

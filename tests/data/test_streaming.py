@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -34,16 +33,10 @@ from ofb_hf.data import DataArguments, ImageStream, SeededImages, StreamBrokenEr
 from ofb_hf.data.row_blocks import Row, read_patiently
 
 # Whole commands: together they take too long for `make quick`.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 
 BATCH_SIZE = 5
 TESTS = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 # Whole epochs
@@ -81,10 +74,15 @@ def test_no_two_times_of_an_image_are_augmented_alike(shards):
 
 
 def test_rows_that_had_their_turn_are_let_go(shards):
-    images, most = stream(shards), 0
-    for _ in images.loader(1):
+    def rows_in_memory() -> int:
         # without what conftest.py has frozen, which is most
-        most = max(most, sum(type(thing) is Row for thing in gc.get_objects()))
+        return sum(type(thing) is Row for thing in gc.get_objects())
+
+    images, most = stream(shards), 0
+    gc.collect()
+    before = rows_in_memory()  # of earlier tests
+    for _ in images.loader(1):
+        most = max(most, rows_in_memory() - before)
     assert 8 <= most <= 8 + 6  # some are on their way
 
 
