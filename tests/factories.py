@@ -169,9 +169,15 @@ def tiny_images(
 
 
 def search_config(family: str = "vit", **overrides: Any) -> BiMaskConfig:
-    """A search over awkward candidates, each of its phases long enough to look at; overrides are
-    config fields."""
-    phases = {"importance_hold": 0.3, "warmup": 0.2, "one_hot_begin": 0.5, "one_hot_end": 0.75}
+    """A search by bi-masks over awkward candidates, each of its phases long enough to look at;
+    overrides are config fields."""
+    phases = {
+        "preset": "bi_mask",
+        "importance_hold": 0.3,
+        "warmup": 0.2,
+        "one_hot_begin": 0.5,
+        "one_hot_end": 0.75,
+    }
     phases |= {"retire_begin": 0.5, "settle_at": 0.75}
     candidates = dict(AWKWARD[family])
     for searched, names in CANDIDATES_OF.items():

@@ -2,17 +2,17 @@
 
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
 from ..choice.error_curves import ErrorCurve
-from ..choice.knapsack import best_choice
-from ..choice.problem import Candidate, Choice
+from ..choice.problem import Candidate, Candidates, Choice
 from ..choice.schedule_candidates import attention_of, reducing_layers
+from ..choice.widths import WidthChoice
 from ..cost.budget import UnreachableBudgetError
 from ..cost.counting import evaluate_terms
-from ..families.description import Architecture, quantities
+from ..families.description import quantities
 from ..families.registry import describe
 from ..families.subnet import Kept, SubnetSpec, all_units
 from ..families.token_reduction import scheduled
@@ -87,9 +87,8 @@ class _Problem:
         self.target = config.target(
             evaluate_terms(config.terms(self.architecture), quantities(sizes))
         )
-        self.candidates = {one.name: _candidates(one, curves[one.name]) for one in space}
-        fixed = {name: size for name, size in sizes.items() if name not in self.candidates}
-        self.fixed = quantities(fixed)
+        self.widths = WidthChoice(space, self.architecture, self.target, config.show)
+        self.candidates = _candidates(space, curves)
 
     def subnet(self, schedule: Schedule | None = None) -> SubnetSpec:
         """Return the best subnet.
@@ -101,31 +100,14 @@ class _Problem:
             UnreachableBudgetError: if no subnet with these tokens fits the budget.
         """
         if schedule is None:
-            return SubnetSpec(self._kept(self._best(self.architecture, ())))
+            terms = self.config.terms(self.architecture)
+            return SubnetSpec(self._kept(self.widths.best(self.candidates, terms)))
         reducing = reducing_layers(schedule, num_tokens(self.model_config))
-        counted = scheduled(self.model_config, schedule)
-        choice = self._best(counted, [attention_of(layer) for layer in reducing])
+        # they cannot be left out, for tokens are ranked by them
+        ranking = [attention_of(layer) for layer in reducing]
+        terms = self.config.terms(scheduled(self.model_config, schedule))
+        choice = self.widths.best(self.candidates, terms, ranking)
         return SubnetSpec(self._kept(choice), self.model_config.stored_schedule(schedule))
-
-    def _best(self, counted: Architecture, ranking: Collection[str]) -> Choice:
-        """Return the best sizes.
-
-        Args:
-            counted: the architecture with the tokens that costs are counted for.
-            ranking: attentions that cannot be left out, for tokens are ranked by them.
-        """
-        allowed = dict(self.candidates)
-        for name in ranking:
-            if name in allowed:
-                allowed[name] = [candidate for candidate in allowed[name] if candidate.units]
-        return best_choice(
-            allowed,
-            self.config.terms(counted),
-            self.fixed,
-            self.target,
-            needed=self.architecture.attentions,
-            show=self.config.show,
-        )
 
     def _kept(self, choice: Choice) -> dict[str, Kept]:
         """Return the units of a choice, all of them where nothing was to be chosen."""
@@ -153,9 +135,19 @@ def _lowest(length: int, value: Callable[[int], float]) -> int:
     return best
 
 
-def _candidates(space: SubmoduleSpace, curve: ErrorCurve) -> list[Candidate]:
-    """Return the candidates of a submodule; what they are worth is what they do not lose."""
-    return [Candidate(size, -curve.errors[size]) for size in space.sizes]
+def _candidates(space: SearchSpace, curves: dict[str, ErrorCurve]) -> Candidates:
+    """Return the candidates of all leaders; what they are worth is what nobody tied loses."""
+    groups: dict[str, list[SubmoduleSpace]] = {}
+    for each in space:
+        groups.setdefault(each.tied_to or each.name, []).append(each)
+    candidates: Candidates = {}
+    for leader, group in groups.items():
+        row = []
+        for size in group[0].sizes:
+            lost = sum(curves[each.name].errors[size] for each in group)
+            row.append(Candidate(size, -lost))
+        candidates[leader] = row
+    return candidates
 
 
 def _kept_units(size: tuple[int, ...], curve: ErrorCurve) -> Kept:

@@ -100,6 +100,7 @@ class FrozenCompressor:
         basis: "equivalent": heads and, where the family allows, residual streams are rewritten
             before the cut; "heads": heads only; "given": nothing, so only MLP units and whole heads
             are cut.
+        rewritten: whether `model` is a classifier of this package in that basis already.
         seed: of the targets that are drawn from the model's own outputs.
         progress: called as progress(step, done, total) after each batch.
 
@@ -117,6 +118,7 @@ class FrozenCompressor:
         *,
         space: BiMaskConfig | None = None,
         basis: str = "equivalent",
+        rewritten: bool = False,
         seed: int = 0,
         progress: Callable[[str, int, int], None] = lambda step, done, total: None,
     ):
@@ -136,8 +138,8 @@ class FrozenCompressor:
         self.stored_type = model.dtype
         self.config = space or frozen_config(model.config)
         self._answers: list[Tensor] | None = None
-        self.dense = self._rewritten(model)
-        self.space = _space(self.config, self.dense, basis)
+        self.dense = model.eval() if rewritten else self._rewritten(model)
+        self.space = frozen_space(self.config, self.dense.config, basis)
         self.curves = measure_curves(
             self.dense,
             self.space,
@@ -170,10 +172,7 @@ class FrozenCompressor:
         Raises:
             UnreachableBudgetError: if no subnet fits, naming the smallest possible cost.
         """
-        subnet = chosen_subnet(
-            self.dense, config, self.space, self.curves, self.config.search_tokens, self._distance
-        )
-        subnet = replace(subnet, basis=self.basis)
+        subnet = self.choose(config)
         trim_memory()
         processes = PartialState().num_processes
         most = max(processes, images_to_fit(self.dense, processes) // len(self.batches[0]))
@@ -181,6 +180,16 @@ class FrozenCompressor:
         small = self._fitted(subnet, fitted_on, self._step("fitting")).to(self.stored_type)
         trim_memory()
         return Compressed(small, subnet, self.dense, self.curves)
+
+    def choose(self, config: BiMaskConfig) -> SubnetSpec:
+        """Return the units, and the tokens, that are kept under one budget.
+
+        Args, errors: as of `compress`.
+        """
+        subnet = chosen_subnet(
+            self.dense, config, self.space, self.curves, self.config.search_tokens, self._distance
+        )
+        return replace(subnet, basis=self.basis)
 
     def _fitted(
         self,
@@ -307,16 +316,14 @@ def images_to_fit(model: PreTrainedModel, processes: int = 1) -> int:
 def frozen_config(model_config: PreTrainedConfig, **values: Any) -> BiMaskConfig:
     """Return the space that a frozen network is cut in: wider than that of a search that trains.
 
-    Attentions and MLPs may be left out, residual widths go down to an eighth, and tokens are chosen
-    as well where the family can reduce them.
+    Attentions and MLPs may be left out, and tokens are chosen as well where the family can reduce
+    them.
 
     Args:
         model_config: of the classifier.
         values: fields of `BiMaskConfig` to set, such as the budget.
     """
     values.setdefault("search_depth", True)
-    if values.get("search_embedding", True) and not values.get("embedding_candidates"):
-        values.setdefault("smallest_share", 1 / 8)
     if "search_tokens" not in values:
         able = (
             supports_tokens(model_config) and getattr(model_config, "token_schedule", None) is None
@@ -326,13 +333,19 @@ def frozen_config(model_config: PreTrainedConfig, **values: Any) -> BiMaskConfig
     return default_config(model_config, **values)
 
 
-def _space(config: BiMaskConfig, dense: PreTrainedModel, basis: str) -> SearchSpace:
-    """Return the sizes to choose from: only streams whose basis was rotated are cut."""
+def frozen_space(config: BiMaskConfig, model_config: PreTrainedConfig, basis: str) -> SearchSpace:
+    """Return the sizes to choose from by error curves: only streams that were rotated are cut.
+
+    Args:
+        config: the space of all sizes.
+        model_config: of the classifier.
+        basis: that it is cut in.
+    """
     rotated = set()
     if basis == "equivalent":
-        rotated = {stream.name for stream in family_of(dense.config).bases(dense.config).streams}
+        rotated = {stream.name for stream in family_of(model_config).bases(model_config).streams}
     spaces = []
-    for space in config.search_space(dense.config):
+    for space in config.search_space(model_config):
         if space.kind == "embedding" and space.name not in rotated:
             continue
         if space.kind == "attention" and basis == "given":

@@ -390,6 +390,25 @@ class BiMask(nn.Module):
         self.active_candidates.copy_(wanted)
         self._update_alive()
 
+    @torch.no_grad()
+    def settle_to_(self, kept: Kept) -> None:
+        """Keep certain units, as many as a candidate has, while all are there.
+
+        Args:
+            kept: as `SubnetSpec.kept` has them.
+        """
+        chosen = torch.zeros_like(self.alive)
+        if self.is_grid:
+            for head, channels in kept.items():
+                chosen[head, list(channels)] = True
+            size = (len(kept), len(next(iter(kept.values()), ())))
+        else:
+            chosen[list(kept)] = True
+            size = (len(kept),)
+        worth = torch.where(chosen, IMPORTANCE_LIMIT, -IMPORTANCE_LIMIT)
+        self.importance_logits.copy_(worth)
+        self.settle_(*size)
+
     def index_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Return the position in alpha of the candidate (U',) or (heads, channels per head)."""
         axes = [axis.tolist() for axis in self.candidate_axes]

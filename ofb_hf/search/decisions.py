@@ -1,23 +1,22 @@
 """The choices of a search: what is open, what is best under the budget, and making it final."""
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..choice.knapsack import TIGHTNESS, best_choice
 from ..choice.problem import Candidates, Choice
 from ..choice.scores import first_order_candidates, scored_candidates, search_scores
+from ..choice.widths import WidthChoice
 from ..cost.counting import ExpectedCost, evaluate_terms
-from ..families.description import Architecture, Term, heads_of, presence_of, quantities
+from ..families.description import Architecture, Term, quantities
 from ..families.registry import describe
 from ..families.subnet import SubnetSpec, all_units
 from ..masks.bi_mask import BiMask
 from ..space.configuration import BiMaskConfig
 from ..space.search_space import SearchSpace
-from ..tokens.schedules import Schedule
+from ..tokens.schedules import Schedule, full_schedule
 from .searched_tokens import SearchedTokens
 
 # Picks one of several choices within the budget.
@@ -201,36 +200,8 @@ class Decisions(nn.Module):
             terms: the cost.
             kept: submodules that have to keep units.
         """
-        leaders = self.leaders
-        allowed = dict(candidates)
-        for name in kept:
-            if name in leaders:  # one that is not searched keeps its units anyway
-                leader = leaders[name]
-                allowed[leader] = [candidate for candidate in allowed[leader] if candidate.units]
-        fixed = {name: size for name, size in self.dense_sizes.items() if name not in leaders}
-        choice = best_choice(
-            allowed,
-            self._terms_of_leaders(terms),
-            quantities(fixed),
-            self.target,
-            tightness=TIGHTNESS,
-            needed=self.dense_architecture.attentions,
-            show=self.config.show,
-        )
-        followed = {name: choice.candidates[leader] for name, leader in leaders.items()}
-        return replace(choice, candidates=followed)
-
-    def _terms_of_leaders(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
-        """Return cost terms in which the quantities of a tied submodule are those of its leader."""
-        follows: dict[str, str] = {}
-        for name, leader in self.leaders.items():
-            for quantity_of in (str, heads_of, presence_of):
-                follows[quantity_of(name)] = quantity_of(leader)
-        renamed = []
-        for term in terms:
-            factors = tuple(follows.get(factor, factor) for factor in term.factors)
-            renamed.append(replace(term, factors=factors))
-        return tuple(renamed)
+        widths = WidthChoice(self.space, self.dense_architecture, self.target, self.config.show)
+        return widths.best(candidates, terms, kept)
 
     # ----------------------------------------------------------------------------------- deciding
 
@@ -275,6 +246,17 @@ class Decisions(nn.Module):
                     mask.retire_(weak)
                 retired += int(weak.sum())
         return retired
+
+    def settle_to_(self, subnet: SubnetSpec) -> None:
+        """Make a choice final that was made elsewhere.
+
+        Args:
+            subnet: units, and perhaps tokens, of a network that nothing was cut from yet.
+        """
+        if self.tokens is not None:
+            self.decide_tokens_(subnet.token_schedule or full_schedule(self.model.config))
+        for mask in self.bi_masks:
+            mask.settle_to_(subnet.kept[mask.name])
 
     def settle_(self) -> SubnetSpec:
         """Make the best choice final in every submodule and return the subnet.

@@ -8,8 +8,9 @@
 
 Everything follows from the number of the step, so a resumed run equals an uninterrupted one: there
 is no state of a schedule to save. Without an observation (`importance_hold` 0, as in the preset
-"paper") the search begins with DECIDE; with `settle_at` 1 it ends with it. This file needs the
-standard library only.
+"paper") the search begins with DECIDE; with `settle_at` 1 it ends with it; with `settle_at` 0, as
+in the preset "default", error curves have decided before the first step, and all steps RECOVER.
+This file needs the standard library only.
 """
 
 import math
@@ -236,10 +237,12 @@ def is_retirement_step(step: int, every: int, begin_step: float = 0) -> bool:
 
 
 def settling_step(fraction: float, total: int) -> int:
-    """Return after how many of `total` steps the choice is final, at least 1 and at most all.
+    """Return after how many of `total` steps the choice is final.
 
     Args:
-        fraction: of the steps, before the choice.
+        fraction: of the steps, before the choice; at least one step, unless it is 0.
         total: number of steps.
     """
+    if fraction == 0:
+        return 0
     return min(total, max(1, round(fraction * total)))

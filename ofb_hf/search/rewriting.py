@@ -5,7 +5,6 @@
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -16,13 +15,12 @@ from torch.utils.data import IterableDataset, default_collate
 from transformers import PreTrainedModel, set_seed
 
 from ..pruning.equivalent_basis import equivalent_basis
-from ..space.checks import AS_GIVEN
 from ..space.configuration import BiMaskConfig, default_config
 from ..training.arguments import OFBTrainingArguments
 from ..training.classifier import BatchAugmentation
 from .supernet import install_bi_masks
 
-# Images whose second moments give the basis, and how many are computed together.
+# Images whose second moments give the basis, and how many of any are computed together.
 BASIS_IMAGES = 256
 BATCH = 32
 
@@ -33,6 +31,7 @@ def in_basis(
     args: OFBTrainingArguments,
     *,
     train_dataset: Any = None,
+    calibration_dataset: Any = None,
     batch_augmentation: BatchAugmentation | None = None,
     **others: Any,
 ) -> PreTrainedModel:
@@ -42,7 +41,8 @@ def in_basis(
         model: a classifier, stock or ours; it stays as it is.
         config: of the search; None = the default.
         args: of the run. Random numbers begin with its seed again after images were read.
-        train_dataset, batch_augmentation: as for `OFBTrainer`, whose other arguments are ignored.
+        train_dataset, calibration_dataset, batch_augmentation: as for `OFBTrainer`, whose other
+            arguments are ignored.
 
     Returns:
         `model` itself if it is to be searched as it is.
@@ -54,7 +54,9 @@ def in_basis(
         config = default_config(model.config)
     if config.basis == "given":
         return model
-    install_bi_masks(model, replace(config, **AS_GIVEN))
+    install_bi_masks(model, config.as_given())
+    if calibration_dataset is not None:
+        train_dataset, batch_augmentation = calibration_dataset, None
     if train_dataset is None:
         raise ValueError(
             f"basis is {config.basis!r}, but there is no train_dataset with images to find it by; "
@@ -94,6 +96,7 @@ def images_for_basis(
     dataset: Any,
     args: OFBTrainingArguments,
     batch_augmentation: BatchAugmentation | None = None,
+    count: int = BASIS_IMAGES,
 ) -> Iterator[Tensor]:
     """Yield batches of images of a data set, (B, channels, height, width), the same on all ranks.
 
@@ -103,9 +106,10 @@ def images_for_basis(
         args: of the run. Its seed says which images are taken where they have an index.
         batch_augmentation: what a training does with its batches, if images are no numbers that a
             model takes before that.
+        count: of images, at most.
     """
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    for batch in _batches(dataset, args.seed):
+    for batch in _batches(dataset, args.seed, count):
         pixel_values = batch["pixel_values"].to(args.device)
         if batch_augmentation is not None:
             labels = batch["labels"].to(args.device)
@@ -113,27 +117,27 @@ def images_for_basis(
         yield pixel_values
 
 
-def _batches(dataset: Any, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Yield up to `BASIS_IMAGES` rows of a data set, in batches."""
+def _batches(dataset: Any, seed: int, count: int) -> Iterator[dict[str, Tensor]]:
+    """Yield up to `count` rows of a data set, in batches."""
     if hasattr(dataset, "loader"):
         # As one process reads it, so that all of them see the same.
         size = min(BATCH, len(dataset))
-        yield from islice(dataset.loader(size), BASIS_IMAGES // size)
+        yield from islice(dataset.loader(size), count // size)
         return
-    rows = _rows(dataset, seed)
+    rows = _rows(dataset, seed, count)
     while together := list(islice(rows, BATCH)):
         yield default_collate(together)
 
 
-def _rows(dataset: Any, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield up to `BASIS_IMAGES` rows, drawn at random where they have an index."""
+def _rows(dataset: Any, seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """Yield up to `count` rows, drawn at random where they have an index."""
     # A data set of torch that is read in order has a `__getitem__` as well, which refuses.
     in_order = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
     if in_order:
-        rows = islice(dataset, BASIS_IMAGES)
+        rows = islice(dataset, count)
     else:
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(dataset), generator=generator)[:BASIS_IMAGES]
+        drawn = torch.randperm(len(dataset), generator=generator)[:count]
         rows = (dataset[index] for index in drawn.tolist())
     for row in rows:
         yield {name: row[name] for name in ("pixel_values", "labels")}

@@ -430,7 +430,7 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
 
     Args:
         model: a classifier of a family in `ofb_hf.families.registry`, stock or one of our models.
-        config: what to search; the default is half the MACs with the default preset.
+        config: what to search; by default half the MACs, by the preset "bi_mask".
 
     Returns:
         A supernet that computes what `model` computes, each unit scaled by its bi-mask value.
@@ -441,7 +441,7 @@ def install_bi_masks(model: PreTrainedModel, config: BiMaskConfig | None = None)
     """
     require_classifier(model)
     if config is None:
-        config = default_config(model.config)
+        config = default_config(model.config, preset="bi_mask")
     _require_searchable(model.config, config)
     family = family_of(model.config)
     if isinstance(model, family.model_class):

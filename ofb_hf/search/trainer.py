@@ -40,6 +40,12 @@ from ..training.losses import flops_loss
 from ..training.ranks import decided_by_rank_0, require_identical_ranks
 from ..training.resumable import require_same_search
 from .curve_scores import require_curves, score_by_error_curves_
+from .first_choice import (
+    images_to_choose_by,
+    require_something_to_cut,
+    settle_first_,
+    take_weights_,
+)
 from .observation import Observation
 from .own_teacher import require_own_teacher
 from .parameter_groups import learning_rate_factors, parameter_groups
@@ -74,9 +80,12 @@ class OFBTrainer(DistillationTrainer):
             `install_bi_masks`. `compress` gives back the type that it has.
         args: `OFBTrainingArguments`; `max_steps` or `num_train_epochs` is the length of the search.
         bi_mask_config: what to search, when `model` is no supernet yet. With a `basis` other than
-            "given" the model is rewritten first, by 256 images of `train_dataset`.
+            "given" the model is rewritten first, by images of `calibration_dataset`.
         teacher: classifier to learn from; by default the dense model itself where the preset
             distils.
+        calibration_dataset: rows like those of `train_dataset`, but as an image processor makes
+            them, not augmented: some of them say which basis is best, what units are worth, and fit
+            what is left. `train_dataset` if not given.
         kwargs: as for `DistillationTrainer`.
 
     Attributes:
@@ -108,6 +117,7 @@ class OFBTrainer(DistillationTrainer):
         args: OFBTrainingArguments,
         bi_mask_config: BiMaskConfig | None = None,
         teacher: PreTrainedModel | None = None,
+        calibration_dataset: Any = None,
         **kwargs: Any,
     ):
         self.require_arguments(model, args, kwargs)
@@ -117,7 +127,9 @@ class OFBTrainer(DistillationTrainer):
         self.stored_type = next(model.parameters()).dtype
         given = model = in_full_precision(model)
         if not isinstance(model, Supernet):
-            model = in_basis(given, bi_mask_config, args, **kwargs)
+            model = in_basis(
+                given, bi_mask_config, args, calibration_dataset=calibration_dataset, **kwargs
+            )
             supernet = install_bi_masks(model, bi_mask_config)
         elif bi_mask_config is None:
             supernet = model
@@ -127,7 +139,9 @@ class OFBTrainer(DistillationTrainer):
                 "it out."
             )
         config = supernet.bi_mask_config
-        if config.importance_source == "error_curves":
+        if config.chooses_first:
+            require_something_to_cut(supernet)
+        elif config.importance_source == "error_curves":
             require_curves(supernet)
         dense = dense_parent(supernet) if supernet.is_fresh else None
         self.rewritten_dense = dense if model is not given else None
@@ -139,15 +153,19 @@ class OFBTrainer(DistillationTrainer):
             teacher = dense
         # A network that trains on after the choice without a cut would undo a fit by itself.
         fits = config.compensate and (config.prune_during_search or config.settle_at == 1)
+        fits = fits and not config.chooses_first  # then the choice comes with its own fit
         self.compensation = Compensation(dense) if fits and dense is not None else None
         super().__init__(
             model=supernet, args=args, teacher=teacher, distillation_weight=weight, **kwargs
         )
         self.supernet = supernet
+        self.calibration_dataset = calibration_dataset
         self.bi_mask_config = config
         self.observation = Observation(supernet, self.accelerator)
         # Sums of classification and reconstruction loss over the micro-batches of a step.
         self._pmim_sums = torch.zeros(2, device=args.device)
+        # The network of a choice that was made before the first step, until its weights are taken.
+        self._fitted: PreTrainedModel | None = None
         # Losses of the choice as long as no mask moves.
         self._resting_choice: ChoiceLosses | None = None
         self.add_callback(SearchCallback(self))
@@ -204,9 +222,32 @@ class OFBTrainer(DistillationTrainer):
             )
         is_known = bool(supernet.importance_known)
         supernet.watch_tokens_(observes and not is_known)
+        if self.bi_mask_config.chooses_first and not is_known:
+            self._settle_first()
         if self.phases.observed_steps and not observes and not is_known:
             # Resumed with fewer steps than before, a search may find its observation over.
             self._hand_over()
+
+    @torch.no_grad()
+    def _settle_first(self) -> None:
+        """Choose by error curves, cut, and train on from what fits best."""
+        supernet = self.supernet
+        dense = dense_parent(supernet)
+        batches = list(
+            images_for_basis(
+                self.calibration_dataset or self.train_dataset,
+                self.args,
+                None if self.calibration_dataset else self.batch_augmentation,
+                images_to_choose_by(dense),
+            )
+        )
+        self._fitted = settle_first_(supernet, dense, batches, self.args.seed)
+        self.shrink(fold=True)
+
+    @property
+    def may_be_compared(self) -> bool:
+        """Whether the network has its final sizes, and is still to be trained."""
+        return self.supernet.is_folded and self.state.global_step < self.state.max_steps
 
     # ------------------------------------------------------------------------------ before a step
 
@@ -463,6 +504,13 @@ class OFBTrainer(DistillationTrainer):
         slice_optimizer_(self.optimizer, resting, {})
         if self.compensation is not None:
             self._compensate()
+        if self._fitted is not None:
+            take_weights_(self.supernet, self._fitted, self.args)
+            self._fitted = None
+            if self.average is not None:
+                self.average.restart(self.supernet)
+        # The guard remembers the weights that the rest of the training begins with.
+        self.begin_result()
         return resting
 
     def _compensate(self) -> None:

@@ -10,8 +10,6 @@ from ..families.subnet import require_basis
 DepthSearch = Literal[False, True, "attention", "mlp"]
 ALPHA_INITS = ("zeros", "uniform")
 IMPORTANCE_SOURCES = ("gradients", "error_curves")
-# Settings of a search in a network that is not rewritten first.
-AS_GIVEN = {"basis": "given", "importance_source": "gradients"}
 
 # Of the steps, of patches, of a full size, or of a bi-mask.
 FRACTIONS = (
@@ -72,6 +70,12 @@ def _check_ranges(config: Any) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
     if config.alpha_init not in ALPHA_INITS:
         raise ValueError(f"alpha_init is {config.alpha_init!r}; allowed are 'zeros' and 'uniform'.")
+    if config.pmim and config.pmim_until_settled and config.chooses_first:
+        raise ValueError(
+            "pmim is True, but settle_at is 0 and pmim_until_settled True: no patch would ever be "
+            "hidden. Give pmim_until_settled=False, which hides patches to the end, or "
+            'preset="bi_mask".'
+        )
     window = config.pmim_window
     # A window has a middle pixel, and neighbours on both sides.
     if window is not None and (window < 3 or window % 2 == 0):
@@ -80,6 +84,8 @@ def _check_ranges(config: Any) -> None:
 
 def _check_importance(config: Any) -> None:
     _check_importance_source(config)
+    if config.chooses_first:
+        return
     if not config.importance_hold and not config.importance_learning_rate:
         raise ValueError(
             "importance_hold and importance_learning_rate are 0, so nothing would find out "
@@ -99,6 +105,14 @@ def _check_importance_source(config: Any) -> None:
         allowed = " and ".join(map(repr, IMPORTANCE_SOURCES))
         raise ValueError(f"importance_source is {source!r}; allowed are {allowed}.")
     if source == "gradients":
+        if config.chooses_first:
+            raise ValueError(
+                f"settle_at is 0 and importance_source {source!r}, but there are no gradients "
+                'before the first step. Give importance_source="error_curves", or '
+                'preset="bi_mask", which observes gradients and chooses later.'
+            )
+        return
+    if config.chooses_first:
         return
     if config.basis != "equivalent":
         raise ValueError(
@@ -107,9 +121,10 @@ def _check_importance_source(config: Any) -> None:
         )
     if config.search_tokens:
         raise ValueError(
-            f"importance_source is {source!r} and search_tokens True: tokens are ranked by "
-            "gradients, which cannot be compared with error curves. Leave one of them out; "
-            "ofb-hf compress chooses tokens and widths by error curves."
+            f"importance_source is {source!r}, settle_at {config.settle_at} and search_tokens "
+            "True: while bi-masks decide, tokens are ranked by gradients, which cannot be compared "
+            "with error curves. Give settle_at=0, which tries tokens with widths, or leave one of "
+            "the others out."
         )
 
 
@@ -162,7 +177,7 @@ def _token_conflicts(config: Any) -> Iterator[tuple[str, str]]:
     if config.target_params is not None:
         reason = f"target_params is {config.target_params}, and tokens have no parameters"
         yield reason, "give target_macs or target_latency_ms"
-    if not config.importance_hold:
+    if not config.importance_hold and not config.chooses_first:
         reason = "importance_hold is 0, and without observed gradients nothing tells what tokens "
         reason += "are worth"
         yield reason, "give importance_hold a fraction of the steps, 0.05 for example"

@@ -29,9 +29,15 @@ class BiMaskConfig(Budget):
     """What a search may change, how it decides and what the result may cost.
 
     Use the subclass of your model's family, `ViTBiMaskConfig` or `SwinBiMaskConfig`. Fields that
-    say "preset" take their value from `preset` unless given: `"default"` (led by data and budget)
-    or `"paper"` (the published constants). A list of candidates serves all submodules of its kind:
-    each takes the sizes up to its own full one.
+    say "preset" take their value from `preset` unless given:
+
+    - `"default"`: the choice is made before the first step, from error curves of the rewritten
+      network, and every step trains what was chosen;
+    - `"bi_mask"`: bi-masks choose while the weights train, led by data and budget;
+    - `"paper"`: the same with the published constants.
+
+    A list of candidates serves all submodules of its kind: each takes the sizes up to its own full
+    one.
 
     Raises:
         ValueError: for an unknown preset, two budgets, a budget that is no fraction and no count, a
@@ -42,7 +48,11 @@ class BiMaskConfig(Budget):
     family: ClassVar[type[PreTrainedConfig] | None] = None
 
     # What may change, and what the result may cost.
-    preset: str = _field("default", "Source of all fields left at None: 'default' or 'paper'.")
+    preset: str = _field(
+        "default",
+        "Source of all fields left at None. 'default': choose before the first step, from error "
+        "curves; 'bi_mask': choose by bi-masks while training; 'paper': the published constants.",
+    )
     target_macs: float | None = _field(
         None,
         "Budget in MACs: at most 1 = fraction of the dense model, above 1 = absolute. 0.5 if no "
@@ -120,11 +130,12 @@ class BiMaskConfig(Budget):
         "observed, at most 2,048 images; then importance and alpha are set from them. 0 = no such "
         "phase. Preset.",
     )
-    importance_source: str = _field(
-        "gradients",
-        "What importance is set from at the end of importance_hold. 'gradients': the observed "
-        "first-order changes of the loss; 'error_curves': what leaving units out costs after the "
-        "rest has made up for it, as ofb-hf compress measures it; this needs basis 'equivalent'.",
+    importance_source: str | None = _field(
+        None,
+        "What tells what units are worth, at the end of importance_hold or before the first step. "
+        "'gradients': the observed first-order changes of the loss; 'error_curves': what leaving "
+        "units out costs after the rest has made up for it, as ofb-hf compress measures it; this "
+        "needs basis 'equivalent'. Preset.",
     )
     warmup: float | None = _field(
         None, "Fraction of the steps over which lambda and the keep ratio move. Preset."
@@ -178,7 +189,7 @@ class BiMaskConfig(Budget):
     settle_at: float | None = _field(
         None,
         "Fraction of the steps after which the final choice is made; the remaining steps train the "
-        "chosen network. Preset.",
+        "chosen network. 0 = before the first step, from error curves. Preset.",
     )
     compensate: bool | None = _field(
         None,
@@ -191,7 +202,9 @@ class BiMaskConfig(Budget):
     )
 
     # Progressive masked image modelling.
-    pmim: bool = _field(True, "Progressive masked image modelling as an auxiliary loss.")
+    pmim: bool | None = _field(
+        None, "Progressive masked image modelling as an auxiliary loss. Preset."
+    )
     keep_ratio_start: float = _field(
         0.95, "Fraction of patches left visible at step 0 (paper's code)."
     )
@@ -225,6 +238,11 @@ class BiMaskConfig(Budget):
         self.check_budget()
         check_settings(self)
         require_effect(self)
+
+    @property
+    def chooses_first(self) -> bool:
+        """Whether the choice is made before the first step of the search."""
+        return self.settle_at == 0
 
     @property
     def distillation_weight(self) -> float:
@@ -282,6 +300,12 @@ class BiMaskConfig(Budget):
         # A search for tokens may come to forward parts that the model itself does not have.
         self.require_fit(architecture, with_fewest_tokens(model_config))
         return architecture
+
+    def as_given(self) -> "BiMaskConfig":
+        """Return the same search of a network that is not rewritten first."""
+        if self.chooses_first or self.importance_source == "gradients":
+            return replace(self, basis="given")
+        return replace(self, basis="given", importance_source="gradients")
 
     def fitted_to(self, model_config: PreTrainedConfig, **changes: Any) -> "BiMaskConfig":
         """Return the same search for a network that was cut from the one this config is for.

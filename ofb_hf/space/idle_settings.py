@@ -14,6 +14,17 @@ from .presets import PRESETS
 Idle = tuple[str, str, tuple[str, ...]]
 
 
+# What says how bi-masks choose, besides `compensate`, which serves every choice.
+BI_MASK_SETTINGS = (
+    "prune_during_search",
+    *("importance_start", "importance_end", "importance_hold", "importance_init_mean"),
+    *("importance_init_std", "importance_learning_rate", "importance_penalty", "alpha_init"),
+    *("normalize_importance", "architecture_learning_rate", "architecture_weight_decay"),
+    *("masks_follow_schedule", "flops_weight", "one_hot_weight", "one_hot_begin", "one_hot_end"),
+    *("retire_threshold", "retire_begin", "retire_events"),
+)
+
+
 class IdleSettingError(ValueError):
     """Settings that would have no effect.
 
@@ -87,6 +98,10 @@ def _idle_candidates(config: Any) -> Iterator[Idle]:
 
 def _idle_decisions(config: Any) -> Iterator[Idle]:
     """Yield settings of decisions that are never taken."""
+    if config.chooses_first:
+        reason = "settle_at is 0, and error curves choose before the first step"
+        yield reason, "let bi-masks choose (preset='bi_mask')", BI_MASK_SETTINGS
+        return
     if config.retire_begin >= config.settle_at:
         reason = (
             f"retire_begin is {config.retire_begin} and settle_at {config.settle_at}, so no "
@@ -120,6 +135,8 @@ def _idle_training(config: Any) -> Iterator[Idle]:
         names = ("keep_ratio_start", "keep_ratio_end", "pmim_until_settled", "pmim_window")
         names += ("pmim_weight", "pmim_max_ratio")
         yield "pmim is False and no patches are hidden", "turn pmim on", names
+    if config.chooses_first:
+        return
     # Divided by their maximum, equal importances are 1. Where a submodule may vanish, the divisor
     # has a lower limit, and a low mean shows.
     starts_equal = config.normalize_importance and config.importance_init_std == 0

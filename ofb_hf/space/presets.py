@@ -1,7 +1,11 @@
-"""Every constant that the two presets of a search disagree about.
+"""Every constant that the presets of a search disagree about.
 
-"default": led by data and budget, docs/ARCHITECTURE.md tells why; "paper": the published code
-(arXiv:2403.15835 and its repository). A field of `BiMaskConfig` that is None is taken from here.
+- "default": the choice is made before the first step, from error curves in an equivalent basis, and
+  all steps train what was chosen.
+- "bi_mask": units are ranked by observed gradients, and bi-masks choose while the weights train.
+- "paper": the published code (arXiv:2403.15835 and its repository).
+
+benchmarks/QUALITY.md compares them. A field of `BiMaskConfig` that is None is taken from here.
 """
 
 from typing import Any
@@ -10,8 +14,40 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         # Kernels are slow for channel counts that are no multiples of 8.
         "multiple_of": 8,
+        # Components that little is lost with go far down.
+        "smallest_share": 0.125,
+        "basis": "equivalent",
+        "importance_source": "error_curves",
+        # Before the first step: what bi-masks learn adds nothing to that (benchmarks/QUALITY.md).
+        "settle_at": 0.0,
+        "compensate": True,
+        "distillation_weight": 0.5,
+        "pmim": False,
+        # What follows would decide later: nothing reads it.
+        "pmim_until_settled": True,
+        "importance_init_mean": 1.5,
+        "importance_init_std": 0.0,
+        "alpha_init": "zeros",
+        "normalize_importance": True,
+        "flops_weight": 5.0,
+        "importance_hold": 0.0,
+        "importance_learning_rate": 0.0,
+        "importance_penalty": 0.0,
+        "architecture_learning_rate": 0.01,
+        "architecture_weight_decay": 0.0,
+        "masks_follow_schedule": False,
+        "warmup": 0.0,
+        "retire_begin": 0.0,
+        "one_hot_begin": 0.0,
+        "one_hot_end": 0.0,
+        "one_hot_weight": 0.2,
+    },
+    "bi_mask": {
+        # Kernels are slow for channel counts that are no multiples of 8.
+        "multiple_of": 8,
         "smallest_share": 0.25,
         "basis": "given",
+        "importance_source": "gradients",
         # sigmoid(1.5) = 0.82: near the given network, but not where the sigmoid is flat.
         "importance_init_mean": 1.5,
         "importance_init_std": 0.0,
@@ -37,12 +73,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "compensate": True,
         # The dense model as the teacher still says something where all labels are fitted.
         "distillation_weight": 0.5,
+        "pmim": True,
         "pmim_until_settled": True,
     },
     "paper": {
         "multiple_of": 1,
         "smallest_share": 0.5,
         "basis": "given",
+        "importance_source": "gradients",
         "importance_init_mean": 0.0,
         "importance_init_std": 0.2,
         "alpha_init": "uniform",
@@ -64,6 +102,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "settle_at": 1.0,
         "compensate": False,
         "distillation_weight": 0.0,
+        "pmim": True,
         "pmim_until_settled": False,
     },
 }
@@ -78,7 +117,7 @@ REMOVED: dict[str, Any] = {
 # Fields that version 0.2 added -> values that change nothing. Files of version 0.1 lack them.
 ADDED: dict[str, Any] = {"basis": "given", "importance_source": "gradients"}
 # Earlier names of presets: files that were written with them can still be read.
-ALIASES = {"ours": "default"}
+ALIASES = {"ours": "bi_mask"}
 
 
 def require_one_preset(preset: str, given: dict[str, Any]) -> None:
@@ -97,17 +136,21 @@ def require_one_preset(preset: str, given: dict[str, Any]) -> None:
     own = PRESETS[preset]
     if any(given.get(name, own[name]) is None for name in own):
         return  # something is left to the preset, so this is no whole config that was passed on
+    taken: dict[str, list[str]] = {}  # another preset -> what has its value and not ours
     for other, values in PRESETS.items():
         telling = [name for name in own if name in given and own[name] != values[name]]
-        taken = [name for name in telling if given[name] == values[name]]
+        same = [name for name in telling if given[name] == values[name]]
         # Some fields may have been set by hand before.
-        if telling and len(taken) > len(telling) / 2:
-            raise ValueError(
-                f"preset is {preset!r}, but {len(taken)} fields have the values of preset "
-                f"{other!r} ({', '.join(taken[:3])}, ...). dataclasses.replace keeps them: write "
-                f"config.with_preset({preset!r}) instead, or leave out the fields that come from "
-                "the preset."
-            )
+        if telling and len(same) > len(telling) / 2:
+            taken[other] = same
+    if taken:
+        other = max(taken, key=lambda name: len(taken[name]))
+        raise ValueError(
+            f"preset is {preset!r}, but {len(taken[other])} fields have the values of preset "
+            f"{other!r} ({', '.join(taken[other][:3])}, ...). dataclasses.replace keeps them: write "
+            f"config.with_preset({preset!r}) instead, or leave out the fields that come from the "
+            "preset."
+        )
 
 
 def without_removed(values: dict[str, Any]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def _copies(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class AverageCallback(TrainerCallback):
-    """Update a weight average after every step, and put it into the model at the end."""
+    """Update a weight average after every step."""
 
     def __init__(self, average: WeightAverage):
         self.average = average
@@ -115,9 +115,3 @@ class AverageCallback(TrainerCallback):
     ):
         """Update the average."""
         self.average.update(kwargs["model"])
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
-        """Make the average the result of the training."""
-        self.average.copy_to_(kwargs["model"])

@@ -32,6 +32,29 @@ class EpochCallback(TrainerCallback):
             self.dataset.end_epoch(lambda counts: reduce(counts.to(args.device), "sum"))
 
 
+class ResultCallback(TrainerCallback):
+    """Let a trainer look at its network before the first step, and choose its result at the end.
+
+    Args:
+        trainer: has `begin_result()` and `end_result()`.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Look at the network; a checkpoint has been loaded by now."""
+        self.trainer.begin_result()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Choose the result."""
+        self.trainer.end_result()
+
+
 class RandomStreamsCallback(TrainerCallback):
     """Give every rank random streams of its own.
 

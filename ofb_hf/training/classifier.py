@@ -14,8 +14,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from ..families.registry import require_single_label
 from .arguments import OFBTrainingArguments
 from .averaging import AverageCallback, WeightAverage
-from .callbacks import EpochCallback, RandomStreamsCallback
+from .callbacks import EpochCallback, RandomStreamsCallback, ResultCallback
 from .full_precision import learns_in_half, to_full_precision_
+from .guard import TrainingGuard
 from .interruption import shield_workers
 from .losses import classification_loss
 from .requirements import (
@@ -28,6 +29,7 @@ from .requirements import (
 from .resumable import ResumableTrainer
 
 EMA_FILE = "ema.safetensors"
+GUARD_FILE = "weights_before.safetensors"
 # Images, labels (B,) and a generator on their device -> images and labels.
 BatchAugmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 # The name under which the whole loss is summed up next to its parts; it is not logged by us.
@@ -46,6 +48,10 @@ class ClassifierTrainer(ResumableTrainer):
     Args:
         model: an image classifier.
         args: `OFBTrainingArguments`.
+        guard_dataset: rows like those of `train_dataset`, not augmented, that it does not have.
+            They decide in the end which weights are kept: those from before the training, those
+            after it, or the average (`TrainingGuard`). Without them it is the average, or else the
+            weights after it.
         batch_augmentation: called with training batches on the device: images, labels (B,) and a
             generator -> images and labels (`ofb_hf.data.BatchAugmentation`).
         kwargs: as for `transformers.Trainer`. Batches hold `pixel_values` (B, C, H, W) and
@@ -74,6 +80,7 @@ class ClassifierTrainer(ResumableTrainer):
         model: nn.Module,
         args: OFBTrainingArguments,
         batch_augmentation: BatchAugmentation | None = None,
+        guard_dataset: Any = None,
         **kwargs: Any,
     ):
         self.require_arguments(model, args, kwargs)
@@ -90,6 +97,8 @@ class ClassifierTrainer(ResumableTrainer):
         self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
         if self.average is not None:
             self.add_callback(AverageCallback(self.average))
+        self.guard = None if guard_dataset is None else TrainingGuard(guard_dataset)
+        self.add_callback(ResultCallback(self))
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(EpochCallback(self.train_dataset))
         # One for numbers that are drawn on the CPU, one for the augmentation of whole batches,
@@ -156,6 +165,25 @@ class ClassifierTrainer(ResumableTrainer):
             if self.average is not None:
                 self.average.restart(self.model)
         return super().train(*args, **kwargs)
+
+    @property
+    def may_be_compared(self) -> bool:
+        """Whether the network has its final sizes, so that its weights can be compared later."""
+        return True
+
+    def begin_result(self) -> None:
+        """Let the guard remember the weights, unless a checkpoint has those from the beginning."""
+        if self.guard is not None and not self.guard.remembers and self.may_be_compared:
+            self.guard.remember(self.model)
+
+    def end_result(self) -> None:
+        """Put into the model what the training gives: the best weights, or the average."""
+        if self.interruption.stopped_by is not None:
+            return  # nothing is over yet: a checkpoint has been written
+        if self.guard is not None and self.guard.remembers:
+            self.guard.decide_(self.model, self.args, self.average)
+        elif self.average is not None:
+            self.average.copy_to_(self.model)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the data set's own loader for this rank if it makes one, else the Trainer's.
@@ -329,9 +357,14 @@ class ClassifierTrainer(ResumableTrainer):
         if self.args.should_save and self.average is not None:
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
             self.average.save(folder / EMA_FILE)
+        if self.args.should_save and self.guard is not None and self.is_in_train:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            self.guard.save(folder / GUARD_FILE)
 
     def _load_weights(self, checkpoint: Path) -> None:
         self._load_average(checkpoint)
+        if self.guard is not None:
+            self.guard.load(checkpoint / GUARD_FILE)
         super()._load_weights(checkpoint)
 
     def _load_average(self, checkpoint: Path) -> None:

@@ -69,12 +69,20 @@ class TrainedModelArguments(MeasuredModelArguments):
         "Give the model a head with random weights for the labels of the data, in place of its "
         "own. A search needs --dense_epochs then, which train it first.",
     )
+    guard_images: int | None = _setting(
+        None,
+        "Training images to hold out, by which a search or a finetuning decides in the end what to "
+        "keep: the weights from before the training, those after it, or their average. By default "
+        "a twentieth of the images, at most 1,024, and none where that is fewer than 64; 0 = none. "
+        "A stream has none.",
+    )
     keep_dense: bool = _setting(False, "Keep the model as it was before, in OUTPUT_DIR/dense.")
     overwrite_output_dir: bool = _setting(
         False, "Start over in a folder that already holds a run; its files are replaced."
     )
 
     def __post_init__(self):
+        _require_at_least(self, {"guard_images": 0})
         if self.new_classifier and self.model_name_or_path in SHAPES:
             raise ValueError(
                 f"new_classifier is True, but all weights of {self.model_name_or_path}, a named "

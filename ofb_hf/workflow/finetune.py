@@ -52,6 +52,7 @@ def prepare(
     # what decides the result: a resumed run has to agree with it
     settings = {"model_name_or_path": name, "teacher_name_or_path": model_args.teacher_name_or_path}
     settings["new_classifier"] = model_args.new_classifier
+    settings["guard_images"] = model_args.guard_images
     settings |= asdict(data_args) | asdict(augmentation_args) | training_settings(args, data_args)
     output.check_free(args, settings, model_args.overwrite_output_dir, phases=("",))
     model, inputs = load_to_train(model_args, data_args, args.seed, augmentation_args)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import httpx
 from transformers import (
@@ -46,6 +47,11 @@ from .output import SUBNET
 
 logger = logging.get_logger(__name__)
 
+# Of the training images, one in so many is held out to choose the weights by; at most and least.
+GUARD_SHARE = 20
+MOST_GUARD_IMAGES = 1024
+LEAST_GUARD_IMAGES = 64
+
 
 @dataclass
 class Inputs:
@@ -57,6 +63,7 @@ class Inputs:
         train: augmented rows of {"pixel_values" (3, H, W), "labels"}.
         eval: rows of the same kind that are not augmented.
         train_plain: the training rows, not augmented.
+        guard: rows that are held out of the training, not augmented; None without any.
         batch_augmentation: augments whole batches of training images, if anything does.
     """
 
@@ -66,6 +73,7 @@ class Inputs:
     eval: Any
     train_plain: Any
     batch_augmentation: BatchAugmentation | None = None
+    guard: Any = None
 
 
 def require_findable(name_or_path: str) -> None:
@@ -115,6 +123,7 @@ def load(
     trains: bool = True,
     new_classifier: bool = False,
     match_labels_by_number: bool = False,
+    guard_images: int | None = 0,
 ) -> tuple[PreTrainedModel, Inputs]:
     """Load a classifier and its data.
 
@@ -129,6 +138,7 @@ def load(
             the data.
         match_labels_by_number: whether label 0 of the data is label 0 of the classifier, and so
             on, even if no name is the same.
+        guard_images: rows to hold out of the training; None = as many as `guard_size` says.
 
     Raises:
         ValueError: if one of them cannot be loaded, or they do not go together.
@@ -149,7 +159,7 @@ def load(
     decided_by_rank_0(lambda: require_decodable(data.eval, data.image_column))
     model = load_classifier(name_or_path, data.label_names, seed, new_classifier)
     data = _in_the_models_order(data, model, name_or_path, match_labels_by_number)
-    inputs = _prepared(processor, data, data_args, augmentation_args, seed)
+    inputs = _prepared(processor, data, data_args, augmentation_args, seed, guard_images)
     # with a real image, before anything is written or trained
     _require_images(name_or_path, model, inputs)
     return model.train(), inputs
@@ -169,6 +179,7 @@ def load_to_train(
         augmentation_args,
         new_classifier=model_args.new_classifier,
         match_labels_by_number=model_args.match_labels_by_number,
+        guard_images=model_args.guard_images,
     )
 
 
@@ -178,6 +189,7 @@ def _prepared(
     data_args: DataArguments,
     augmentation_args: AugmentationArguments,
     seed: int,
+    guard_images: int | None,
 ) -> Inputs:
     """Return data that is prepared as an image processor says, augmented for training."""
     columns = (data.image_column, data.label_column)
@@ -186,14 +198,22 @@ def _prepared(
         processor, data_args.augmentation, train=True, augmentation_args=augmentation_args
     )
     plain = build_transform(processor, "none", train=False, eval_crop_pct=data_args.eval_crop_pct)
+    guard = None
     # A stream shuffles and deals out its images by itself; others are indexed by a sampler.
     if isinstance(data.train, StreamedSplit):
+        if guard_images:
+            raise ValueError(
+                f"--guard_images is {guard_images}, but a stream holds none out; leave it out."
+            )
         train = ImageStream(data.train, augmented, seed, augmentation_args.repeated_augmentation)
         train_plain = ImageStream(data.train, plain, seed)
     else:
         allowed = data_args.max_bad_share
-        train = SeededImages(data.train, augmented, *columns, seed, allowed)
-        train_plain = SeededImages(data.train, plain, *columns, seed, allowed)
+        rows, held_out = _held_out(data.train, guard_images, seed)
+        train = SeededImages(rows, augmented, *columns, seed, allowed)
+        train_plain = SeededImages(rows, plain, *columns, seed, allowed)
+        if held_out is not None:
+            guard = SeededImages(held_out, plain, *columns, seed, allowed)
     # Mixing and erasing need whole batches, on the device.
     batch_augmentation = None
     if data_args.augmentation == "deit":
@@ -205,7 +225,30 @@ def _prepared(
         # transforms above still crop by themselves.
         processor = cropping(processor, data_args.eval_crop_pct)
     evaluation = with_image_transform(data.eval, plain, *columns)
-    return Inputs(processor, data, train, evaluation, train_plain, batch_augmentation)
+    return Inputs(processor, data, train, evaluation, train_plain, batch_augmentation, guard)
+
+
+def _held_out(rows: Dataset, wanted: int | None, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Return the rows to train on, and those that are held out; the same for the same seed.
+
+    Raises:
+        ValueError: if nothing would be left to train on.
+    """
+    count = guard_size(len(rows)) if wanted is None else wanted
+    if not count:
+        return rows, None
+    if count >= len(rows):
+        raise ValueError(
+            f"--guard_images is {count}, but there are {len(rows)} training images; hold out fewer."
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+
+
+def guard_size(images: int) -> int:
+    """Return how many of the training images are held out where nobody says it."""
+    count = min(MOST_GUARD_IMAGES, images // GUARD_SHARE)
+    return count if count >= LEAST_GUARD_IMAGES else 0
 
 
 def _require_images(name: str, model: PreTrainedModel, inputs: Inputs) -> None:

@@ -15,7 +15,6 @@ from ..cost.counting import count_cost, count_macs, count_params
 from ..cost.latency import count_latency, milliseconds
 from ..families.subnet import SubnetSpec
 from ..search.supernet import install_bi_masks
-from ..space.checks import AS_GIVEN
 from ..space.configuration import BiMaskConfig, default_config
 from ..training.arguments import OFBTrainingArguments, check_search_arguments
 from .arguments import PlanArguments, SearchArguments
@@ -59,7 +58,7 @@ def run_plan(
     configs = {}
     for name, values in search.by_budget().items():
         # There are no images to find another basis by, and sizes and speed are the same in all.
-        configs[name] = default_config(model.config, **values | AS_GIVEN)
+        configs[name] = default_config(model.config, **values).as_given()
     # refuses what no subnet meets, before anything is measured
     budgets = {name: _outcome(model, config) for name, config in configs.items()}
     first = next(iter(configs.values()))  # the budgets have everything else in common

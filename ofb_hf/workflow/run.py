@@ -284,7 +284,13 @@ class Run:
         set_seed(self.args.seed)
         args = self._finetune_arguments()
         # `from_pretrained` returns models in evaluation mode.
-        trainer = DistillationTrainer(model.train(), args, teacher=teacher, **self.datasets())
+        trainer = DistillationTrainer(
+            model.train(),
+            args,
+            teacher=teacher,
+            guard_dataset=self.inputs.guard,
+            **self.datasets(),
+        )
         self.train(trainer, "finetune")
         self.keep_result("finetune", model.save_pretrained)
         return model
@@ -379,6 +385,7 @@ def search_settings(
         "model_name_or_path",
         "teacher_name_or_path",
         "new_classifier",
+        "guard_images",
         "dense_epochs",
         "dense_learning_rate",
     ):

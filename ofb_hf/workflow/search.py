@@ -1,6 +1,5 @@
 """Search an image classifier for a smaller one, finetune it, and write it down."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from ..pictures.plots import plot_search
 from ..release.card import render_card
 from ..search.supernet import install_bi_masks
 from ..search.trainer import OFBTrainer
-from ..space.checks import AS_GIVEN
 from ..space.configuration import default_config
 from ..training.arguments import OFBTrainingArguments
 from . import output
@@ -63,7 +61,7 @@ def prepare(
     for folder, fields in config.by_budget().items():
         configs[folder] = default_config(dense.config, **fields)
         # refuses what cannot be searched and budgets that cannot be met, before anything starts
-        supernet = install_bi_masks(dense, replace(configs[folder], **AS_GIVEN))
+        supernet = install_bi_masks(dense, configs[folder].as_given())
         costs[folder] = configs[folder].absolute(supernet.target)
     # Each model is searched on from the next larger one, so the largest budget comes first.
     targets = dict(sorted(costs.items(), key=lambda item: item[1], reverse=True))
@@ -148,10 +146,12 @@ def _trainer(run: Run) -> OFBTrainer:
     """Return the trainer of a search that begins with the dense model, or with a smaller one."""
     args = run.phase_arguments("search")
     teacher = run.teacher
+    data = run.datasets()
+    data |= {"calibration_dataset": run.inputs.train_plain, "guard_dataset": run.inputs.guard}
     if run.config.basis != "given":
         # The dense model is in that basis already.
         supernet = install_bi_masks(run.dense, run.config)
-        return OFBTrainer(supernet, args, teacher=teacher, **run.datasets())
+        return OFBTrainer(supernet, args, teacher=teacher, **data)
     start = run.dense
     if run.start is not None:
         start = run.start
@@ -162,7 +162,7 @@ def _trainer(run: Run) -> OFBTrainer:
         # one, and the dense model is the better teacher.
         if teacher is None and weight:
             teacher = run.dense
-    return OFBTrainer(start, args, run.config, teacher=teacher, **run.datasets())
+    return OFBTrainer(start, args, run.config, teacher=teacher, **data)
 
 
 def finish(run: Run, models: dict[str, PreTrainedModel], subnet: SubnetSpec) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from transformers.utils import logging
 from ..cost.counting import count_cost
 from ..families.subnet import SubnetSpec
 from ..pictures.plots import plot_accuracy_over_cost
-from ..space.checks import AS_GIVEN
 from ..space.configuration import BiMaskConfig
 from ..training.arguments import OFBTrainingArguments
 from ..training.ranks import decided_by_rank_0
@@ -93,8 +92,8 @@ def _config_for(run: Run, before: Run, target: int | float) -> BiMaskConfig:
     reachable = min(target, cost)
     # What was cut from the rewritten model is not rewritten again: its units would no longer be
     # those of the dense one. After it was trained, its first channels are not the best ones.
-    changes = {run.config.budget[0]: reachable, **AS_GIVEN}
-    return run.config.fitted_to(before.start.config, **changes)
+    as_given = run.config.as_given()
+    return as_given.fitted_to(before.start.config, **{run.config.budget[0]: reachable})
 
 
 def _part_of_the_epochs(run: Run, name: str) -> OFBTrainingArguments:

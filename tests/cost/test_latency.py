@@ -258,7 +258,9 @@ def test_a_config_carries_its_table_along(dense, family, tmp_path):
     )
     file.write_text(json.dumps(table.to_dict()))
     assert LatencyTable.load(file) == table
-    config = default_config(dense.config, target_latency_ms=1.0, latency_table=str(file))
+    config = default_config(
+        dense.config, preset="bi_mask", target_latency_ms=1.0, latency_table=str(file)
+    )
     file.unlink()
     config.save(kept)
     assert type(config).load(kept) == config

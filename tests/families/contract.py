@@ -22,7 +22,9 @@ KINDS = ("embedding", "heads", "channels", "mlp")
 
 def search_for(stock: PreTrainedModel, **fields) -> BiMaskConfig:
     """A search over every kind of unit, halves of blocks included."""
-    return default_config(stock.config, multiple_of=1, search_depth=True, **fields)
+    return default_config(
+        stock.config, preset="bi_mask", multiple_of=1, search_depth=True, **fields
+    )
 
 
 def assert_copy(stock: PreTrainedModel) -> None:

@@ -66,7 +66,7 @@ def test_it_is_ours(pair):
 def searchable(model):
     """A supernet of a model; its masks begin at the same random numbers every time."""
     torch.manual_seed(0)
-    return install_bi_masks(model, default_config(model.config, target_macs=1.0))
+    return install_bi_masks(model, default_config(model.config, preset="bi_mask", target_macs=1.0))
 
 
 def test_it_is_searched_cut_and_rewritten_as_it_is(pair):

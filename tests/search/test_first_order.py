@@ -144,7 +144,9 @@ def test_less_is_kept_for_the_backward_pass_than_while_learning(family):
         family
     ]
     model = tiny_model(family, attn_implementation="sdpa", **sizes).train()
-    supernet = install_bi_masks(model, SEARCHES[family](target_macs=0.9, multiple_of=1))
+    supernet = install_bi_masks(
+        model, SEARCHES[family](preset="bi_mask", target_macs=0.9, multiple_of=1)
+    )
     images, own = (
         tiny_images(8, model.config.image_size),
         {p.untyped_storage().data_ptr() for p in model.parameters()},
@@ -314,7 +316,7 @@ def test_while_gradients_are_observed_only_importance_has_any_and_afterwards_all
 def test_however_short_the_search_it_looks_at_the_data_first(tmp_path, steps):
     """With the phases of the preset, which fall together in few steps."""
     config, model, found = (
-        ViTBiMaskConfig(target_macs=0.6, **AWKWARD["vit"]),
+        ViTBiMaskConfig(preset="bi_mask", target_macs=0.6, **AWKWARD["vit"]),
         tiny_model("vit").train(),
         [],
     )

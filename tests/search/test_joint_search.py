@@ -429,12 +429,12 @@ def test_small_micro_batches_observe_what_large_ones_do(tmp_path):
 )
 def test_what_cannot_go_together_is_refused_in_words(fields, message):
     with pytest.raises(ValueError, match=f"search_tokens is True.*{message}"):
-        ViTBiMaskConfig(search_tokens=True, **fields)
+        ViTBiMaskConfig(preset="bi_mask", search_tokens=True, **fields)
 
 
 def test_models_without_a_class_token_and_families_are_refused():
     with pytest.raises(ValueError, match=r"SwinConfig has no class token"):
-        install_bi_masks(tiny_swin(), SwinBiMaskConfig(search_tokens=True))
+        install_bi_masks(tiny_swin(), SwinBiMaskConfig(preset="bi_mask", search_tokens=True))
     with pytest.raises(
         ValueError, match=r"search_tokens is True and target_macs is \[0.7, 0.5\].*one budget"
     ):
@@ -444,7 +444,7 @@ def test_models_without_a_class_token_and_families_are_refused():
 def test_layers_that_have_lost_their_attention_already_let_tokens_pass():
     model = non_uniform_vit()  # without attention in the fourth and the last of six layers
     supernet = install_bi_masks(
-        model, ViTBiMaskConfig(target_macs=0.6, multiple_of=1, search_tokens=True)
+        model, ViTBiMaskConfig(preset="bi_mask", target_macs=0.6, multiple_of=1, search_tokens=True)
     )
     for mask in supernet.bi_masks:
         mask.first_order.fill_(1.0)  # and tokens are worth nothing

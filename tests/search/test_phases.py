@@ -27,9 +27,9 @@ VALUES = st.floats(0, 1)
 OBSERVE, DECIDE, RECOVER = Phase.OBSERVE, Phase.DECIDE, Phase.RECOVER
 
 
-def phases(total, images_per_step=1, preset=None, **fields):
+def phases(total, images_per_step=1, preset="bi_mask", **fields):
     """The phases of a preset's search, with other values for some fields."""
-    config = ViTBiMaskConfig(**({} if preset is None else {"preset": preset}) | fields)
+    config = ViTBiMaskConfig(**{"preset": preset} | fields)
     return Phases.of(config, total, images_per_step)
 
 
@@ -98,15 +98,15 @@ def test_retirement_comes_every_few_steps_once_begun(every, begin):
 
 @given(VALUES, st.integers(1, 1000))
 def test_the_choice_falls_into_the_search(fraction, total):
-    assert 1 <= settling_step(fraction, total) <= total
+    assert (fraction > 0) <= settling_step(fraction, total) <= total
     assert settling_step(1.0, total) == total
-    assert settling_step(0.0, total) == 1
+    assert settling_step(0.0, total) == 0
 
 
 # ------------------------------------------------------------------------------------ both presets
 
 
-def test_the_phases_of_the_default_preset():
+def test_the_phases_of_the_bi_mask_preset():
     """In 1,000 steps: observed until 5 %, decided until 15 %."""
     laid_out = phases(1000)
     assert (laid_out.observed_steps, laid_out.settled_after) == (50, 150)
@@ -122,7 +122,7 @@ def test_the_phases_of_the_default_preset():
     assert hiding == [*range(50, 150)]
 
 
-def test_the_values_of_the_default_preset():
+def test_the_values_of_the_bi_mask_preset():
     laid_out = phases(1000)
     lam = {0: 0.99, 49: 0.99, 50: 0.99, 80: 0.545, 110: 0.1, 999: 0.1}
     assert {step: laid_out.at(step).lam for step in lam} == pytest.approx(lam)
@@ -131,6 +131,17 @@ def test_the_values_of_the_default_preset():
     assert {step: laid_out.at(step).keep_ratio for step in keep} == pytest.approx(keep)
     weights = {0: 0.0, 79: 0.0, 80: 0.0, 100: 0.1, 120: 0.2, 999: 0.2}
     assert {step: laid_out.at(step).one_hot_weight for step in weights} == pytest.approx(weights)
+
+
+def test_every_step_of_the_default_preset_trains_what_was_chosen():
+    for total in (1, 3, 1000):
+        laid_out = phases(total, preset="default")
+        assert (laid_out.observed_steps, laid_out.settled_after) == (0, 0)
+        assert laid_out.learning_steps == total
+        steps = [laid_out.at(step) for step in range(total)]
+        assert {step.phase for step in steps} == {RECOVER}
+        assert not any(step.hands_over or step.retires or step.settles for step in steps)
+        assert not any(step.hides_patches for step in steps)
 
 
 def test_the_phases_of_the_published_preset():
@@ -167,12 +178,12 @@ def test_the_published_preset_with_an_observation():
 
 # (preset, steps) -> for each step its phase and what happens after it.
 SHORT = {
-    ("default", 1): [(OBSERVE, "hands_over settles shrinks folds")],
-    ("default", 2): [
+    ("bi_mask", 1): [(OBSERVE, "hands_over settles shrinks folds")],
+    ("bi_mask", 2): [
         (OBSERVE, "hands_over settles shrinks folds"),
         (RECOVER, "shrinks folds"),
     ],
-    ("default", 3): [
+    ("bi_mask", 3): [
         (OBSERVE, "hands_over settles shrinks folds"),
         (RECOVER, ""),
         (RECOVER, "shrinks folds"),
@@ -190,7 +201,7 @@ EVENTS = ("hands_over", "retires", "settles", "shrinks", "folds")
 
 @pytest.mark.parametrize(("preset", "total"), SHORT)
 def test_a_search_of_few_steps_has_all_events(preset, total):
-    laid_out = phases(total, preset=None if preset == "default" else preset)
+    laid_out = phases(total, preset=preset)
     found = []
     for step in range(total):
         at = laid_out.at(step)
@@ -245,7 +256,7 @@ def test_a_network_that_is_cut_at_the_end_shrinks_and_folds_there_only():
 
 CONFIGS = st.builds(
     lambda preset, fields, swin: (SwinBiMaskConfig if swin else ViTBiMaskConfig)(
-        **({"preset": "paper"} if preset else {}) | fields
+        **{"preset": "paper" if preset else "bi_mask"} | fields
     ),
     st.booleans(),
     st.fixed_dictionaries(

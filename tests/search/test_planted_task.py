@@ -72,7 +72,9 @@ def subnets(model, rows, target, seeds, steps=100):
             "retire_begin": 0.65,
             "settle_at": 0.8,
         }
-        config = ViTBiMaskConfig(target_macs=target, search_embedding=False, pmim=False, **phases)
+        config = ViTBiMaskConfig(
+            preset="bi_mask", target_macs=target, search_embedding=False, pmim=False, **phases
+        )
         with tempfile.TemporaryDirectory() as folder:
             args = planted_task.arguments(folder, steps, seed, learning_rate=5e-4)
             trainer = OFBTrainer(

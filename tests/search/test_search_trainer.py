@@ -357,7 +357,10 @@ def test_a_supernet_that_has_made_its_choice_is_not_searched_again(tmp_path):
             trainer.train()
     small = again.compress().train()
     searcher(
-        tmp_path / "c", ViTBiMaskConfig(target_macs=0.9, multiple_of=1), model=small, max_steps=4
+        tmp_path / "c",
+        ViTBiMaskConfig(preset="bi_mask", target_macs=0.9, multiple_of=1),
+        model=small,
+        max_steps=4,
     ).train()
 
 

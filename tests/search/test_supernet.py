@@ -242,7 +242,11 @@ def test_models_of_other_families_are_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [("vit", SwinBiMaskConfig()), ("swin", ViTBiMaskConfig())]
+    ("family", "config"),
+    [
+        ("vit", SwinBiMaskConfig(preset="bi_mask")),
+        ("swin", ViTBiMaskConfig(preset="bi_mask")),
+    ],
 )
 def test_the_search_of_another_family_is_refused_by_name(family, config):
     with pytest.raises(ValueError, match=f"{type(config).__name__} searches .* got a OFB.*Config"):

@@ -26,8 +26,14 @@ from ofb_hf import SearchSpace, SubmoduleSpace, SubnetSpec, SwinBiMaskConfig, Vi
 from ofb_hf.families.registry import describe
 from ofb_hf.families.subnet import BASES, all_units
 from ofb_hf.pruning.surgery import slice_model
+from ofb_hf.space.presets import PRESETS
 
 GRID = {"num_heads": 4, "head_dim": 6, "head_candidates": (2, 4), "dim_candidates": (3, 6)}
+
+
+def bi_masks(**fields):
+    """A search in which bi-masks decide."""
+    return ViTBiMaskConfig(**{"preset": "bi_mask"} | fields)
 
 
 @st.composite
@@ -163,10 +169,11 @@ def test_unknown_bases_are_refused_by_name(make):
 
 
 def test_a_file_of_an_earlier_version_searches_the_network_as_it_is(tmp_path):
-    values = ViTBiMaskConfig().to_dict()
+    values = bi_masks().to_dict()
     assert values.pop("basis") == "given"
+    assert values.pop("importance_source") == "gradients"
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert ViTBiMaskConfig.load(tmp_path / "config.json") == ViTBiMaskConfig()
+    assert ViTBiMaskConfig.load(tmp_path / "config.json") == bi_masks()
 
 
 def test_a_subnet_names_its_basis():
@@ -335,7 +342,7 @@ def test_a_kind_that_is_not_searched_is_not_in_the_space(family, kind):
 def test_default_candidates_of_swin_tiny():
     """Every stage and block, even steps up to the full size, as hardware likes them: widths from a
     quarter of it, MLPs from a sixteenth, where a trained network often has nothing to lose."""
-    space = SwinBiMaskConfig().search_space(SwinConfig())
+    space = SwinBiMaskConfig(preset="bi_mask").search_space(SwinConfig())
     assert [submodule.name for submodule in space] == list(describe(SwinConfig()).sizes)
     assert [
         len([s for s in space if s.kind == kind]) for kind in ("embedding", "attention", "mlp")
@@ -359,7 +366,7 @@ def test_default_candidates_of_swin_tiny():
         assert all(size % 8 == 0 for size in submodule.candidate_sizes)
 
 
-@given(st.integers(1, 700), st.sampled_from([1, 8, 16]), st.sampled_from(["default", "paper"]))
+@given(st.integers(1, 700), st.sampled_from([1, 8, 16]), st.sampled_from(list(PRESETS)))
 def test_default_candidates_are_multiples_where_the_dense_size_allows(width, multiple, preset):
     config = ViTBiMaskConfig(preset=preset, multiple_of=multiple)
     space = config.search_space(
@@ -368,7 +375,11 @@ def test_default_candidates_are_multiples_where_the_dense_size_allows(width, mul
     for name in ("embeddings", "layers.0.mlp"):
         sizes = space[name].candidate_sizes
         assert sizes[-1] == width
-        smallest = {"default": (1 / 4, 1 / 16), "paper": (1 / 2, 1 / 4)}[preset]
+        smallest = {
+            "default": (1 / 8, 1 / 16),
+            "bi_mask": (1 / 4, 1 / 16),
+            "paper": (1 / 2, 1 / 4),
+        }[preset]
         assert sizes[0] >= int(width * smallest[name != "embeddings"])
         if width % multiple == 0:
             assert all(size % multiple == 0 for size in sizes)
@@ -407,19 +418,73 @@ def test_default_candidates_are_multiples_where_the_dense_size_allows(width, mul
 )
 def test_impossible_configs_are_refused_by_name_and_value(fields, names):
     with pytest.raises(ValueError, match=r"\.|;") as error:
+        bi_masks(**fields)
+    for name in names:
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        (
+            {"importance_source": "gradients"},
+            ["settle_at is 0", '"error_curves"', 'preset="bi_mask"'],
+        ),
+        ({"preset": "paper", "settle_at": 0.0}, ["settle_at is 0", "'gradients'"]),
+        ({"pmim": True}, ["pmim_until_settled=False", "bi_mask"]),
+    ],
+)
+def test_a_choice_before_the_first_step_refuses_what_comes_later(fields, names):
+    with pytest.raises(ValueError, match="settle_at") as error:
         ViTBiMaskConfig(**fields)
     for name in names:
         assert name in str(error.value)
 
 
-def test_the_former_name_of_the_default_preset_is_accepted(tmp_path):
-    assert ViTBiMaskConfig(preset="ours") == ViTBiMaskConfig() == ViTBiMaskConfig(preset="default")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("flops_weight", 1.0),
+        ("one_hot_weight", 0.4),
+        ("retire_events", 3),
+        ("prune_during_search", False),
+        ("importance_hold", 0.1),
+        ("alpha_init", "uniform"),
+    ],
+)
+def test_settings_of_bi_masks_are_refused_where_none_decide(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is .*settle_at is 0.*preset='bi_mask'"):
+        ViTBiMaskConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"basis": "heads"},
+        {"basis": "given"},
+        {"search_tokens": True},
+        {"search_depth": True},
+        {"uniform_across_layers": True},
+        {"compensate": False},
+        {"pmim": True, "pmim_until_settled": False, "keep_ratio_end": 0.6},
+    ],
+    ids=str,
+)
+def test_a_choice_before_the_first_step_takes(fields):
+    config = ViTBiMaskConfig(**fields)
+    assert config.chooses_first
+    assert ViTBiMaskConfig.from_dict(config.to_dict()) == config
+    assert config.as_given().basis == "given"
+
+
+def test_the_preset_of_version_0_1_is_accepted_by_its_name(tmp_path):
+    assert ViTBiMaskConfig(preset="ours") == bi_masks()
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(ViTBiMaskConfig().to_dict() | {"preset": "ours"}), encoding="utf-8")
+    path.write_text(json.dumps(bi_masks().to_dict() | {"preset": "ours"}), encoding="utf-8")
     config = ViTBiMaskConfig.load(path)
-    assert config == ViTBiMaskConfig()
+    assert config == bi_masks()
     config.save(path)
-    assert json.loads(path.read_text(encoding="utf-8"))["preset"] == "default"
+    assert json.loads(path.read_text(encoding="utf-8"))["preset"] == "bi_mask"
 
 
 def test_a_budget_without_weight_is_refused():
@@ -461,24 +526,24 @@ def test_configs_of_version_0_1_can_be_read(preset, tmp_path):
     ],
 )
 def test_a_removed_field_that_changed_a_search_is_refused(changes, message):
-    values = ViTBiMaskConfig().to_dict() | FIELDS_0_1["ours"] | changes
+    values = bi_masks().to_dict() | FIELDS_0_1["ours"] | changes
     with pytest.raises(ValueError, match=message):
         ViTBiMaskConfig.from_dict(values)
 
 
 @pytest.mark.parametrize("fields", [{}, {"settle_at": 0.2, "multiple_of": 4}], ids=str)
-@pytest.mark.parametrize(("preset", "other"), [("default", "paper"), ("paper", "default")])
+@pytest.mark.parametrize(("preset", "other"), [("bi_mask", "paper"), ("paper", "bi_mask")])
 def test_with_preset_takes_what_was_not_set_from_the_other_preset(preset, other, fields):
     config = ViTBiMaskConfig(preset=preset, target_macs=0.4, **fields)
     assert config.with_preset(other) == ViTBiMaskConfig(preset=other, target_macs=0.4, **fields)
     assert config.with_preset(other).with_preset(preset) == config
     assert config.with_preset(other, retire_events=7).retire_events == 7
-    if preset == "default":
+    if preset == "bi_mask":
         assert config.with_preset("paper").with_preset("ours") == config
 
 
 @pytest.mark.parametrize("fields", [{}, {"settle_at": 0.2, "multiple_of": 4}], ids=str)
-@pytest.mark.parametrize(("preset", "other"), [("default", "paper"), ("paper", "default")])
+@pytest.mark.parametrize(("preset", "other"), [("bi_mask", "paper"), ("paper", "bi_mask")])
 def test_replacing_the_preset_alone_is_refused_with_the_way_out(preset, other, fields):
     """It would keep the fields of the first preset under the name of the other one."""
     config = ViTBiMaskConfig(preset=preset, **fields)
@@ -490,7 +555,7 @@ def test_replacing_the_preset_alone_is_refused_with_the_way_out(preset, other, f
 
 def test_all_idle_settings_are_named_at_once():
     with pytest.raises(ValueError, match="Neither would pmim_window, pmim_weight"):
-        ViTBiMaskConfig(pmim=False, keep_ratio_end=0.6, pmim_window=3, pmim_weight=2.0)
+        bi_masks(pmim=False, keep_ratio_end=0.6, pmim_window=3, pmim_weight=2.0)
 
 
 @pytest.mark.parametrize(
@@ -615,13 +680,13 @@ IDLE = [
 def test_a_setting_without_effect_is_refused_with_an_explanation(name, value, others, reason):
     idle = rf"^{name} is {re.escape(str(value))}, but .*{re.escape(reason)}.*: it would have no"
     with pytest.raises(ValueError, match=idle):
-        ViTBiMaskConfig(**others, **{name: value})
+        bi_masks(**others, **{name: value})
 
 
 @pytest.mark.parametrize("others", [others for _, _, others, _ in IDLE], ids=str)
 def test_values_of_the_preset_are_no_settings_without_effect(others, tmp_path):
     """What makes others idle may be given, and survives its file, which holds all fields."""
-    config = ViTBiMaskConfig(**others)
+    config = bi_masks(**others)
     assert ViTBiMaskConfig.from_dict(config.to_dict()) == config
     config.save(tmp_path / "config.json")
     assert ViTBiMaskConfig.load(tmp_path / "config.json") == config
@@ -639,8 +704,6 @@ def test_values_of_the_preset_are_no_settings_without_effect(others, tmp_path):
         {"importance_init_mean": -3.0, "search_depth": True},
         {"importance_init_mean": 0.5, "importance_hold": 0.0, "importance_learning_rate": 0.001},
         {"one_hot_begin": 1.0},
-        {"one_hot_begin": 0.0, "settle_at": 0.0, "importance_hold": 0.0, "one_hot_end": 0.0}
-        | {"importance_learning_rate": 0.001},
         {"multiple_of": 4, "mlp_candidates": [36, 72]},
         {"importance_penalty": 1.0, "importance_learning_rate": 0.001},
         {"preset": "paper", "importance_learning_rate": 0.0, "importance_hold": 0.1},
@@ -648,7 +711,7 @@ def test_values_of_the_preset_are_no_settings_without_effect(others, tmp_path):
     ids=str,
 )
 def test_settings_with_an_effect_are_accepted(fields):
-    config = ViTBiMaskConfig(**fields)
+    config = bi_masks(**fields)
     assert ViTBiMaskConfig.from_dict(config.to_dict()) == config
 
 

@@ -53,7 +53,11 @@ def test_counts_are_those_of_the_networks(family, checkpoint, swin_checkpoint, h
     assert plan["dense"] == {"macs": count_macs(dense), "params": count_params(dense)}
     assert list(plan["budgets"]) == ["target_macs-0.8", "target_macs-0.6"]
     for share, budget in zip((0.8, 0.6), plan["budgets"].values(), strict=True):
-        small = compress(install_bi_masks(dense, default_config(dense.config, target_macs=share)))
+        small = compress(
+            install_bi_masks(
+                dense, default_config(dense.config, preset="bi_mask", target_macs=share)
+            )
+        )
         assert (budget["macs"], budget["params"]) == (count_macs(small), count_params(small))
         assert budget["macs"] <= budget["target"] == int(share * count_macs(dense))
         steps = 0.15 * budget["before"] + 0.85 * budget["after"]
