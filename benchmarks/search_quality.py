@@ -1,22 +1,25 @@
 """Compare the search with other methods: one checkpoint, one data set, equal epochs, many seeds.
 
     search            a search with the default preset
-    paper             a search with the preset of the paper, then finetuning
-    equivalent        `search` of the dense model rewritten in the equivalent basis
+    depth             `search` with `search_depth`: it may leave out whole attentions and MLPs
+    tokens            `search` with `search_depth` and `search_tokens` (ViT)
+    bi_mask           a search with the preset "bi_mask", the default of version 0.1
+    equivalent        `bi_mask` of the dense model rewritten in the equivalent basis
     curves            the same, with importance from error curves
+    paper             a search with the preset of the paper, then finetuning
     frozen            compression without training (`ofb-hf compress`), and no training after it
     frozen_finetuned  the same, then trained for the remaining epochs
-    depth             `search` with `search_depth`: it may leave out whole attentions and MLPs
-    tokens            `search` with `search_tokens`: it may merge or drop patch tokens (ViT)
     uniform           the same fraction of every width, units by magnitude
     random            random sizes and units, --num_random draws
     l1, taylor        one-shot pruning by magnitude, and by first-order importance on training data
+    taylor_fitted     `taylor` with the least-squares fit of the search
     torch_pruning     torch-pruning's importance and pruner, if it is installed
     scratch           the sizes of `uniform`, trained from random weights
     dense             the dense model, trained for the same extra epochs
 
 All of them start from the same dense checkpoint (except `scratch`), end under the same budget,
 train for the same total number of epochs, and learn from the same teacher, the dense checkpoint.
+Searches hold out a twentieth of the training images, which choose the weights to keep.
 Every finished run is a line of results.jsonl; run the command again to continue after an
 interruption.
 
@@ -52,6 +55,7 @@ from ofb_hf import (
 from ofb_hf.choice import baselines
 from ofb_hf.data import DataArguments
 from ofb_hf.families.registry import family_of
+from ofb_hf.pruning.fit import fit_
 from ofb_hf.pruning.surgery import slice_model
 from ofb_hf.space.configuration import BiMaskConfig, default_config
 from ofb_hf.training.distillation import DistillationTrainer
@@ -77,7 +81,7 @@ class Settings:
     batch_size: int = 128
     learning_rate: float = 5e-4
     dense_learning_rate: float = 1e-3
-    teacher_share: float = 0.5
+    teacher_share: float = 1.0
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     num_random: int = 8
@@ -138,6 +142,14 @@ class Job:
             )
             trainer.train()
 
+    def images(self, count: int) -> torch.Tensor:
+        """Return training images that are not augmented, (count, C, H, W)."""
+        rows = self.inputs.train_plain
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randperm(len(rows), generator=generator)[:count].tolist()
+        images = torch.stack([rows[index]["pixel_values"] for index in drawn])
+        return images.to(self.dense.device)
+
     def flexible(self) -> PreTrainedModel:
         """Return the dense checkpoint in the package's own class, which can be sliced."""
         return family_of(self.dense.config).from_dense(self.dense)
@@ -146,14 +158,26 @@ class Job:
         """Return the compressed model after this many epochs of search."""
         with tempfile.TemporaryDirectory() as folder:
             args = self.arguments(folder, epochs, self.settings.learning_rate)
-            trainer = OFBTrainer(self.dense, args, self.config, train_dataset=self.inputs.train)
+            # a search that ranks units by gradients of this loss needs labels in it
+            if self.config.chooses_first:
+                args.distillation_weight = self.settings.teacher_share
+            trainer = OFBTrainer(
+                self.dense,
+                args,
+                self.config,
+                train_dataset=self.inputs.train,
+                calibration_dataset=self.inputs.train_plain,
+                guard_dataset=self.inputs.guard,
+            )
             trainer.train()
             return compress(trainer.supernet)
 
 
 def search(job: Job) -> tuple[PreTrainedModel, float]:
     """Search for all epochs: the choice is made early, and the remaining steps train the result."""
-    return job.search(job.settings.epochs), 0
+    # images that curves are measured on count as training
+    read = FROZEN_IMAGES / len(job.inputs.train) if job.config.chooses_first else 0
+    return job.search(job.settings.epochs - read), 0
 
 
 def paper(job: Job) -> tuple[PreTrainedModel, float]:
@@ -194,6 +218,15 @@ def uniform(job: Job) -> Any:
     return baselines.uniform_subnet(job.dense, job.config, baselines.magnitude_scores(job.dense))
 
 
+def taylor_fitted(job: Job) -> tuple[PreTrainedModel, float]:
+    """Prune by first-order importance, and fit what is left as a search does."""
+    dense = job.flexible().float().eval()
+    subnet = taylor(job)
+    small = slice_model(dense, subnet).eval()
+    fit_(small, dense, subnet, job.images(FROZEN_IMAGES).split(SPEED_BATCH))
+    return small, job.settings.epochs - (TAYLOR_IMAGES + FROZEN_IMAGES) / len(job.inputs.train)
+
+
 def scratch(job: Job) -> tuple[PreTrainedModel, float]:
     """Return a uniform subnet with random weights."""
     small, epochs = one_shot(uniform)(job)
@@ -203,11 +236,7 @@ def scratch(job: Job) -> tuple[PreTrainedModel, float]:
 
 def frozen(job: Job) -> tuple[PreTrainedModel, float]:
     """Compress without training, as `ofb-hf compress` does."""
-    rows = job.inputs.train_plain
-    generator = torch.Generator().manual_seed(job.seed)
-    drawn = torch.randperm(len(rows), generator=generator)[:FROZEN_IMAGES].tolist()
-    images = torch.stack([rows[index]["pixel_values"] for index in drawn])
-    images = images.to(job.dense.device)
+    images = job.images(FROZEN_IMAGES)
     return compress_frozen(job.dense, images, target_macs=job.config.target_macs).model, 0
 
 
@@ -232,6 +261,8 @@ CONTESTANTS: dict[str, Callable[[Job], tuple[PreTrainedModel, float]]] = {
         )
     ),
     "taylor": one_shot(taylor, TAYLOR_IMAGES),
+    "taylor_fitted": taylor_fitted,
+    "bi_mask": search,
     "random": one_shot(lambda job: baselines.random_subnet(job.dense, job.config, job.seed)),
     "equivalent": search,
     "curves": search,
@@ -246,10 +277,15 @@ CONTESTANTS: dict[str, Callable[[Job], tuple[PreTrainedModel, float]]] = {
 # Contestant -> what is set for it besides the budget.
 CHANGES: dict[str, dict[str, Any]] = {
     "paper": {"preset": "paper"},
-    "equivalent": {"basis": "equivalent"},
-    "curves": {"basis": "equivalent", "importance_source": "error_curves"},
+    "bi_mask": {"preset": "bi_mask"},
+    "equivalent": {"preset": "bi_mask", "basis": "equivalent"},
+    "curves": {
+        "preset": "bi_mask",
+        "basis": "equivalent",
+        "importance_source": "error_curves",
+    },
     "depth": {"search_depth": True},
-    "tokens": {"search_tokens": True},
+    "tokens": {"search_depth": True, "search_tokens": True},
 }
 
 
@@ -318,7 +354,8 @@ def dense_model(settings: Settings, folder: Path) -> tuple[PreTrainedModel, Inpu
     data = DataArguments(data_dir=settings.data_dir, max_train_samples=settings.max_train_samples)
     data.max_eval_samples = settings.max_eval_samples
     trained = folder / "dense"
-    model, inputs = load(str(trained) if trained.is_dir() else settings.model, data, seed=0)
+    name = str(trained) if trained.is_dir() else settings.model
+    model, inputs = load(name, data, seed=0, guard_images=None)
     if settings.dense_epochs and not trained.is_dir():
         job = Job(settings, model, inputs, default_config(model.config), seed=0)
         with tempfile.TemporaryDirectory() as scratch:

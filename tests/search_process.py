@@ -109,15 +109,15 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     if "loss_scale" in options:
         trainer.accelerator.native_amp, trainer.accelerator.state._mixed_precision = True, "fp16"
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=options["loss_scale"])
-    hide = trainer._draw_hidden_tokens
+    hide = trainer.hidden_patches._draw
     hidden: list[str] = []
 
-    def noted(batch_size: int) -> tuple[Tensor, Tensor]:
-        masked, repainted = hide(batch_size)
+    def noted(batch_size: int, keep_ratio: float) -> tuple[Tensor, Tensor]:
+        masked, repainted = hide(batch_size, keep_ratio)
         hidden.append(digest({"masked": masked})["masked"])
         return masked, repainted
 
-    trainer._draw_hidden_tokens = noted
+    trainer.hidden_patches._draw = noted
     shrinks = Shrinks(options.get("shrink_at", []))
     shrinks.trainer = trainer
     trainer.add_callback(shrinks)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..families.registry import describe
 from ..frozen.compression import FrozenCompressor, frozen_space, images_to_fit
 from ..training.arguments import OFBTrainingArguments
-from .rewriting import BASIS_IMAGES
+from .rewriting import BASIS_IMAGES, as_bi_masks
 from .supernet import Supernet
 
 
@@ -32,6 +32,7 @@ def require_something_to_cut(supernet: Supernet) -> None:
             f"{type(supernet.model).__name__}; search attentions or MLPs as well, or give "
             "preset='bi_mask'."
         )
+    as_bi_masks(config, model_config)  # refuses candidates that are none
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
+from ..frozen.compression import frozen_space
 from ..pruning.equivalent_basis import equivalent_basis
 from ..space.configuration import BiMaskConfig, default_config
 from ..training.arguments import OFBTrainingArguments
@@ -23,6 +25,27 @@ from .supernet import install_bi_masks
 # Images whose second moments give the basis, and how many of any are computed together.
 BASIS_IMAGES = 256
 BATCH = 32
+
+
+def as_bi_masks(config: BiMaskConfig, model_config: PreTrainedConfig) -> BiMaskConfig:
+    """Return a search of the network as it is given, over the sizes that `config` can choose.
+
+    It needs no images, so it tells before any is read what a network and a budget allow.
+
+    Raises:
+        ValueError: for residual widths to choose from where none can be cut.
+    """
+    if not config.chooses_first or not config.search_embedding:
+        return config.as_given()
+    if any(space.kind == "embedding" for space in frozen_space(config, model_config, config.basis)):
+        return config.as_given()
+    if config.embedding_candidates:
+        raise ValueError(
+            f"embedding_candidates is {config.embedding_candidates}, but in basis {config.basis!r} "
+            f"error curves cut no residual width of a {type(model_config).__name__}; leave it out, "
+            "or give preset='bi_mask'."
+        )
+    return replace(config.as_given(), search_embedding=False, smallest_share=None)
 
 
 def in_basis(
@@ -54,7 +77,7 @@ def in_basis(
         config = default_config(model.config)
     if config.basis == "given":
         return model
-    install_bi_masks(model, config.as_given())
+    install_bi_masks(model, as_bi_masks(config, model.config))
     if calibration_dataset is not None:
         train_dataset, batch_augmentation = calibration_dataset, None
     if train_dataset is None:

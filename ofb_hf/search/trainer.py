@@ -46,11 +46,11 @@ from .first_choice import (
     settle_first_,
     take_weights_,
 )
+from .hidden_patches import HiddenPatches
 from .observation import Observation
 from .own_teacher import require_own_teacher
 from .parameter_groups import learning_rate_factors, parameter_groups
 from .phases import Phases, SearchStep
-from .pmim import hidden_first, mask_patches, normalize_target, reconstruction_loss, refine_mask
 from .rewriting import images_for_basis, in_basis
 from .shrinking import shrink_, shrink_to_
 from .supernet import Supernet, compress, dense_parent, install_bi_masks, read_subnet
@@ -162,8 +162,7 @@ class OFBTrainer(DistillationTrainer):
         self.calibration_dataset = calibration_dataset
         self.bi_mask_config = config
         self.observation = Observation(supernet, self.accelerator)
-        # Sums of classification and reconstruction loss over the micro-batches of a step.
-        self._pmim_sums = torch.zeros(2, device=args.device)
+        self.hidden_patches = HiddenPatches(supernet, self.generator, args.device)
         # The network of a choice that was made before the first step, until its weights are taken.
         self._fitted: PreTrainedModel | None = None
         # Losses of the choice as long as no mask moves.
@@ -223,13 +222,13 @@ class OFBTrainer(DistillationTrainer):
         is_known = bool(supernet.importance_known)
         supernet.watch_tokens_(observes and not is_known)
         if self.bi_mask_config.chooses_first and not is_known:
-            self._settle_first()
+            self.settle_first()
         if self.phases.observed_steps and not observes and not is_known:
             # Resumed with fewer steps than before, a search may find its observation over.
             self._hand_over()
 
     @torch.no_grad()
-    def _settle_first(self) -> None:
+    def settle_first(self) -> None:
         """Choose by error curves, cut, and train on from what fits best."""
         supernet = self.supernet
         dense = dense_parent(supernet)
@@ -256,7 +255,7 @@ class OFBTrainer(DistillationTrainer):
         self.search_step: SearchStep = self.phases.at(self.state.global_step)
         self.supernet.lam.fill_(self.search_step.lam)
         self.supernet.refresh_liveness()
-        self._pmim_sums.zero_()
+        self.hidden_patches.begin_step()
         self.observation.images = []
 
     # ---------------------------------------------------------------------------------- in a step
@@ -287,7 +286,10 @@ class OFBTrainer(DistillationTrainer):
         """
         self._remember(pixel_values)
         if self.supernet.repaints and not self.search_step.observes:
-            outputs, parts, loss = self._losses_with_hidden_patches(model, pixel_values, labels)
+            keep_ratio = self.search_step.keep_ratio
+            outputs, parts, loss = self.hidden_patches.losses(
+                model, pixel_values, labels, keep_ratio, self.task_loss
+            )
         else:
             outputs, parts, loss = super().training_losses(model, pixel_values, labels)
             if self.supernet.pmim_decoder is not None:
@@ -319,54 +321,6 @@ class OFBTrainer(DistillationTrainer):
         if self.supernet.tokens is not None and self.search_step.observes:
             self.observation.images.append(pixel_values)
 
-    def _losses_with_hidden_patches(
-        self, model: nn.Module, pixel_values: Tensor, labels: Tensor
-    ) -> tuple[Any, dict[str, Tensor], Tensor]:
-        """Compute classification and reconstruction losses; result as for `training_losses`."""
-        supernet = self.supernet
-        dense = supernet.dense_architecture
-        hidden, repainted = self._draw_hidden_tokens(len(pixel_values))
-        masked_patches = refine_mask(
-            hidden, dense.token_grid, dense.patch_grid, dense.token_size // dense.patch_size
-        )
-        outputs = model(
-            pixel_values=pixel_values, bool_masked_pos=masked_patches, repainted=repainted
-        )
-        task = self.task_loss(outputs.logits, pixel_values, labels)
-        pmim = reconstruction_loss(
-            outputs.reconstruction,
-            normalize_target(pixel_values, supernet.pmim_window),
-            hidden,
-            dense.token_grid,
-            dense.token_size,
-            repainted,
-        )
-        self._pmim_sums += torch.stack([task.detach().float(), pmim.detach().float()])
-        loss = task + self.bi_mask_config.pmim_weight * supernet.pmim_ratio * pmim
-        return outputs, {"task": task, "pmim": pmim}, loss
-
-    def _draw_hidden_tokens(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Draw which final tokens lose their patches (B, N), and which are repainted (B, K).
-
-        A step that hides nothing draws a mask all the same, and K is the same in every step: so
-        there is one graph to compile, and every parameter takes part under DDP.
-        """
-        config = self.bi_mask_config
-        rows, columns = self.supernet.dense_architecture.token_grid
-        tokens = rows * columns
-        hidden = mask_patches(batch_size, tokens, self.search_step.keep_ratio, self.generator)
-        least_visible = int(tokens * min(config.keep_ratio_start, config.keep_ratio_end))
-        repainted = hidden_first(hidden, tokens - least_visible)
-        return self._sent(hidden), self._sent(repainted)
-
-    def _sent(self, tensor: Tensor) -> Tensor:
-        """Send a tensor from the CPU to the device without waiting for it."""
-        device = self.args.device
-        if device.type == "cuda":
-            # A copy from memory that is not pinned waits for all that is queued.
-            tensor = tensor.pin_memory()
-        return tensor.to(device, non_blocking=True)
-
     def _choice_losses(self) -> ChoiceLosses:
         """Compute what a step needs to know about the open choice; once as long as masks rest."""
         if self._resting_choice is not None:
@@ -391,7 +345,7 @@ class OFBTrainer(DistillationTrainer):
         step = self.search_step
         decisions = self.supernet.decisions
         if self.supernet.repaints:
-            self._update_pmim_ratio()
+            self.hidden_patches.update_ratio(self.accelerator)
         # The buffer is read in one step of the search only: reading it waits for the device.
         if step.hands_over and not self.supernet.importance_known:
             self._hand_over()
@@ -403,14 +357,6 @@ class OFBTrainer(DistillationTrainer):
             self.shrink(fold=step.folds)
         elif step.settles or step.retires:
             self._require_identical_ranks()
-
-    def _update_pmim_ratio(self) -> None:
-        """Let the next step weigh reconstruction by the loss ratio of this one, on every rank."""
-        ratio = self.supernet.pmim_ratio
-        task, pmim = self.accelerator.reduce(self._pmim_sums)
-        new = (task / pmim.clamp(min=1e-8)).clamp(max=self.bi_mask_config.pmim_max_ratio)
-        # Nothing hidden says nothing about the ratio.
-        ratio.copy_(torch.where(pmim > 0, new, ratio))
 
     @torch.no_grad()
     def _hand_over(self) -> None:

@@ -147,9 +147,9 @@ def require_one_preset(preset: str, given: dict[str, Any]) -> None:
         other = max(taken, key=lambda name: len(taken[name]))
         raise ValueError(
             f"preset is {preset!r}, but {len(taken[other])} fields have the values of preset "
-            f"{other!r} ({', '.join(taken[other][:3])}, ...). dataclasses.replace keeps them: write "
-            f"config.with_preset({preset!r}) instead, or leave out the fields that come from the "
-            "preset."
+            f"{other!r} ({', '.join(taken[other][:3])}, ...). dataclasses.replace keeps them: "
+            f"write config.with_preset({preset!r}) instead, or leave out the fields that come from "
+            "the preset."
         )
 
 

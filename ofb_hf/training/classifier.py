@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import logging
 
 from ..families.registry import require_single_label
 from .arguments import OFBTrainingArguments
@@ -27,6 +28,8 @@ from .requirements import (
     require_steps,
 )
 from .resumable import ResumableTrainer
+
+logger = logging.get_logger(__name__)
 
 EMA_FILE = "ema.safetensors"
 GUARD_FILE = "weights_before.safetensors"
@@ -98,6 +101,12 @@ class ClassifierTrainer(ResumableTrainer):
         if self.average is not None:
             self.add_callback(AverageCallback(self.average))
         self.guard = None if guard_dataset is None else TrainingGuard(guard_dataset)
+        if self.guard is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            logger.warning(
+                "guard_dataset is not looked at: the weights are split over processes, and are not "
+                "compared. The result is what the training ends with."
+            )
+            self.guard = None
         self.add_callback(ResultCallback(self))
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(EpochCallback(self.train_dataset))

@@ -60,7 +60,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "training": (
         *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
         *("weight_decay", "per_device_*", "gradient_accumulation_steps", "label_smoothing_factor"),
-        *("bf16", "fp16", "use_cpu", "seed", "distillation_*", "ema_decay"),
+        *("bf16", "fp16", "use_cpu", "seed", "distillation_*", "ema_decay", "guard_images"),
     ),
     "finetuning": ("finetune_*",),
     "output": (

@@ -231,7 +231,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         ) from error
     # version 0.1 wrote an earlier name of the preset, fields that have been removed, and not those
     # that were added
-    saved = {"new_classifier": False} | ADDED | without_removed(saved)
+    saved = {"new_classifier": False, "guard_images": 0} | ADDED | without_removed(saved)
     if "preset" in saved:
         saved["preset"] = ALIASES.get(saved["preset"], saved["preset"])
     # what JSON makes of tuples and the like, as in the file

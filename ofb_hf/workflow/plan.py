@@ -14,6 +14,7 @@ from ..cost.budget import UnreachableBudgetError
 from ..cost.counting import count_cost, count_macs, count_params
 from ..cost.latency import count_latency, milliseconds
 from ..families.subnet import SubnetSpec
+from ..search.rewriting import as_bi_masks
 from ..search.supernet import install_bi_masks
 from ..space.configuration import BiMaskConfig, default_config
 from ..training.arguments import OFBTrainingArguments, check_search_arguments
@@ -58,7 +59,7 @@ def run_plan(
     configs = {}
     for name, values in search.by_budget().items():
         # There are no images to find another basis by, and sizes and speed are the same in all.
-        configs[name] = default_config(model.config, **values).as_given()
+        configs[name] = as_bi_masks(default_config(model.config, **values), model.config)
     # refuses what no subnet meets, before anything is measured
     budgets = {name: _outcome(model, config) for name, config in configs.items()}
     first = next(iter(configs.values()))  # the budgets have everything else in common
@@ -130,7 +131,10 @@ def plan_text(plan: dict[str, Any]) -> str:
     """Return what `run_plan` found, as text for people."""
     dense, space, trial = plan["dense"], plan["space"], plan["trial"]
     exponent = math.log10(space["subnets"])
-    settled = f"{trial['settle_at']:.0%}"
+    when = "of what the choice leaves, which is made before the first step."
+    if trial["settle_at"]:
+        when = f"before the choice, which is made after {trial['settle_at']:.0%} of the steps,"
+        when += '\nand "then", after it.'
     lines = [
         f"{plan['model']}: {_sentence(dense, dense)}",
         f"space: {space['choices']} choices among {space['candidates']} candidates, "
@@ -143,8 +147,8 @@ def plan_text(plan: dict[str, Any]) -> str:
         "its own choice, within the same limit.",
         f"Time: steps with {trial['batch_size']} random images on {trial['hardware']}, with the "
         "teacher",
-        f"and without loading data; before the choice, which is made after {settled} of the steps,",
-        'and "then", after it.',
+        "and without loading data;",
+        when,
         f"Search: {trial['epochs']:g} epochs of {trial['num_images']:,} images, for each budget "
         "alone.",
         f"Memory: {trial['peak_bytes'] / 2**30:.2f} GiB at most in the steps and in the fit after "
@@ -180,12 +184,15 @@ def _budget_rows(plan: dict[str, Any]) -> list[list[str]]:
     header = ["budget", "limit"]
     for name in costs:
         header += [COSTS[name][0], "of dense"]
-    rows = [[*header, "step", "then", "epoch", "then", "search"]]
+    # before the choice and after it, where any step comes before it
+    places = ("before", "after") if plan["trial"]["settle_at"] else ("after",)
+    then = ["then"] * (len(places) - 1)
+    rows = [[*header, "step", *then, "epoch", *then, "search"]]
     for name, budget in plan["budgets"].items():
         row = [name, f"{budget['target']:,}"]
         for cost in costs:
             row += [_shown(cost, budget), f"{budget[cost] / dense[cost]:.4f}"]
-        steps = [budget["before"], budget["after"]]
+        steps = [budget[place] for place in places]
         # seconds of an epoch, if all its steps were before the choice or all after it
         epochs = [seconds * plan["trial"]["batches_per_epoch"] for seconds in steps]
         row += [_duration(seconds) for seconds in (*steps, *epochs, budget["seconds"])]
@@ -250,6 +257,10 @@ def _measure(
         torch.cuda.reset_peak_memory_stats(args.device)
     trial = TrialSearch(model, args, config, fits)
     batch = trial.batch(args.train_batch_size)
+    if config.chooses_first:
+        trial.settle()
+        after = _step_seconds(trial, batch, limit)
+        return after, after, peak_bytes(args.device)
     before = _step_seconds(trial, batch, limit / 2)
     trial.settle()
     after = _step_seconds(trial, batch, limit / 2)

@@ -11,6 +11,7 @@ from ..families.registry import describe
 from ..families.subnet import SubnetSpec
 from ..pictures.plots import plot_search
 from ..release.card import render_card
+from ..search.rewriting import as_bi_masks
 from ..search.supernet import install_bi_masks
 from ..search.trainer import OFBTrainer
 from ..space.configuration import default_config
@@ -61,7 +62,7 @@ def prepare(
     for folder, fields in config.by_budget().items():
         configs[folder] = default_config(dense.config, **fields)
         # refuses what cannot be searched and budgets that cannot be met, before anything starts
-        supernet = install_bi_masks(dense, configs[folder].as_given())
+        supernet = install_bi_masks(dense, as_bi_masks(configs[folder], dense.config))
         costs[folder] = configs[folder].absolute(supernet.target)
     # Each model is searched on from the next larger one, so the largest budget comes first.
     targets = dict(sorted(costs.items(), key=lambda item: item[1], reverse=True))
@@ -130,8 +131,9 @@ def search(run: Run) -> tuple[PreTrainedModel, SubnetSpec]:
     run.train(trainer, "search")
     small = trainer.compress()
     subnet = trainer.read_subnet()
-    if run.start_subnet is not None:
-        # The trainer counts the units of the model that it began with.
+    if run.start_subnet is not None and subnet.basis == "given":
+        # The trainer counts the units of the model that it began with; of one that was rewritten
+        # they are not those of the dense model.
         subnet = subnet.within(run.start_subnet)
 
     def write(folder: Path) -> None:
@@ -148,7 +150,7 @@ def _trainer(run: Run) -> OFBTrainer:
     teacher = run.teacher
     data = run.datasets()
     data |= {"calibration_dataset": run.inputs.train_plain, "guard_dataset": run.inputs.guard}
-    if run.config.basis != "given":
+    if run.start is None and run.config.basis != "given":
         # The dense model is in that basis already.
         supernet = install_bi_masks(run.dense, run.config)
         return OFBTrainer(supernet, args, teacher=teacher, **data)

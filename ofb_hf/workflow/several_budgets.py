@@ -26,10 +26,11 @@ logger = logging.get_logger(__name__)
 def run_several_budgets(run: Run) -> dict[str, Any]:
     """Fill one complete output folder per budget in the run's own, the largest budget first.
 
-    A smaller model starts from the larger one as its search left it, learns from the dense model,
-    and keeps some of the units that the larger one kept. Each budget gets an equal part of the
-    epochs of the search, so that all of them together cost no more than one search; finetuning,
-    where it is wanted, is per model.
+    A smaller model starts from the larger one as its search left it, and learns from the dense
+    model. Where error curves choose, it is rewritten in a basis of its own first; bi-masks keep
+    some of the units that the larger one kept. Each budget gets an equal part of the epochs of the
+    search, so that all of them together cost no more than one search; finetuning, where it is
+    wanted, is per model.
 
     Returns:
         The content of `family.json`: subfolder -> its `eval_results.json`.
@@ -90,10 +91,12 @@ def _config_for(run: Run, before: Run, target: int | float) -> BiMaskConfig:
     cost = run.config.absolute(count_cost(before.start, run.config.terms))
     # The search before may have ended below this budget already; then nothing is to be removed.
     reachable = min(target, cost)
-    # What was cut from the rewritten model is not rewritten again: its units would no longer be
-    # those of the dense one. After it was trained, its first channels are not the best ones.
-    as_given = run.config.as_given()
-    return as_given.fitted_to(before.start.config, **{run.config.budget[0]: reachable})
+    config = run.config
+    if not config.chooses_first:
+        # Bi-masks cut what was cut from the rewritten model as it is: so its units stay those of
+        # the dense one.
+        config = config.as_given()
+    return config.fitted_to(before.start.config, **{config.budget[0]: reachable})
 
 
 def _part_of_the_epochs(run: Run, name: str) -> OFBTrainingArguments:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..families.description import image_sides
+from ..search.first_choice import images_to_choose_by
 from ..search.trainer import OFBTrainer
 from ..space.configuration import BiMaskConfig
 from ..training.arguments import OFBTrainingArguments
@@ -87,8 +88,19 @@ class TrialSearch:
         return loss
 
     def settle(self) -> None:
-        """Make the final choice; the following steps are those of the small network."""
+        """Make the final choice; the following steps are those of the small network.
+
+        Where error curves choose, no step may have been taken before.
+        """
         trainer, config = self.trainer, self.trainer.bi_mask_config
+        if config.chooses_first and config.compensate:
+            images = self.batch(images_to_choose_by(trainer.supernet.model))
+            rows = zip(images["pixel_values"].cpu(), images["labels"].tolist(), strict=True)
+            trainer.calibration_dataset = [
+                {"pixel_values": image, "labels": label} for image, label in rows
+            ]
+            trainer.settle_first()
+            return
         trainer.supernet.decisions.settle_()
         if trainer.compensation is not None:
             images = self.batch(trainer.compensation.count)

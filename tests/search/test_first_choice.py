@@ -54,8 +54,8 @@ def begun(trainer):
         {"search_depth": True},
         {"uniform_across_layers": True},
         {"search_mlp": False},
-        {"basis": "heads"},
-        {"basis": "given"},
+        {"basis": "heads", "search_embedding": False},
+        {"basis": "given", "search_embedding": False},
         {"target_macs": None, "target_params": 0.7},
     ],
     ids=str,
@@ -101,7 +101,7 @@ def test_a_resumed_search_equals_one_that_was_not_interrupted(tmp_path, family):
     def never(*args, **kwargs):
         raise AssertionError("chosen twice")
 
-    resumed._settle_first = never
+    resumed.settle_first = never
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     ours, theirs = whole.compress().state_dict(), resumed.compress().state_dict()
     assert ours.keys() == theirs.keys()
@@ -137,6 +137,9 @@ def test_a_space_that_no_curve_covers_is_refused(tmp_path):
     """The stages of a Swin cannot be rotated, and nothing else is to be searched."""
     config = SEARCHES["swin"](search_attention=False, search_mlp=False, basis="given")
     with pytest.raises(ValueError, match=r"error curves can cut none of stages\.0\.width"):
+        search(tmp_path, config, "swin")
+    config = SEARCHES["swin"](embedding_candidates=[10, 20, 40])
+    with pytest.raises(ValueError, match=r"embedding_candidates is \[10, 20, 40\], but in basis"):
         search(tmp_path, config, "swin")
 
 

@@ -113,7 +113,7 @@ def on_meta(trial, monkeypatch):
     # Liveness is read when candidates retire, and known since.
     masks = trainer.supernet.bi_masks
     gates._versions = {mask.name: (id(mask.alive), mask.alive._version) for mask in masks}
-    trainer._pmim_sums = trainer._pmim_sums.to(META)
+    trainer.hidden_patches._sums = trainer.hidden_patches._sums.to(META)
     trainer.optimizer = None
     trainer.create_optimizer()
     monkeypatch.setattr(OFBTrainingArguments, "device", META)

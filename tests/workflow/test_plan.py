@@ -7,8 +7,11 @@ from runs import QUICK, arguments
 
 from ofb_hf import cli, compress, count_macs, count_params, install_bi_masks
 from ofb_hf.cost.budget import UnreachableBudgetError
-from ofb_hf.pruning import compensation
+from ofb_hf.frozen import compression
+from ofb_hf.search.first_choice import images_to_choose_by
+from ofb_hf.search.rewriting import as_bi_masks
 from ofb_hf.space.configuration import default_config
+from ofb_hf.workflow.inputs import load_for_counting
 from ofb_hf.workflow.plan import describe_space
 from ofb_hf.workflow.trial import TrialSearch
 
@@ -55,13 +58,13 @@ def test_counts_are_those_of_the_networks(family, checkpoint, swin_checkpoint, h
     for share, budget in zip((0.8, 0.6), plan["budgets"].values(), strict=True):
         small = compress(
             install_bi_masks(
-                dense, default_config(dense.config, preset="bi_mask", target_macs=share)
+                dense, as_bi_masks(default_config(dense.config, target_macs=share), dense.config)
             )
         )
         assert (budget["macs"], budget["params"]) == (count_macs(small), count_params(small))
         assert budget["macs"] <= budget["target"] == int(share * count_macs(dense))
-        steps = 0.15 * budget["before"] + 0.85 * budget["after"]
-        assert budget["seconds"] == pytest.approx(7 * 50 * steps)  # epochs x batches of two images
+        # epochs x batches of two images; every step is one after the choice
+        assert budget["seconds"] == pytest.approx(7 * 50 * budget["after"])
         assert min(budget["before"], budget["after"]) > 0
         assert {f"{budget[what]:,}" for what in ("target", "macs", "params")} <= set(
             printed.split()
@@ -140,12 +143,13 @@ def test_a_trial_step_is_a_step_of_the_search(family, here):
 
 def test_the_peak_of_memory_is_also_that_of_the_fit(checkpoint, here, monkeypatch):
     fits = []
-    original = compensation.compensate_
+    original = compression.fit_
 
-    def noted(small, dense, subnet, pixel_values):
-        fits.append(len(pixel_values))
-        return original(small, dense, subnet, pixel_values)
+    def noted(small, dense, subnet, batches, **options):
+        fits.append(sum(map(len, batches)))
+        return original(small, dense, subnet, batches, **options)
 
-    monkeypatch.setattr(compensation, "compensate_", noted)
+    monkeypatch.setattr(compression, "fit_", noted)
     cli.plan([str(checkpoint), "--target_macs", "0.6,0.4", "--num_images", "100", *PLAN])
-    assert fits == [compensation.MOST_IMAGES]  # of the first budget, as a search has them
+    # of the first budget, as a search has them
+    assert fits == [images_to_choose_by(load_for_counting(str(checkpoint), None))]

@@ -143,7 +143,9 @@ def yaml_settings(folder, **settings):
 
 
 def test_the_command_line_may_turn_off_what_a_file_sets(tmp_path):
-    words = yaml_settings(tmp_path, pmim_weight=2.0, pmim_window=5, keep_ratio_end=0.6)
+    words = yaml_settings(
+        tmp_path, preset="bi_mask", pmim_weight=2.0, pmim_window=5, keep_ratio_end=0.6
+    )
     _, _, _, config, _, _ = parse(SEARCH, [*words, "--pmim", "false", "--use_cpu"])
     assert not config.pmim
     assert config.pmim_window is None
@@ -155,6 +157,6 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path):
     words = yaml_settings(tmp_path, pmim=False, pmim_window=5)
     with pytest.raises(ValueError, match="pmim_window is 5, but pmim is False"):
         parse(SEARCH, [*words, "--use_cpu"])
-    words = yaml_settings(tmp_path, pmim_weight=2.0)
+    words = yaml_settings(tmp_path, preset="bi_mask", pmim_weight=2.0)
     with pytest.raises(ValueError, match="pmim_window is 5, but pmim is False"):
         parse(SEARCH, [*words, "--pmim", "false", "--pmim_window", "5", "--use_cpu"])

@@ -192,7 +192,7 @@ def stopped(checkpoint, images, tmp_path_factory):
 def test_resuming_with_other_settings_is_refused_before_any_data_is_read(
     checkpoint, images, stopped, capsys, monkeypatch, flags, message
 ):
-    monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("data was read"))
+    monkeypatch.setattr(workflow, "load_to_train", lambda *args: pytest.fail("data was read"))
     with pytest.raises(SystemExit) as refusal:
         run_search(checkpoint, images, stopped, "--resume_from_checkpoint", "auto", *flags)
     assert refusal.value.code == 2
@@ -240,13 +240,13 @@ def test_going_on_with_another_number_of_processes_is_said(stopped, caplog, monk
 
 
 def test_the_settings_of_a_run_of_version_0_1_are_understood(tmp_path):
-    """It called the default preset "ours", and had fields that have been removed."""
-    settings = ViTBiMaskConfig().to_dict()
+    """It called its default preset "ours", and had fields that have been removed."""
+    settings = ViTBiMaskConfig(preset="bi_mask").to_dict()
     file = tmp_path / "run_settings.json"
     earlier = {"preset": "ours", "importance_from": "first_order", "budget_ramp": 0.0}
     file.write_text(json.dumps(settings | earlier))
     output_folder._check_settings(tmp_path, settings)
-    with pytest.raises(ValueError, match=r"other settings.*'preset': \('default', 'paper'\)"):
+    with pytest.raises(ValueError, match=r"other settings.*'preset': \('bi_mask', 'paper'\)"):
         output_folder._check_settings(tmp_path, settings | {"preset": "paper"})
     file.write_text(json.dumps(settings | earlier | {"budget_ramp": 0.4}))
     with pytest.raises(ValueError, match=r"budget_ramp is 0\.4, but version 0\.2 removed"):
