@@ -72,34 +72,37 @@ def learning_rate_factors(
 
     Nothing learns while gradients are observed: they are comparable only as long as the function is
     the given one. Then weights and decoder follow `lr_scheduler_type` from its beginning, and
-    importance and alpha do so or stay constant, as `masks_follow_schedule` says.
+    importance and alpha do so or stay constant, as `masks_follow_schedule` says. Frozen weights
+    begin after the choice.
 
     Returns:
         Group name -> function of the number of complete steps.
     """
-    schedule = _weight_schedule(args, phases)
-
-    def weights(step: int) -> float:
-        if step < phases.observed_steps:
-            return 0.0
-        return schedule(step - phases.observed_steps)
+    scheduled = _after(phases.observed_steps, args, phases)
+    weights = scheduled
+    if config.freeze_weights:
+        weights = _after(phases.settled_after, args, phases)
 
     def masks(step: int) -> float:
         if step < phases.observed_steps:
             return 0.0
-        return weights(step) if config.masks_follow_schedule else 1.0
+        return scheduled(step) if config.masks_follow_schedule else 1.0
 
     return {
         "weights": weights,
         "weights_no_decay": weights,
         "importance": masks,
         "architecture": masks,
-        "pmim_decoder": weights,
+        "pmim_decoder": scheduled,
     }
 
 
-def _weight_schedule(args: OFBTrainingArguments, phases: Phases) -> Callable[[int], float]:
-    """Return the factor of `lr_scheduler_type` as a function of complete steps of learning."""
+def _after(rests: int, args: OFBTrainingArguments, phases: Phases) -> Callable[[int], float]:
+    """Return the factor of `lr_scheduler_type` as a function of complete steps.
+
+    Args:
+        rests: steps in which nothing is learned before; the factor is 0 there.
+    """
     # Some schedules end at a given learning rate: they read the first one from an optimizer.
     reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     scheduler = get_scheduler(
@@ -107,7 +110,9 @@ def _weight_schedule(args: OFBTrainingArguments, phases: Phases) -> Callable[[in
         reference,
         # A warm-up that is given as a fraction is one of the whole search.
         num_warmup_steps=args.get_warmup_steps(phases.total_steps),
-        num_training_steps=phases.learning_steps,
+        # a search that ends with the choice has none, and some schedules divide by them
+        num_training_steps=max(1, phases.total_steps - rests),
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
-    return scheduler.lr_lambdas[0]
+    (learning,) = scheduler.lr_lambdas
+    return lambda step: 0.0 if step < rests else learning(step - rests)

@@ -351,6 +351,9 @@ class OFBTrainer(DistillationTrainer):
             self._hand_over()
         if step.settles:
             self._decide(decisions.settle_)
+            if self.bi_mask_config.freeze_weights:
+                # The weights rested: moments of what they did not follow are no start.
+                self.optimizer.state.clear()
         elif step.retires:
             self._decide(decisions.retire_candidates)
         if step.shrinks:

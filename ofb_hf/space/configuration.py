@@ -197,6 +197,11 @@ class BiMaskConfig(Budget):
         "squares, so that the remaining units make up for the removed ones; not where training "
         "goes on before the cut (prune_during_search=False). Preset.",
     )
+    freeze_weights: bool = _field(
+        False,
+        "Let only bi-masks learn until the choice; the weights rest. What is left is fitted, and "
+        "trained in the remaining steps.",
+    )
     retire_events: int = _field(
         40, "How many times in a search weak candidates retire, evenly spaced."
     )

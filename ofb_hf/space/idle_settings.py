@@ -16,7 +16,7 @@ Idle = tuple[str, str, tuple[str, ...]]
 
 # What says how bi-masks choose, besides `compensate`, which serves every choice.
 BI_MASK_SETTINGS = (
-    "prune_during_search",
+    *("prune_during_search", "freeze_weights"),
     *("importance_start", "importance_end", "importance_hold", "importance_init_mean"),
     *("importance_init_std", "importance_learning_rate", "importance_penalty", "alpha_init"),
     *("normalize_importance", "architecture_learning_rate", "architecture_weight_decay"),

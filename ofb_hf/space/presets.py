@@ -115,7 +115,11 @@ REMOVED: dict[str, Any] = {
     "budget_ramp": 0,
 }
 # Fields that version 0.2 added -> values that change nothing. Files of version 0.1 lack them.
-ADDED: dict[str, Any] = {"basis": "given", "importance_source": "gradients"}
+ADDED: dict[str, Any] = {
+    "basis": "given",
+    "importance_source": "gradients",
+    "freeze_weights": False,
+}
 # Earlier names of presets: files that were written with them can still be read.
 ALIASES = {"ours": "bi_mask"}
 

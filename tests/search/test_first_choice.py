@@ -134,11 +134,11 @@ def test_nothing_is_fitted_where_that_is_not_wanted(tmp_path):
 
 
 def test_a_space_that_no_curve_covers_is_refused(tmp_path):
-    """The stages of a Swin cannot be rotated, and nothing else is to be searched."""
+    """Residual widths are cut in a rotated basis only."""
     config = SEARCHES["swin"](search_attention=False, search_mlp=False, basis="given")
     with pytest.raises(ValueError, match=r"error curves can cut none of stages\.0\.width"):
         search(tmp_path, config, "swin")
-    config = SEARCHES["swin"](embedding_candidates=[10, 20, 40])
+    config = SEARCHES["swin"](embedding_candidates=[10, 20, 40], basis="heads")
     with pytest.raises(ValueError, match=r"embedding_candidates is \[10, 20, 40\], but in basis"):
         search(tmp_path, config, "swin")
 

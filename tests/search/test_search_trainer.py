@@ -444,3 +444,35 @@ def test_history_of_a_resumed_run_has_no_row_twice(tmp_path):
         *(("dense", step) for step in (1, 2, 3)),
         *(("search", step) for step in (1, 2)),
     ]
+
+
+@pytest.mark.parametrize("settle_at", [0.75, 1.0])
+def test_frozen_weights_rest_until_the_choice(tmp_path, settle_at):
+    config = search_config(target_macs=0.6, freeze_weights=True, settle_at=settle_at, pmim=False)
+    model = tiny_vit().train()
+    trainer = searcher(tmp_path, config, model=model, max_steps=8, learning_rate=0.05)
+    alphas, states = [], []
+    end = trainer.end_search_step
+
+    def look():
+        if trainer.search_step.settles:
+            states.append({k: v.clone() for k, v in trainer.supernet.model.state_dict().items()})
+            alphas.append([mask.alpha.clone() for mask in trainer.supernet.bi_masks])
+        end()
+
+    start = [mask.alpha.clone() for mask in trainer.supernet.bi_masks]
+    trainer.end_search_step = look
+    trainer.train()
+    (before,) = states
+    kept = dict(model.named_parameters())
+    same = [name for name in before if name in kept and before[name].shape == kept[name].shape]
+    assert len(same) > 10
+    for name in same:
+        assert torch.equal(before[name], kept[name]), name
+    assert any(
+        one.shape != other.shape or not torch.equal(one, other)
+        for one, other in zip(start, alphas[0], strict=True)
+    )
+    if settle_at < 1:
+        trained = dict(trainer.supernet.model.named_parameters())
+        assert not torch.equal(trained["classifier.bias"], kept["classifier.bias"])
