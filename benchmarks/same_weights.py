@@ -156,7 +156,9 @@ def run_case(name: str, output: Path) -> None:
     model = tiny_model(family)
     if name in SEARCHES:
         config_class = {"vit": ofb_hf.ViTBiMaskConfig, "swin": ofb_hf.SwinBiMaskConfig}[family]
-        config = config_class(**CANDIDATES[family] | {"target_macs": 0.6} | fields)
+        # "ours" is the name that all versions know for the preset of bi-masks
+        always = {"target_macs": 0.6, "preset": "ours"}
+        config = config_class(**CANDIDATES[family] | always | fields)
         trainer = ofb_hf.OFBTrainer(model, args, config, train_dataset=rows)
         trainer.train()
         result = trainer.compress()

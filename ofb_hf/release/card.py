@@ -137,7 +137,8 @@ def render_finetuned_card(
         results,
         table,
         metadata=card_data(results, is_stock=is_stock).to_yaml(),
-        lost=_lost(results["lost_classes"], "the model before finetuning", "before"),
+        lost=_lost(results["lost_classes"], "the model before finetuning", "before")
+        + _kept(results),
         code="" if is_stock else OUR_CODE,
         macs=f"{final['macs']:,}",
         params=f"{final['params']:,}",
@@ -192,6 +193,18 @@ def render_compressed_card(results: dict[str, Any], subnet: SubnetSpec, table: s
     )
 
 
+def _kept(results: dict[str, Any]) -> str:
+    """Return sentences about the weights that each phase kept, empty where it did not compare."""
+    sentences = []
+    for phase, report in results.get("kept_weights", {}).items():
+        figures = ", ".join(f"{name} {top1:.1f} %" for name, top1 in report["top1"].items())
+        sentences.append(
+            f"Of the weights of the {PHASES[phase]}, those *{report['kept']}* were kept (top-1 on "
+            f"{report['images']:,} held-out training images: {figures})."
+        )
+    return "\n\n" + " ".join(sentences) if sentences else ""
+
+
 def _table(token_schedule: list[list[int]]) -> str:
     """Return a token schedule as a Markdown table."""
     lines = ["| layer | after dropping | after merging |", "| ---: | ---: | ---: |"]
@@ -226,7 +239,7 @@ def _filled(template: str, results: dict[str, Any], table: str, **more: str) -> 
         # as the records of version 0.1 have it
         "hardware": results["hardware"].replace(" 1 threads", " 1 thread"),
         "table": table,
-        "lost": _lost(results["lost_classes"], "the dense model", "dense"),
+        "lost": _lost(results["lost_classes"], "the dense model", "dense") + _kept(results),
         "budget": _budget(results),
         "command": _command(results["command"]),
         "seed": results["seed"],

@@ -21,7 +21,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         # Before the first step: what bi-masks learn adds nothing to that (benchmarks/QUALITY.md).
         "settle_at": 0.0,
         "compensate": True,
-        "distillation_weight": 0.5,
+        # Labels of a training set that is fitted already pull away from what was kept.
+        "distillation_weight": 1.0,
         "pmim": False,
         # What follows would decide later: nothing reads it.
         "pmim_until_settled": True,

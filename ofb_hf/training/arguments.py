@@ -48,8 +48,8 @@ class OFBTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Fraction of the classification loss that comes from the teacher: 0 = labels "
-            "only, 1 = teacher only. By default 0.5 in a search (preset 'paper': 0, or 1 with a "
-            "teacher), and 1 in other trainings with a teacher."
+            "only, 1 = teacher only. By default 1 in a search (preset 'bi_mask': 0.5, 'paper': 0, "
+            "or 1 with a teacher), and in other trainings with a teacher."
         },
     )
     distillation_type: str = field(

@@ -82,8 +82,13 @@ class TrainingGuard:
             logger.warning(self.sentence)
 
     @property
+    def report(self) -> dict[str, Any]:
+        """What was measured and kept, as JSON takes it: `kept`, `images` and `top1`."""
+        return {"kept": self.kept, "images": len(self.dataset), "top1": self.top1}
+
+    @property
     def sentence(self) -> str:
-        """What was measured, and what was kept."""
+        """The same in words."""
         figures = ", ".join(f"{name} {top1:.2f} %" for name, top1 in self.top1.items())
         return (
             f"top-1 on {len(self.dataset)} held-out training images: {figures}; kept the weights "

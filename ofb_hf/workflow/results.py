@@ -55,6 +55,7 @@ def measured(run: Run, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     results["seconds"] = None if run.is_resuming else round(time.monotonic() - run.began)
     results["steps"] = _steps(run)
     results["left_out"] = _left_out(run)
+    results["kept_weights"] = run.guard_reports()
     results["source"] = run.source
     results["data"] = run.inputs.data.name
     # the one that is kept, whose classes are compared with those of the dense model

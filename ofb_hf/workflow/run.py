@@ -1,5 +1,6 @@
 """One run of a command: its output folder, its phases, and training before and after a search."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from ..training.arguments import OFBTrainingArguments, check_search_arguments
 from ..training.classifier import ClassifierTrainer
 from ..training.distillation import DistillationTrainer
 from ..training.full_precision import to_full_precision_
+from ..training.guard import TrainingGuard
 from ..training.history import HISTORY_FILE, HistoryCallback, read_history
 from ..training.interruption import ending_in_order
 from ..training.ranks import decided_by_rank_0
@@ -38,6 +40,8 @@ from .settings import training_settings
 
 logger = logging.get_logger(__name__)
 
+GUARD_REPORT = "guard.json"
+GUARDED_PHASES = ("search", "finetune")
 # Those that write a history; the others only compute.
 TRAINING_PHASES = ("dense", "search", "finetune")
 
@@ -195,15 +199,32 @@ class Run:
                 "finished; the picture of the run will lack them."
             )
 
-    def keep_result(self, phase: str, write: Callable[[Path], Any]) -> None:
-        """Let `write` fill the folder of a phase's result, so that a resumed run finds it."""
+    def keep_result(
+        self, phase: str, write: Callable[[Path], Any], guard: TrainingGuard | None = None
+    ) -> None:
+        """Let `write` fill the folder of a phase's result, so that a resumed run finds it.
+
+        Args:
+            guard: of the phase, whose report is kept with it.
+        """
 
         def write_with_digests(folder: Path) -> None:
             write(folder)
+            if guard is not None and guard.kept is not None:
+                (folder / GUARD_REPORT).write_text(json.dumps(guard.report), encoding="utf-8")
             write_digests(folder)
 
         if self.is_main:
             output.write_aside(self.result_folder(phase), write_with_digests)
+
+    def guard_reports(self) -> dict[str, dict[str, Any]]:
+        """Return, by phase, which weights were kept and why; see `TrainingGuard.report`."""
+        reports = {}
+        for phase in GUARDED_PHASES:
+            file = self.result_folder(phase) / GUARD_REPORT
+            if file.is_file():
+                reports[phase] = json.loads(file.read_text(encoding="utf-8"))
+        return reports
 
     def load_result(self, phase: str) -> PreTrainedModel:
         """Load the model that a finished phase left."""
@@ -292,7 +313,7 @@ class Run:
             **self.datasets(),
         )
         self.train(trainer, "finetune")
-        self.keep_result("finetune", model.save_pretrained)
+        self.keep_result("finetune", model.save_pretrained, trainer.guard)
         return model
 
     def _finetune_arguments(self) -> OFBTrainingArguments:

@@ -140,7 +140,7 @@ def search(run: Run) -> tuple[PreTrainedModel, SubnetSpec]:
         small.save_pretrained(folder)
         (folder / output.SUBNET).write_text(subnet.to_json(), encoding="utf-8")
 
-    run.keep_result("search", write)
+    run.keep_result("search", write, trainer.guard)
     return small, subnet
 
 
