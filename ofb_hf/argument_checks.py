@@ -1,8 +1,14 @@
 """Checks that every class of settings needs."""
 
 import dataclasses
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
+
+# A longer list hides what is meant.
+MOST_LISTED = 20
+MOST_SIMILAR = 3
 
 
 def require_finite(settings: Any) -> None:
@@ -15,3 +21,26 @@ def require_finite(settings: Any) -> None:
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"{field.name} is {value}; give a finite number.")
+
+
+def require_choice(name: str, value: Any, allowed: Iterable[Any], listed: str) -> None:
+    """Raise ValueError unless a value is one of those that are allowed, naming the nearest ones.
+
+    Args:
+        name: of the setting, as the user wrote it.
+        value: of the setting.
+        allowed: may hold members of an enumeration.
+        listed: where all of them are listed, if they are too many for a message.
+    """
+    words = [str(getattr(each, "value", each)) for each in allowed]
+    given = str(getattr(value, "value", value))
+    if given in words:
+        return
+    begun = [word for word in words if word.startswith(given.lower())] if given else []
+    similar = begun + difflib.get_close_matches(given.lower(), words, n=MOST_SIMILAR)
+    nearest = list(dict.fromkeys(similar))[:MOST_SIMILAR]
+    question = f"did you mean {', '.join(nearest)}? " if nearest else ""
+    others = f"Allowed are {', '.join(words)}."
+    if len(words) > MOST_LISTED:
+        others = f"All {len(words)} that are allowed are listed by {listed}."
+    raise ValueError(f"{name} is {given!r}; {question}{others}")

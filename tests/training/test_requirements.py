@@ -52,8 +52,40 @@ def made(trainer_class, folder, model=None, changes=None, **kwargs):
     ("changes", "message"),
     [
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type is 'cosine_with_min_lr'"),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps.*lr_scheduler_kwargs"),
-        ({"lr_scheduler_kwargs": {"cycles": 2}}, "lr_scheduler_kwargs {'cycles': 2}.*no schedule"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            r"takes num_decay_steps \(has to be given\), num_stable_steps, .*; "
+            r"""write '\{"num_decay_steps": NUMBER\}'""",
+        ),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}},
+            r"lr_scheduler_kwargs \{'cycles': 2\}.*no schedule.*This schedule takes num_cycles; ",
+        ),
+        (
+            {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"min_lr": 0}},
+            "This schedule takes no lr_scheduler_kwargs; leave them out",
+        ),
+        (
+            {
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                "lr_scheduler_kwargs": {"cycles": 2},
+                "eval_strategy": "steps",
+            },
+            "documentation in transformers says which lr_scheduler_kwargs it takes",
+        ),
+        ({"lr_scheduler_type": "cosin"}, "is 'cosin'; did you mean cosine, .*Allowed are linear, "),
+        (
+            {"optim": "adam"},
+            r"^optim is 'adam'; did you mean adam\w+, \w+, \w+\? All \d+ that are allowed are "
+            "listed by `ofb-hf finetune --help all`.$",
+        ),
+        ({"save_strategy": "stpes"}, "save_strategy is 'stpes'; did you mean steps"),
+        ({"log_level": "dbug"}, r"log_level is 'dbug'; did you mean debug\?"),
+        ({"train_sampling_strategy": "rndom"}, r"did you mean random\?"),
+        (
+            {"dataloader_multiprocessing_context": "frk", "dataloader_num_workers": 1},
+            r"dataloader_multiprocessing_context is 'frk'; did you mean fork",
+        ),
         ({"lr_scheduler_kwargs": "{cycles: 2}"}, "takes a dictionary cannot be read"),
         ({"accelerator_config": {"nonsense": 1}}, "cannot be read.*nonsense"),
         ({"report_to": "smoke_signals"}, "report_to is 'smoke_signals'; known are none, all"),
