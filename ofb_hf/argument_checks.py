@@ -32,15 +32,15 @@ def require_choice(name: str, value: Any, allowed: Iterable[Any], listed: str) -
         allowed: may hold members of an enumeration.
         listed: where all of them are listed, if they are too many for a message.
     """
-    words = [str(getattr(each, "value", each)) for each in allowed]
-    given = str(getattr(value, "value", value))
-    if given in words:
+    known = [str(getattr(each, "value", each)) for each in allowed]
+    wanted = str(getattr(value, "value", value))
+    if wanted in known:
         return
-    begun = [word for word in words if word.startswith(given.lower())] if given else []
-    similar = begun + difflib.get_close_matches(given.lower(), words, n=MOST_SIMILAR)
+    begun = [word for word in known if word.startswith(wanted.lower())] if wanted else []
+    similar = begun + difflib.get_close_matches(wanted.lower(), known, n=MOST_SIMILAR)
     nearest = list(dict.fromkeys(similar))[:MOST_SIMILAR]
     question = f"did you mean {', '.join(nearest)}? " if nearest else ""
-    others = f"Allowed are {', '.join(words)}."
-    if len(words) > MOST_LISTED:
-        others = f"All {len(words)} that are allowed are listed by {listed}."
-    raise ValueError(f"{name} is {given!r}; {question}{others}")
+    others = f"Allowed are {', '.join(known)}."
+    if len(known) > MOST_LISTED:
+        others = f"All {len(known)} that are allowed are listed by {listed}."
+    raise ValueError(f"{name} is {wanted!r}; {question}{others}")

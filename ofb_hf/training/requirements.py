@@ -26,6 +26,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import ParallelMode
 
 from ..argument_checks import require_choice, require_finite
+from ..data.completeness import is_missing
 from ..data.epochs import Batching
 from ..metrics import compute_topk
 
@@ -349,9 +350,15 @@ def require_labels(labels: Tensor, num_labels: int) -> None:
     if labels.ndim == 1 and not labels.is_floating_point():
         outside = labels[(labels < 0) | (labels >= num_labels)]
         if len(outside):
-            raise ValueError(
-                f"a label is {int(outside[0])}, but {expected}. Number the classes from 0."
-            )
+            first = int(outside[0])
+            advice = "Number the classes from 0."
+            if is_missing(first):
+                count = int((labels == first).sum())
+                advice = (
+                    f"{first} stands for no class, and {count} of {len(labels)} labels are that; "
+                    "training and evaluation need a class for every image. Leave these images out."
+                )
+            raise ValueError(f"a label is {first}, but {expected}. {advice}")
         return
     is_soft = labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] == num_labels
     if not is_soft:
@@ -382,7 +389,12 @@ def require_known_labels(dataset: Any, num_labels: int, name: str) -> None:
         for key, part in dataset.items():
             require_known_labels(part, num_labels, f"{name}[{key!r}]")
         return
-    labels = _labels_at_hand(dataset)
+    labels = [_as_number(label) for label in _labels_at_hand(dataset)]
+    if None in labels:
+        raise ValueError(
+            f"{name}: {labels.count(None)} of {len(labels)} labels are None; training and "
+            "evaluation need a class for every image. Leave these images out."
+        )
     # The shapes of labels of other kinds are looked at in batches.
     integers = [label for label in labels if isinstance(label, int)]
     if not integers:
@@ -391,6 +403,14 @@ def require_known_labels(dataset: Any, num_labels: int, name: str) -> None:
         require_labels(torch.tensor(integers), num_labels)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _as_number(label: Any) -> int | float | str | None:
+    """Return a label that is one number as that, also from torch and NumPy; "" for any other."""
+    if isinstance(label, int | None):
+        return label
+    is_scalar = getattr(label, "ndim", None) == 0 and hasattr(label, "item")
+    return label.item() if is_scalar else ""
 
 
 def _labels_at_hand(dataset: Any) -> list[Any]:

@@ -3,6 +3,7 @@ everything, and leave the model as it is."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -273,6 +274,39 @@ def test_labels_that_the_head_does_not_have_are_refused_before_the_first_step(
     with pytest.raises(ValueError, match=rf"{split}: a label is 3, but the model has 3 labels"):
         trainer.train()
     assert not watch.begun
+
+
+@pytest.mark.parametrize("split", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("kind", [int, torch.tensor, np.int64, "column"])
+@pytest.mark.parametrize("missing", [-100, -1])
+def test_numbers_that_stand_for_no_class_are_refused_before_the_first_step(
+    tmp_path, split, kind, missing
+):
+    """Losses of torch leave out -100 (`ignore_index`), so a training would go on without them."""
+
+    def without_some(label):
+        stored = missing if label == 2 else label
+        return stored if kind == "column" else kind(stored)
+
+    data = relabelled(without_some)
+    count = sum(int(row["labels"]) == missing for row in data)
+    if kind == "column":
+        data = Dataset.from_list([row | {"pixel_values": [0.0]} for row in data])
+    trainer = made(ClassifierTrainer, tmp_path, callbacks=[Watch()], **{split: data})
+    message = rf"{split}: a label is {missing}, .*{count} of 16 labels are that.*Leave these images"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_rows_without_a_label_are_counted(tmp_path):
+    trainer = made(
+        ClassifierTrainer, tmp_path, train_dataset=relabelled(lambda label: label or None)
+    )
+    with pytest.raises(
+        ValueError, match=r"train_dataset: \d+ of 16 labels are None; .*Leave these"
+    ):
+        trainer.train()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
