@@ -73,7 +73,7 @@ def both(folder, **settings):
     """The message that refuses loaded data, which is also that of a stream."""
     said = []
     for streaming in (False, True):
-        with pytest.raises(ValueError, match="first: |cannot be read") as caught:
+        with pytest.raises(ValueError, match=r"first: |cannot be read") as caught:
             load(folder, streaming=streaming, **settings)
         said.append(str(caught.value))
     assert said[0] == said[1]
