@@ -39,8 +39,9 @@ def require_choice(name: str, value: Any, allowed: Iterable[Any], listed: str) -
     begun = [word for word in known if word.startswith(wanted.lower())] if wanted else []
     similar = begun + difflib.get_close_matches(wanted.lower(), known, n=MOST_SIMILAR)
     nearest = list(dict.fromkeys(similar))[:MOST_SIMILAR]
-    question = f"did you mean {', '.join(nearest)}? " if nearest else ""
-    others = f"Allowed are {', '.join(known)}."
+    others = f"allowed are {', '.join(known)}."
     if len(known) > MOST_LISTED:
-        others = f"All {len(known)} that are allowed are listed by {listed}."
-    raise ValueError(f"{name} is {wanted!r}; {question}{others}")
+        others = f"all {len(known)} that are allowed are listed by {listed}."
+    if nearest:
+        others = f"did you mean {', '.join(nearest)}? {others[0].upper()}{others[1:]}"
+    raise ValueError(f"{name} is {wanted!r}; {others}")

@@ -229,9 +229,9 @@ class Shards:
             rows = _count_until(dataset, columns[1], wanted)
             return cls(rows, dataset, columns, equally_long=False)
         logger.warning(
-            f"{count} shards have no index: they are all read once, to count their rows. "
-            f"--num_train_examples {described or 'N'} would take that as the number, and the "
-            "shards as equally long."
+            f"{count} shards have no index: they are all read once, to count their rows and to "
+            f"see their labels. --num_train_examples {described or 'N'} would take that as the "
+            "number, and the shards as equally long."
         )
         stored = once_per_machine(
             "samples",

@@ -80,7 +80,8 @@ class StreamedSplit:
             return self.class_of[row.label]
         if is_missing(row.label):
             raise ValueError(
-                f"{row.name} has no label ({row.label}); training needs one for every image."
+                f"{row.name} has no label ({row.label!r}); training needs one for every image. Add "
+                "it, or leave such rows out."
             )
         some_names = ", ".join(map(repr, self.label_names[:5]))
         raise ValueError(

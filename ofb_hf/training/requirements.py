@@ -218,10 +218,7 @@ def _taken_by(schedule: SchedulerType) -> str:
 def _require_loggers(names: Collection[str]) -> None:
     available = get_available_reporting_integrations() if names else ()
     for name in set(names) - set(available):
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(
-                f"report_to is {name!r}; known are none, all, {', '.join(INTEGRATION_TO_CALLBACK)}."
-            )
+        require_choice("report_to", name, ("none", "all", *INTEGRATION_TO_CALLBACK), ALL_CHOICES)
         try:
             # Some can do without what the list of available ones asks for.
             INTEGRATION_TO_CALLBACK[name]()

@@ -89,7 +89,11 @@ def made(trainer_class, folder, model=None, changes=None, **kwargs):
         ),
         ({"lr_scheduler_kwargs": "{cycles: 2}"}, "takes a dictionary cannot be read"),
         ({"accelerator_config": {"nonsense": 1}}, "cannot be read.*nonsense"),
-        ({"report_to": "smoke_signals"}, "report_to is 'smoke_signals'; known are none, all"),
+        ({"report_to": "smoke_signals"}, "report_to is 'smoke_signals'; allowed are none, all"),
+        (
+            {"report_to": "wandd"},
+            r"report_to is 'wandd'; did you mean wandb.*Allowed are none, all",
+        ),
         ({"use_liger_kernel": True}, "use_liger_kernel is True.*language models"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint is True.*SIGTERM"),
         ({"include_num_input_tokens_seen": True}, "images have none"),
