@@ -26,6 +26,10 @@ RUNS = {
         "--shapes digits_vit --budgets 0.5 --engines eager --batch 1 --rounds 1 --seconds 0.01",
         "digits_vit",
     ),
+    "int8": (
+        "--models {model} --data_dir {images} --num_images 4 --batch 2 --rounds 1 --seconds 0.01",
+        "Nearest to float32 on this processor: quantize_dynamic(..., per_channel=",
+    ),
     "onnx_export": (
         "--shapes digits_vit --batch 2 --rounds 1 --seconds 0.01",
         "digits_vit",

@@ -6,6 +6,8 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets.features.features import FeatureType
 
+from .completeness import Survey, is_missing, place_columns, refuse_unlabelled, unlabelled_row
+
 # Usual names of columns, in order of preference.
 IMAGE_NAMES = ("image", "img")
 # Beginnings of the names of types whose values can be classes. A "null" column has no values: the
@@ -95,7 +97,7 @@ def encode_labels(
 
     Raises:
         ValueError: for labels that are not one class per image (lists, floating point numbers),
-            rows without a label (None or -1), fewer than two classes, and splits that disagree
+            rows without a label (`NO_CLASS`), fewer than two classes, and splits that disagree
             about their classes.
     """
     # Types first: labels that are lists or floats cannot be compared with -1 below.
@@ -103,7 +105,7 @@ def encode_labels(
         _check_single_class(dataset.features[column], column, split)
     values = {split: column_values(dataset, column) for split, dataset in splits.items()}
     for split, labels in values.items():
-        _check_labelled(labels, column, split)
+        _check_labelled(splits[split], labels, column, split)
     features = [dataset.features[column] for dataset in splits.values()]
     if any(isinstance(feature, ClassLabel) for feature in features):
         names = _common_names(features, column, list(splits))
@@ -151,15 +153,15 @@ def _check_single_class(feature: FeatureType, column: str, split: str) -> None:
         )
 
 
-def _check_labelled(labels: list[Any], column: str, split: str) -> None:
-    missing = sum(label is None or label == -1 for label in labels)
-    if missing:
-        raise ValueError(
-            f"{missing} of {len(labels)} rows of split {split!r} have no label ({column!r} is -1 "
-            "or empty there), as is usual for a test split whose answers are kept back. Name a "
-            "labelled split with --eval_split; if it is the training split, a part of that one is "
-            "held out."
-        )
+def _check_labelled(dataset: Dataset, labels: list[Any], column: str, split: str) -> None:
+    missing = [number for number, label in enumerate(labels) if is_missing(label)]
+    if not missing:
+        return
+    found = Survey(rows=len(labels), unlabelled=len(missing))
+    others = dataset.select_columns([column, *place_columns(dataset.column_names)])
+    row = others[missing[0]] | {column: labels[missing[0]]}
+    found.examples["label"] = unlabelled_row(row, column, f"row {missing[0]}")
+    refuse_unlabelled(found, split)
 
 
 def _check_known(labels: list[int], num_classes: int, column: str, split: str) -> None:

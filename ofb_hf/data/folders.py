@@ -6,6 +6,7 @@ in a split or among those that are not used.
 """
 
 import glob
+import json
 import os
 import posixpath
 import re
@@ -23,6 +24,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image as PILImage
 
 from .columns import find_label_column
@@ -43,6 +45,9 @@ TABLES = (".parquet", ".tar")
 CONTAINERS = (".h5", ".hdf")
 # Of a folder: hidden files, and what some systems and Python put into archives.
 IGNORED = (".", "__MACOSX", "__pycache__")
+# Suffixes of files in archives that `datasets` reads as numbers, and as text.
+NUMBER_SUFFIXES = {suffix for suffix, read in WebDataset.DECODERS.items() if read is int}
+TEXT_SUFFIXES = {"txt", "text", "transcript", "json", "jsn"}
 MOST_NAMED = 5
 WHOLE_FOLDER = "train"  # the name of the only split of a folder without split folders
 
@@ -302,7 +307,9 @@ def explained_broken_tables(name: str, folder: Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except (DatasetGenerationError, pa.ArrowException, tarfile.TarError) as error:
+    except (DatasetGenerationError, pa.ArrowException, tarfile.TarError, ValueError) as error:
+        if not _is_of_a_file(error):
+            raise
         broken = [] if folder is None else _broken_tables(folder)
         more = f"; and {len(broken) - MOST_NAMED} more" if len(broken) > MOST_NAMED else ""
         why = "; ".join(broken[:MOST_NAMED]) + more or error.__cause__ or error
@@ -311,19 +318,44 @@ def explained_broken_tables(name: str, folder: Path | None) -> Iterator[None]:
         ) from error
 
 
+def _is_of_a_file(error: Exception) -> bool:
+    """Return whether an error came from reading a table, an archive or a file in an archive."""
+    by_type = (DatasetGenerationError, pa.ArrowException, tarfile.TarError)
+    by_type += (UnicodeDecodeError, json.JSONDecodeError)
+    return isinstance(error, by_type) or str(error).startswith("invalid literal for int()")
+
+
 def _broken_tables(folder: Path) -> list[str]:
     broken = []
     for table in filter(is_table, files_below(folder)):
         try:
             if table.endswith(".tar"):
                 with tarfile.open(folder / table) as archive:
-                    archive.getmembers()
+                    broken += [f"{table} ({why})" for why in _undecodable_files(archive)]
             else:
                 pq.read_metadata(folder / table)
         except (pa.ArrowException, tarfile.TarError, OSError) as error:
             why = str(error).partition("\n")[0].rstrip(".:")  # tarfile lists what it has tried
             broken.append(f"{table} ({why})")
     return broken
+
+
+def _undecodable_files(archive: tarfile.TarFile) -> list[str]:
+    """Return the files of an archive whose suffix promises something else than they hold."""
+    found = []
+    for member in archive.getmembers():
+        suffix = member.name.rpartition(".")[2].lower()
+        if member.isfile() and suffix in TEXT_SUFFIXES | NUMBER_SUFFIXES:
+            try:
+                WebDataset.DECODERS[suffix](archive.extractfile(member).read())
+            except ValueError as error:
+                found.append(f"{member.name}: {error}")
+                if suffix in NUMBER_SUFFIXES:
+                    found[-1] += (
+                        f"; a .{suffix} file holds a number, and names of classes belong into .txt "
+                        "files, with --label_column txt"
+                    )
+    return found
 
 
 def _first_meaning(parts: list[str]) -> str | None:
@@ -516,7 +548,9 @@ def _read_metadata(folder: Path, name: str) -> pa.Table:
     path = folder / name
     try:
         if path.suffix == ".csv":
-            table = pa.Table.from_pandas(pd.read_csv(path), preserve_index=False)
+            # integers stay integers where one is missing
+            rows = pd.read_csv(path).convert_dtypes()
+            table = pa.Table.from_pandas(rows, preserve_index=False)
         elif path.suffix == ".jsonl":
             # A row may be long; a block of the whole file cuts none in two.
             whole = pyarrow.json.ReadOptions(block_size=path.stat().st_size + 1)

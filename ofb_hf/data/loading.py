@@ -30,6 +30,7 @@ from .columns import (
     find_image_column,
     find_label_column,
 )
+from .completeness import imageless_samples, refuse_imageless, refuse_unlabelled
 from .decoding import MAX_BAD_SHARE
 from .digits import load_digits_data
 from .folders import (
@@ -46,8 +47,8 @@ from .folders import (
     number_of,
     table_location,
 )
-from .row_blocks import RowGroups, Source, open_files, open_source
-from .splits import ImageData, hold_out, limit
+from .row_blocks import Source, open_files, open_source, survey_labels
+from .splits import ImageData, hold_out_share, limit
 from .streaming import StreamedSplit
 from .transforms import AUGMENTATIONS
 
@@ -304,6 +305,10 @@ def _load(args: DataArguments, trains: bool) -> ImageData:
     for dataset in splits.values():
         find_image_column(dataset.features, image_column)
         find_label_column(dataset.features, label_column)
+    columns = (image_column, label_column)
+    for name, dataset in splits.items():
+        allowed = args.max_bad_share if name == train_split else 0
+        refuse_imageless(imageless_samples(dataset, columns), name, columns, allowed)
     decoded = {name: decode_images(dataset, image_column) for name, dataset in splits.items()}
     encoded, label_names = encode_labels(decoded, label_column)
     train, evaluation = encoded[train_split], encoded[eval_split]
@@ -311,7 +316,7 @@ def _load(args: DataArguments, trains: bool) -> ImageData:
     if trains and held_out_share is None:
         held_out_share = EVAL_SHARE
     if train_split == eval_split and held_out_share not in (None, 1):
-        train, evaluation = _hold_out_eval(train, label_column, held_out_share)
+        train, evaluation = hold_out_share(train, label_column, held_out_share)
     data = ImageData(
         name=public_name(args),
         train=train if trains else evaluation,
@@ -409,16 +414,19 @@ def _opened_tables(args: DataArguments) -> _Opened:
         num_examples=args.num_train_examples,
         wanted=args.max_train_samples,
     )
+    refuse_imageless(imageless_samples(loaded, columns), eval_split, columns, 0)
     others: set[Any] = set()
-    if isinstance(source, RowGroups) and not isinstance(features[columns[1]], ClassLabel):
-        # Rows without a label are refused when their turn comes. Archives cannot be searched for
-        # labels: their classes are those of the split that is here.
-        others = source.labels() - {None, -1}
+    found = survey_labels(source, features[columns[1]])
+    if found is not None:
+        refuse_imageless(found, train_split, columns, args.max_bad_share)
+        if args.max_train_samples is None:
+            refuse_unlabelled(found, train_split)
+        others = set(found.labels)
     encoded, label_names = encode_labels({eval_split: loaded}, columns[1], others)
     stored = others.union(column_values(loaded, columns[1]))
     class_of = _class_of(features[columns[1]], stored, label_names)
-    found = Splits.of_tables(dict(streams), _local_folder(args))
-    return _Opened(found, names, columns, source, class_of, encoded[eval_split], label_names)
+    splits = Splits.of_tables(dict(streams), _local_folder(args))
+    return _Opened(splits, names, columns, source, class_of, encoded[eval_split], label_names)
 
 
 def _report(data: ImageData, found: Splits, names: tuple[str, str], trains: bool) -> None:
@@ -590,10 +598,3 @@ def _choose_streamed_splits(available: list[str], args: DataArguments) -> tuple[
             "or leave --streaming out."
         )
     return train_split, eval_split
-
-
-def _hold_out_eval(train: Dataset, label_column: str, fraction: float) -> tuple[Dataset, Dataset]:
-    labels = column_values(train, label_column)
-    num_held_out = max(1, round(fraction * len(labels)))
-    kept, held_out = hold_out(labels, num_held_out)
-    return train.select(kept), train.select(held_out)

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetBuilder, Image, IterableDataset, config
+from datasets.features.features import FeatureType
 from filelock import FileLock
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
@@ -28,6 +29,12 @@ from transformers.utils import logging
 from ..durable import move
 from ..hub_retries import WAITS_IN_A_RUN, patiently, wait_or_give_up
 from .columns import column_values
+from .completeness import (
+    Survey,
+    place_columns,
+    sample_name,
+    surveyed,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -131,19 +138,20 @@ class RowGroups:
                 image, label = (row[column] for column in self.columns)
                 yield stored_row(image, label, f"row {offset + number} of {file_name}")
 
-    def labels(self) -> set[Any]:
-        """Return all labels of these files, as they are stored, without reading an image."""
+    def survey(self) -> Survey:
+        """Return what the labels of these files are, without reading an image."""
         used = {index for (index, _), rows in zip(self.groups, self.rows, strict=True) if rows}
 
-        def labels_of(index: int) -> set[Any]:
-            footer = self.footers[index]
-            with _open(self.files[index]) as file, pq.ParquetFile(file, metadata=footer) as parquet:
-                return set(parquet.read([self.columns[1]]).column(0).unique().to_pylist())
+        def surveyed_file(index: int) -> Survey:
+            url = self.files[index]
+            with _open(url) as file, pq.ParquetFile(file, metadata=self.footers[index]) as parquet:
+                rows = parquet.read([self.columns[1]]).to_pylist()
+            return surveyed(rows, self.columns, f" of {url.rpartition('/')[2]}")
 
         with ThreadPoolExecutor(READERS) as pool:
             read = partial(patiently, what="reading labels")
-            parts = pool.map(lambda index: read(partial(labels_of, index)), used)
-            return set().union(*parts)
+            parts = pool.map(lambda index: read(partial(surveyed_file, index)), sorted(used))
+            return Survey.merged(list(parts))
 
 
 @dataclass(frozen=True)
@@ -191,6 +199,7 @@ class Shards:
     dataset: IterableDataset
     columns: tuple[str, str]  # of images and labels
     equally_long: bool
+    found: Survey | None = None  # if they were all read once
 
     @classmethod
     def of(
@@ -220,15 +229,20 @@ class Shards:
             rows = _count_until(dataset, columns[1], wanted)
             return cls(rows, dataset, columns, equally_long=False)
         logger.warning(
-            f"{count} shards have no index: they are all read once, to count their rows. "
-            f"--num_train_examples {described or 'N'} would take that as the number, and the "
-            "shards as equally long."
+            f"{count} shards have no index: they are all read once, to count their rows and to "
+            f"see their labels. --num_train_examples {described or 'N'} would take that as the "
+            "number, and the shards as equally long."
         )
-        counts = once_per_machine(
-            "rows", files, count, lambda shard: b"%d" % _count(dataset, shard, columns[1])
+        stored = once_per_machine(
+            "samples",
+            files,
+            count,
+            lambda shard: _survey(dataset, shard, columns).to_json(),
+            about=" ".join(columns),
         )
-        rows = np.array([int(number) for number in counts])
-        return cls(rows, dataset, columns, equally_long=False)
+        surveys = list(map(Survey.from_json, stored))
+        rows = np.array([survey.rows for survey in surveys])
+        return cls(rows, dataset, columns, equally_long=False, found=Survey.merged(surveys))
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         """Yield the rows of a block, as `Source` describes."""
@@ -240,8 +254,8 @@ class Shards:
             # the workers once more.
             for number, rows in enumerate(shard.iter(1)):
                 if passed >= start:
-                    image, label = (rows[column][0] for column in self.columns)
-                    yield stored_row(image, label, f"row {number} of shard {block}")
+                    row = {column: values[0] for column, values in rows.items()}
+                    yield named_row(row, self.columns, f"row {number} of shard {block}")
                 passed += 1
             is_empty = passed == before
             if not self.equally_long or is_empty:
@@ -274,7 +288,7 @@ def open_source(
     description = (builder.info.splits or {}).get(split)
     described = description.num_examples if description is not None else None
     # The images are decoded by us: `datasets` would stop at the first bad one.
-    dataset = dataset.select_columns(list(columns))
+    dataset = dataset.select_columns([*columns, *place_columns(dataset.column_names)])
     dataset = dataset.cast_column(columns[0], Image(decode=False))
     if builder.name == "parquet":
         source = RowGroups.of(files, columns)
@@ -283,6 +297,19 @@ def open_source(
     else:
         source = Shards.of(dataset, files, columns, num_examples, wanted, described)
     return _limited(source, split, num_examples, wanted, described)
+
+
+def survey_labels(source: Source, feature: FeatureType) -> Survey | None:
+    """Return what the labels of a stream are, None where that is first known when it is read.
+
+    Args:
+        source: the rows.
+        feature: the type of the label column.
+    """
+    # A `ClassLabel` knows its classes, and reading the labels of a large data set takes a while.
+    if isinstance(source, RowGroups) and not isinstance(feature, ClassLabel):
+        return source.survey()
+    return source.found if isinstance(source, Shards) else None
 
 
 def open_files(
@@ -318,7 +345,7 @@ def _limited(
 
 
 def once_per_machine(
-    kind: str, files: list[str], count: int, compute: Callable[[int], bytes]
+    kind: str, files: list[str], count: int, compute: Callable[[int], bytes], about: str = ""
 ) -> list[bytes]:
     """Compute one value per index, in one process of a machine, and keep the values on the disk.
 
@@ -329,6 +356,7 @@ def once_per_machine(
         files: what the values are computed from; another content gives another cache file.
         count: how many values there are.
         compute: from an index to a value. It runs in threads, and again after network faults.
+        about: what else the values depend on.
 
     Returns:
         `[compute(0), ..., compute(count - 1)]`
@@ -344,7 +372,7 @@ def once_per_machine(
     identities = [_identity(file) for file in files]
     if None in identities:
         return compute_all()
-    key = "\n".join([kind, str(count), *identities])
+    key = "\n".join([kind, str(count), *identities, *([about] if about else [])])
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = Path(config.HF_DATASETS_CACHE) / "ofb_hf"
     folder.mkdir(parents=True, exist_ok=True)
@@ -373,6 +401,20 @@ def _count(dataset: IterableDataset, shard: int, label_column: str) -> int:
     rows = dataset.shard(dataset.num_shards, shard)
     labels = rows.select_columns([label_column])
     return sum(len(some[label_column]) for some in labels.iter(ROWS_AT_A_TIME))
+
+
+def _survey(dataset: IterableDataset, shard: int, columns: tuple[str, str]) -> Survey:
+    places = place_columns(dataset.column_names)
+    # Archives are read as a whole in any case; other formats can leave the images out.
+    names = [*columns, *places] if places else [columns[1]]
+    rows = dataset.shard(dataset.num_shards, shard).select_columns(names)
+
+    def stored() -> Iterator[dict[str, Any]]:
+        for some in rows.iter(ROWS_AT_A_TIME):
+            for values in zip(*(some[name] for name in names), strict=True):
+                yield dict(zip(names, values, strict=True))
+
+    return surveyed(stored(), columns, f" of shard {shard}")
 
 
 def _count_until(dataset: IterableDataset, label_column: str, enough: int) -> np.ndarray:
@@ -425,6 +467,19 @@ def stored_row(image: Any, label: Any, name: str) -> Row:
     return Row(content, label, path or name)
 
 
+def named_row(row: dict[str, Any], columns: Sequence[str], name: str) -> Row:
+    """Return a row of a table, or of an archive under the name of its sample.
+
+    Args:
+        row: as it is stored.
+        columns: of the image, and of the label if there is one.
+        name: of the row, where nothing else names it.
+    """
+    label = row[columns[1]] if len(columns) > 1 else None
+    stored = stored_row(row[columns[0]], label, name)
+    return replace(stored, name=sample_name(row, columns) or stored.name)
+
+
 class ImageTable(Sequence[Row]):
     """Rows of a data set, whose images are not decoded.
 
@@ -437,18 +492,17 @@ class ImageTable(Sequence[Row]):
     def __init__(self, dataset: Dataset, image_column: str, label_column: str | None):
         names = [image_column] if label_column is None else [image_column, label_column]
         # The others are dropped, because reading a row would decode their images.
-        rows = dataset.with_format(None).select_columns(names)
+        rows = dataset.with_format(None)
+        rows = rows.select_columns([*names, *place_columns(dataset.column_names)])
         self.dataset = rows.cast_column(image_column, Image(decode=False))
-        self.image_column = image_column
+        self.columns = names
         self.label_column = label_column
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Row:
-        row = self.dataset[int(index)]
-        label = None if self.label_column is None else row[self.label_column]
-        return stored_row(row[self.image_column], label, f"row {index}")
+        return named_row(self.dataset[int(index)], self.columns, f"row {index}")
 
     def label_names(self) -> list[str] | None:
         """Return the names that labels are indices of, if their column knows them."""

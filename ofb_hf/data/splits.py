@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from .columns import column_values
 from .decoding import readable, why_unreadable
 from .row_blocks import ImageTable
 
@@ -66,6 +67,13 @@ def hold_out(labels: list[int], num_held_out: int) -> tuple[np.ndarray, np.ndarr
         position[members] = (np.arange(count) + 0.5) / count
     by_position = order[np.argsort(position[order], kind="stable")]
     return by_position[num_held_out:], by_position[:num_held_out]
+
+
+def hold_out_share(dataset: Dataset, label_column: str, fraction: float) -> tuple[Dataset, Dataset]:
+    """Return the rows of a split without a fraction of them, and that fraction; as `hold_out`."""
+    labels = column_values(dataset, label_column)
+    kept, held_out = hold_out(labels, max(1, round(fraction * len(labels))))
+    return dataset.select(kept), dataset.select(held_out)
 
 
 def limit(dataset: Dataset, num_samples: int | None) -> Dataset:

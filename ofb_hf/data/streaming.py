@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from transformers.utils import logging
 
+from .completeness import is_missing
 from .decoding import MAX_BAD_SHARE, ONCE, BadImages, TooManyBadImagesError, readable
 from .epochs import Batching, EpochPlan
 from .row_blocks import Row, Source, read_patiently
@@ -77,9 +78,10 @@ class StreamedSplit:
         """
         if row.label in self.class_of:
             return self.class_of[row.label]
-        if row.label is None or row.label == -1:
+        if is_missing(row.label):
             raise ValueError(
-                f"{row.name} has no label ({row.label}); training needs one for every image."
+                f"{row.name} has no label ({row.label!r}); training needs one for every image. Add "
+                "it, or leave such rows out."
             )
         some_names = ", ".join(map(repr, self.label_names[:5]))
         raise ValueError(

@@ -343,20 +343,22 @@ def class_numbers(
     by_name = {_plain(name): number for number, name in enumerate(classes)}
     if len(by_name) < len(classes):  # names that differ in case only
         by_name = {name: number for number, name in enumerate(classes)}
+    name_of = {label: str(label if names is None else names[label]) for label in stored}
     numbers: dict[Any, int] = {}
-    for label in stored:
-        name = str(label if names is None else names[label])
+    for label, name in name_of.items():
         number = by_name.get(name, by_name.get(_plain(name)))
         if number is not None:
             numbers[label] = number
     if numbers:
         return numbers, None
+    remark = "labels are matched by number, for the model has other names for them"
+    # Folders called 0, 1, 10, 2 come in this order, and are still numbers.
+    stated = {label: int(name) for label, name in name_of.items() if name.isdecimal()}
+    if sorted(stated.values()) == list(range(len(classes))):
+        return stated, remark
     labels = sorted(label for label in stored if isinstance(label, int) and label >= 0)
     if labels == list(range(len(classes))):
-        return (
-            dict(zip(labels, labels, strict=True)),
-            "labels are matched by number, for the model has other names for them",
-        )
+        return dict(zip(labels, labels, strict=True)), remark
     return {}, None
 
 

@@ -8,7 +8,12 @@ from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .requirements import require_in_range, require_steps, require_usable
+from .requirements import (
+    require_in_range,
+    require_known_choices,
+    require_steps,
+    require_usable,
+)
 
 # The state of these two is one pair of moments per parameter, which can be sliced with it.
 SEARCH_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
@@ -70,6 +75,7 @@ class OFBTrainingArguments(TrainingArguments):
     def __post_init__(self):
         # Before some of the numbers are converted there, where they would raise other errors.
         require_in_range(self)
+        require_known_choices(self)
         try:
             super().__post_init__()
         except (TypeError, json.JSONDecodeError) as error:

@@ -4,22 +4,29 @@ A setting is tried out where that costs nothing: a schedule is built for an opti
 the callback of a missing logger is made. So no rule of transformers is written down twice.
 """
 
+import dataclasses
+import functools
+import inspect
 import math
+import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import ParallelMode
 
-from ..argument_checks import require_finite
+from ..argument_checks import require_choice, require_finite
+from ..data.completeness import is_missing
 from ..data.epochs import Batching
 from ..metrics import compute_topk
 
@@ -59,6 +66,9 @@ TOPK_METRICS = ("top1", "top5", "accuracy")
 TRAINER_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 # Steps of a schedule that is tried out, if their number is not known yet.
 TRIED_STEPS = 100
+# What `get_scheduler` itself gives to the function of a schedule.
+GIVEN_TO_SCHEDULES = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+ALL_CHOICES = "`ofb-hf finetune --help all`"
 
 
 def require_usable(args: TrainingArguments) -> None:
@@ -131,6 +141,28 @@ def require_in_range(args: TrainingArguments) -> None:
             )
 
 
+def require_known_choices(args: TrainingArguments) -> None:
+    """Raise ValueError for a field whose value is none of its choices, naming the nearest ones."""
+    for name, choices in _choices().items():
+        value = getattr(args, name)
+        if value is not None:
+            require_choice(name, value, choices, ALL_CHOICES)
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[Any, ...]]:
+    """Return the fields of transformers' arguments that have choices, with these."""
+    types = typing.get_type_hints(TrainingArguments)
+    choices = {}
+    for field in dataclasses.fields(TrainingArguments):
+        alternatives = typing.get_args(types[field.name]) or (types[field.name],)
+        enums = [each for each in alternatives if inspect.isclass(each) and issubclass(each, Enum)]
+        listed = field.metadata.get("choices") or tuple(enums[0] if enums else ())
+        if listed:
+            choices[field.name] = tuple(listed)
+    return choices
+
+
 def _require_columns(args: TrainingArguments) -> None:
     if args.label_names not in (None, ["labels"]):
         raise ValueError(
@@ -163,19 +195,30 @@ def _require_schedule(args: TrainingArguments) -> None:
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(
             f"lr_scheduler_type is {args.lr_scheduler_type.value!r} and lr_scheduler_kwargs "
-            f"{args.lr_scheduler_kwargs}, which make no schedule: {error}. Give "
-            "lr_scheduler_kwargs what this schedule takes, e.g. "
-            "'{\"min_lr_rate\": 0.1}', or take another one, such as cosine."
+            f"{args.lr_scheduler_kwargs}, which make no schedule: {error}. "
+            f"{_taken_by(args.lr_scheduler_type)} Or take another one, such as cosine."
         ) from error
+
+
+def _taken_by(schedule: SchedulerType) -> str:
+    """Return which lr_scheduler_kwargs a schedule takes, and how they are written."""
+    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[schedule]).parameters.values()
+    own = [each for each in parameters if each.name not in GIVEN_TO_SCHEDULES]
+    if not own:
+        return "This schedule takes no lr_scheduler_kwargs; leave them out."
+    if any(each.kind is each.VAR_KEYWORD for each in own):
+        return "Its documentation in transformers says which lr_scheduler_kwargs it takes."
+    needed = [each.name for each in own if each.default is each.empty]
+    others = [each.name for each in own if each.default is not each.empty]
+    takes = ", ".join([*(f"{name} (has to be given)" for name in needed), *others])
+    example = (needed or others)[0]
+    return f"This schedule takes {takes}; write '{{\"{example}\": NUMBER}}'."
 
 
 def _require_loggers(names: Collection[str]) -> None:
     available = get_available_reporting_integrations() if names else ()
     for name in set(names) - set(available):
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(
-                f"report_to is {name!r}; known are none, all, {', '.join(INTEGRATION_TO_CALLBACK)}."
-            )
+        require_choice("report_to", name, ("none", "all", *INTEGRATION_TO_CALLBACK), ALL_CHOICES)
         try:
             # Some can do without what the list of available ones asks for.
             INTEGRATION_TO_CALLBACK[name]()
@@ -304,9 +347,15 @@ def require_labels(labels: Tensor, num_labels: int) -> None:
     if labels.ndim == 1 and not labels.is_floating_point():
         outside = labels[(labels < 0) | (labels >= num_labels)]
         if len(outside):
-            raise ValueError(
-                f"a label is {int(outside[0])}, but {expected}. Number the classes from 0."
-            )
+            first = int(outside[0])
+            advice = "Number the classes from 0."
+            if is_missing(first):
+                count = int((labels == first).sum())
+                advice = (
+                    f"{first} stands for no class, and {count} of {len(labels)} labels are that; "
+                    "training and evaluation need a class for every image. Leave these images out."
+                )
+            raise ValueError(f"a label is {first}, but {expected}. {advice}")
         return
     is_soft = labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] == num_labels
     if not is_soft:
@@ -337,7 +386,12 @@ def require_known_labels(dataset: Any, num_labels: int, name: str) -> None:
         for key, part in dataset.items():
             require_known_labels(part, num_labels, f"{name}[{key!r}]")
         return
-    labels = _labels_at_hand(dataset)
+    labels = [_as_number(label) for label in _labels_at_hand(dataset)]
+    if None in labels:
+        raise ValueError(
+            f"{name}: {labels.count(None)} of {len(labels)} labels are None; training and "
+            "evaluation need a class for every image. Leave these images out."
+        )
     # The shapes of labels of other kinds are looked at in batches.
     integers = [label for label in labels if isinstance(label, int)]
     if not integers:
@@ -346,6 +400,14 @@ def require_known_labels(dataset: Any, num_labels: int, name: str) -> None:
         require_labels(torch.tensor(integers), num_labels)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _as_number(label: Any) -> int | float | str | None:
+    """Return a label that is one number as that, also from torch and NumPy; "" for any other."""
+    if isinstance(label, int | None):
+        return label
+    is_scalar = getattr(label, "ndim", None) == 0 and hasattr(label, "item")
+    return label.item() if is_scalar else ""
 
 
 def _labels_at_hand(dataset: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..argument_checks import require_choice
 from ..data import AugmentationArguments, DataArguments
 from ..space.configuration import BiMaskConfig
 from ..token_search.learned_counts import TokenSearchConfig
@@ -127,6 +128,12 @@ class CommandParser(HfArgumentParser):
             flags = self.flags()
             for name, text in HELP.items():
                 flags[name].help = text
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # argparse lists all choices, which may be fifty
+        if action.choices is not None and value not in action.choices:
+            listed = f"`{self.prog} --help all`"
+            require_choice(action.option_strings[0], value, action.choices, listed)
 
     def flags(self) -> dict[str, argparse.Action]:
         """Return the action of every setting, by the name of the setting."""

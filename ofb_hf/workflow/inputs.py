@@ -294,10 +294,16 @@ def _in_the_models_order(
     If the names are others, labels are matched by number; see `match_by_number`.
     """
     names = _label_names(model)
+    if sorted(names) == sorted(data.label_names):
+        return _numbered_like(data, names)
+    data = _numbered_like(data, in_order_of_numbers(data.label_names))
+    match_by_number(name, names, data.label_names, allowed=by_number)
+    return data
+
+
+def _numbered_like(data: ImageData, names: list[str]) -> ImageData:
+    """Return the data with its classes, which have these names, in this order."""
     if names == data.label_names:
-        return data
-    if sorted(names) != sorted(data.label_names):
-        match_by_number(name, names, data.label_names, allowed=by_number)
         return data
 
     def aligned(split: Any) -> Any:
@@ -306,6 +312,18 @@ def _in_the_models_order(
         return align_labels(split, names, data.label_column)
 
     return replace(data, train=aligned(data.train), eval=aligned(data.eval), label_names=names)
+
+
+def in_order_of_numbers(names: list[str]) -> list[str]:
+    """Return the names of classes as they are matched by number.
+
+    Names that are the numbers from 0 on say their numbers themselves, while folders come in the
+    order of text, 10 before 2.
+    """
+    numbers = [int(name) if name.isdecimal() else -1 for name in names]
+    if sorted(numbers) == list(range(len(names))):
+        return sorted(names, key=int)
+    return names
 
 
 def _label_names(model: PreTrainedModel) -> list[str]:
@@ -351,10 +369,14 @@ def match_by_number(name: str, names: list[str], data_names: list[str], allowed:
 def _may_be_same(number: int, ours: str, theirs: str) -> bool:
     """Return whether two labels of this number may name the same class.
 
-    A label that says nothing but its number, as those of a checkpoint without names, may be any.
+    `LABEL_3`, as of a checkpoint without names, says nothing but its number, and may be any class
+    but another number. A number alone is a name like others: digits are classes, too.
     """
     if _words(ours) & _words(theirs):
         return True
+    unnamed = {f"LABEL_{number}"}
+    if not unnamed & {ours, theirs}:
+        return False
     stated = {label.removeprefix("LABEL_") for label in (ours, theirs)}
     return {each for each in stated if each.isdecimal()} == {str(number)}
 
@@ -449,6 +471,13 @@ def load_teacher(
     names = _label_names(model)
     if sorted(names) != sorted(inputs.data.label_names):
         teacher = f"the teacher {name_or_path}"
+        in_order = in_order_of_numbers(inputs.data.label_names)
+        if in_order != inputs.data.label_names:
+            raise ValueError(
+                f"{teacher} calls label 0 {names[0]!r}, and the classes of the data are numbers, "
+                f"which the model has in another order: {inputs.data.label_names[:5]}... Choose a "
+                "teacher that names its labels as the model."
+            )
         match_by_number(teacher, names, inputs.data.label_names, match_labels_by_number)
     elif names != inputs.data.label_names:
         raise ValueError(

@@ -401,7 +401,7 @@ def test_archives(archives, workers):
 
 def test_rows_are_counted_once(archives, monkeypatch, caplog):
     assert len(stream(archives)) == 30
-    monkeypatch.setattr(blocks, "_count", lambda *args: pytest.fail("counted once more"))
+    monkeypatch.setattr(blocks, "_survey", lambda *args: pytest.fail("counted once more"))
     assert len(stream(archives)) == 30
     (archives / "train-2.tar").write_bytes(archive(range(50, 60)))  # another file of the same name
     with pytest.raises(pytest.fail.Exception):
@@ -422,6 +422,7 @@ def test_a_description_that_counts_otherwise_is_mentioned(archives):
 
 
 def test_a_given_number_of_examples_spares_the_counting(archives, monkeypatch):
+    monkeypatch.setattr(blocks, "_survey", lambda *args: pytest.fail("counted"))
     monkeypatch.setattr(blocks, "_count", lambda *args: pytest.fail("counted"))
     images = stream(archives, num_train_examples=29)
     assert images.split.source.rows.tolist() == [7, 7, 7, 8]
@@ -497,8 +498,13 @@ def test_labels_without_names_are_those_of_both_splits(tmp_path):
     with pytest.raises(ValueError, match=message):
         list(images.loader(1))
     write(folder, {"train.parquet": table(["b", None])})
+    with pytest.raises(
+        ValueError, match=r"no label, the first: 'label' is None in row 1 of train.p"
+    ):
+        stream(folder)
+    images = stream(folder, max_train_samples=2)  # the labels of the others do not matter
     with pytest.raises(ValueError, match=r"row 1 of train.parquet has no label \(None\)"):
-        list(stream(folder).loader(1))
+        list(images.loader(1))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ everything, and leave the model as it is."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -52,11 +53,47 @@ def made(trainer_class, folder, model=None, changes=None, **kwargs):
     ("changes", "message"),
     [
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type is 'cosine_with_min_lr'"),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps.*lr_scheduler_kwargs"),
-        ({"lr_scheduler_kwargs": {"cycles": 2}}, "lr_scheduler_kwargs {'cycles': 2}.*no schedule"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            r"takes num_decay_steps \(has to be given\), num_stable_steps, .*; "
+            r"""write '\{"num_decay_steps": NUMBER\}'""",
+        ),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}},
+            r"lr_scheduler_kwargs \{'cycles': 2\}.*no schedule.*This schedule takes num_cycles; ",
+        ),
+        (
+            {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"min_lr": 0}},
+            "This schedule takes no lr_scheduler_kwargs; leave them out",
+        ),
+        (
+            {
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                "lr_scheduler_kwargs": {"cycles": 2},
+                "eval_strategy": "steps",
+            },
+            "documentation in transformers says which lr_scheduler_kwargs it takes",
+        ),
+        ({"lr_scheduler_type": "cosin"}, "is 'cosin'; did you mean cosine, .*Allowed are linear, "),
+        (
+            {"optim": "adam"},
+            r"^optim is 'adam'; did you mean adam\w+, \w+, \w+\? All \d+ that are allowed are "
+            "listed by `ofb-hf finetune --help all`.$",
+        ),
+        ({"save_strategy": "stpes"}, "save_strategy is 'stpes'; did you mean steps"),
+        ({"log_level": "dbug"}, r"log_level is 'dbug'; did you mean debug\?"),
+        ({"train_sampling_strategy": "rndom"}, r"did you mean random\?"),
+        (
+            {"dataloader_multiprocessing_context": "frk", "dataloader_num_workers": 1},
+            r"dataloader_multiprocessing_context is 'frk'; did you mean fork",
+        ),
         ({"lr_scheduler_kwargs": "{cycles: 2}"}, "takes a dictionary cannot be read"),
         ({"accelerator_config": {"nonsense": 1}}, "cannot be read.*nonsense"),
-        ({"report_to": "smoke_signals"}, "report_to is 'smoke_signals'; known are none, all"),
+        ({"report_to": "smoke_signals"}, "report_to is 'smoke_signals'; allowed are none, all"),
+        (
+            {"report_to": "wandd"},
+            r"report_to is 'wandd'; did you mean wandb.*Allowed are none, all",
+        ),
         ({"use_liger_kernel": True}, "use_liger_kernel is True.*language models"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint is True.*SIGTERM"),
         ({"include_num_input_tokens_seen": True}, "images have none"),
@@ -241,6 +278,39 @@ def test_labels_that_the_head_does_not_have_are_refused_before_the_first_step(
     with pytest.raises(ValueError, match=rf"{split}: a label is 3, but the model has 3 labels"):
         trainer.train()
     assert not watch.begun
+
+
+@pytest.mark.parametrize("split", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("kind", [int, torch.tensor, np.int64, "column"])
+@pytest.mark.parametrize("missing", [-100, -1])
+def test_numbers_that_stand_for_no_class_are_refused_before_the_first_step(
+    tmp_path, split, kind, missing
+):
+    """Losses of torch leave out -100 (`ignore_index`), so a training would go on without them."""
+
+    def without_some(label):
+        stored = missing if label == 2 else label
+        return stored if kind == "column" else kind(stored)
+
+    data = relabelled(without_some)
+    count = sum(int(row["labels"]) == missing for row in data)
+    if kind == "column":
+        data = Dataset.from_list([row | {"pixel_values": [0.0]} for row in data])
+    trainer = made(ClassifierTrainer, tmp_path, callbacks=[Watch()], **{split: data})
+    message = rf"{split}: a label is {missing}, .*{count} of 16 labels are that.*Leave these images"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_rows_without_a_label_are_counted(tmp_path):
+    trainer = made(
+        ClassifierTrainer, tmp_path, train_dataset=relabelled(lambda label: label or None)
+    )
+    with pytest.raises(
+        ValueError, match=r"train_dataset: \d+ of 16 labels are None; .*Leave these"
+    ):
+        trainer.train()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])

@@ -155,6 +155,9 @@ def test_a_recipe_says_its_own_name(capsys, monkeypatch):
         (["--hub_tokn=hf_secret"], "unknown setting --hub_tokn (did you mean --hub_token?)"),
         (["--qqqq", "1"], "unknown setting --qqqq; `ofb-hf search --help all`"),
         (["photos"], "'photos' follows no flag"),
+        (["--optim", "adam"], "--optim is 'adam'; did you mean adam"),
+        (["--optim", "adam"], "that are allowed are listed by `ofb-hf search --help all`."),
+        (["--save_strategy", "stpes"], "'stpes'; did you mean steps? Allowed are no, steps, "),
     ],
 )
 def test_unknown_flags_are_refused_with_a_suggestion(words, message, capsys):

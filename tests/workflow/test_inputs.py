@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from factories import search_config, tiny_model, tiny_vit
-from pictures import parquet, picture, write
+from pictures import number_of, parquet, picture, write
 from runs import arguments, rows
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -42,7 +42,7 @@ def table(labels, names, without=None):
 
 def saved_model(folder, names):
     """A tiny ViT that numbers its labels like this."""
-    model = tiny_model("vit")
+    model = tiny_vit(num_labels=len(names))
     model.config.id2label, model.config.label2id = (
         dict(enumerate(names)),
         {name: i for i, name in enumerate(names)},
@@ -312,6 +312,9 @@ def test_labels_matched_by_number_show_the_first_contradiction(names, message, c
         (["LABEL_0", "LABEL_1", "LABEL_2"], ["1", "10", "2"]),
         (["1", "2", "3"], ["LABEL_0", "LABEL_1", "LABEL_2"]),
         (["red", "green", "blue"], ["rot", "gruen", "blau"]),
+        # digits are classes, too: a number is a name
+        (["red", "green", "blue"], ["0", "1", "2"]),
+        (["0", "1", "2"], ["red", "green", "blue"]),
     ],
 )
 def test_names_without_anything_in_common_are_refused(names, data):
@@ -333,6 +336,50 @@ def test_labels_that_share_no_name_are_matched_only_if_that_is_meant(images, tmp
     with pytest.raises(ValueError, match=r"label 0 is 'cat' for the teacher .*--match_labels"):
         load_teacher(saved_model(tmp_path / "teacher", ["cat", "dog", "emu"]), loaded)
     assert load_teacher(model, loaded, match_labels_by_number=True).config.num_labels == 3
+
+
+def numbered_folders(folder, count, streaming):
+    """Class folders 0, 1, ... whose pictures have the number of their folder as pixels."""
+    files = {
+        f"{split}/{n}/{n}.png": picture(n) for split in ("train", "test") for n in range(count)
+    }
+    return DataArguments(data_dir=str(write(folder, files)), streaming=streaming)
+
+
+def pairs_of(dataset):
+    """The number in the pixels and the label of every row, in order."""
+    return sorted((int(number_of(row["image"])), row["label"]) for row in dataset)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_that_are_numbers_are_matched_by_their_numbers(tmp_path, streaming, caplog):
+    """And not by their places in the order of text, in which 10 comes before 2."""
+    data = numbered_folders(tmp_path / "data", 12, streaming)
+    words = saved_model(tmp_path / "words", [f"word {chr(97 + n)}" for n in range(12)])
+    with pytest.raises(ValueError, match=r"label 0 is 'word a' .* and '0' .*--match_labels_by_num"):
+        load(words, data, seed=0)
+    unnamed = saved_model(tmp_path / "unnamed", [f"LABEL_{n}" for n in range(12)])
+    for model, allowed in ((words, True), (unnamed, False)):
+        _, loaded = load(model, data, seed=0, match_labels_by_number=allowed)
+        assert loaded.data.label_names == [str(n) for n in range(12)]
+        assert pairs_of(loaded.data.eval) == [(n, n) for n in range(12)]
+        if streaming:
+            batches = ImageStream(loaded.data.train, number_of, seed=0).loader(1)
+            pairs = sorted((int(one["pixel_values"]), int(one["labels"])) for one in batches)
+        else:
+            pairs = pairs_of(loaded.data.train)
+        assert pairs == [(n, n) for n in range(12)]
+    assert "label 0 is 'word a'" in caplog.text
+    assert "'LABEL_0' for '0'" in caplog.text
+
+
+def test_a_teacher_cannot_follow_numbers_in_another_order(tmp_path):
+    data = numbered_folders(tmp_path / "data", 12, streaming=False)
+    student = saved_model(tmp_path / "student", sorted(map(str, range(12))))
+    _, loaded = load(student, data, seed=0)
+    unnamed = saved_model(tmp_path / "unnamed", [f"LABEL_{n}" for n in range(12)])
+    with pytest.raises(ValueError, match=r"calls label 0 'LABEL_0'.*in another order: \['0', '1'"):
+        load_teacher(unnamed, loaded, match_labels_by_number=True)
 
 
 def test_a_schedule_ends_at_the_learning_rate_that_was_asked_for(tmp_path):
