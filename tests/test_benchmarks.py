@@ -39,8 +39,12 @@ RUNS = {
         "default",
     ),
     "search_quality": (
-        f"{PLACES} --budgets 0.6 --seeds 0 --contestants dense curves frozen_finetuned --quick",
+        f"{PLACES} --budgets 0.6 --seeds 0 --contestants search frozen_finetuned --quick",
         "frozen_finetuned",
+    ),
+    "search_time": (
+        "--model digits_vit --batch_size 2 --rounds 1 --num_images 100",
+        "digits_vit",
     ),
     "search_step": ("--shape digits_vit --batch 2 --rounds 1 --cpu", "| search |"),
     "token_reduction": (

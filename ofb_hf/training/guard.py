@@ -88,7 +88,7 @@ class TrainingGuard:
 
     @property
     def sentence(self) -> str:
-        """The same in words."""
+        """The report as a sentence."""
         figures = ", ".join(f"{name} {top1:.2f} %" for name, top1 in self.top1.items())
         return (
             f"top-1 on {len(self.dataset)} held-out training images: {figures}; kept the weights "
