@@ -56,8 +56,7 @@ def settle_first_(
     """
     config = supernet.bi_mask_config
     small = None
-    # New networks draw random weights, which are overwritten: the run must not depend on that.
-    with torch.enable_grad(), torch.random.fork_rng():
+    with torch.enable_grad():
         compressor = FrozenCompressor(
             dense, batches, space=config, basis=config.basis, rewritten=True, seed=seed
         )

@@ -132,7 +132,7 @@ def images_for_basis(
         count: of images, at most.
     """
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    for batch in _batches(dataset, args.seed, count):
+    for batch in _batches(dataset, args, count):
         pixel_values = batch["pixel_values"].to(args.device)
         if batch_augmentation is not None:
             labels = batch["labels"].to(args.device)
@@ -140,15 +140,18 @@ def images_for_basis(
         yield pixel_values
 
 
-def _batches(dataset: Any, seed: int, count: int) -> Iterator[dict[str, Tensor]]:
-    """Yield up to `count` rows of a data set, in batches."""
+def _batches(dataset: Any, args: OFBTrainingArguments, count: int) -> Iterator[dict[str, Tensor]]:
+    """Yield up to `count` rows of a data set, in batches, at least one for each process."""
     if hasattr(dataset, "loader"):
         # As one process reads it, so that all of them see the same.
-        size = min(BATCH, len(dataset))
+        size = max(1, min(BATCH, len(dataset) // args.world_size))
         yield from islice(dataset.loader(size), count // size)
         return
-    rows = _rows(dataset, seed, count)
-    while together := list(islice(rows, BATCH)):
+    size = BATCH
+    if hasattr(dataset, "__len__"):
+        size = max(1, min(BATCH, len(dataset) // args.world_size))
+    rows = _rows(dataset, args.seed, count)
+    while together := list(islice(rows, size)):
         yield default_collate(together)
 
 

@@ -230,18 +230,16 @@ class OFBTrainer(DistillationTrainer):
     @torch.no_grad()
     def settle_first(self) -> None:
         """Choose by error curves, cut, and train on from what fits best."""
-        supernet = self.supernet
-        dense = dense_parent(supernet)
-        batches = list(
-            images_for_basis(
-                self.calibration_dataset or self.train_dataset,
-                self.args,
-                None if self.calibration_dataset else self.batch_augmentation,
-                images_to_choose_by(dense),
-            )
-        )
-        self._fitted = settle_first_(supernet, dense, batches, self.args.seed)
-        self.shrink(fold=True)
+        dataset, augmentation = self.calibration_dataset, None
+        if dataset is None:
+            dataset, augmentation = self.train_dataset, self.batch_augmentation
+        # A resumed search does none of this, and has to draw the same random numbers afterwards.
+        with torch.random.fork_rng():
+            dense = dense_parent(self.supernet)
+            count = images_to_choose_by(dense)
+            batches = list(images_for_basis(dataset, self.args, augmentation, count))
+            self._fitted = settle_first_(self.supernet, dense, batches, self.args.seed)
+            self.shrink(fold=True)
 
     @property
     def may_be_compared(self) -> bool:

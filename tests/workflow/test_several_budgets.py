@@ -23,6 +23,8 @@ pytestmark = pytest.mark.slow
 
 BUDGETS = {"target_macs-0.8": 0.8, "target_macs-0.6": 0.6, "target_macs-0.4": 0.4}
 FLAGS = ["--target_macs", "0.6,0.8,0.4", "--keep_dense", "--max_steps", "48"]
+# Each member is cut from the one before as it is.
+FLAGS += ["--preset", "bi_mask"]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,24 @@ def test_each_member_keeps_some_of_the_units_of_the_one_before(finished):
     assert_nested(output, BUDGETS)
 
 
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_each_member_is_rewritten_anew(family, images, tmp_path, request):
+    """It begins with the trained weights of the one before, whose widths it never exceeds."""
+    name = {"vit": "checkpoint", "swin": "swin_checkpoint"}[family]
+    flags = ["--target_macs", "0.8,0.5", "--max_steps", "12", "--keep_dense"]
+    results = run_search(request.getfixturevalue(name), images, tmp_path / "out", *flags)
+    dense = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "dense")
+    larger, smaller = (subnet_of(tmp_path / "out" / member) for member in results)
+    assert larger.basis == smaller.basis == "equivalent"
+    for submodule, shape in smaller.shapes.items():
+        pairs = zip(shape, larger.shapes[submodule], strict=True)
+        assert all(small <= large for small, large in pairs), submodule
+    for member, share in zip(results, (0.8, 0.5), strict=True):
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / member)
+        assert count_macs(model) == results[member]["finetuned"]["macs"]
+        assert count_macs(model) <= share * count_macs(dense)
+
+
 def test_a_swin_takes_several_budgets_too(swin_checkpoint, images, tmp_path):
     output = tmp_path / "budgets"
     results = run_search(
@@ -90,6 +110,8 @@ def test_a_swin_takes_several_budgets_too(swin_checkpoint, images, tmp_path):
         "--keep_dense",
         "--max_steps",
         "24",
+        "--preset",
+        "bi_mask",
     )
     dense = AutoModelForImageClassification.from_pretrained(output / "dense")
     assert_nested(output, results)

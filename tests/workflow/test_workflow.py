@@ -95,6 +95,31 @@ def test_card_repeats_the_measured_numbers(finished):
     assert results["commit"] is None or results["commit"] in card
 
 
+def test_weights_that_were_kept_are_on_record(checkpoint, images, tmp_path):
+    output = tmp_path / "out"
+    results = run_search(checkpoint, images, output, "--guard_images", "6", "--ema_decay", "0.5")
+    assert results["kept_weights"].keys() == {"search", "finetune"}
+    card = (output / "README.md").read_text()
+    for report in results["kept_weights"].values():
+        assert report["images"] == 6
+        assert report["top1"].keys() == {"before", "after", "average"}
+        assert f"those *{report['kept']}* were kept (top-1 on 6 held-out training images" in card
+
+
+def test_bi_masks_leave_out_halves_one_after_the_other(checkpoint, images, tmp_path):
+    flags = ["--target_macs", "0.15", "--search_depth", "--preset", "bi_mask"]
+    results = run_search(checkpoint, images, tmp_path / "out", *flags)
+    history = {
+        row["step"]: row
+        for row in read_history(tmp_path / "out" / "search_history.jsonl")
+        if row["phase"] == "search"
+    }
+    assert results["left_out"]
+    for name, step in results["left_out"].items():
+        assert name in history[step]["left_out"]
+        assert name not in history[step - 1].get("left_out", ())
+
+
 def test_what_was_left_out_and_when_is_on_record(checkpoint, images, tmp_path):
     results = run_search(
         checkpoint, images, tmp_path / "out", "--target_macs", "0.15", "--search_depth"
@@ -102,15 +127,11 @@ def test_what_was_left_out_and_when_is_on_record(checkpoint, images, tmp_path):
     subnet = SubnetSpec.from_json((tmp_path / "out" / "subnet.json").read_text())
     gone = {name for name, kept in subnet.kept.items() if not kept}
     assert results["left_out"].keys() == gone != set()
-    history = {
-        row["step"]: row
-        for row in read_history(tmp_path / "out" / "search_history.jsonl")
-        if row["phase"] == "search"
-    }
+    first = read_history(tmp_path / "out" / "search_history.jsonl")[0]
     card = (tmp_path / "out" / "README.md").read_text()
     for name, step in results["left_out"].items():
-        assert name in history[step]["left_out"]
-        assert name not in history[step - 1].get("left_out", ())
+        assert name in first["left_out"]
+        assert step == 1  # error curves choose before it
         assert f"- `{name}`: removed (by step {step} of the search)" in card
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert count_macs(model) == results["finetuned"]["macs"] <= results["target_macs"]
@@ -266,7 +287,7 @@ def test_search_on_a_parameter_budget_without_finetuning(checkpoint, images, tmp
         "data",
         "lost_classes",
     }
-    said |= {"steps", "left_out"}
+    said |= {"steps", "left_out", "kept_weights"}
     assert set(results) == {"target_macs", "target_params", "dense", "searched"} | said
     assert (
         results["searched"]["params"]
@@ -422,7 +443,10 @@ def test_wheel_holds_what_the_commands_need(tmp_path):
             ["--target_macs", "0.01"],
             r"budget of [\d,]+ is below the smallest subnet .* costs [\d,]+",
         ),
-        (["--preset", "theirs"], r"preset is 'theirs'; known presets are \['default', 'paper'\]"),
+        (
+            ["--preset", "theirs"],
+            r"preset is 'theirs'; known presets are \['bi_mask', 'default', 'paper'\]",
+        ),
         (["--target_macs", "-1"], r"target_macs is -1"),
         (["--image_column", "photo"], "photo"),
         (["--finetune_distillation_weight", "2"], "finetune_distillation_weight is 2"),
