@@ -105,7 +105,11 @@ def search(wanted: argparse.Namespace, compiled: bool) -> list[list[str]]:
             **settings,
         )
         config = default_config(
-            model.config, target_macs=wanted.share, retire_events=wanted.shrinks, **PHASES
+            model.config,
+            preset="bi_mask",
+            target_macs=wanted.share,
+            retire_events=wanted.shrinks,
+            **PHASES,
         )
         images = RandomImages(model.config, wanted.steps * wanted.batch)
         trainer = OFBTrainer(model, args, config, train_dataset=images, callbacks=[watch])

@@ -49,7 +49,9 @@ def compressed_model(
     dense: PreTrainedModel, fraction: float, multiple_of: int = 16
 ) -> PreTrainedModel:
     """Return the network that the search space offers at a fraction of the MACs."""
-    config = default_config(dense.config, target_macs=fraction, multiple_of=multiple_of)
+    config = default_config(
+        dense.config, preset="bi_mask", target_macs=fraction, multiple_of=multiple_of
+    )
     return compress(install_bi_masks(dense, config)).eval()
 
 

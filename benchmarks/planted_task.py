@@ -254,6 +254,20 @@ def run(
     }
 
 
+def in_given_order(kept: set[int], useful: set[int]) -> set[int]:
+    """Return units of a rewritten attention as if its channels were still those of the given one.
+
+    A rewritten head has mixed its channels: as many of them carry something as were useful, and
+    these come first. So the first ones count as its useful ones.
+    """
+    units: set[int] = set()
+    for head in range(HEADS):
+        own = range(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        order = sorted(own, key=lambda unit: unit not in useful)
+        units |= {order[unit - own.start] for unit in kept if unit in own}
+    return units
+
+
 def report(
     trainer: OFBTrainer, model: torch.nn.Module, planted: SubnetSpec, test: list[dict]
 ) -> dict:
@@ -267,6 +281,8 @@ def report(
     for name in planted.kept:
         useful = useful_units(planted, name)
         kept = set(masks[name].unit_ids.flatten().tolist())
+        if name.endswith("attention") and trainer.bi_mask_config.basis != "given":
+            kept = in_given_order(kept, useful)
         total = HEADS * HEAD_DIM if name.endswith("attention") else MLP
         kept_useful += len(kept & useful)
         kept_useless += len(kept - useful)

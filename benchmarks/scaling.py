@@ -73,7 +73,9 @@ def measure(case: Case) -> dict[str, float]:
         )
         held = peak_bytes(args.device)
         trial = TrialSearch(
-            ViTForImageClassification(config).train(), args, ViTBiMaskConfig(target_macs=0.5)
+            ViTForImageClassification(config).train(),
+            args,
+            ViTBiMaskConfig(preset="bi_mask", target_macs=0.5),
         )
         batch = trial.batch(case.batch)
         before = median_seconds(trial, batch)

@@ -139,6 +139,7 @@ def contestants(
 
     def searching(**changes: object) -> TrialSearch:
         model = dense()
+        changes = {"preset": "bi_mask"} | changes
         return TrialSearch(
             model, args, default_config(model.config, target_macs=fraction, **changes)
         )

@@ -130,7 +130,7 @@ def searched(
         "settle_at": (steps + 1) / (steps + 2),
         "retire_begin": 1.0,
     }
-    unchanged = {"architecture_learning_rate": 0.0, "pmim": False}
+    unchanged = {"preset": "bi_mask", "architecture_learning_rate": 0.0, "pmim": False}
     config = default_config(
         model.config, **target, search_embedding=False, search_tokens=tokens, **phases, **unchanged
     )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from .pmim import hidden_first, mask_patches, normalize_target, reconstruction_loss, refine_mask
 from .supernet import Supernet
@@ -20,15 +21,15 @@ class HiddenPatches:
     Args:
         supernet: with a decoder.
         generator: draws what is hidden, on the CPU.
-        device: of the training.
+        args: of the training, for its device.
     """
 
-    def __init__(self, supernet: Supernet, generator: torch.Generator, device: torch.device):
+    def __init__(self, supernet: Supernet, generator: torch.Generator, args: TrainingArguments):
         self.supernet = supernet
         self.generator = generator
-        self.device = device
+        self.args = args
         # Classification and reconstruction loss, added up over the micro-batches of a step.
-        self._sums = torch.zeros(2, device=device)
+        self._sums = torch.zeros(2, device=args.device)
 
     def begin_step(self) -> None:
         """Forget the losses of the last step."""
@@ -101,7 +102,8 @@ class HiddenPatches:
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """Send a tensor from the CPU to the device without waiting for it."""
-        if self.device.type == "cuda":
+        device = self.args.device
+        if device.type == "cuda":
             # A copy from memory that is not pinned waits for all that is queued.
             tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return tensor.to(device, non_blocking=True)

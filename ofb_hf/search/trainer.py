@@ -162,7 +162,7 @@ class OFBTrainer(DistillationTrainer):
         self.calibration_dataset = calibration_dataset
         self.bi_mask_config = config
         self.observation = Observation(supernet, self.accelerator)
-        self.hidden_patches = HiddenPatches(supernet, self.generator, args.device)
+        self.hidden_patches = HiddenPatches(supernet, self.generator, args)
         # The network of a choice that was made before the first step, until its weights are taken.
         self._fitted: PreTrainedModel | None = None
         # Losses of the choice as long as no mask moves.

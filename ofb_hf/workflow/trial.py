@@ -2,10 +2,12 @@
 
 import tempfile
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.utils.data import default_collate
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families.description import image_sides
 from ..search.first_choice import images_to_choose_by
@@ -16,6 +18,19 @@ from .arguments import changed
 
 # Long enough that the phases, retirement and the choice are many steps apart.
 STEPS = 10_000
+
+
+def random_rows(config: PreTrainedConfig, count: int) -> list[dict[str, Any]]:
+    """Return rows of random images (C, H, W) and labels, always the same ones.
+
+    Args:
+        config: of the model that takes them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, config.num_channels, *image_sides(config), generator=generator)
+    labels = torch.randint(config.num_labels, (count,), generator=generator).tolist()
+    rows = zip(images, labels, strict=True)
+    return [{"pixel_values": image, "labels": label} for image, label in rows]
 
 
 class TrialSearch:
@@ -39,8 +54,11 @@ class TrialSearch:
         config: BiMaskConfig,
         fits: bool = False,
     ):
+        images = None
         if not fits:
             config = replace(config, compensate=False)
+        elif config.chooses_first:
+            images = random_rows(model.config, images_to_choose_by(model))
         # a Trainer creates its output folder at once
         with tempfile.TemporaryDirectory() as folder:
             args = changed(
@@ -50,7 +68,7 @@ class TrialSearch:
                 gradient_accumulation_steps=1,
                 report_to=[],
             )
-            trainer = OFBTrainer(model, args, config)
+            trainer = OFBTrainer(model, args, config, calibration_dataset=images)
         self.trainer = trainer
         # what `Trainer.train` does before its first step
         trainer.current_gradient_accumulation_steps = 1
@@ -66,12 +84,8 @@ class TrialSearch:
 
     def batch(self, size: int) -> dict[str, Tensor]:
         """Return random images (B, C, H, W) and labels (B,), where the model is."""
-        config = self.trainer.supernet.config
-        device = self.trainer.args.device
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(size, config.num_channels, *image_sides(config), generator=generator)
-        labels = torch.randint(config.num_labels, (size,), generator=generator)
-        return {"pixel_values": images.to(device), "labels": labels.to(device)}
+        batch = default_collate(random_rows(self.trainer.supernet.config, size))
+        return {name: values.to(self.trainer.args.device) for name, values in batch.items()}
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """Run forward, backward and optimizer as the Trainer does, and return the loss, a scalar.
@@ -93,12 +107,7 @@ class TrialSearch:
         Where error curves choose, no step may have been taken before.
         """
         trainer, config = self.trainer, self.trainer.bi_mask_config
-        if config.chooses_first and config.compensate:
-            images = self.batch(images_to_choose_by(trainer.supernet.model))
-            rows = zip(images["pixel_values"].cpu(), images["labels"].tolist(), strict=True)
-            trainer.calibration_dataset = [
-                {"pixel_values": image, "labels": label} for image, label in rows
-            ]
+        if trainer.calibration_dataset is not None:
             trainer.settle_first()
             return
         trainer.supernet.decisions.settle_()

@@ -429,7 +429,7 @@ def test_small_micro_batches_observe_what_large_ones_do(tmp_path):
 )
 def test_what_cannot_go_together_is_refused_in_words(fields, message):
     with pytest.raises(ValueError, match=f"search_tokens is True.*{message}"):
-        ViTBiMaskConfig(preset="bi_mask", search_tokens=True, **fields)
+        ViTBiMaskConfig(**{"preset": "bi_mask", "search_tokens": True} | fields)
 
 
 def test_models_without_a_class_token_and_families_are_refused():

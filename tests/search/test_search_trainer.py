@@ -33,7 +33,7 @@ def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["bi_mask", "paper"])
 @pytest.mark.parametrize("prune_during_search", [True, False])
 def test_search_meets_the_budget_and_logs_its_way(tmp_path, preset, prune_during_search):
     model = tiny_vit()
