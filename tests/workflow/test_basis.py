@@ -80,7 +80,7 @@ def test_several_budgets_are_nested_in_one_basis_and_resumed_there(
 ):
     """Stopped in the second search: neither the first one nor the basis is computed again."""
     budgets = [*FLAGS, "--target_macs", "0.7,0.5", "--max_steps", "32", "--dense_epochs", "1"]
-    budgets += ["--importance_source", "error_curves"]
+    budgets += ["--preset", "bi_mask", "--importance_source", "error_curves"]
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     run_search(checkpoint, images, straight, *budgets)
     dense = load(straight / "dense")
@@ -149,6 +149,8 @@ def test_what_was_rewritten_goes_on_to_the_next_commands(checkpoint, images, tmp
     )
     assert_cut_from(tuned, load(tmp_path / "out" / "dense"))
     assert (tmp_path / "out" / "basis").exists()
-    run_search(checkpoint, images, tmp_path / "out", "--overwrite_output_dir")
+    run_search(
+        checkpoint, images, tmp_path / "out", "--overwrite_output_dir", "--preset", "bi_mask"
+    )
     assert not (tmp_path / "out" / "basis").exists()
     assert "basis" not in (tmp_path / "out" / "subnet.json").read_text()

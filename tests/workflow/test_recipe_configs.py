@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 from ofb_hf import install_bi_masks
 from ofb_hf.cli import SEARCH
 from ofb_hf.models.shapes import SHAPES
+from ofb_hf.search.rewriting import as_bi_masks
 from ofb_hf.space.configuration import default_config
 from ofb_hf.training.history import read_history
 from ofb_hf.workflow.command_line import parse
@@ -65,7 +66,8 @@ def test_settings_are_known_and_their_budget_is_within_reach(path):
     with torch.device("meta"):
         shape = SHAPES[SHAPE_OF[model_args.model_name_or_path]].config(IMAGENET)
     model = AutoModelForImageClassification.from_config(shape)
-    supernet = install_bi_masks(model, default_config(model.config, **config.to_dict()))
+    config = default_config(model.config, **config.to_dict())
+    supernet = install_bi_masks(model, as_bi_masks(config, model.config))
     recipe = "search_swin.py" if model.config.model_type == "swin" else "search_deit.py"
     assert f"recipes/{recipe} " in comment
     assert supernet.target == config.target_macs

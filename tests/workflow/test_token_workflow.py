@@ -141,6 +141,8 @@ def test_tokens_after_widths_keep_the_record_of_the_units(checkpoint, images, tm
         checkpoint,
         images,
         narrow,
+        "--preset",
+        "bi_mask",
         "--target_macs",
         "0.7",
         "--search_depth",
