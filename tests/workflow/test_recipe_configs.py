@@ -75,7 +75,12 @@ def test_settings_are_known_and_their_budget_is_within_reach(path):
 
 
 @pytest.mark.slow
-def test_the_command_in_the_file_runs(tmp_path):
+@pytest.mark.parametrize(
+    "preset",
+    # the error curves of a network of this size take minutes on a CPU
+    [pytest.param("default", marks=pytest.mark.thorough), "bi_mask"],
+)
+def test_the_command_in_the_file_runs(preset, tmp_path):
     """DeiT-Small and 1,000 classes, from a Hub, in trial sizes."""
     torch.manual_seed(0)
     source = tmp_path / "deit"
@@ -111,6 +116,8 @@ def test_the_command_in_the_file_runs(tmp_path):
         "lab/imagenet",
     ]
     command += [
+        "--preset",
+        preset,
         "--max_steps",
         "4",
         "--use_cpu",
